@@ -1,0 +1,200 @@
+"""What `python train.py` does: compose and check the configuration, find what is done already, run the rest. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf import config, layout, report
+from rlhf.config import Config, Stage
+from rlhf.launch import check_gpus, run_workers
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
+
+finished_jobs: list[tuple[str, dict[str, Any]]] = []  # of a sweep: overrides and summary of each job's last stage
+failed_jobs: list[tuple[str, str]] = []  # of a sweep: overrides and the line that says why
+
+
+def main() -> int:
+    """Run the command line; returns the exit code: 0 done, 1 a run failed, 2 the command was wrong, 130 interrupted."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us, who print one line
+    overrides = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
+    sweep = any(arg in ("-m", "--multirun") for arg in sys.argv[1:])
+    try:
+        if "RANK" in os.environ:
+            raise ValueError("start python train.py itself, without torchrun or deepspeed: it starts its workers, deploy.gpus=N of them")
+        config.register()
+        problems = [line for arg in overrides for line in explain_override(arg)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        if sweep:
+            check_sweep(overrides)
+        run_command()
+    except KeyboardInterrupt:
+        say("interrupted; the same command starts the unfinished stage anew")
+        return 130
+    except RuntimeError as error:
+        if not failed_jobs:
+            say(f"error: {error}")
+            return 1
+    except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
+        if not failed_jobs:
+            for line in one_line_each(error):
+                say(f"error: {line}")
+            return 2
+    if finished_jobs:
+        report.print_sweep(finished_jobs)
+    for job, line in failed_jobs:
+        say(f"failed: {job}: {line}")
+    return 1 if failed_jobs else 0
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- errors
+
+
+def explain_override(arg: str) -> list[str]:
+    """What is wrong with one override, as lines that name the nearest right word; empty when nothing is, or Hydra knows better."""
+    try:
+        override = OverridesParser.create().parse_override(arg)
+    except HydraException:
+        return [f"cannot read {arg!r}: overrides look like key=value; quote values with spaces, commas or brackets: 'data=[a,b]'"]
+    key = override.key_or_group
+    if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
+        return []
+    if key in GROUPS:
+        if override.is_sweep_override():
+            chosen = [str(value) for value in override.sweep_string_iterator()]
+        else:
+            value = override.value()
+            chosen = [str(v) for v in value] if isinstance(value, list) else [str(value)] if value is not None else []
+        options = sorted(path.stem if path.suffix == ".yaml" else path.name for path in (CONF / key).iterdir())
+        return [f"{key}={c}: no such option; choose from {', '.join(options)}" for c in chosen if c.removesuffix(".yaml") not in options]
+    if not config.is_known(key):
+        return [f"unknown key {config.unknown(key)}"]
+    return []
+
+
+def one_line_each(error: Exception) -> list[str]:
+    """An exception as lines for the user: ours as they are, Hydra's and OmegaConf's folded into one."""
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+        kept = [line for line in lines if line and not line.startswith(("reference_type", "object_type", "full_key", "To append"))]
+        return ["; ".join(dict.fromkeys(kept))]
+    return str(error).splitlines() or [repr(error)]
+
+
+def check_sweep(overrides: list[str]) -> None:
+    """Check every job of a sweep before the first one starts. Raises ValueError with all problems."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        params = compose("config", [], return_hydra_config=True).hydra.sweeper.params or {}
+        swept = [f"{key}={value}" for key, value in params.items()] + overrides
+        problems: dict[str, None] = {}
+        for job in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)[0]:
+            cfg = config.to_typed(compose("config", job))
+            problems |= dict.fromkeys(config.check(cfg) + layout.check_models(cfg))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+# ------------------------------------------------------------------------------------------------------------------------- runs
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run_command(composed: DictConfig) -> None:
+    """One command, or one job of a sweep."""
+    is_sweep = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
+    overrides = list(HydraConfig.get().overrides.task)
+    job = " ".join(overrides)
+    if not is_sweep:
+        run_stages(composed, overrides)
+        return
+    say(f"\n--- job {HydraConfig.get().job.num + 1}: {job}")
+    try:
+        cfg, runs = run_stages(composed, overrides)
+    except Exception as error:
+        line = one_line_each(error)[0]
+        say(f"error: {line}")
+        failed_jobs.append((job, line))
+        raise
+    collect(cfg, overrides, runs[-1])
+    finished_jobs.append((job, layout.read_summary(runs[-1]) or {}))
+
+
+def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list[Path]]:
+    """Run the chosen stages in order, but those that are finished; returns the configuration and the run directories."""
+    cfg = config.to_typed(composed)
+    problems = config.check(cfg) + layout.check_models(cfg)
+    if problems:
+        raise ValueError("\n".join(problems))
+    baseline = config.to_typed(compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS]))
+    started = time.time()
+    runs = [run_stage(cfg, stage, baseline, overrides) for stage in cfg.stage.runs]
+    report.print_runs(runs, time.time() - started)
+    return cfg, runs
+
+
+def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str]) -> Path:
+    """Run one stage unless it is finished; returns its directory."""
+    inputs, parents = layout.find_inputs(cfg, stage, baseline, overrides)
+    directory = layout.home(cfg, stage, baseline)
+    summary = layout.read_summary(directory)
+    if summary and not cfg.fresh:
+        if summary["parents"] != parents:
+            raise RuntimeError(
+                f"{directory} stands on other runs than there are now ({summary['parents']} -> {parents}): "
+                "add fresh=true to train it anew; the old one is kept in its attempts/"
+            )
+        say(f"{stage.name}: finished, {directory}")
+        return directory
+    check_gpus(cfg)
+    with layout.owned(directory):
+        aside = layout.set_aside(directory)
+        if aside:
+            say(f"{stage.name}: an earlier attempt is kept in {aside}")
+        say(f"{stage.name}: {directory}")
+        own = layout.config_of_stage(cfg, stage, inputs)
+        config.save(own, directory / "config.yaml")
+        layout.write_json(directory / "env.json", layout.environment())
+        run_workers(directory, own)
+        result = json.loads((directory / "result.json").read_text())
+        layout.write_json(
+            directory / "summary.json",
+            {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result},
+        )
+    return directory
+
+
+def collect(cfg: Config, overrides: list[str], run: Path) -> None:
+    """The folder of a sweep's job: copies of what its last stage wrote, and a link to the run."""
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(sorted(arg.replace("=", "-") for arg in overrides)))[:100] or "default"
+    folder = Path(cfg.root).expanduser() / "multirun" / cfg.exp / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
+    for file in ("config.yaml", "summary.json", "metrics.jsonl", "curves.png"):
+        if (run / file).exists():
+            shutil.copyfile(run / file, folder / file)
+    link = folder / "run"
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(run, folder))

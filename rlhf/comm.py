@@ -1,0 +1,36 @@
+"""What the processes of a run say to each other. Works the same with one process, when nothing was initialised."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over all processes, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_rows(x: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in rank order: (b, ...) of each becomes (b * world, ...). Shapes must agree."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,341 @@
+"""The configuration: every key with its type, meaning, unit and range. Values live in conf/, and only there.
+
+No torch here, and Hydra only in `register`: help, errors and completion must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+class Stage(Enum):
+    sft = "sft"
+    rm = "rm"
+    ppo = "ppo"
+
+
+class Device(Enum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+def no_effect() -> Any:
+    """A field that cannot change the result of a run, so it is not part of the run's identity."""
+    return field(default=MISSING, metadata={"identity": False})
+
+
+@dataclass
+class StageChoice:
+    name: str = MISSING  # what was chosen with stage=
+    runs: list[Stage] = MISSING  # the stages it runs, in order
+
+
+@dataclass
+class Model:
+    name: str = MISSING  # short name, used in run names
+    path: str = MISSING  # base model: hub id, directory, or builtin:NAME (a shape with random weights)
+
+
+@dataclass
+class Source:
+    path: str = MISSING  # hub id, local .jsonl/.json/.parquet/.csv file, or builtin:sandbox
+    format: str = MISSING  # how a row becomes turns and answers: see rlhf/data/sources.py
+
+
+@dataclass
+class Sandbox:
+    demonstrations: int = MISSING  # answers for SFT, > 0
+    pairs: int = MISSING  # preference pairs for the reward model, > 0
+    label_noise: float = MISSING  # expected share of labels against the gold order, in (0, 0.5)
+
+
+@dataclass
+class Data:
+    seed: int = MISSING  # makes the sandbox's world and decides splits; not covered by `seed`
+    shares: list[int] = MISSING  # parts of the prompts for SFT, reward model, PPO
+    eval_share: float = MISSING  # of the prompts, held out from all three, in (0, 0.5]
+    eval_rows: int = MISSING  # held-out rows to evaluate on, at most
+    max_prompt_tokens: int = MISSING  # longer prompts lose their first turns, or are dropped
+    max_response_tokens: int = MISSING  # longer answers are cut (and then carry no EOS)
+    sources: dict[str, Source] = MISSING
+    sandbox: Optional[Sandbox] = MISSING  # sizes of the built-in world; null where no source is builtin:sandbox
+
+
+@dataclass
+class Optim:
+    lr: float = MISSING  # peak learning rate, > 0
+    schedule: Schedule = MISSING  # after the warm-up; linear and cosine end at `final_lr`
+    warmup_ratio: float = MISSING  # share of the optimizer steps, in [0, 1]
+    final_lr: float = MISSING  # at the last step, as a share of lr, in [0, 1]
+    weight_decay: float = MISSING  # decoupled; not on biases and norms
+    betas: list[float] = MISSING
+    adam_eps: float = MISSING
+    grad_clip: float = MISSING  # global norm, > 0
+
+
+@dataclass
+class Sft(Optim):
+    epochs: int = MISSING  # passes over the demonstrations
+    batch_size: int = MISSING  # demonstrations per optimizer step, over all processes
+    max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
+
+
+@dataclass
+class Rm(Optim):
+    epochs: int = MISSING  # passes over the pairs
+    batch_size: int = MISSING  # pairs per optimizer step, over all processes
+    max_steps: Optional[int] = MISSING
+
+
+@dataclass
+class Kl:
+    coef: float = MISSING  # beta: weight of the per-token penalty log pi - log ref in the reward, >= 0
+
+
+@dataclass
+class Ppo(Optim):
+    critic_lr: float = MISSING  # peak learning rate of the critic, > 0
+    batch_size: int = MISSING  # prompts per rollout, over all processes
+    prompt_epochs: int = MISSING  # passes over the prompts; decides the number of rollouts
+    max_steps: Optional[int] = MISSING  # stop after so many rollouts; null = no limit
+    epochs: int = MISSING  # passes over each rollout
+    minibatches: int = MISSING  # optimizer steps per pass
+    kl: Kl = MISSING
+    gamma: float = MISSING  # discount per token, in [0, 1]
+    lam: float = MISSING  # GAE lambda, in [0, 1]
+    clip: float = MISSING  # policy ratio clip, > 0
+    value_clip: float = MISSING  # value clip around the old value, in normalised score units, > 0
+    missing_eos_penalty: float = MISSING  # subtracted from the score of an answer without EOS, normalised score units, >= 0
+    actor: Optional[str] = MISSING  # trained policy (run, directory, hub id) in place of the SFT run derived from the config
+    reward: Optional[str] = MISSING  # trained reward model, likewise
+
+
+@dataclass
+class Rollout:
+    max_new_tokens: int = MISSING  # sampled tokens per answer, at most
+    temperature: float = MISSING  # divides the logits of policy, old policy and reference alike, > 0
+
+
+@dataclass
+class Deploy:
+    device: Device = no_effect()
+    gpus: int = no_effect()  # processes per node: one per GPU, on CPU too
+    threads: Optional[int] = no_effect()  # CPU threads per process; null = cores / processes
+    zero_stage: int = no_effect()  # what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights
+    precision: Precision = MISSING  # of weights and computation; it does change results
+    micro_batch: int = no_effect()  # sequences (RM: pairs) per process and forward in training: cuts batches for memory only
+    eval_micro_batch: int = no_effect()  # sequences per process and forward without gradients, and per generation batch
+
+
+@dataclass
+class Wandb:
+    mode: WandbMode = no_effect()
+    project: str = no_effect()
+    entity: Optional[str] = no_effect()
+    tags: list[str] = no_effect()  # besides actor, deployment and data
+
+
+@dataclass
+class Config:
+    stage: StageChoice = no_effect()
+    actor: Model = MISSING
+    reward: Model = MISSING
+    data: Data = MISSING
+    sft: Sft = MISSING
+    rm: Rm = MISSING
+    ppo: Ppo = MISSING
+    rollout: Rollout = MISSING
+    deploy: Deploy = MISSING
+    wandb: Wandb = no_effect()
+    seed: int = MISSING  # initialisation, order, sampling
+    exp: str = no_effect()  # label of the experiment: W&B group, folder of a sweep
+    root: str = no_effect()  # where outputs/ and multirun/ are made
+    fresh: bool = no_effect()  # move a run that exists aside and start it anew
+    inputs: dict[str, str] = no_effect()  # filled in by train.py: directories or hub ids of the trained models a stage stands on
+
+
+# The nodes that a stage reads itself, and the stages whose results it stands on.
+READS = {
+    Stage.sft: ["actor", "data", "sft", "deploy", "seed"],
+    Stage.rm: ["reward", "data", "rm", "deploy", "seed"],
+    Stage.ppo: ["actor", "reward", "data", "sft", "rm", "ppo", "rollout", "deploy", "seed"],
+}
+PARENTS = {Stage.sft: [], Stage.rm: [], Stage.ppo: [Stage.sft, Stage.rm]}
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that conf/config.yaml starts with."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store("schema", Config)
+
+
+def to_typed(cfg: DictConfig) -> Config:
+    """The composed configuration as plain typed objects. Raises ValueError naming all unknown and all missing keys."""
+    problems = [f"unknown key {unknown(key)}" for key in unknown_keys(cfg)]
+    problems += [f"{key} has no value: give one, {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return typing.cast(Config, OmegaConf.to_object(cfg))
+
+
+def load(path: Path) -> Config:
+    """Read a run's resolved config.yaml."""
+    return to_typed(typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))))
+
+
+def save(cfg: Config, path: Path) -> None:
+    """Write the resolved configuration of a run, through a temporary name."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True))
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- keys
+
+
+def _node_type(annotation: Any) -> Any:
+    """The dataclass behind an annotation, also behind Optional and dict[str, ...]; else the annotation."""
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return _node_type(inner[-1]) if inner else annotation
+
+
+@functools.cache
+def schema_keys(node: Any = Config, prefix: str = "") -> list[str]:
+    """All dotted keys of the schema, nodes included; a name that the user chooses stands as `*`."""
+    keys = []
+    for name, annotation in typing.get_type_hints(node).items():
+        key = prefix + name
+        keys.append(key)
+        star = ".*" if typing.get_origin(annotation) is dict else ""
+        keys += [key + star] if star else []
+        if dataclasses.is_dataclass(child := _node_type(annotation)):
+            keys += schema_keys(child, f"{key}{star}.")
+    return keys
+
+
+def is_known(key: str) -> bool:
+    parts = key.split(".")
+    return any(
+        len(known := pattern.split(".")) == len(parts) and all(a in (b, "*") for a, b in zip(known, parts)) for pattern in schema_keys()
+    )
+
+
+def unknown(key: str) -> str:
+    """`key` with the nearest known name: "ppo.lrr (did you mean ppo.lr?)"."""
+    names = schema_keys()
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    last = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    guess = (near or last or [None])[0]
+    return f"{key} (did you mean {guess}?)" if guess else f"{key} (see python train.py --help)"
+
+
+def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that are in `cfg` but not in the schema: `+key=value` puts them there unasked."""
+    found = []
+    for name in cfg:
+        key = f"{prefix}{name}"
+        if not is_known(key):
+            found.append(key)
+        elif not OmegaConf.is_missing(cfg, name) and isinstance(child := cfg._get_node(name), DictConfig) and not child._is_none():
+            found += unknown_keys(child, f"{key}.")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------- checks
+
+
+def check(cfg: Config) -> list[str]:
+    """All that is wrong with the values, as lines that name key, value and fix. Nothing is repaired."""
+    problems = []
+
+    def need(ok: bool, line: str) -> None:
+        if not ok:
+            problems.append(line)
+
+    def positive(*keys: str) -> None:
+        for key in keys:
+            value = lookup(cfg, key)
+            need(value is None or value > 0, f"{key}={value}: must be above 0")
+
+    def within(key: str, low: float, high: float) -> None:
+        value = lookup(cfg, key)
+        need(low <= value <= high, f"{key}={value}: must be between {low:g} and {high:g}")
+
+    world = cfg.deploy.gpus
+    positive("deploy.gpus", "deploy.threads", "deploy.micro_batch", "deploy.eval_micro_batch", "rollout.max_new_tokens")
+    positive("rollout.temperature", "data.max_prompt_tokens", "data.max_response_tokens", "data.eval_rows", "data.eval_share")
+    within("deploy.zero_stage", 0, 3)
+    need(len(cfg.data.shares) == 3 and min(cfg.data.shares) > 0, f"data.shares={cfg.data.shares}: give three parts above 0, for sft, rm, ppo")
+    within("data.eval_share", 0, 0.5)
+    need(bool(cfg.data.sources), "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format")
+    uses_sandbox = any(source.path == "builtin:sandbox" for source in cfg.data.sources.values())
+    need(not uses_sandbox or cfg.data.sandbox is not None, "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml")
+    need(not uses_sandbox or len(cfg.data.sources) == 1, "data: the sandbox cannot be mixed with other sources, its truth covers its own prompts only")
+    if cfg.data.sandbox is not None:
+        positive("data.sandbox.demonstrations", "data.sandbox.pairs")
+        noise = cfg.data.sandbox.label_noise
+        need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
+    for stage in (Stage.sft, Stage.rm, Stage.ppo):
+        node = stage.name
+        positive(*(f"{node}.{key}" for key in ("lr", "grad_clip", "epochs", "batch_size", "max_steps", "adam_eps")))
+        within(f"{node}.warmup_ratio", 0, 1)
+        within(f"{node}.final_lr", 0, 1)
+        need(lookup(cfg, f"{node}.weight_decay") >= 0, f"{node}.weight_decay={lookup(cfg, f'{node}.weight_decay')}: must not be negative")
+        betas = lookup(cfg, f"{node}.betas")
+        need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{node}.betas={betas}: give two numbers in [0, 1)")
+        size = lookup(cfg, f"{node}.batch_size")
+        if stage in cfg.stage.runs and world > 0 and size > 0 and stage != Stage.ppo:
+            need(size % world == 0, f"{node}.batch_size={size} is not divisible by deploy.gpus={world}: try {nearest(size, world)}")
+    positive("ppo.critic_lr", "ppo.prompt_epochs", "ppo.minibatches", "ppo.clip", "ppo.value_clip")
+    within("ppo.gamma", 0, 1)
+    within("ppo.lam", 0, 1)
+    need(cfg.ppo.kl.coef >= 0, f"ppo.kl.coef={cfg.ppo.kl.coef}: must not be negative")
+    need(cfg.ppo.missing_eos_penalty >= 0, f"ppo.missing_eos_penalty={cfg.ppo.missing_eos_penalty}: it is subtracted, must not be negative")
+    if Stage.ppo in cfg.stage.runs and world > 0 and cfg.ppo.minibatches > 0 and cfg.ppo.batch_size > 0:
+        parts = cfg.ppo.minibatches * world
+        need(
+            cfg.ppo.batch_size % parts == 0,
+            f"ppo.batch_size={cfg.ppo.batch_size} is not divisible by ppo.minibatches={cfg.ppo.minibatches} x deploy.gpus={world} = {parts}: "
+            f"try ppo.batch_size={nearest(cfg.ppo.batch_size, parts)}",
+        )
+    return problems
+
+
+def lookup(cfg: Any, key: str) -> Any:
+    for name in key.split("."):
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+def nearest(value: int, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, at least `divisor`."""
+    return max(1, round(value / divisor)) * divisor

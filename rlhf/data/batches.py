@@ -1,0 +1,62 @@
+"""From token ids to tensors: padding, micro-batches, order. Masks are made here and carried along; none is guessed from ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, longest), the padding behind."""
+    return _pad(rows, pad_id, device, left=False)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, longest), the padding in front."""
+    return _pad(rows, pad_id, device, left=True)
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place] = row
+        mask[i, place] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def global_batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of each optimizer step, the same on every process: a new permutation per epoch, its incomplete rest left out."""
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        for start in range(0, n - batch_size + 1, batch_size):
+            yield order[start : start + batch_size].tolist()
+
+
+def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int) -> list[Sequence[int]]:
+    """This process's part of a batch, cut for memory into rows of similar length (less padding; a sum does not care about order).
+
+    Args: rows: row numbers; lengths: tokens of each row of the data, indexed by row number.
+    Returns: the same number of micro-batches on every process, when len(rows) is divisible by `world`.
+    """
+    return chunks(sorted(rows, key=lambda row: lengths[row])[rank::world], micro_batch)
+
+
+def chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive parts of at most `size` rows."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def uniforms(stream: str, keys: Sequence[int], seed: int, step: int, n: int) -> Tensor:
+    """Random numbers in [0, 1) for sampling, (len(keys), n) float64: each row depends on its own key only, so a sample does not
+    change with the batch or the process that it is drawn in."""
+    tag = int.from_bytes(stream.encode(), "big")
+    return torch.from_numpy(np.stack([np.random.default_rng([tag, seed, step, key]).random(n) for key in keys]))

@@ -1,0 +1,61 @@
+"""Build the tokenizer and the configuration of the built-in tiny model: python -m rlhf.data.build_tiny [DIRECTORY]
+
+A byte-level BPE learnt from the sandbox's own text (so its words are single tokens, and any other text still works, byte by
+byte), and the shape of a small OPT. There are no weights: a built-in model starts from random ones, drawn from `seed`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+VOCABULARY = 1024  # at most; the words of the sandbox need fewer
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+def build(directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import OPTConfig, PreTrainedTokenizerFast
+
+    from rlhf.config import Sandbox
+    from rlhf.data import template
+    from rlhf.data.sandbox import build_world
+
+    world = build_world(Sandbox(demonstrations=4000, pairs=1, label_noise=0.1), seed=0, eval_rows=1)
+    texts = [f" {text}" for d in world.sft for text in (d.prompt[0].text, d.response)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[PAD, BOS, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.add_tokens([template.USER, template.ASSISTANT])  # a role is one token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=256)
+    tokenizer.save_pretrained(directory)
+    OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=256,
+        max_position_embeddings=256,
+        dropout=0.0,
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        init_std=0.06,  # with the usual 0.02 so small a model does not learn to copy words from the prompt
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["OPTForCausalLM"],
+    ).save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "assets" / "tiny")

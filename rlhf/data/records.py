@@ -1,0 +1,41 @@
+"""What every data source yields: turns of a conversation, and answers to them. Plain text; `template` alone renders it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str  # "user", "assistant" or "system"
+    text: str
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    prompt: list[Turn]
+    response: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: list[Turn]
+    chosen: str  # the answer that the label prefers
+    rejected: str
+    gold_margin: float | None = None  # true reward of chosen minus rejected, where a source knows it
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The data of all stages. No prompt stands in two of sft, rm, ppo and eval_*."""
+
+    sft: list[Demonstration]
+    rm: list[Pair]
+    ppo: list[list[Turn]]
+    eval_sft: list[Demonstration]
+    eval_rm: list[Pair]
+    eval_prompts: list[list[Turn]]
+    eval_probe: list[Pair] = field(default_factory=list)  # chosen fits its prompt, rejected would fit the opposite one
+    gold: Callable[[list[Turn], str], float] | None = None  # true reward of an answer, where it is known
+    best_gold: Callable[[list[Turn]], float] | None = None  # true reward of the best answer there is

@@ -1,0 +1,220 @@
+"""Where runs live. The directory of a run is a function of its configuration, so the same command finds it again, and a stage
+finds the ones it stands on, without a path being typed. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import PARENTS, READS, Config, Stage, StageChoice
+
+BUILTIN = "builtin:"
+
+
+# --------------------------------------------------------------------------------------------------------------------- identity
+
+
+def identity(cfg: Config, stage: Stage) -> dict[str, Any]:
+    """All values that decide the result of `stage`, by dotted key: those of the nodes that it and the stages below it read."""
+    nodes = list(READS[stage])
+    if stage == Stage.ppo:  # a trained input given by hand replaces the stage that would make it
+        nodes = [n for n in nodes if not (n == "sft" and cfg.ppo.actor) and not (n == "rm" and cfg.ppo.reward)]
+    flat: dict[str, Any] = {}
+    for node in nodes:
+        flatten(getattr(cfg, node), node, flat)
+    return flat
+
+
+def flatten(value: Any, key: str, out: dict[str, Any]) -> None:
+    """Collect the identity fields below a node of the schema as plain values."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            if f.metadata.get("identity", True):
+                flatten(getattr(value, f.name), f"{key}.{f.name}", out)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            flatten(item, f"{key}.{name}", out)
+    else:
+        out[key] = value.name if isinstance(value, Enum) else value
+
+
+def run_name(cfg: Config, stage: Stage, baseline: Config) -> str:
+    """`<stage>-<models>[+key-value...]-<hash>`: the key-values are what differs from `baseline`, the same choices of groups
+    without any value set by hand; they are for people, the hash of the whole identity decides."""
+    values, plain = identity(cfg, stage), identity(baseline, stage)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    models = {Stage.sft: [cfg.actor.name], Stage.rm: [cfg.reward.name], Stage.ppo: [cfg.actor.name, cfg.reward.name]}[stage]
+    readable = "-".join([stage.name, *models])
+    readable += "".join(f"+{key}-{value}" for key, value in sorted(values.items()) if plain.get(key) != value)
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", readable)[:100] + "-" + digest
+
+
+def home(cfg: Config, stage: Stage, baseline: Config) -> Path:
+    return Path(cfg.root).expanduser() / "outputs" / run_name(cfg, stage, baseline)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- inputs
+
+
+def is_directory(path: str) -> bool:
+    """Whether a model path means a directory (else it is a hub id, or built in)."""
+    return not path.startswith(BUILTIN) and (path[:1] in "/.~" or Path(path).exists())
+
+
+def check_models(cfg: Config) -> list[str]:
+    """What is wrong with the base models and given inputs of the stages to run, as lines for the user. Loads nothing."""
+    problems = []
+    wanted = {
+        "actor.path": (cfg.actor.path, "ForCausalLM", Stage.sft),
+        "reward.path": (cfg.reward.path, "", Stage.rm),
+        "ppo.actor": (cfg.ppo.actor, "ForCausalLM", Stage.ppo),
+        "ppo.reward": (cfg.ppo.reward, "ForSequenceClassification", Stage.ppo),
+    }
+    for key, (path, role, stage) in wanted.items():
+        if not path or stage not in cfg.stage.runs:
+            continue
+        if path.startswith(BUILTIN):
+            if not (Path(__file__).parent / "assets" / path.removeprefix(BUILTIN) / "config.json").exists():
+                problems.append(f"{key}={path}: there is no such built-in model; there is builtin:tiny")
+        elif is_directory(path):
+            config_file = model_directory(path) / "config.json"
+            if not config_file.exists():
+                problems.append(f"{key}={path}: no model there (no {config_file}); give a run, a model directory or a hub id")
+                continue
+            architectures = json.loads(config_file.read_text()).get("architectures") or []
+            if role and not any(role in name for name in architectures):
+                kind = "a causal language model" if role == "ForCausalLM" else "a reward model"
+                problems.append(f"{key}={path}: this is {', '.join(architectures) or 'of unknown kind'}, not {kind} (*{role})")
+    return problems
+
+
+def model_directory(path: str) -> Path:
+    """The model in a directory: a run's `model/`, or the directory itself."""
+    directory = Path(path).expanduser()
+    return directory / "model" if (directory / "model" / "config.json").exists() else directory
+
+
+def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The trained models that `stage` stands on: their locations, and the ids of the runs that made them, by stage name.
+
+    Args: command: what the user typed, to be repeated in the advice.
+    Raises: FileNotFoundError saying where it looked and which commands make what is missing.
+    """
+    given = {Stage.sft: ("ppo.actor", cfg.ppo.actor), Stage.rm: ("ppo.reward", cfg.ppo.reward)}
+    paths, ids, missing = {}, {}, []
+    for parent in PARENTS[stage]:
+        key, path = given[parent]
+        if path:
+            paths[parent.name] = str(model_directory(path).resolve()) if is_directory(path) else path
+            summary = read_summary(Path(path).expanduser()) if is_directory(path) else None
+            ids[parent.name] = summary["id"] if summary else path
+            continue
+        directory = home(cfg, parent, baseline)
+        summary = read_summary(directory)
+        if summary:
+            paths[parent.name], ids[parent.name] = str((directory / "model").resolve()), summary["id"]
+        else:
+            others = [arg for arg in command if not arg.startswith(("stage=", "ppo.", "rollout."))]
+            what = {Stage.sft: "trained policy", Stage.rm: "trained reward model"}[parent]
+            make = " ".join(["python train.py", f"stage={parent.name}", *others])
+            missing.append(f"{stage.name} needs a {what}: looked in {directory}; make it: {make}  or give {key}=<run, directory or hub id>")
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
+    return paths, ids
+
+
+# ------------------------------------------------------------------------------------------------------------------------- runs
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None when there is none (its presence means finished)."""
+    try:
+        return json.loads((directory / "summary.json").read_text())
+    except FileNotFoundError:
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write through a temporary name, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def config_of_stage(cfg: Config, stage: Stage, inputs: dict[str, str]) -> Config:
+    """The configuration that the workers of one stage read."""
+    own = deepcopy(cfg)
+    own.stage = StageChoice(stage.name, [stage])
+    own.root = str(Path(cfg.root).expanduser().resolve())
+    own.inputs = inputs
+    return own
+
+
+@contextlib.contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Hold the run directory: two processes never train the same run. The lock ends with its process, however that ends.
+
+    Raises: RuntimeError naming the owner when another process has it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".owner", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RuntimeError(f"{directory} is being trained by another process ({lock.read().strip()}): wait for it, or stop it") from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        yield
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Move what an earlier attempt left in a run directory into its `attempts/N`; returns that, or None when it was empty."""
+    left = [path for path in directory.iterdir() if path.name not in ("attempts", ".owner")]
+    if not left:
+        return None
+    number = 1 + max((int(p.name) for p in (directory / "attempts").glob("*") if p.name.isdigit()), default=0)
+    aside = directory / "attempts" / str(number)
+    aside.mkdir(parents=True)
+    for path in left:
+        path.rename(aside / path.name)
+    return aside
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a run was made with, for env.json."""
+    packages = ["torch", "deepspeed", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "numpy"]
+
+    def ask(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent)
+            return done.stdout.strip() if done.returncode == 0 else ""
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    return {
+        "git": ask("git", "rev-parse", "HEAD"),
+        "git_dirty": bool(ask("git", "status", "--porcelain")),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpus": ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines(),
+    }

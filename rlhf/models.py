@@ -1,0 +1,151 @@
+"""Tokenizers and models: loading, saving, and the two thin modules that the engines train."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf import comm
+from rlhf.config import Precision
+from rlhf.data import template
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+BUILTIN = "builtin:"
+ASSETS = Path(__file__).parent / "assets"
+
+
+class Policy(nn.Module):
+    """A causal language model that answers for its last `positions` tokens only."""
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: int) -> Tensor:
+        """Logits that predict the last `positions` tokens of each row.
+
+        Args: ids, mask (B, T), padded on either side.  Returns: (B, positions, V), at the places one before those tokens.
+        """
+        inputs = model_inputs(self.hf, ids, mask)
+        return self.hf(**inputs, use_cache=False, logits_to_keep=positions + 1).logits[:, :-1]
+
+
+class Scorer(nn.Module):
+    """A sequence-classification model with one label: reward model, or critic (its score at each token is the value).
+
+    Scores are normalised by the mean and standard deviation in the model's configuration (`score_mean`, `score_std`), which
+    the reward stage measures on held-out demonstrations.
+    """
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Score at each token. Args: ids, mask (B, T), padded on either side.  Returns: (B, T) float32, normalised units."""
+        hidden = self.hf.base_model(**model_inputs(self.hf.base_model, ids, mask), use_cache=False).last_hidden_state
+        raw = self.hf.score(hidden)[..., 0].float()
+        return (raw - getattr(self.hf.config, "score_mean", 0.0)) / getattr(self.hf.config, "score_std", 1.0)
+
+
+def last_token_score(scores: Tensor, mask: Tensor) -> Tensor:
+    """The score of the whole sequence: that of its last real token. Args: scores, mask (B, T).  Returns: (B,)."""
+    last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
+    return scores.gather(1, last[:, None])[:, 0]
+
+
+def model_inputs(hf: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The arguments of a forward: positions count real tokens only, wherever the padding is."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(hf.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return inputs
+
+
+# --------------------------------------------------------------------------------------------------------------------- loading
+
+
+def location(path: str) -> str:
+    """What transformers loads: the built-in model's directory, an expanded directory, or the hub id as it is."""
+    if path.startswith(BUILTIN):
+        return str(ASSETS / path.removeprefix(BUILTIN))
+    return os.path.expanduser(path)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model, with our template and a pad token that is not EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} has no EOS token: answers could not end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    template.install(tokenizer)
+    return tokenizer
+
+
+def load_policy(path: str, tokenizer: Any, precision: Precision) -> Policy:
+    """A causal language model for training or as reference; random weights (of torch's current seed) for a built-in one."""
+    from transformers import AutoModelForCausalLM
+
+    return Policy(_load(AutoModelForCausalLM, path, tokenizer, precision))
+
+
+def load_scorer(path: str, tokenizer: Any, precision: Precision) -> Scorer:
+    """A one-label sequence-classification model; from a base model its head is new: N(0, 1/sqrt(d + 1)) (Stiennon 2020)."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    where = location(path)
+    new_head = "ForSequenceClassification" not in str(AutoConfig.from_pretrained(where).architectures)
+    hf = _load(AutoModelForSequenceClassification, path, tokenizer, precision, num_labels=1)
+    if new_head:
+        nn.init.normal_(hf.score.weight, std=(hf.score.weight.shape[1] + 1) ** -0.5)
+    return Scorer(hf)
+
+
+def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, **options: Any) -> Any:
+    from transformers import AutoConfig
+
+    dtype = DTYPES[precision]
+    if path.startswith(BUILTIN):
+        config = AutoConfig.from_pretrained(location(path), **options)
+        hf = auto_class.from_config(config, dtype=dtype)
+    else:
+        hf = auto_class.from_pretrained(location(path), dtype=dtype, trust_remote_code=False, **options)
+    if len(tokenizer) > hf.get_input_embeddings().num_embeddings:  # only grow: many models have spare rows
+        hf.resize_token_embeddings(len(tokenizer))
+    hf.config.pad_token_id = tokenizer.pad_token_id
+    for name, module in hf.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key in ("dropout", "attention_dropout", "layerdrop"):  # OPT and others keep the rate as a plain number
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+    return hf
+
+
+# ---------------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_engine(engine: Any, tokenizer: Any, directory: Path) -> None:
+    """Write an engine's model: weights (safetensors), configuration, tokenizer and template, as transformers loads them.
+    The directory appears whole or not at all. Called by all processes; the first one writes."""
+    state = None
+    if engine.zero_optimization_partition_weights():
+        # gathers on the first process, weight by weight
+        state = {name.removeprefix("hf."): weight for name, weight in (engine._zero3_consolidated_16bit_state_dict() or {}).items()}
+    if comm.rank() == 0:
+        temporary = directory.with_name(directory.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        engine.module.hf.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    comm.barrier()

@@ -1,0 +1,115 @@
+"""Tables of runs for the terminal, and the picture of a run's curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# the panels of curves.png: title, y label, and the metrics drawn in it
+CURVES = {
+    "sft": [("Loss", "nats per token", ["loss"]), ("Accuracy", "share of tokens", ["mean_token_accuracy"])],
+    "rm": [("Loss", "nats per pair", ["loss"]), ("Accuracy", "share of pairs", ["accuracy"])],
+    "ppo": [
+        ("Score of the reward model", "standard deviations", ["objective/scores"]),
+        ("Gold reward", "points", ["reward/gold/mean"]),
+        ("KL to the SFT policy", "nats per sequence", ["objective/kl"]),
+        ("Loss", "", ["loss/policy_avg", "loss/value_avg"]),
+    ],
+}
+
+
+def plot_curves(run_dir: Path) -> None:
+    """Draw run_dir/curves.png (loss, reward, KL over steps) from its metrics.jsonl: raw values faint, their running mean strong."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    panels = [panel for panel in CURVES[run_dir.name.split("-")[0]] if any(name in rows[0] for name in panel[2])]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
+    for axis, (title, label, names) in zip(axes[0], panels):
+        for color, name in zip(("#1f77b4", "#ff7f0e"), names):
+            steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+            axis.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+            axis.plot(steps, smooth(values), color=color, linewidth=2, label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.suptitle(run_dir.name, fontsize=9, color="gray")
+    figure.savefig(run_dir / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Running mean over a twentieth of the curve, at least 3 values (fewer at the ends)."""
+    half = max(1, len(values) // 40)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def print_runs(runs: list[Path], seconds: float) -> None:
+    """What a command achieved: the final metrics of its stages, and where everything lies."""
+    table = Table(title=f"Finished in {seconds:.0f} s", title_justify="left")
+    for column in ("stage", "result", "before", "after"):
+        table.add_column(column)
+    for run in runs:
+        summary = json.loads((run / "summary.json").read_text())
+        for label, before, after in lines_of(summary["stage"], summary["metrics"]):
+            table.add_row(summary["stage"], label, before, after)
+        table.add_section()
+    console = Console()
+    console.print(table)
+    for run in runs:
+        console.print(f"{run}  (curves.png, metrics.jsonl, model/)", soft_wrap=True, highlight=False)
+    if (runs[-1].name.split("-")[0]) in ("sft", "ppo"):
+        console.print(f"Talk to it:  python chat.py --path {runs[-1]}", soft_wrap=True, highlight=False)
+
+
+def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Rows of the table for one stage: what, before, after."""
+    wanted = {
+        "sft": [
+            ("held-out perplexity", "", "perplexity", ".3f"),
+            ("answers that end", "", "eos_rate", ".1%"),
+            ("gold score", "", "gold", ".2f"),
+        ],
+        "rm": [
+            ("held-out accuracy", "", "accuracy", ".1%"),
+            ("  of a perfect judge", "", "accuracy_bayes", ".1%"),
+            ("  against the truth", "", "accuracy_gold", ".1%"),
+            ("  fits its prompt", "", "accuracy_prompt", ".1%"),
+        ],
+        "ppo": [
+            ("score (reward model)", "score_before", "score", ".2f"),
+            ("gold score", "gold_before", "gold", ".2f"),
+            ("  best possible", "", "gold_best", ".2f"),
+            ("KL, nats per answer", "", "kl", ".2f"),
+            ("length, tokens", "length_before", "length", ".1f"),
+            ("answers that end", "eos_rate_before", "eos_rate", ".1%"),
+        ],
+    }[stage]
+
+    def show(key: str, form: str) -> str:
+        return format(metrics[f"eval/{key}"], form) if f"eval/{key}" in metrics else ""
+
+    return [(label, show(before, form), show(after, form)) for label, before, after, form in wanted if f"eval/{after}" in metrics]
+
+
+def print_sweep(jobs: list[tuple[str, dict[str, Any]]]) -> None:
+    """One row per job of a sweep, with the metrics that its last stage has."""
+    names = ["score", "gold", "kl", "length", "perplexity", "accuracy"]
+    names = [name for name in names if any(f"eval/{name}" in summary["metrics"] for _, summary in jobs)]
+    table = Table(title="Sweep", title_justify="left")
+    for column in ("job", *names):
+        table.add_column(column)
+    for job, summary in jobs:
+        table.add_row(job, *(f"{summary['metrics'][f'eval/{name}']:.3f}" if f"eval/{name}" in summary["metrics"] else "" for name in names))
+    Console().print(table)

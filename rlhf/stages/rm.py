@@ -1,0 +1,158 @@
+"""Reward model: preference pairs -> a score for a whole answer. Sequence-level Bradley-Terry on the score at the last token."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import comm
+from rlhf.config import Config
+from rlhf.data import load_data, template
+from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
+from rlhf.data.records import Pair
+from rlhf.engines import build_engine, optimizer_step
+from rlhf.models import last_token_score, load_scorer, load_tokenizer, save_engine
+from rlhf.objectives import learning_rate, pairwise_loss
+from rlhf.stages import sft
+from rlhf.track import Tracker, log
+
+
+def run(cfg: Config, run_dir: Path) -> dict[str, float]:
+    """Train, evaluate, measure the scale of the scores, save run_dir/model. Returns the final metrics."""
+    # ---- data
+    tokenizer = load_tokenizer(cfg.reward.path)
+    data = load_data(cfg.data)
+    pairs = encode(data.rm, tokenizer, cfg)
+    log.info(f"reward model: {len(pairs)} pairs, {len(data.eval_rm)} held out")
+    steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
+    if not steps:
+        raise ValueError(f"rm.batch_size={cfg.rm.batch_size}: there are only {len(pairs)} pairs")
+    steps = min(steps, cfg.rm.max_steps or steps)
+
+    # ---- model
+    engine = build_engine(load_scorer(cfg.reward.path, tokenizer, cfg.deploy.precision), cfg, "reward_trained", run_dir)
+    tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
+
+    # ---- training
+    lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
+    seen_tokens = 0
+    for step, batch in zip(range(steps), global_batches(len(pairs), cfg.rm.batch_size, cfg.rm.epochs, cfg.seed)):
+        n = len(batch)
+        seen_tokens += sum(len(chosen) + len(rejected) for chosen, rejected in (pairs[i] for i in batch))
+        loss_sum, scores = torch.zeros((), dtype=torch.float64), []
+
+        def loss_of(micro: Sequence[int], n: int = n, loss_sum: torch.Tensor = loss_sum, scores: list[torch.Tensor] = scores) -> torch.Tensor:
+            chosen, rejected = score_pairs(engine, [pairs[i] for i in micro], tokenizer.pad_token_id)
+            loss = pairwise_loss(chosen, rejected)
+            loss_sum += loss.detach().double().cpu()
+            scores.append(torch.stack([chosen.detach(), rejected.detach()], 1).cpu())
+            return loss / n
+
+        lr = learning_rate(step, steps, cfg.rm.lr, cfg.rm.warmup_ratio, cfg.rm.schedule.name, cfg.rm.final_lr)
+        micros = micro_batches(batch, lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size())
+        grad_norm = optimizer_step(engine, micros, loss_of, lr)
+        both = comm.all_rows(torch.cat(scores).to(engine.device)).double()
+        chosen, rejected = both[:, 0], both[:, 1]
+        tracker.log(
+            step + 1,
+            {
+                "loss": comm.all_sum([float(loss_sum)], engine.device)[0] / n,
+                "accuracy": correct(chosen, rejected),
+                "margin": (chosen - rejected).mean(),
+                "mean_reward": both.mean(),
+                "min_reward": both.min(),
+                "max_reward": both.max(),
+                "chosen_reward": chosen.mean(),
+                "rejected_reward": rejected.mean(),
+                "grad_norm": grad_norm,
+                "learning_rate": lr,
+                "num_tokens": seen_tokens,
+            },
+        )
+
+    # ---- evaluation
+    engine.eval()
+    metrics, samples = evaluate(engine, data.eval_rm, data.eval_probe, tokenizer, cfg)
+    tracker.samples(steps, samples)
+
+    # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations
+    demonstrations = [prompt + answer for prompt, answer in sft.encode(data.eval_sft, tokenizer, cfg)]
+    scores = score(engine, demonstrations, tokenizer.pad_token_id, cfg)
+    metrics |= {"eval/score_mean": statistics.fmean(scores), "eval/score_std": statistics.pstdev(scores)}
+    engine.module.hf.config.score_mean = metrics["eval/score_mean"]
+    engine.module.hf.config.score_std = max(metrics["eval/score_std"], 1e-6)
+    save_engine(engine, tokenizer, run_dir / "model")
+    tracker.close(metrics)
+    return metrics
+
+
+def encode(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompt + chosen and prompt + rejected; pairs with a prompt that is too long are left out."""
+    encoded = []
+    for pair in pairs:
+        prompt = template.encode_prompt(tokenizer, pair.prompt, cfg.data.max_prompt_tokens)
+        if prompt is not None:
+            answers = (template.encode_response(tokenizer, text, cfg.data.max_response_tokens) for text in (pair.chosen, pair.rejected))
+            chosen, rejected = (prompt + answer for answer in answers)
+            encoded.append((chosen, rejected))
+    return encoded
+
+
+def score_pairs(scorer: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the chosen and of the rejected answers, (B,) each, in one forward."""
+    ids, mask = pad_right([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], pad_id, scorer.device)
+    chosen, rejected = last_token_score(scorer(ids, mask), mask).chunk(2)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def score(engine: Any, rows: list[list[int]], pad_id: int, cfg: Config) -> list[float]:
+    """The score of each whole sequence, in order; the work is shared by all processes."""
+    rank, world = comm.rank(), comm.world_size()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order += order[:1] * (-len(order) % world)  # the same number on every process
+    parts = []
+    for chunk in chunks(order[rank::world], cfg.deploy.eval_micro_batch):
+        ids, mask = pad_right([rows[i] for i in chunk], pad_id, engine.device)
+        parts.append(last_token_score(engine(ids, mask), mask))
+    scores = comm.all_rows(torch.cat(parts)).tolist()
+    by_row = dict(zip((row for r in range(world) for row in order[r::world]), scores))
+    return [by_row[i] for i in range(len(rows))]
+
+
+def correct(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
+    """Share of pairs whose chosen answer scores higher; a tie counts half."""
+    return float(((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean())
+
+
+def evaluate(
+    engine: Any, pairs: list[Pair], probe: list[Pair], tokenizer: Any, cfg: Config
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Held-out accuracy, and where the truth is known, that against it.
+
+    Returns: `eval/accuracy` agreement with the recorded labels; `eval/accuracy_gold` with the true order; `eval/accuracy_bayes`
+        of a perfect judge with the labels; `eval/accuracy_prompt` on pairs that differ only in whether the answer fits its prompt.
+    """
+
+    def scores_of(some: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = encode(some, tokenizer, cfg)
+        flat = score(engine, [row for pair in encoded for row in pair], tokenizer.pad_token_id, cfg)
+        return torch.tensor(flat[::2], dtype=torch.float64), torch.tensor(flat[1::2], dtype=torch.float64)
+
+    chosen, rejected = scores_of(pairs)
+    metrics = {"eval/accuracy": correct(chosen, rejected)}
+    if all(pair.gold_margin is not None for pair in pairs):
+        gold = torch.tensor([pair.gold_margin for pair in pairs])
+        metrics["eval/accuracy_gold"] = correct((chosen - rejected) * gold.sign(), torch.zeros(len(pairs)))
+        metrics["eval/accuracy_bayes"] = correct(gold, torch.zeros(len(pairs)))
+    if probe:
+        metrics["eval/accuracy_prompt"] = correct(*scores_of(probe))
+    samples = [
+        {"prompt": pair.prompt[-1].text, "chosen": pair.chosen, "rejected": pair.rejected, "chosen_score": float(c), "rejected_score": float(r)}
+        for pair, c, r in zip(pairs[:64], chosen, rejected)
+    ]
+    return metrics, samples

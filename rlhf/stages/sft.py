@@ -1,0 +1,122 @@
+"""Supervised fine-tuning: demonstrations -> policy. The loss is on the answer and its EOS only."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import comm
+from rlhf.config import Config
+from rlhf.data import load_data, template
+from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
+from rlhf.data.records import Demonstration
+from rlhf.engines import build_engine, optimizer_step
+from rlhf.models import load_policy, load_tokenizer, save_engine
+from rlhf.objectives import learning_rate, token_logp
+from rlhf.rollout import evaluate_policy
+from rlhf.track import Tracker, log
+
+
+def run(cfg: Config, run_dir: Path) -> dict[str, float]:
+    """Train, evaluate, save run_dir/model. Returns the final metrics."""
+    # ---- data
+    tokenizer = load_tokenizer(cfg.actor.path)
+    data = load_data(cfg.data)
+    rows = encode(data.sft, tokenizer, cfg)
+    held_out = encode(data.eval_sft, tokenizer, cfg)
+    log.info(f"SFT: {len(rows)} demonstrations, {len(held_out)} held out")
+    steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
+    if not steps:
+        raise ValueError(f"sft.batch_size={cfg.sft.batch_size}: there are only {len(rows)} demonstrations")
+    steps = min(steps, cfg.sft.max_steps or steps)
+
+    # ---- model
+    engine = build_engine(load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir)
+    tracker = Tracker(cfg, run_dir, steps, ["loss", "mean_token_accuracy"])
+
+    # ---- training
+    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+    rank, world = comm.rank(), comm.world_size()
+    seen_tokens = 0
+    for step, batch in zip(range(steps), global_batches(len(rows), cfg.sft.batch_size, cfg.sft.epochs, cfg.seed)):
+        tokens = sum(len(rows[i][1]) for i in batch)  # answer tokens of the whole step, over all processes
+        seen_tokens += tokens
+        sums = torch.zeros(3, dtype=torch.float64)  # -log p, correct, entropy
+
+        def loss_of(micro: list[int], tokens: int = tokens, sums: torch.Tensor = sums) -> torch.Tensor:
+            nll, correct, entropy = answer_sums(engine, [rows[i] for i in micro], tokenizer.pad_token_id)
+            sums += torch.stack([nll.detach(), correct, entropy]).double().cpu()
+            return nll / tokens
+
+        lr = learning_rate(step, steps, cfg.sft.lr, cfg.sft.warmup_ratio, cfg.sft.schedule.name, cfg.sft.final_lr)
+        grad_norm = optimizer_step(engine, micro_batches(batch, lengths, cfg.deploy.micro_batch, rank, world), loss_of, lr)
+        nll, correct, entropy = (x / tokens for x in comm.all_sum(sums.tolist(), engine.device))
+        tracker.log(
+            step + 1,
+            {
+                "loss": nll,
+                "perplexity": math.exp(min(nll, 50.0)),
+                "mean_token_accuracy": correct,
+                "entropy": entropy,
+                "grad_norm": grad_norm,
+                "learning_rate": lr,
+                "num_tokens": seen_tokens,
+            },
+        )
+
+    # ---- evaluation
+    engine.eval()
+    metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
+    measured, samples = evaluate_policy(
+        data.eval_prompts,
+        data,
+        cfg.data.max_prompt_tokens,
+        cfg.data.max_response_tokens,
+        1.0,
+        cfg.deploy.eval_micro_batch,
+        tokenizer,
+        engine,
+    )
+    metrics |= {f"eval/{key}": value for key, value in measured.items()}
+    tracker.samples(steps, samples)
+    save_engine(engine, tokenizer, run_dir / "model")
+    tracker.close(metrics)
+    return metrics
+
+
+def encode(demonstrations: list[Demonstration], tokenizer: Any, cfg: Config) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompt and answer; demonstrations with a prompt that is too long are left out."""
+    encoded = [
+        (
+            template.encode_prompt(tokenizer, d.prompt, cfg.data.max_prompt_tokens),
+            template.encode_response(tokenizer, d.response, cfg.data.max_response_tokens),
+        )
+        for d in demonstrations
+    ]
+    return [(prompt, answer) for prompt, answer in encoded if prompt is not None]
+
+
+def answer_sums(policy: Any, rows: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over all answer tokens (EOS included) of `rows`: -log p (with gradient), number of correct guesses, entropy in nats."""
+    ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(rows):
+        is_answer[i, len(prompt) : len(prompt) + len(answer)] = True
+    logits = policy(ids, mask, ids.shape[1] - 1)
+    chosen = is_answer[:, 1:]
+    logits, targets = logits[chosen], ids[:, 1:][chosen]
+    logp, entropy = token_logp(logits, targets)
+    return -logp.sum(), (logits.argmax(-1) == targets).sum(), entropy.detach().sum()
+
+
+@torch.no_grad()
+def perplexity(engine: Any, rows: list[tuple[list[int], list[int]]], pad_id: int, cfg: Config) -> float:
+    """exp of the mean -log p over all answer tokens of all rows."""
+    nothing: tuple[list[int], list[int]] = (rows[0][0], [])  # so that every process has the same number of rows
+    mine = (rows + [nothing] * (-len(rows) % comm.world_size()))[comm.rank() :: comm.world_size()]
+    nll = sum(float(answer_sums(engine, part, pad_id)[0]) for part in chunks(mine, cfg.deploy.eval_micro_batch))
+    total, tokens = comm.all_sum([nll, sum(len(answer) for _, answer in mine)], engine.device)
+    return math.exp(min(total / tokens, 50.0))

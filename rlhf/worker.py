@@ -1,0 +1,74 @@
+"""One process of a run: python -m rlhf.worker RUN_DIR. Reads RUN_DIR/config.yaml, never imports Hydra.
+
+train.py starts it; run by hand it repeats the run of that directory, for a debugger.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+
+def main(run_dir: Path) -> None:
+    prepare_environment()
+    from rlhf import config
+
+    cfg = config.load(run_dir / "config.yaml")
+    stage = config.Stage[cfg.stage.name]
+    if cfg.deploy.device == config.Device.cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    threads = cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+    import torch
+
+    from rlhf import comm, engines, layout, report, track
+    from rlhf.stages import ppo, rm, sft
+
+    torch.set_num_threads(threads)
+    engines.init_distributed()
+    track.set_up_logging(run_dir)
+    started = time.time()
+    try:
+        torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
+        metrics = {config.Stage.sft: sft.run, config.Stage.rm: rm.run, config.Stage.ppo: ppo.run}[stage](cfg, run_dir)
+        if comm.rank() == 0:
+            report.plot_curves(run_dir)
+            layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
+    except Exception as error:
+        track.log.debug("failed", exc_info=True)  # the traceback is for train.log, the line for the user
+        first_line = (str(error) or repr(error)).splitlines()[0]
+        (run_dir / f"error-rank{comm.rank()}.txt").write_text(f"rank {comm.rank()}: {type(error).__name__}: {first_line}")
+        sys.exit(1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def prepare_environment() -> None:
+    """Die with the parent, be a group of one when started by hand, and keep the libraries quiet."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "DS_LOG_LEVEL": "error", "DEEPSPEED_LOG_LEVEL": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
