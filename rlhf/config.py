@@ -34,6 +34,12 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Format(Enum):
+    sandbox = "sandbox"
+    prompt_chosen_rejected = "prompt_chosen_rejected"
+    chosen_rejected = "chosen_rejected"
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -67,7 +73,7 @@ class Model:
 @dataclass
 class Source:
     path: str = MISSING  # hub id, local .jsonl/.json/.parquet/.csv file, or builtin:sandbox
-    format: str = MISSING  # how a row becomes turns and answers: see rlhf/data/sources.py
+    format: Format = MISSING  # how a row becomes turns and answers: see rlhf/data/sources.py
 
 
 @dataclass
@@ -85,7 +91,7 @@ class Data:
     eval_rows: int = MISSING  # held-out rows to evaluate on, at most
     max_prompt_tokens: int = MISSING  # longer prompts lose their first turns, or are dropped
     max_response_tokens: int = MISSING  # longer answers are cut (and then carry no EOS)
-    sources: dict[str, Source] = MISSING
+    sources: dict[str, Source] = MISSING  # by a name of your choice; several are mixed
     sandbox: Optional[Sandbox] = MISSING  # sizes of the built-in world; null where no source is builtin:sandbox
 
 
@@ -96,8 +102,8 @@ class Optim:
     warmup_ratio: float = MISSING  # share of the optimizer steps, in [0, 1]
     final_lr: float = MISSING  # at the last step, as a share of lr, in [0, 1]
     weight_decay: float = MISSING  # decoupled; not on biases and norms
-    betas: list[float] = MISSING
-    adam_eps: float = MISSING
+    betas: list[float] = MISSING  # Adam's, each in [0, 1)
+    adam_eps: float = MISSING  # added to Adam's denominator, > 0
     grad_clip: float = MISSING  # global norm, > 0
 
 
@@ -112,7 +118,7 @@ class Sft(Optim):
 class Rm(Optim):
     epochs: int = MISSING  # passes over the pairs
     batch_size: int = MISSING  # pairs per optimizer step, over all processes
-    max_steps: Optional[int] = MISSING
+    max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
 
 
 @dataclass
@@ -146,7 +152,7 @@ class Rollout:
 
 @dataclass
 class Deploy:
-    device: Device = no_effect()
+    device: Device = no_effect()  # cpu or gpu (NVIDIA)
     gpus: int = no_effect()  # processes per node: one per GPU, on CPU too
     threads: Optional[int] = no_effect()  # CPU threads per process; null = cores / processes
     zero_stage: int = no_effect()  # what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights
@@ -157,9 +163,9 @@ class Deploy:
 
 @dataclass
 class Wandb:
-    mode: WandbMode = no_effect()
-    project: str = no_effect()
-    entity: Optional[str] = no_effect()
+    mode: WandbMode = no_effect()  # auto: online if there is a key and the server answers, else offline
+    project: str = no_effect()  # where the runs appear
+    entity: Optional[str] = no_effect()  # user or team; null = your default one
     tags: list[str] = no_effect()  # besides actor, deployment and data
 
 
@@ -238,7 +244,7 @@ def schema_keys(node: Any = Config, prefix: str = "") -> list[str]:
         star = ".*" if typing.get_origin(annotation) is dict else ""
         keys += [key + star] if star else []
         if dataclasses.is_dataclass(child := _node_type(annotation)):
-            keys += schema_keys(child, f"{key}{star}.")
+            keys += schema_keys(typing.cast(type, child), f"{key}{star}.")
     return keys
 
 
@@ -254,15 +260,15 @@ def unknown(key: str) -> str:
     names = schema_keys()
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     last = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    guess = (near or last or [None])[0]
-    return f"{key} (did you mean {guess}?)" if guess else f"{key} (see python train.py --help)"
+    guesses = near or last
+    return f"{key} (did you mean {guesses[0]}?)" if guesses else f"{key} (see python train.py --help)"
 
 
 def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     """Keys that are in `cfg` but not in the schema: `+key=value` puts them there unasked."""
     found = []
     for name in cfg:
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name!s}"
         if not is_known(key):
             found.append(key)
         elif not OmegaConf.is_missing(cfg, name) and isinstance(child := cfg._get_node(name), DictConfig) and not child._is_none():
@@ -294,15 +300,16 @@ def check(cfg: Config) -> list[str]:
     positive("deploy.gpus", "deploy.threads", "deploy.micro_batch", "deploy.eval_micro_batch", "rollout.max_new_tokens")
     positive("rollout.temperature", "data.max_prompt_tokens", "data.max_response_tokens", "data.eval_rows", "data.eval_share")
     within("deploy.zero_stage", 0, 3)
-    need(len(cfg.data.shares) == 3 and min(cfg.data.shares) > 0, f"data.shares={cfg.data.shares}: give three parts above 0, for sft, rm, ppo")
     within("data.eval_share", 0, 0.5)
-    need(bool(cfg.data.sources), "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format")
-    uses_sandbox = any(source.path == "builtin:sandbox" for source in cfg.data.sources.values())
-    need(not uses_sandbox or cfg.data.sandbox is not None, "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml")
-    need(not uses_sandbox or len(cfg.data.sources) == 1, "data: the sandbox cannot be mixed with other sources, its truth covers its own prompts only")
-    if cfg.data.sandbox is not None:
+    shares, sources, sandbox = cfg.data.shares, cfg.data.sources, cfg.data.sandbox
+    need(len(shares) == 3 and min(shares) > 0, f"data.shares={shares}: give three parts above 0, for sft, rm, ppo")
+    need(bool(sources), "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format")
+    if any(source.path == "builtin:sandbox" for source in sources.values()):
+        need(sandbox is not None, "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml")
+        need(len(sources) == 1, "data: the sandbox cannot be mixed with other sources, its truth covers its own prompts only")
+    if sandbox is not None:
         positive("data.sandbox.demonstrations", "data.sandbox.pairs")
-        noise = cfg.data.sandbox.label_noise
+        noise = sandbox.label_noise
         need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
     for stage in (Stage.sft, Stage.rm, Stage.ppo):
         node = stage.name
@@ -321,11 +328,11 @@ def check(cfg: Config) -> list[str]:
     need(cfg.ppo.kl.coef >= 0, f"ppo.kl.coef={cfg.ppo.kl.coef}: must not be negative")
     need(cfg.ppo.missing_eos_penalty >= 0, f"ppo.missing_eos_penalty={cfg.ppo.missing_eos_penalty}: it is subtracted, must not be negative")
     if Stage.ppo in cfg.stage.runs and world > 0 and cfg.ppo.minibatches > 0 and cfg.ppo.batch_size > 0:
-        parts = cfg.ppo.minibatches * world
+        size, parts = cfg.ppo.batch_size, cfg.ppo.minibatches * world
         need(
-            cfg.ppo.batch_size % parts == 0,
-            f"ppo.batch_size={cfg.ppo.batch_size} is not divisible by ppo.minibatches={cfg.ppo.minibatches} x deploy.gpus={world} = {parts}: "
-            f"try ppo.batch_size={nearest(cfg.ppo.batch_size, parts)}",
+            size % parts == 0,
+            f"ppo.batch_size={size} is not divisible by ppo.minibatches={cfg.ppo.minibatches} x deploy.gpus={world} = {parts}: "
+            f"try ppo.batch_size={nearest(size, parts)}",
         )
     return problems
 

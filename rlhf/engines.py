@@ -57,9 +57,11 @@ def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callabl
             raise RuntimeError(f"the loss is {loss.item()}: lower the learning rate, or look at the last samples in samples.jsonl")
         # DeepSpeed averages gradients over processes; ours must be summed
         engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
+    # DeepSpeed's optimizers measure the norm themselves; with plain AdamW (ZeRO 0, fp32) the gradients lie open
+    gradients = [] if hasattr(engine.optimizer, "_global_grad_norm") else [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
     engine.step()
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else 0.0
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,9 @@ def run_workers(run_dir: Path, cfg: Config) -> None:
         cause = run_dir / f"error-rank{failed}.txt"
         code = workers[failed].returncode
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        line = cause.read_text() if cause.exists() else f"rank {failed}: {ending}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        line = (
+            cause.read_text() if cause.exists() else f"rank {failed}: {ending}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        )
         raise RuntimeError(f"{cfg.stage.name} failed, {line}; more in {run_dir / 'train.log'}")
 
 
@@ -86,7 +88,9 @@ def check_gpus(cfg: Config) -> None:
         return
     there = count_gpus()
     if there < cfg.deploy.gpus:
-        raise ValueError(f"deploy.gpus={cfg.deploy.gpus}, but this machine shows {there} NVIDIA GPU(s): use deploy=cpu, or fewer deploy.gpus")
+        raise ValueError(
+            f"deploy.gpus={cfg.deploy.gpus}, but this machine shows {there} NVIDIA GPU(s): use deploy=cpu, or fewer deploy.gpus"
+        )
 
 
 def count_gpus() -> int:

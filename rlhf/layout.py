@@ -177,7 +177,9 @@ def owned(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise RuntimeError(f"{directory} is being trained by another process ({lock.read().strip()}): wait for it, or stop it") from None
+            raise RuntimeError(
+                f"{directory} is being trained by another process ({lock.read().strip()}): wait for it, or stop it"
+            ) from None
         lock.seek(0)
         lock.truncate()
         lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")

@@ -122,7 +122,7 @@ def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, **op
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:  # only grow: many models have spare rows
         hf.resize_token_embeddings(len(tokenizer))
     hf.config.pad_token_id = tokenizer.pad_token_id
-    for name, module in hf.named_modules():
+    for module in hf.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for key in ("dropout", "attention_dropout", "layerdrop"):  # OPT and others keep the rate as a plain number

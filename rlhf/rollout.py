@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf import comm
 from rlhf.data import template
 from rlhf.data.batches import chunks, pad_left, uniforms
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset
 from rlhf.engines import gathered
 from rlhf.models import last_token_score, model_inputs
 from rlhf.objectives import token_logp
@@ -42,6 +42,10 @@ class Experience:
         for name in ("response_ids", "mask", "old_logp", "ref_logp", "old_values"):
             setattr(picked, name, getattr(picked, name)[:, :r])
         return picked
+
+    def text(self, row: int, tokenizer: Any) -> str:
+        """The answer of a row."""
+        return template.decode_response(tokenizer, self.response_ids[row][self.mask[row] > 0].tolist())
 
     @property
     def ids(self) -> Tensor:  # (B, P + R)
@@ -150,7 +154,6 @@ def make_experience(
 
 
 def evaluate_policy(
-    prompts: Sequence[list[Turn]],
     data: Dataset,
     max_prompt_tokens: int,
     max_new_tokens: int,
@@ -166,15 +169,16 @@ def evaluate_policy(
     Returns: means over the answers, `eos_rate`, `length` (tokens), and where they are known `gold`, `gold_best`, `score`
         (normalised units), `kl` (nats per sequence, the sum over tokens of log pi - log ref); and one row per answer for the tables.
     """
-    encoded = [(turns, template.encode_prompt(tokenizer, turns, max_prompt_tokens)) for turns in prompts]
-    kept = [(turns, ids) for turns, ids in encoded if ids is not None]
+    encoded = template.encode_prompts(tokenizer, data.eval_prompts, max_prompt_tokens)
+    kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
     draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
     e = make_experience([ids for _, ids in kept], draws, temperature, micro_batch, tokenizer, actor, ref, reward)
     kl = (e.old_logp - e.ref_logp).sum(1)
     rows: list[dict[str, Any]] = []
     for i, (turns, _) in enumerate(kept):
-        answer = template.decode_response(tokenizer, e.response_ids[i][e.mask[i] > 0].tolist())
-        row: dict[str, Any] = {"prompt": turns[-1].text, "completion": answer, "length": int(e.mask[i].sum()), "eos_rate": float(e.ended[i])}
+        answer = e.text(i, tokenizer)
+        row: dict[str, Any] = {"prompt": turns[-1].text, "completion": answer}
+        row |= {"length": int(e.mask[i].sum()), "eos_rate": float(e.ended[i])}
         row |= {"score": float(e.score[i])} if reward is not None else {}
         row |= {"kl": float(kl[i])} if ref is not None else {}
         row |= {"gold": data.gold(turns, answer)} if data.gold else {}

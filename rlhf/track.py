@@ -98,7 +98,7 @@ def start_wandb(cfg: Config, run_dir: Path) -> Any:
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(6))
-    mode = cfg.wandb.mode.name
+    mode: Any = cfg.wandb.mode.name
     if cfg.wandb.mode == WandbMode.auto:
         mode = "online" if wandb_reachable(wandb.setup().settings.base_url) else "offline"
     settings = wandb.Settings(
@@ -121,7 +121,9 @@ def start_wandb(cfg: Config, run_dir: Path) -> Any:
         run = wandb.init(mode=mode, **options)
     except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         if cfg.wandb.mode == WandbMode.online:
-            raise RuntimeError(f"wandb.mode=online: {str(error).splitlines()[0]}; log in with `wandb login`, or set wandb.mode=auto") from None
+            raise RuntimeError(
+                f"wandb.mode=online: {str(error).splitlines()[0]}; log in with `wandb login`, or set wandb.mode=auto"
+            ) from None
         log.warning("W&B is not reachable, going on offline: %s", str(error).splitlines()[0])
         run = wandb.init(mode="offline", **options)
     run.define_metric("step")

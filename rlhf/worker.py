@@ -26,10 +26,12 @@ def main(run_dir: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from rlhf import comm, engines, layout, report, track
     from rlhf.stages import ppo, rm, sft
 
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(threads)
     engines.init_distributed()
     track.set_up_logging(run_dir)
@@ -62,10 +64,15 @@ def prepare_environment() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "DS_LOG_LEVEL": "error", "DEEPSPEED_LOG_LEVEL": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_LOG_LEVEL": "error",
+        "DEEPSPEED_LOG_LEVEL": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
 

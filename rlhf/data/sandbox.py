@@ -24,27 +24,27 @@ from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 # kind of thing -> (things, what one does with such a thing)
 KINDS: dict[str, tuple[list[str], list[str]]] = {
     "garden": (
-        "rose fern tulip cactus".split(),
+        ["rose", "fern", "tulip", "cactus"],
         ["water it slowly", "trim the dry leaves", "add fresh soil", "pull the weeds", "move it into the sun"],
     ),
     "kitchen": (
-        "pan kettle knife oven".split(),
+        ["pan", "kettle", "knife", "oven"],
         ["rinse it well", "scrub off the grease", "wipe it with a cloth", "let it cool", "sharpen the edge"],
     ),
     "music": (
-        "guitar piano violin drum".split(),
+        ["guitar", "piano", "violin", "drum"],
         ["tune it by ear", "play a slow scale", "learn one easy song", "close the case", "listen to the sound"],
     ),
     "animal": (
-        "cat dog rabbit pony".split(),
+        ["cat", "dog", "rabbit", "pony"],
         ["fill the bowl", "brush the fur", "offer a small treat", "check the paws", "make a soft bed"],
     ),
     "clothes": (
-        "jacket scarf shirt dress".split(),
+        ["jacket", "scarf", "shirt", "dress"],
         ["wash it cold", "mend the seam", "hang it in the shade", "fold it flat", "iron it gently"],
     ),
     "vehicle": (
-        "bicycle scooter truck tractor".split(),
+        ["bicycle", "scooter", "truck", "tractor"],
         ["check the brakes", "pump up the tires", "oil the chain", "tighten the bolts", "test the lights"],
     ),
 }

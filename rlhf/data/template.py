@@ -7,9 +7,10 @@ answer begins with a space, so no token crosses the boundary when the two are to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from rlhf.data.records import Turn
+from rlhf.data.records import Demonstration, Pair, Turn
 
 USER, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 STOP_STRINGS = [USER]  # an answer that goes on as the user has ended
@@ -37,22 +38,47 @@ def render_prompt(tokenizer: Any, turns: list[Turn]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def encode_prompt(tokenizer: Any, turns: list[Turn], max_tokens: int) -> list[int] | None:
-    """Token ids of a prompt. One that is too long loses its first turns, always keeping a user's turn in front;
-    None when the last turn alone has more than `max_tokens`."""
-    for first in range(len(turns)):
-        if first and turns[first].role != "user":
-            continue
-        ids = tokenizer(render_prompt(tokenizer, turns[first:]), add_special_tokens=False).input_ids
-        if len(ids) <= max_tokens:
-            return ids
+def encode_prompts(tokenizer: Any, prompts: Sequence[list[Turn]], max_tokens: int) -> list[list[int] | None]:
+    """Token ids of each prompt. One that is too long loses its first turns, always keeping a user's turn in front;
+    None when its last turn alone has more than `max_tokens`."""
+    if not prompts:
+        return []
+    encoded = tokenizer([render_prompt(tokenizer, turns) for turns in prompts], add_special_tokens=False).input_ids
+    return [ids if len(ids) <= max_tokens else _shorten(tokenizer, turns, max_tokens) for turns, ids in zip(prompts, encoded)]
+
+
+def _shorten(tokenizer: Any, turns: list[Turn], max_tokens: int) -> list[int] | None:
+    for first in range(1, len(turns)):
+        if turns[first].role == "user":
+            ids = tokenizer(render_prompt(tokenizer, turns[first:]), add_special_tokens=False).input_ids
+            if len(ids) <= max_tokens:
+                return ids
     return None
 
 
-def encode_response(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
-    """Token ids of an answer with its EOS; an answer that is too long is cut and carries none."""
-    ids = tokenizer(" " + text.strip(), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return ids[:max_tokens]
+def encode_responses(tokenizer: Any, answers: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of each answer with its EOS; an answer that is too long is cut and carries none."""
+    if not answers:
+        return []
+    encoded = tokenizer([" " + text.strip() for text in answers], add_special_tokens=False).input_ids
+    return [(ids + [tokenizer.eos_token_id])[:max_tokens] for ids in encoded]
+
+
+def encode_demonstrations(
+    tokenizer: Any, demonstrations: Sequence[Demonstration], max_prompt: int, max_response: int
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompt and answer; demonstrations with a prompt that is too long are left out."""
+    prompts = encode_prompts(tokenizer, [d.prompt for d in demonstrations], max_prompt)
+    answers = encode_responses(tokenizer, [d.response for d in demonstrations], max_response)
+    return [(prompt, answer) for prompt, answer in zip(prompts, answers) if prompt is not None]
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], max_prompt: int, max_response: int) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompt + chosen and of prompt + rejected; pairs with a prompt that is too long are left out."""
+    prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt)
+    chosen = encode_responses(tokenizer, [pair.chosen for pair in pairs], max_response)
+    rejected = encode_responses(tokenizer, [pair.rejected for pair in pairs], max_response)
+    return [(prompt + c, prompt + r) for prompt, c, r in zip(prompts, chosen, rejected) if prompt is not None]
 
 
 def decode_response(tokenizer: Any, ids: list[int]) -> str:

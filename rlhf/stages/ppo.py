@@ -18,8 +18,9 @@ import torch
 
 from rlhf import comm
 from rlhf.config import Config
-from rlhf.data import load_data, template
+from rlhf.data import template
 from rlhf.data.batches import global_batches, micro_batches, uniforms
+from rlhf.data.load import load_data
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.models import load_policy, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import (
@@ -43,8 +44,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- data
     tokenizer = load_tokenizer(cfg.inputs["sft"])
     data = load_data(cfg.data)
-    encoded = [(turns, template.encode_prompt(tokenizer, turns, cfg.data.max_prompt_tokens)) for turns in data.ppo]
-    prompts = [(turns, ids) for turns, ids in encoded if ids is not None]
+    encoded = template.encode_prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens)
+    prompts = [(turns, ids) for turns, ids in zip(data.ppo, encoded) if ids is not None]
     log.info(f"PPO: {len(prompts)} prompts, {len(data.eval_prompts)} held out")
     steps = len(prompts) // cfg.ppo.batch_size * cfg.ppo.prompt_epochs
     if not steps:
@@ -61,18 +62,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate_policy(
-            data.eval_prompts,
-            data,
-            cfg.data.max_prompt_tokens,
-            cfg.rollout.max_new_tokens,
-            cfg.rollout.temperature,
-            cfg.deploy.eval_micro_batch,
-            tokenizer,
-            actor,
-            ref,
-            reward,
-        )
+        limits = (cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens)
+        return evaluate_policy(data, *limits, cfg.rollout.temperature, cfg.deploy.eval_micro_batch, tokenizer, actor, ref, reward)
 
     before, samples_before = evaluate()
 
@@ -103,10 +94,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
         metrics = rollout_metrics(experience, score, returns, cfg) | update
         if data.gold:
-            gold = [
-                data.gold(prompts[i][0], template.decode_response(tokenizer, experience.response_ids[row][experience.mask[row] > 0].tolist()))
-                for row, i in enumerate(batch)
-            ]
+            gold = [data.gold(prompts[i][0], experience.text(row, tokenizer)) for row, i in enumerate(batch)]
             metrics |= {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
         seconds = time.time() - started
         metrics |= {
@@ -215,7 +203,7 @@ def rollout_metrics(e: Experience, score: torch.Tensor, returns: torch.Tensor, c
     """What the sampled answers look like. Sequence KL in nats, scores in normalised units; `score` has the EOS penalty in it."""
     kl = (e.old_logp - e.ref_logp) * e.mask
     length = e.mask.sum(1)
-    metrics = {
+    metrics: dict[str, Any] = {
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_per_token": masked_mean(kl, e.mask),
         "objective/kl_k3": (kl_k3(e.old_logp, e.ref_logp) * e.mask).sum(1).mean(),

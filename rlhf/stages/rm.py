@@ -11,13 +11,13 @@ import torch
 
 from rlhf import comm
 from rlhf.config import Config
-from rlhf.data import load_data, template
+from rlhf.data import template
 from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
+from rlhf.data.load import load_data
 from rlhf.data.records import Pair
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.models import last_token_score, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate, pairwise_loss
-from rlhf.stages import sft
 from rlhf.track import Tracker, log
 
 
@@ -26,7 +26,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- data
     tokenizer = load_tokenizer(cfg.reward.path)
     data = load_data(cfg.data)
-    pairs = encode(data.rm, tokenizer, cfg)
+    limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+    pairs = template.encode_pairs(tokenizer, data.rm, *limits)
     log.info(f"reward model: {len(pairs)} pairs, {len(data.eval_rm)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
     if not steps:
@@ -43,31 +44,32 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     for step, batch in zip(range(steps), global_batches(len(pairs), cfg.rm.batch_size, cfg.rm.epochs, cfg.seed)):
         n = len(batch)
         seen_tokens += sum(len(chosen) + len(rejected) for chosen, rejected in (pairs[i] for i in batch))
-        loss_sum, scores = torch.zeros((), dtype=torch.float64), []
+        losses: list[torch.Tensor] = []  # of the micro-batches: the summed loss, and the scores (pairs, 2)
+        scores: list[torch.Tensor] = []
 
-        def loss_of(micro: Sequence[int], n: int = n, loss_sum: torch.Tensor = loss_sum, scores: list[torch.Tensor] = scores) -> torch.Tensor:
+        def loss_of(micro: Sequence[int], n: int = n, losses: list = losses, scores: list = scores) -> torch.Tensor:
             chosen, rejected = score_pairs(engine, [pairs[i] for i in micro], tokenizer.pad_token_id)
             loss = pairwise_loss(chosen, rejected)
-            loss_sum += loss.detach().double().cpu()
-            scores.append(torch.stack([chosen.detach(), rejected.detach()], 1).cpu())
+            losses.append(loss.detach())
+            scores.append(torch.stack([chosen.detach(), rejected.detach()], 1))
             return loss / n
 
         lr = learning_rate(step, steps, cfg.rm.lr, cfg.rm.warmup_ratio, cfg.rm.schedule.name, cfg.rm.final_lr)
         micros = micro_batches(batch, lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size())
         grad_norm = optimizer_step(engine, micros, loss_of, lr)
-        both = comm.all_rows(torch.cat(scores).to(engine.device)).double()
+        both = comm.all_rows(torch.cat(scores)).double()
         chosen, rejected = both[:, 0], both[:, 1]
         tracker.log(
             step + 1,
             {
-                "loss": comm.all_sum([float(loss_sum)], engine.device)[0] / n,
+                "loss": comm.all_sum([float(sum(losses))], engine.device)[0] / n,
                 "accuracy": correct(chosen, rejected),
-                "margin": (chosen - rejected).mean(),
-                "mean_reward": both.mean(),
-                "min_reward": both.min(),
-                "max_reward": both.max(),
-                "chosen_reward": chosen.mean(),
-                "rejected_reward": rejected.mean(),
+                "margin": float((chosen - rejected).mean()),
+                "mean_reward": float(both.mean()),
+                "min_reward": float(both.min()),
+                "max_reward": float(both.max()),
+                "chosen_reward": float(chosen.mean()),
+                "rejected_reward": float(rejected.mean()),
                 "grad_norm": grad_norm,
                 "learning_rate": lr,
                 "num_tokens": seen_tokens,
@@ -80,26 +82,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker.samples(steps, samples)
 
     # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations
-    demonstrations = [prompt + answer for prompt, answer in sft.encode(data.eval_sft, tokenizer, cfg)]
-    scores = score(engine, demonstrations, tokenizer.pad_token_id, cfg)
-    metrics |= {"eval/score_mean": statistics.fmean(scores), "eval/score_std": statistics.pstdev(scores)}
+    demonstrations = [prompt + answer for prompt, answer in template.encode_demonstrations(tokenizer, data.eval_sft, *limits)]
+    unit = score(engine, demonstrations, tokenizer.pad_token_id, cfg)
+    metrics |= {"eval/score_mean": statistics.fmean(unit), "eval/score_std": statistics.pstdev(unit)}
     engine.module.hf.config.score_mean = metrics["eval/score_mean"]
     engine.module.hf.config.score_std = max(metrics["eval/score_std"], 1e-6)
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics
-
-
-def encode(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompt + chosen and prompt + rejected; pairs with a prompt that is too long are left out."""
-    encoded = []
-    for pair in pairs:
-        prompt = template.encode_prompt(tokenizer, pair.prompt, cfg.data.max_prompt_tokens)
-        if prompt is not None:
-            answers = (template.encode_response(tokenizer, text, cfg.data.max_response_tokens) for text in (pair.chosen, pair.rejected))
-            chosen, rejected = (prompt + answer for answer in answers)
-            encoded.append((chosen, rejected))
-    return encoded
 
 
 def score_pairs(scorer: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +129,7 @@ def evaluate(
     """
 
     def scores_of(some: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = encode(some, tokenizer, cfg)
+        encoded = template.encode_pairs(tokenizer, some, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
         flat = score(engine, [row for pair in encoded for row in pair], tokenizer.pad_token_id, cfg)
         return torch.tensor(flat[::2], dtype=torch.float64), torch.tensor(flat[1::2], dtype=torch.float64)
 
@@ -152,7 +142,13 @@ def evaluate(
     if probe:
         metrics["eval/accuracy_prompt"] = correct(*scores_of(probe))
     samples = [
-        {"prompt": pair.prompt[-1].text, "chosen": pair.chosen, "rejected": pair.rejected, "chosen_score": float(c), "rejected_score": float(r)}
+        {
+            "prompt": pair.prompt[-1].text,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "chosen_score": float(c),
+            "rejected_score": float(r),
+        }
         for pair, c, r in zip(pairs[:64], chosen, rejected)
     ]
     return metrics, samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 
 from rlhf import comm
 from rlhf.config import Config
-from rlhf.data import load_data, template
+from rlhf.data import template
 from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
-from rlhf.data.records import Demonstration
+from rlhf.data.load import load_data
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.models import load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate, token_logp
@@ -25,8 +26,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- data
     tokenizer = load_tokenizer(cfg.actor.path)
     data = load_data(cfg.data)
-    rows = encode(data.sft, tokenizer, cfg)
-    held_out = encode(data.eval_sft, tokenizer, cfg)
+    limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+    rows = template.encode_demonstrations(tokenizer, data.sft, *limits)
+    held_out = template.encode_demonstrations(tokenizer, data.eval_sft, *limits)
     log.info(f"SFT: {len(rows)} demonstrations, {len(held_out)} held out")
     steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
     if not steps:
@@ -46,7 +48,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         seen_tokens += tokens
         sums = torch.zeros(3, dtype=torch.float64)  # -log p, correct, entropy
 
-        def loss_of(micro: list[int], tokens: int = tokens, sums: torch.Tensor = sums) -> torch.Tensor:
+        def loss_of(micro: Sequence[int], tokens: int = tokens, sums: torch.Tensor = sums) -> torch.Tensor:
             nll, correct, entropy = answer_sums(engine, [rows[i] for i in micro], tokenizer.pad_token_id)
             sums += torch.stack([nll.detach(), correct, entropy]).double().cpu()
             return nll / tokens
@@ -71,14 +73,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     engine.eval()
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
     measured, samples = evaluate_policy(
-        data.eval_prompts,
-        data,
-        cfg.data.max_prompt_tokens,
-        cfg.data.max_response_tokens,
-        1.0,
-        cfg.deploy.eval_micro_batch,
-        tokenizer,
-        engine,
+        data, *limits, temperature=1.0, micro_batch=cfg.deploy.eval_micro_batch, tokenizer=tokenizer, actor=engine
     )
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)
@@ -87,19 +82,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     return metrics
 
 
-def encode(demonstrations: list[Demonstration], tokenizer: Any, cfg: Config) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompt and answer; demonstrations with a prompt that is too long are left out."""
-    encoded = [
-        (
-            template.encode_prompt(tokenizer, d.prompt, cfg.data.max_prompt_tokens),
-            template.encode_response(tokenizer, d.response, cfg.data.max_response_tokens),
-        )
-        for d in demonstrations
-    ]
-    return [(prompt, answer) for prompt, answer in encoded if prompt is not None]
-
-
-def answer_sums(policy: Any, rows: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answer_sums(policy: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over all answer tokens (EOS included) of `rows`: -log p (with gradient), number of correct guesses, entropy in nats."""
     ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
     is_answer = torch.zeros_like(ids, dtype=torch.bool)

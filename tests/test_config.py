@@ -1,0 +1,174 @@
+"""Composition, types and checks of the configuration, and the messages that a wrong one gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rlhf import config, layout
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "stage"))
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+STAGES = sorted(path.stem for path in (CONF / "stage").glob("*.yaml"))
+
+
+def composed(*overrides: str) -> config.Config:
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.to_typed(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("group, option", OPTIONS, ids=lambda x: x)
+def test_every_option_composes_with_every_stage(group: str, option: str) -> None:
+    for stage in STAGES:
+        cfg = composed(f"stage={stage}", f"{group}={option}")
+        assert config.check(cfg) == []
+        assert cfg.stage.name == stage
+
+
+def test_defaults_are_the_embedded_pipeline() -> None:
+    cfg = composed()
+    assert [stage.name for stage in cfg.stage.runs] == ["sft", "rm", "ppo"]
+    assert (cfg.actor.name, cfg.reward.name, list(cfg.data.sources)) == ("tiny", "tiny", ["sandbox"])
+    assert (cfg.deploy.device, cfg.deploy.gpus) == (config.Device.cpu, 1)
+
+
+def test_an_actor_brings_its_reward_model_and_data_and_the_command_line_wins() -> None:
+    cfg = composed("stage=ppo", "actor=opt1.3b", "deploy=single_gpu")
+    assert (cfg.reward.name, list(cfg.data.sources)) == ("opt350m", ["rm_static"])
+    cfg = composed("actor=opt1.3b", "reward=tiny", "data=sandbox")
+    assert (cfg.reward.name, list(cfg.data.sources)) == ("tiny", ["sandbox"])
+    assert list(composed("reward=opt350m").data.sources) == ["rm_static"]
+
+
+def test_data_sources_combine() -> None:
+    assert list(composed("actor=opt1.3b", "data=[rm_static,full_hh]").data.sources) == ["rm_static", "full_hh"]
+
+
+def test_recipe_files_name_existing_options() -> None:
+    for group, model_group in (("recipe", "actor"), ("reward_recipe", "reward")):
+        for path in (CONF / group).glob("*.yaml"):
+            model, deploy = path.stem.rsplit("-", 1)
+            assert (CONF / model_group / f"{model}.yaml").exists(), path
+            assert (CONF / "deploy" / f"{deploy}.yaml").exists(), path
+
+
+def test_ppo_defaults_are_those_promised() -> None:
+    config.register()
+    ppo = OmegaConf.load(CONF / "ppo" / "default.yaml")
+    assert (ppo.epochs, ppo.minibatches, ppo.kl.coef, ppo.gamma, ppo.lam) == (4, 4, 0.05, 1.0, 0.95)
+    assert (ppo.clip, ppo.value_clip, ppo.adam_eps, ppo.missing_eos_penalty) == (0.2, 0.2, 1e-5, 1.0)
+
+
+def test_every_key_is_documented_and_has_its_value_in_yaml_only() -> None:
+    nodes = [node for node in vars(config).values() if dataclasses.is_dataclass(node)]
+    source = (CONF.parent / "rlhf" / "config.py").read_text()
+    for node in nodes:
+        hints = typing.get_type_hints(node)
+        for f in dataclasses.fields(node):
+            assert f.default == "???", f"{node.__name__}.{f.name} has a default in Python"
+            is_node = dataclasses.is_dataclass(config._node_type(hints[f.name]))
+            documented = re.search(rf"^    {f.name}: .*#", source, re.MULTILINE)
+            assert is_node or documented, f"{node.__name__}.{f.name} has no comment"
+
+
+def test_fields_without_effect_on_results() -> None:
+    """Placement, labels and logging do not change a run's identity; everything else does."""
+    nodes = [node for node in vars(config).values() if dataclasses.is_dataclass(node)]
+    free = {f"{node.__name__}.{f.name}" for node in nodes for f in dataclasses.fields(node) if not f.metadata.get("identity", True)}
+    assert free == {
+        *(f"Config.{name}" for name in ("stage", "wandb", "exp", "root", "fresh", "inputs")),
+        *(f"Deploy.{name}" for name in ("device", "gpus", "threads", "zero_stage", "micro_batch", "eval_micro_batch")),
+        *(f"Wandb.{name}" for name in ("mode", "project", "entity", "tags")),
+    }
+
+
+def test_config_survives_saving(tmp_path: Path) -> None:
+    cfg = composed("ppo.kl.coef=0.07", "deploy.threads=3")
+    config.save(cfg, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml") == cfg
+
+
+def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown key ppo.lrr \(did you mean ppo.lr\?\)"):
+        composed("+ppo.lrr=1")
+    with pytest.raises(ValueError, match="unknown key ppo.x"):
+        composed("+ppo.x=1")
+    with pytest.raises(ValueError, match="unknown key nonsense"):
+        composed("+nonsense.deep=1")
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (
+            ["ppo.batch_size=100", "ppo.minibatches=3"],
+            "ppo.batch_size=100 is not divisible by ppo.minibatches=3 x deploy.gpus=1 = 3: try ppo.batch_size=99",
+        ),
+        (["deploy.gpus=3"], "sft.batch_size=16 is not divisible by deploy.gpus=3: try 15"),
+        (["sft.lr=0"], "sft.lr=0.0: must be above 0"),
+        (["rm.epochs=-1"], "rm.epochs=-1: must be above 0"),
+        (["ppo.gamma=1.5"], "ppo.gamma=1.5: must be between 0 and 1"),
+        (["deploy.zero_stage=4"], "deploy.zero_stage=4: must be between 0 and 3"),
+        (["rollout.temperature=0"], "rollout.temperature=0.0: must be above 0"),
+        (["data.sandbox.label_noise=0.5"], "data.sandbox.label_noise=0.5: must be above 0 and below 0.5"),
+        (["data.sandbox=null"], "data.sandbox=null: the built-in source needs its sizes"),
+        (["data.shares=[1,2]"], "data.shares=[1, 2]: give three parts above 0"),
+        (["data=[sandbox,rm_static]"], "the sandbox cannot be mixed with other sources"),
+        (["sft.betas=[0.9]"], "sft.betas=[0.9]: give two numbers"),
+        (["ppo.missing_eos_penalty=-1"], "ppo.missing_eos_penalty=-1.0: it is subtracted"),
+    ],
+)
+def test_bad_values_are_named_with_numbers_and_fix(overrides: list[str], expected: str) -> None:
+    assert any(expected in problem for problem in config.check(composed(*overrides))), config.check(composed(*overrides))
+
+
+def test_all_problems_at_once() -> None:
+    assert len(config.check(composed("sft.lr=0", "ppo.lam=2", "deploy.gpus=3"))) >= 3
+
+
+def test_only_chosen_stages_are_checked_for_divisibility() -> None:
+    assert config.check(composed("stage=sft", "ppo.batch_size=7")) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------- naming
+
+
+def name(stage: str, *overrides: str) -> str:
+    groups = [o for o in overrides if o.split("=")[0] in (*GROUPS, "stage")]
+    return layout.run_name(composed(*overrides), config.Stage[stage], composed(*groups))
+
+
+def test_a_run_is_named_by_what_decides_its_result() -> None:
+    assert re.fullmatch(r"ppo-tiny-tiny-[0-9a-f]{8}", name("ppo"))
+    assert re.fullmatch(r"ppo-tiny-tiny\+ppo.kl.coef-0.1\+seed-2-[0-9a-f]{8}", name("ppo", "seed=2", "ppo.kl.coef=0.1"))
+    assert name("ppo", "ppo.kl.coef=0.05") == name("ppo"), "a value equal to the default is no difference"
+    assert name("ppo", "ppo.kl.coef=5e-2") == name("ppo"), "values are compared typed"
+
+
+def test_stages_are_shared_where_nothing_they_read_differs() -> None:
+    assert name("sft", "ppo.kl.coef=0.1", "rm.lr=1e-4", "rollout.temperature=0.7") == name("sft")
+    assert name("rm", "sft.lr=1e-4", "actor=opt125m", "reward=tiny", "data=sandbox") == name("rm")
+    assert name("sft", "sft.lr=1e-4") != name("sft")
+    assert name("ppo", "sft.lr=1e-4") != name("ppo"), "PPO stands on SFT"
+    for free in ("exp=other", "deploy.threads=1", "wandb.mode=offline", "deploy.micro_batch=4", "deploy.gpus=2", "root=/x"):
+        assert name("ppo", free) == name("ppo"), free
+    assert name("sft", "deploy.precision=bf16") != name("sft")
+
+
+def test_given_inputs_replace_the_stages_that_would_make_them() -> None:
+    assert name("ppo", "ppo.actor=/m", "sft.lr=1e-4").rsplit("-", 1)[1] == name("ppo", "ppo.actor=/m").rsplit("-", 1)[1]
+    assert name("ppo", "ppo.actor=/m") != name("ppo")
+
+
+def test_names_are_safe_and_short() -> None:
+    long = name("sft", "actor.path='/a/b=c,d/" + "x" * 200 + "'")
+    assert len(long) <= 109 and not set("=,/ ") & set(long)
+    assert long != name("sft", "actor.path='/a/b=c,d/" + "x" * 199 + "'"), "the hash tells cut names apart"
