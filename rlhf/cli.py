@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 from hydra import compose
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -34,17 +35,16 @@ failed_jobs: list[tuple[str, str]] = []  # of a sweep: overrides and the line th
 def main() -> int:
     """Run the command line; returns the exit code: 0 done, 1 a run failed, 2 the command was wrong, 130 interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us, who print one line
-    overrides = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    sweep = any(arg in ("-m", "--multirun") for arg in sys.argv[1:])
+    args = get_args_parser().parse_args()
     try:
         if "RANK" in os.environ:
             raise ValueError("start python train.py itself, without torchrun or deepspeed: it starts its workers, deploy.gpus=N of them")
         config.register()
-        problems = [line for arg in overrides for line in explain_override(arg)]
-        if problems:
+        problems = [line for arg in args.overrides for line in explain_override(arg)]
+        if problems and not args.shell_completion:
             raise ValueError("\n".join(problems))
-        if sweep:
-            check_sweep(overrides)
+        if args.multirun:
+            check_sweep(args.overrides)
         run_command()
     except KeyboardInterrupt:
         say("interrupted; the same command starts the unfinished stage anew")

@@ -22,6 +22,14 @@ def all_sum(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def all_max(value: float, device: torch.device) -> float:
+    """The largest value of all processes."""
+    top = torch.tensor(value, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return float(top)
+
+
 def all_rows(x: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in rank order: (b, ...) of each becomes (b * world, ...). Shapes must agree."""
     if world_size() == 1:

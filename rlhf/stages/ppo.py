@@ -189,7 +189,7 @@ def train_on(
         "policy/approxkl_avg": mean["approxkl"],
         "policy/clipfrac_avg": mean["clipfrac"],
         "policy/entropy_avg": mean["entropy"],
-        "policy/ratio_max": ratio_max,
+        "policy/ratio_max": comm.all_max(ratio_max, actor.device),
         "policy/ratio_first_minibatch": first_ratio,
         "policy/grad_norm": float(np.mean([a for a, _ in grad_norms])),
         "val/clipfrac_avg": mean["value_clipfrac"],

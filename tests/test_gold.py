@@ -1,0 +1,77 @@
+"""The promise of the sandbox: PPO closes most of the gap between the SFT model and the best answers there are."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Demo, runs_in, summary, train
+
+from rlhf.config import load
+from rlhf.data import template
+from rlhf.data.load import load_data
+from rlhf.models import load_scorer, load_tokenizer
+from rlhf.stages.rm import correct, score_pairs
+
+
+def check(sft: Path, rm: Path, ppo: Path) -> dict[str, float]:
+    s, r, p = (summary(run)["metrics"] for run in (sft, rm, ppo))
+    gap = (p["eval/gold"] - p["eval/gold_before"]) / (p["eval/gold_best"] - p["eval/gold_before"])
+    figures = {"gap_closed": gap, "kl": p["eval/kl"], "accuracy": r["eval/accuracy"], "prompt": r["eval/accuracy_prompt"]}
+    figures |= {"bayes": r["eval/accuracy_bayes"], "sft_eos": s["eval/eos_rate"], "score": p["eval/score"] - p["eval/score_before"]}
+    print({key: round(value, 3) for key, value in figures.items()})
+    assert figures["gap_closed"] >= 0.60
+    assert figures["kl"] <= 8
+    assert figures["accuracy"] >= 0.80
+    assert figures["prompt"] >= 0.95
+    assert figures["bayes"] >= 0.90
+    assert figures["sft_eos"] >= 0.95
+    assert figures["score"] > 0
+    return figures
+
+
+def test_gold_target(demo: Demo) -> None:
+    check(demo.sft, demo.rm, demo.ppo)
+
+
+def test_pipeline_time(demo: Demo) -> None:
+    """Promised on two cores: under 4 minutes; asserted: 3 x that."""
+    print(f"pipeline: {demo.seconds:.0f} s")
+    assert demo.seconds < 3 * 240
+
+
+def test_shuffled_prompts_ruin_the_score(demo: Demo) -> None:
+    """A bug that mixes up prompts must not pass unseen: answers judged with another's prompt are worth much less."""
+    rows = [json.loads(line) for line in (demo.ppo / "samples.jsonl").read_text().splitlines()]
+    data = load_data(load(demo.rm / "config.yaml").data)
+    assert data.gold is not None
+    turns = {prompt[-1].text: prompt for prompt in data.eval_prompts}
+    prompts = [turns[row["prompt"]] for row in rows]
+    answers = [row["after"] for row in rows]
+    others = prompts[:]
+    random.Random(0).shuffle(others)
+    right = sum(data.gold(p, a) for p, a in zip(prompts, answers)) / len(rows)
+    mixed = sum(data.gold(p, a) for p, a in zip(others, answers)) / len(rows)
+    print(f"gold {right:.2f}, with shuffled prompts {mixed:.2f}")
+    assert mixed < right - 1
+    tokenizer = load_tokenizer(str(demo.rm / "model"))
+    scorer = load_scorer(str(demo.rm / "model"), tokenizer, load(demo.rm / "config.yaml").deploy.precision)
+    scorer.device = torch.device("cpu")
+    ids = template.encode_prompts(tokenizer, prompts + others, 256)
+    tails = template.encode_responses(tokenizer, answers, 256)
+    pairs = [(ids[i] + tail, ids[i + len(rows)] + tail) for i, tail in enumerate(tails)]
+    with torch.no_grad():
+        own, foreign = score_pairs(scorer, pairs, tokenizer.pad_token_id)
+    assert correct(own, foreign) > 0.7 and own.mean() > foreign.mean() + 0.3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [2, 3])
+def test_gold_target_on_more_seeds(seed: int, tmp_path: Path) -> None:
+    done = train(f"seed={seed}", "wandb.mode=disabled", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = runs_in(tmp_path)
+    check(runs["sft"][0], runs["rm"][0], runs["ppo"][0])

@@ -1,0 +1,168 @@
+"""The stages as real processes: one and two of them, twice with the same seed, with failures, and their results read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, SMALL, metrics, runs_in, summary, train
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pipeline in one process."""
+    root = tmp_path_factory.mktemp("alone")
+    done = train(*SMALL, "deploy.threads=1", cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def without_time(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("timing_s/") and k != "eps"} for row in rows]
+
+
+def test_the_same_seed_gives_the_same_metrics_and_weights(alone: Path, tmp_path: Path) -> None:
+    done = train(*SMALL, "deploy.threads=1", "exp=again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stage in ("sft", "rm", "ppo"):
+        (one,), (two,) = runs_in(alone)[stage], runs_in(tmp_path)[stage]
+        assert one.name == two.name
+        assert without_time(metrics(one)) == without_time(metrics(two))
+        assert summary(one)["metrics"] == summary(two)["metrics"]
+        first, second = weights(one), weights(two)
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage: int) -> None:
+    """Same samples, same losses up to the order of additions, same weights."""
+    done = train(*SMALL, "deploy.threads=1", "deploy.gpus=2", f"deploy.zero_stage={zero_stage}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stage in ("sft", "rm", "ppo"):
+        (one,), (two,) = runs_in(alone)[stage], runs_in(tmp_path)[stage]
+        for row, other in zip(without_time(metrics(one)), without_time(metrics(two)), strict=True):
+            for key, value in row.items():
+                assert other[key] == pytest.approx(value, rel=1e-3, abs=2e-4), (stage, key)
+        first, second = weights(one), weights(two)
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[k], second[k], atol=2e-4) for k in first)
+
+
+def test_metrics_and_summary_have_the_promised_names(alone: Path) -> None:
+    runs = {stage: paths[0] for stage, paths in runs_in(alone).items()}
+    promised = {
+        "sft": ({"eval/perplexity", "eval/eos_rate", "eval/gold"}, {"loss", "perplexity", "grad_norm", "learning_rate", "num_tokens"}),
+        "rm": (
+            {"eval/accuracy", "eval/accuracy_gold", "eval/accuracy_bayes", "eval/accuracy_prompt"},
+            {"loss", "accuracy", "margin", "mean_reward", "chosen_reward", "rejected_reward"},
+        ),
+        "ppo": (
+            {f"eval/{k}" for k in ("score_before", "score", "kl", "eos_rate", "gold_before", "gold", "gold_best")},
+            {"objective/kl", "objective/scores", "objective/entropy", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg"}
+            | {"loss/value_avg", "val/ratio", "val/num_eos_tokens", "val/explained_variance", "lr", "eps", "episode", "reward/gold/mean"},
+        ),
+    }
+    for stage, (final, per_step) in promised.items():
+        info, rows = summary(runs[stage]), metrics(runs[stage])
+        assert info["stage"] == stage and info["status"] == "finished" and info["id"]
+        assert final <= set(info["metrics"])
+        assert per_step <= set(rows[0])
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert summary(runs["ppo"])["parents"] == {"sft": summary(runs["sft"])["id"], "rm": summary(runs["rm"])["id"]}
+
+
+def test_ppo_starts_on_policy_at_its_reference(alone: Path) -> None:
+    first = metrics(runs_in(alone)["ppo"][0])[0]
+    assert first["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["policy/grad_norm"] > 0 and first["val/grad_norm"] > 0
+
+
+def test_an_interrupted_run_starts_anew_and_keeps_what_was(tmp_path: Path) -> None:
+    """SIGKILL of the parent takes the worker along; the same command then finishes the run."""
+    command = [sys.executable, str(REPO / "train.py"), "stage=sft", "wandb.mode=disabled", "deploy.threads=1"]
+    parent = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    log = None
+    for _ in range(600):
+        log = next(tmp_path.glob("outputs/sft-*/metrics.jsonl"), None)
+        if log and len(log.read_text().splitlines()) > 2:
+            break
+        time.sleep(0.1)
+    assert log
+    parent.kill()
+    parent.wait()
+    deadline = time.time() + 10
+    while workers_of(tmp_path) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not workers_of(tmp_path), "the worker outlived its parent"
+    run = log.parent
+    before = log.read_text()
+    stopped = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (run / "attempts" / "1" / "metrics.jsonl").exists() and log.exists() and log.read_text():
+            break
+        time.sleep(0.1)
+    assert (run / "attempts" / "1" / "metrics.jsonl").read_text() == before
+    # a second owner is refused while the first one works
+    second = train("stage=sft", "wandb.mode=disabled", "deploy.threads=1", cwd=tmp_path)
+    assert second.returncode == 1 and f"pid {stopped.pid}" in second.stderr and "being trained by another process" in second.stderr
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(20) == 130
+    assert not workers_of(tmp_path)
+
+
+def workers_of(root: Path) -> list[str]:
+    """Command lines of the workers whose run lies below `root`."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (proc / "cmdline").read_bytes().decode().replace("\0", " ")
+            if "rlhf.worker" in line and os.readlink(proc / "cwd") == str(root):
+                found.append(line)
+        except OSError:
+            continue
+    return found
+
+
+def test_a_failing_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) -> None:
+    done = train("stage=sft", *SMALL, "data.max_prompt_tokens=1", cwd=tmp_path)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "sft failed, rank 0: ValueError" in errors[0] and "train.log" in errors[0]
+    assert "Traceback" not in done.stderr
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert "Traceback" in (run / "train.log").read_text() and not (run / "summary.json").exists()
+
+
+def test_preference_files_train_all_stages(tmp_path: Path) -> None:
+    """A local file in the schema of Dahoas/rm-static, through the whole pipeline."""
+    words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish", "plum", "leek"]
+    rows = [
+        {"prompt": f"\n\nHuman: May I have {a} and {b}?\n\nAssistant:", "chosen": f" Yes, {a} and {b}.", "rejected": " No."}
+        for a in words
+        for b in words
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["sft.max_steps=1", "rm.max_steps=1", "ppo.max_steps=1", "ppo.batch_size=8", "rollout.max_new_tokens=8", "wandb.mode=disabled"]
+    source = ["data=rm_static", f"data.sources.rm_static.path={file}", "data.eval_share=0.2", "sft.batch_size=4", "rm.batch_size=4"]
+    done = train(*source, *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "eval/gold" not in summary(runs_in(tmp_path)["ppo"][0])["metrics"]
+    dialogues = [f"data.sources.rm_static.path={file}", "data.sources.rm_static.format=chosen_rejected"]
+    done = train("stage=rm", "data=rm_static", *dialogues, cwd=tmp_path)
+    assert done.returncode == 1 and "no '\\n\\nHuman:' turn" in done.stderr  # the answers of this file are no dialogues
+    done = train("stage=rm", "data=rm_static", "data.sources.rm_static.path=./missing.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and "missing.jsonl: no such file" in done.stderr

@@ -1,0 +1,38 @@
+"""Sweeps: shared upstream stages, failures that stop nothing, results below multirun/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conftest import SMALL, runs_in, summary, train
+
+
+def test_four_ppo_jobs_over_two_sft_and_two_reward_runs(tmp_path: Path) -> None:
+    done = train("-m", "ppo.kl.coef=0.02,0.1", "seed=1,2", "exp=study", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = runs_in(tmp_path)
+    assert {stage: len(paths) for stage, paths in runs.items()} == {"sft": 2, "rm": 2, "ppo": 4}
+    ids = {stage: {summary(run)["id"] for run in paths} for stage, paths in runs.items()}
+    parents = [summary(run)["parents"] for run in runs["ppo"]]
+    assert {p["sft"] for p in parents} == ids["sft"] and {p["rm"] for p in parents} == ids["rm"]
+    jobs = sorted((tmp_path / "multirun" / "study").iterdir())
+    assert len(jobs) == 4
+    for job in jobs:
+        assert {"overrides.txt", "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "run"} <= {p.name for p in job.iterdir()}
+        assert summary(job / "run") == summary(job)
+    assert done.stdout.count("ppo.kl.coef=0.02 seed=1") == 1, "one row of the final table per job"
+
+
+def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
+    few = [o for o in SMALL if not o.startswith("data.sandbox.dem")]
+    done = train("-m", "stage=sft", "data.sandbox.demonstrations=8,64", *few, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "failed:" in done.stderr and "sft.batch_size=16: there are only 8 demonstrations" in done.stderr
+    assert len([run for run in runs_in(tmp_path)["sft"] if (run / "summary.json").exists()]) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_all_jobs_are_checked_before_the_first_starts(tmp_path: Path) -> None:
+    done = train("-m", "stage=sft", "sft.lr=1e-3,0", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2 and "sft.lr=0.0: must be above 0" in done.stderr
+    assert not (tmp_path / "outputs").exists()
