@@ -29,6 +29,7 @@ CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
 
 finished_jobs: list[tuple[str, dict[str, Any]]] = []  # of a sweep: overrides and summary of each job's last stage
+single_error: list[Exception] = []  # of a command that is no sweep
 failed_jobs: list[tuple[str, str]] = []  # of a sweep: overrides and the line that says why
 
 
@@ -46,6 +47,8 @@ def main() -> int:
         if args.multirun:
             check_sweep(args.overrides)
         run_command()
+        if single_error:
+            raise single_error[0]
     except KeyboardInterrupt:
         say("interrupted; the same command starts the unfinished stage anew")
         return 130
@@ -128,7 +131,10 @@ def run_command(composed: DictConfig) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     job = " ".join(overrides)
     if not is_sweep:
-        run_stages(composed, overrides)
+        try:
+            run_stages(composed, overrides)
+        except Exception as error:  # raised again in main(): Hydra would print a line of its own
+            single_error.append(error)
         return
     say(f"\n--- job {HydraConfig.get().job.num + 1}: {job}")
     try:

@@ -78,6 +78,19 @@ def location(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def check_context(path: str, limits: dict[str, int]) -> None:
+    """Refuse sequences longer than the model has positions, before its weights are loaded.
+
+    Args: limits: the settings that limit prompt and answer, in tokens.  Raises: ValueError with the numbers.
+    """
+    from transformers import AutoConfig
+
+    context = getattr(AutoConfig.from_pretrained(location(path)), "max_position_embeddings", None)
+    if context and sum(limits.values()) > context:
+        wanted = " + ".join(f"{key}={value}" for key, value in limits.items())
+        raise ValueError(f"{wanted} is more than the {context} positions of {path}: lower one of them")
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model, with our template and a pad token that is not EOS."""
     from transformers import AutoTokenizer

@@ -39,6 +39,10 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["-m", "ppo.kl.coef=0.1,-1"], "ppo.kl.coef=-1.0: must not be negative"),
         (["stage=ppo", "seed=77"], "make it: python train.py stage=sft seed=77  or give ppo.actor="),
         (["stage=ppo", "seed=77"], "make it: python train.py stage=rm seed=77  or give ppo.reward="),
+        (
+            ["data.max_prompt_tokens=500"],
+            "data.max_response_tokens=64 is more than the 512 positions of builtin:tiny",
+        ),
         (["data.eval_rows=9999"], "data.eval_rows=9999: the sandbox has 7200 prompts"),
     ],
 )

@@ -36,7 +36,7 @@ def build(directory: Path) -> None:
         ),
     )
     bpe.add_tokens([template.USER, template.ASSISTANT])  # a role is one token
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=256)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=512)
     tokenizer.save_pretrained(directory)
     OPTConfig(
         vocab_size=len(tokenizer),
@@ -45,7 +45,7 @@ def build(directory: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         ffn_dim=256,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         dropout=0.0,
         attention_dropout=0.0,
         layerdrop=0.0,

@@ -22,7 +22,7 @@ from rlhf.data import template
 from rlhf.data.batches import global_batches, micro_batches, uniforms
 from rlhf.data.load import load_data
 from rlhf.engines import build_engine, optimizer_step
-from rlhf.models import load_policy, load_scorer, load_tokenizer, save_engine
+from rlhf.models import check_context, load_policy, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import (
     explained_variance,
     gae,
@@ -42,6 +42,9 @@ from rlhf.track import Tracker, log
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate before and after, save run_dir/model and run_dir/critic. Returns the final metrics."""
     # ---- data
+    limits = {"data.max_prompt_tokens": cfg.data.max_prompt_tokens, "rollout.max_new_tokens": cfg.rollout.max_new_tokens}
+    for model in (cfg.inputs["sft"], cfg.inputs["rm"]):
+        check_context(model, limits)
     tokenizer = load_tokenizer(cfg.inputs["sft"])
     data = load_data(cfg.data)
     encoded = template.encode_prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens)
@@ -62,8 +65,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        limits = (cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens)
-        return evaluate_policy(data, *limits, cfg.rollout.temperature, cfg.deploy.eval_micro_batch, tokenizer, actor, ref, reward)
+        return evaluate_policy(data, *limits.values(), cfg.rollout.temperature, cfg.deploy.eval_micro_batch, tokenizer, actor, ref, reward)
 
     before, samples_before = evaluate()
 

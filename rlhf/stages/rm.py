@@ -16,7 +16,7 @@ from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
 from rlhf.data.load import load_data
 from rlhf.data.records import Pair
 from rlhf.engines import build_engine, optimizer_step
-from rlhf.models import last_token_score, load_scorer, load_tokenizer, save_engine
+from rlhf.models import check_context, last_token_score, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate, pairwise_loss
 from rlhf.track import Tracker, log
 
@@ -24,10 +24,11 @@ from rlhf.track import Tracker, log
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate, measure the scale of the scores, save run_dir/model. Returns the final metrics."""
     # ---- data
+    limits = {"data.max_prompt_tokens": cfg.data.max_prompt_tokens, "data.max_response_tokens": cfg.data.max_response_tokens}
+    check_context(cfg.reward.path, limits)
     tokenizer = load_tokenizer(cfg.reward.path)
     data = load_data(cfg.data)
-    limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
-    pairs = template.encode_pairs(tokenizer, data.rm, *limits)
+    pairs = template.encode_pairs(tokenizer, data.rm, *limits.values())
     log.info(f"reward model: {len(pairs)} pairs, {len(data.eval_rm)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
     if not steps:
@@ -82,7 +83,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker.samples(steps, samples)
 
     # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations
-    demonstrations = [prompt + answer for prompt, answer in template.encode_demonstrations(tokenizer, data.eval_sft, *limits)]
+    demonstrations = [prompt + answer for prompt, answer in template.encode_demonstrations(tokenizer, data.eval_sft, *limits.values())]
     unit = score(engine, demonstrations, tokenizer.pad_token_id, cfg)
     metrics |= {"eval/score_mean": statistics.fmean(unit), "eval/score_std": statistics.pstdev(unit)}
     engine.module.hf.config.score_mean = metrics["eval/score_mean"]

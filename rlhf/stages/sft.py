@@ -15,7 +15,7 @@ from rlhf.data import template
 from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
 from rlhf.data.load import load_data
 from rlhf.engines import build_engine, optimizer_step
-from rlhf.models import load_policy, load_tokenizer, save_engine
+from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate, token_logp
 from rlhf.rollout import evaluate_policy
 from rlhf.track import Tracker, log
@@ -24,11 +24,12 @@ from rlhf.track import Tracker, log
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate, save run_dir/model. Returns the final metrics."""
     # ---- data
+    limits = {"data.max_prompt_tokens": cfg.data.max_prompt_tokens, "data.max_response_tokens": cfg.data.max_response_tokens}
+    check_context(cfg.actor.path, limits)
     tokenizer = load_tokenizer(cfg.actor.path)
     data = load_data(cfg.data)
-    limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
-    rows = template.encode_demonstrations(tokenizer, data.sft, *limits)
-    held_out = template.encode_demonstrations(tokenizer, data.eval_sft, *limits)
+    rows = template.encode_demonstrations(tokenizer, data.sft, *limits.values())
+    held_out = template.encode_demonstrations(tokenizer, data.eval_sft, *limits.values())
     log.info(f"SFT: {len(rows)} demonstrations, {len(held_out)} held out")
     steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
     if not steps:
@@ -73,7 +74,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     engine.eval()
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
     measured, samples = evaluate_policy(
-        data, *limits, temperature=1.0, micro_batch=cfg.deploy.eval_micro_batch, tokenizer=tokenizer, actor=engine
+        data, *limits.values(), temperature=1.0, micro_batch=cfg.deploy.eval_micro_batch, tokenizer=tokenizer, actor=engine
     )
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)
