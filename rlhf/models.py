@@ -78,16 +78,16 @@ def location(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def check_context(path: str, limits: dict[str, int]) -> None:
+def check_context(path: str, max_prompt: int, max_response: int, response_key: str = "data.max_response_tokens") -> None:
     """Refuse sequences longer than the model has positions, before its weights are loaded.
 
-    Args: limits: the settings that limit prompt and answer, in tokens.  Raises: ValueError with the numbers.
+    Args: max_prompt, max_response: tokens.  response_key: the setting that limits answers.  Raises: ValueError with the numbers.
     """
     from transformers import AutoConfig
 
     context = getattr(AutoConfig.from_pretrained(location(path)), "max_position_embeddings", None)
-    if context and sum(limits.values()) > context:
-        wanted = " + ".join(f"{key}={value}" for key, value in limits.items())
+    if context and max_prompt + max_response > context:
+        wanted = f"data.max_prompt_tokens={max_prompt} + {response_key}={max_response}"
         raise ValueError(f"{wanted} is more than the {context} positions of {path}: lower one of them")
 
 

@@ -42,12 +42,12 @@ from rlhf.track import Tracker, log
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate before and after, save run_dir/model and run_dir/critic. Returns the final metrics."""
     # ---- data
-    limits = {"data.max_prompt_tokens": cfg.data.max_prompt_tokens, "rollout.max_new_tokens": cfg.rollout.max_new_tokens}
+    max_prompt, max_new = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
     for model in (cfg.inputs["sft"], cfg.inputs["rm"]):
-        check_context(model, limits)
+        check_context(model, max_prompt, max_new, "rollout.max_new_tokens")
     tokenizer = load_tokenizer(cfg.inputs["sft"])
     data = load_data(cfg.data)
-    encoded = template.encode_prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens)
+    encoded = template.encode_prompts(tokenizer, data.ppo, max_prompt)
     prompts = [(turns, ids) for turns, ids in zip(data.ppo, encoded) if ids is not None]
     log.info(f"PPO: {len(prompts)} prompts, {len(data.eval_prompts)} held out")
     steps = len(prompts) // cfg.ppo.batch_size * cfg.ppo.prompt_epochs
@@ -65,14 +65,16 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate_policy(data, *limits.values(), cfg.rollout.temperature, cfg.deploy.eval_micro_batch, tokenizer, actor, ref, reward)
+        return evaluate_policy(
+            data, max_prompt, max_new, cfg.rollout.temperature, cfg.deploy.eval_micro_batch, tokenizer, actor, ref, reward
+        )
 
     before, samples_before = evaluate()
 
     # ---- training
     for step, batch in zip(range(steps), global_batches(len(prompts), cfg.ppo.batch_size, cfg.ppo.prompt_epochs, cfg.seed)):
         started = time.time()
-        draws = uniforms("rollout", batch, cfg.seed, step, cfg.rollout.max_new_tokens)
+        draws = uniforms("rollout", batch, cfg.seed, step, max_new)
         experience = make_experience(
             [prompts[i][1] for i in batch],
             draws,

@@ -24,11 +24,11 @@ from rlhf.track import Tracker, log
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate, measure the scale of the scores, save run_dir/model. Returns the final metrics."""
     # ---- data
-    limits = {"data.max_prompt_tokens": cfg.data.max_prompt_tokens, "data.max_response_tokens": cfg.data.max_response_tokens}
-    check_context(cfg.reward.path, limits)
+    max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
+    check_context(cfg.reward.path, max_prompt, max_response)
     tokenizer = load_tokenizer(cfg.reward.path)
     data = load_data(cfg.data)
-    pairs = template.encode_pairs(tokenizer, data.rm, *limits.values())
+    pairs = template.encode_pairs(tokenizer, data.rm, max_prompt, max_response)
     log.info(f"reward model: {len(pairs)} pairs, {len(data.eval_rm)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
     if not steps:
@@ -83,7 +83,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker.samples(steps, samples)
 
     # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations
-    demonstrations = [prompt + answer for prompt, answer in template.encode_demonstrations(tokenizer, data.eval_sft, *limits.values())]
+    demonstrations = [
+        prompt + answer for prompt, answer in template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
+    ]
     unit = score(engine, demonstrations, tokenizer.pad_token_id, cfg)
     metrics |= {"eval/score_mean": statistics.fmean(unit), "eval/score_std": statistics.pstdev(unit)}
     engine.module.hf.config.score_mean = metrics["eval/score_mean"]

@@ -24,12 +24,12 @@ from rlhf.track import Tracker, log
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate, save run_dir/model. Returns the final metrics."""
     # ---- data
-    limits = {"data.max_prompt_tokens": cfg.data.max_prompt_tokens, "data.max_response_tokens": cfg.data.max_response_tokens}
-    check_context(cfg.actor.path, limits)
+    max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
+    check_context(cfg.actor.path, max_prompt, max_response)
     tokenizer = load_tokenizer(cfg.actor.path)
     data = load_data(cfg.data)
-    rows = template.encode_demonstrations(tokenizer, data.sft, *limits.values())
-    held_out = template.encode_demonstrations(tokenizer, data.eval_sft, *limits.values())
+    rows = template.encode_demonstrations(tokenizer, data.sft, max_prompt, max_response)
+    held_out = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
     log.info(f"SFT: {len(rows)} demonstrations, {len(held_out)} held out")
     steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
     if not steps:
@@ -74,7 +74,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     engine.eval()
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
     measured, samples = evaluate_policy(
-        data, *limits.values(), temperature=1.0, micro_batch=cfg.deploy.eval_micro_batch, tokenizer=tokenizer, actor=engine
+        data, max_prompt, max_response, temperature=1.0, micro_batch=cfg.deploy.eval_micro_batch, tokenizer=tokenizer, actor=engine
     )
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)
