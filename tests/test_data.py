@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -333,7 +334,7 @@ def test_the_best_answer_has_the_best_gold_for_every_prompt() -> None:
 def test_no_answer_is_better_than_the_best_gold() -> None:
     rng, prompts = random.Random(1), sandbox.all_prompts()
     gaps = []
-    for _ in range(8000):
+    for _ in range(5000):
         prompt = rng.choice(prompts)
         gaps.append(sandbox.best_gold(prompt) - sandbox.gold_reward(prompt, sandbox.write_answer(prompt, rng)))
     assert min(gaps) >= -1e-9
@@ -391,10 +392,9 @@ def test_the_size_of_one_part_does_not_change_another() -> None:
     more_rm = plain(sandbox.build_world(dataclasses.replace(SIZES, pairs=2100), 1, 256))
     for name in ("sft", "ppo", "eval_sft", "eval_prompts", "eval_probe"):
         assert more_rm[name] == base[name], name
-    # the label noise is calibrated on the training pairs, so labels may flip; the answers stay
-    for name in ("rm", "eval_rm"):
-        rows = [[{p.chosen, p.rejected} for p in data[name]] for data in (base, more_rm)]
-        assert rows[1][: len(rows[0])] == rows[0] or name == "rm", name
+    for name in ("rm", "eval_rm"):  # the label noise is calibrated on the training pairs, so labels may flip; the answers stay
+        rows = [[{pair.chosen, pair.rejected} for pair in data[name]] for data in (base, more_rm)]
+        assert rows[1][: len(rows[0])] == rows[0], name
 
 
 def test_margins_and_functions_tell_the_truth() -> None:
@@ -407,8 +407,8 @@ def test_margins_and_functions_tell_the_truth() -> None:
 
 
 def test_a_perfect_judge_agrees_with_the_labels_as_often_as_configured() -> None:
-    for noise in (0.03, 0.06, 0.2):
-        data = sandbox.build_world(Sandbox(1, 6000, noise), 1, 1)
+    for noise in (0.03, 0.2):
+        data = sandbox.build_world(Sandbox(1, 4000, noise), 1, 1)
         agree = sum(pair.gold_margin > 0 for pair in data.rm) / len(data.rm)
         assert abs((1 - agree) - noise) < 0.01
     agree = sum(pair.gold_margin > 0 for pair in world().rm) / len(world().rm)
@@ -438,7 +438,7 @@ def share_right(rule: Callable[[str], float], pairs: list[Pair]) -> float:
 
 @functools.cache
 def many_probes() -> list[Pair]:
-    return sandbox.build_world(Sandbox(1, 50, 0.06), 1, 2000).eval_probe
+    return sandbox.build_world(Sandbox(1, 50, 0.06), 1, 1000).eval_probe
 
 
 def n_steps(answer: str) -> int:
@@ -462,13 +462,17 @@ def test_probe_pairs_differ_only_in_what_the_prompt_wishes() -> None:
         len,
         n_steps,
         lambda answer: answer.startswith(tuple(sandbox.OPENERS)),
-        lambda answer: -abs(n_steps(answer) - 2),
-        lambda answer: hash(answer) % 97 == 0,
+        pytest.param(
+            lambda answer: -abs(n_steps(answer) - 2),
+            # who wishes for two steps always gets a pair of two against one or three: no pair has two as the wrong number
+            marks=pytest.mark.xfail(strict=True, reason="two steps are never the wrong number: always choosing two is right in 60 %"),
+        ),
+        lambda answer: zlib.crc32(answer.encode()),
     ],
     ids=["longer", "more steps", "friendly", "two steps", "arbitrary"],
 )
 def test_a_judge_that_does_not_read_the_prompt_is_right_on_about_half_of_the_probe(rule: Callable[[str], float]) -> None:
-    assert 0.4 <= share_right(rule, many_probes()) <= 0.6
+    assert 0.45 <= share_right(rule, many_probes()) <= 0.55
 
 
 # ---------------------------------------------------------------------------------------------------------------- built-in model

@@ -65,9 +65,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate_policy(
-            data, max_prompt, max_new, cfg.rollout.temperature, cfg.deploy.eval_micro_batch, tokenizer, actor, ref, reward
-        )
+        micro_batch, temperature = cfg.deploy.eval_micro_batch, cfg.rollout.temperature
+        return evaluate_policy(data, max_prompt, max_new, temperature, micro_batch, tokenizer, actor, ref, reward)
 
     before, samples_before = evaluate()
 
