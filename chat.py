@@ -22,7 +22,7 @@ def main() -> int:
     """Run the command line; returns the exit code: 0 done, 2 the command was wrong, 130 interrupted."""
     args = parse_arguments()
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # text that the terminal cannot show must not end us
+        stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end us
     try:
         path = find_model(args.path) if args.path is not None else str(newest_policy() / "model")
         say(f"{path}: loading")
@@ -157,9 +157,8 @@ def load(path: str, device: str) -> tuple[Any, Any]:
         where = "" if layout.is_directory(path) else "not a directory here, and as a hub id: "
         raise ValueError(f"cannot load {path}: {where}{' '.join(str(error).split())[:300] or repr(error)}") from error
     if not tokenizer.chat_template:
-        say(
-            f"{path}: its tokenizer has no chat template; using the one of this framework ({template.USER.strip()} ... {template.ASSISTANT.strip()})"
-        )
+        example = f"{template.USER.strip()} ... {template.ASSISTANT.strip()}"
+        say(f"{path}: its tokenizer has no chat template; using the one of this framework ({example})")
         template.install(tokenizer)
     return model, tokenizer
 

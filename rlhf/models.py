@@ -126,21 +126,17 @@ def load_scorer(path: str, tokenizer: Any, precision: Precision) -> Scorer:
 def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, **options: Any) -> Any:
     from transformers import AutoConfig
 
-    dtype = DTYPES[precision]
+    config = AutoConfig.from_pretrained(location(path), trust_remote_code=False, **options)
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):  # dropout, attn_pdrop, layerdrop, hidden_dropout, ...
+            setattr(config, key, 0.0)  # the log-probabilities of an update must be those of the rollout
     if path.startswith(BUILTIN):
-        config = AutoConfig.from_pretrained(location(path), **options)
-        hf = auto_class.from_config(config, dtype=dtype)
+        hf = auto_class.from_config(config, dtype=DTYPES[precision])
     else:
-        hf = auto_class.from_pretrained(location(path), dtype=dtype, trust_remote_code=False, **options)
+        hf = auto_class.from_pretrained(location(path), config=config, dtype=DTYPES[precision], trust_remote_code=False)
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:  # only grow: many models have spare rows
         hf.resize_token_embeddings(len(tokenizer))
     hf.config.pad_token_id = tokenizer.pad_token_id
-    for module in hf.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for key in ("dropout", "attention_dropout", "layerdrop"):  # OPT and others keep the rate as a plain number
-            if isinstance(getattr(module, key, None), float):
-                setattr(module, key, 0.0)
     return hf
 
 

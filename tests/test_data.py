@@ -462,11 +462,7 @@ def test_probe_pairs_differ_only_in_what_the_prompt_wishes() -> None:
         len,
         n_steps,
         lambda answer: answer.startswith(tuple(sandbox.OPENERS)),
-        pytest.param(
-            lambda answer: -abs(n_steps(answer) - 2),
-            # who wishes for two steps always gets a pair of two against one or three: no pair has two as the wrong number
-            marks=pytest.mark.xfail(strict=True, reason="two steps are never the wrong number: always choosing two is right in 60 %"),
-        ),
+        lambda answer: -abs(n_steps(answer) - 2),
         lambda answer: zlib.crc32(answer.encode()),
     ],
     ids=["longer", "more steps", "friendly", "two steps", "arbitrary"],

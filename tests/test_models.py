@@ -235,17 +235,7 @@ def test_the_last_token_is_found_by_the_mask_and_not_by_its_id(tokenizer: Any) -
     assert abs(score_of(scorer, ends_with_pad) - score_of(scorer, [5, 6])) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            family,
-            # the rate is the attribute hidden_dropout of BloomAttention and BloomMLP, which nothing sets to zero
-            marks=pytest.mark.xfail(strict=True, reason="hidden_dropout of Bloom stays on") if family == "bloom" else (),
-        )
-        for family in FAMILIES
-    ],
-)
+@each_family
 def test_dropout_of_the_configuration_is_off_after_loading(base: Any, tokenizer: Any, family: str) -> None:
     """Else the log-probabilities of the update are not those of the rollout: the first ratio of PPO would not be 1."""
     ids, mask = pad_right(ROWS, PAD, CPU)

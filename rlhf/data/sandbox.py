@@ -287,11 +287,12 @@ def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> Dataset:
 
     def probe(prompt: str, rng: random.Random) -> Pair:
         request = request_of(prompt)
-        # opposite wishes, the same thing: a judge that does not read the prompt is right half of the time
-        opposite = {1: 3, 3: 1, 2: rng.choice([1, 3])}[request.steps]
+        # the other wishes, the same thing: a judge that does not read the prompt is right half of the time. Two steps are the
+        # wrong number in a quarter of the other prompts' pairs, which makes "always two" right half of the time as well
+        others = {1: [3, 3, 3, 2], 2: [1, 3], 3: [1, 1, 1, 2]}[request.steps]
         tone = request.tone or rng.choice([1, -1])
         fits = ideal_answer(request, rng, tone=tone)
-        misses = ideal_answer(request, rng, steps=opposite, tone=-request.tone or tone)
+        misses = ideal_answer(request, rng, steps=rng.choice(others), tone=-request.tone or tone)
         return Pair([Turn("user", prompt)], fits, misses, gold_margin=gold_reward(prompt, fits) - gold_reward(prompt, misses))
 
     rows, held_out_rows = compare(for_rm, cfg.pairs, rng_rm), compare(held_out, 4 * eval_rows, rng_eval)
