@@ -195,6 +195,7 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
 def collect(cfg: Config, overrides: list[str], run: Path) -> None:
     """The folder of a sweep's job: copies of what its last stage wrote, and a link to the run."""
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(sorted(arg.replace("=", "-") for arg in overrides)))[:100] or "default"
+    name += "-" + run.name.rsplit("-", 1)[-1]  # the run's hash tells cut names apart
     folder = Path(cfg.root).expanduser() / "multirun" / cfg.exp / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
