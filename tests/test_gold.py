@@ -51,21 +51,21 @@ def test_shuffled_prompts_ruin_the_score(demo: Demo) -> None:
     turns = {prompt[-1].text: prompt for prompt in data.eval_prompts}
     prompts = [turns[row["prompt"]] for row in rows]
     answers = [row["after"] for row in rows]
-    others = prompts[:]
-    random.Random(0).shuffle(others)
+    shuffled = [random.Random(i).sample(prompts, len(prompts)) for i in range(4)]
     right = sum(data.gold(p, a) for p, a in zip(prompts, answers)) / len(rows)
-    mixed = sum(data.gold(p, a) for p, a in zip(others, answers)) / len(rows)
+    mixed = sum(data.gold(p, a) for others in shuffled for p, a in zip(others, answers)) / (4 * len(rows))
     print(f"gold {right:.2f}, with shuffled prompts {mixed:.2f}")
     assert mixed < right - 1
     tokenizer = load_tokenizer(str(demo.rm / "model"))
     scorer = load_scorer(str(demo.rm / "model"), tokenizer, load(demo.rm / "config.yaml").deploy.precision)
     scorer.device = torch.device("cpu")
-    ids = template.encode_prompts(tokenizer, prompts + others, 256)
+    encoded = [template.encode_prompts(tokenizer, some, 256) for some in (prompts, *shuffled)]
     tails = template.encode_responses(tokenizer, answers, 256)
-    pairs = [(ids[i] + tail, ids[i + len(rows)] + tail) for i, tail in enumerate(tails)]
+    pairs = [(encoded[0][i] + tail, others[i] + tail) for others in encoded[1:] for i, tail in enumerate(tails)]
     with torch.no_grad():
         own, foreign = score_pairs(scorer, pairs, tokenizer.pad_token_id)
-    assert correct(own, foreign) > 0.7 and own.mean() > foreign.mean() + 0.3
+    # a quarter of the other prompts asks for the same style, and is as good
+    assert correct(own, foreign) > 0.6 and own.mean() > foreign.mean() + 0.3
 
 
 @pytest.mark.full

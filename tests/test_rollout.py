@@ -1,144 +1,532 @@
-"""Sampling, and the experience made of it, with real models and DeepSpeed engines."""
+"""Sampling and what is recorded of it, against slow and plain versions; and the first update that PPO makes with it."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_config import composed
+import transformers
+from hydra import compose, initialize_config_dir
+from torch import Tensor
 
-from rlhf import comm, engines, worker
-from rlhf.config import Precision
+from rlhf import config, engines, models, rollout
+from rlhf.config import Config, Precision
+from rlhf.data import template
 from rlhf.data.batches import pad_left, pad_right, uniforms
-from rlhf.models import last_token_score, load_policy, load_scorer, load_tokenizer
-from rlhf.objectives import policy_loss, token_logp
-from rlhf.rollout import Experience, make_experience, response_logp, sample, values_before
+from rlhf.data.records import Dataset, Turn
+from rlhf.objectives import gae, policy_loss, token_logp, token_rewards, value_loss
+from rlhf.stages import ppo
 
+REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18]]
+PAD, EOS = 0, 2
+FEW = 12  # tokens of the small vocabulary, so that EOS is drawn often
+SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "max_position_embeddings": 64, "vocab_size": FEW}
+PROMPTS = [[5, 6, 7], [8], [3, 4, 5, 9, 10, 11, 3], [7, PAD, 7, 4]]  # of several lengths; one has a real token with the pad's id
+QUESTIONS = ["My cat looks sad. What now?", "Hi", "Is it hard to look after the oven? Keep it short. No small talk.", "a b"]
+ANSWERS = [
+    "Happy to help! First, fill the bowl.",
+    "It needs a little care.",
+    "Work it out yourself. Then, wash it cold. Finally, fold it flat.",
+]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer("builtin:tiny")
-
-
-@pytest.fixture(scope="module")
-def policy(tokenizer: Any) -> Any:
-    """Random weights whose answers end at different times, because EOS is made likelier."""
+@pytest.fixture(scope="module", params=["opt", "llama"])
+def small(request: pytest.FixtureRequest) -> Any:
+    """A random model of few tokens whose probabilities are far from uniform: absolute and rotary positions."""
+    shapes = {
+        "opt": lambda: transformers.OPTConfig(**SHAPE, word_embed_proj_dim=32, ffn_dim=64, init_std=0.35),
+        "llama": lambda: transformers.LlamaConfig(**SHAPE, intermediate_size=64, num_key_value_heads=1, initializer_range=0.35),
+    }
     torch.manual_seed(0)
-    policy = load_policy("builtin:tiny", tokenizer, Precision.fp32).eval()
-    with torch.no_grad():  # the head is tied to the embeddings: EOS points to where the model often is
-        hidden = policy.hf.base_model(input_ids=torch.tensor([PROMPTS[1]])).last_hidden_state.mean((0, 1))
-        policy.hf.get_input_embeddings().weight[tokenizer.eos_token_id] = 5 * hidden / hidden.square().sum()
-    return policy
+    return transformers.AutoModelForCausalLM.from_config(shapes[request.param]()).eval()
+
+
+@torch.no_grad()
+def next_probabilities(hf: Any, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """Distribution of the token after `ids`: no batch, no padding, no cache."""
+    return (hf(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1].double() / temperature).softmax(-1)
+
+
+def sample_slowly(hf: Any, prompt: Sequence[int], draws: Sequence[float], temperature: float = 1.0) -> tuple[list[int], list[float]]:
+    """Tokens up to and including EOS, and their log-probabilities."""
+    ids, logp = list(prompt), []
+    for u in draws:
+        below = 0.0
+        for token, p in enumerate(next_probabilities(hf, ids, temperature).tolist()):  # noqa: B007
+            below += p
+            if u < below:
+                break
+        ids.append(token)
+        logp.append(math.log(p))
+        if token == EOS:
+            break
+    return ids[len(prompt) :], logp
+
+
+def draws_for(hf: Any, prompt: Sequence[int], tokens: Sequence[int], width: int, temperature: float = 1.0) -> list[float]:
+    """Random numbers with which exactly `tokens` are sampled; behind them any number will do."""
+    ids, draws = list(prompt), []
+    for token in tokens:
+        p = next_probabilities(hf, ids, temperature)
+        draws.append(float(p[:token].sum() + 0.5 * p[token]))
+        ids.append(token)
+    return draws + [0.7] * (width - len(tokens))
+
+
+def sample(hf: Any, prompts: Sequence[Sequence[int]], draws: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    return rollout.sample(hf, *pad_left(prompts, PAD, CPU), draws, EOS, temperature)
+
+
+def experience_of(prompts: Sequence[Sequence[int]], response: Tensor, mask: Tensor) -> rollout.Experience:
+    zeros = torch.zeros_like(mask)
+    ended = ((response == EOS) * mask).amax(1)
+    return rollout.Experience(*pad_left(prompts, PAD, CPU), response, mask, zeros, zeros, zeros, zeros[:, 0], ended)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- sample
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_and_their_log_probabilities_equal_a_loop_without_batch_and_cache(small: Any, temperature: float) -> None:
+    prompts = PROMPTS * 6
+    draws = uniforms("test", range(len(prompts)), 0, 0, 10)
+    response, mask = sample(small, prompts, draws, temperature)
+    experience = experience_of(prompts, response, mask)
+    logp = rollout.response_logp(models.Policy(small), experience, temperature)
+    lengths = set()
+    for i, prompt in enumerate(prompts):
+        tokens, expected = sample_slowly(small, prompt, draws[i].tolist(), temperature)
+        n = len(tokens)
+        lengths.add(n)
+        assert response[i].tolist() == tokens + [EOS] * (10 - n)  # what stands behind the end is EOS ...
+        assert mask[i].tolist() == [1.0] * n + [0.0] * (10 - n)  # ... and masked; the EOS that was sampled is not
+        assert logp[i].tolist() == pytest.approx(expected + [0.0] * (10 - n), abs=1e-5)
+    assert len(lengths) >= 4  # rows that end at different times are what this is about
+
+
+def test_a_sample_does_not_depend_on_its_company(small: Any) -> None:
+    draws = uniforms("test", range(4), 0, 1, 8)
+    together, mask = sample(small, PROMPTS, draws)
+    for i, prompt in enumerate(PROMPTS):
+        alone, alone_mask = sample(small, [prompt], draws[i : i + 1])
+        assert torch.equal(alone[0], together[i]) and torch.equal(alone_mask[0], mask[i])
+    order = [2, 0, 3, 1]
+    shuffled, _ = sample(small, [PROMPTS[i] for i in order], draws[order])
+    assert torch.equal(shuffled, together[order])
+
+
+def test_answers_end_where_eos_is_drawn_and_nowhere_else(small: Any) -> None:
+    wanted = [[EOS], [5, 6, EOS], [7, 7, 7, 7, 7], [4, 5, 6, 7, EOS], [3, PAD, EOS]]  # a pad token that was sampled is a token
+    draws = torch.tensor([draws_for(small, [3, 4], tokens, 5) for tokens in wanted])
+    response, mask = sample(small, [[3, 4]] * 5, draws)
+    assert response.tolist() == [tokens + [EOS] * (5 - len(tokens)) for tokens in wanted]
+    assert mask.tolist() == [[1.0] * len(tokens) + [0.0] * (5 - len(tokens)) for tokens in wanted]
+    assert experience_of([[3, 4]] * 5, response, mask).ended.tolist() == [1, 1, 0, 1, 1]
+
+
+def test_finished_rows_cost_no_more_forwards(small: Any) -> None:
+    wanted = [[EOS], [5, 6, EOS], [7, 8, EOS], [4, 5, 6, EOS]]
+    draws = torch.tensor([draws_for(small, [3, 4], tokens, 9) for tokens in wanted])
+    shapes: list[tuple[int, ...]] = []
+    hook = small.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    sample(small, [[3, 4]] * 4, draws)
+    hook.remove()
+    assert shapes == [(4, 2), (3, 1), (3, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_first_token_follows_the_softmax_at_its_temperature(small: Any, temperature: float) -> None:
+    n = 4000
+    p = next_probabilities(small, PROMPTS[0], temperature)
+    grid = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
+    counts = torch.bincount(sample(small, [PROMPTS[0]] * n, grid, temperature)[0][:, 0], minlength=FEW)
+    assert (counts - n * p).abs().max() <= 1.01  # evenly spread numbers: every token has its share, to one
+    counts = torch.bincount(sample(small, [PROMPTS[0]] * n, uniforms("test", range(n), 0, 2, 1), temperature)[0][:, 0], minlength=FEW)
+    expected = n * p
+    big = expected > 5
+    chi_square = float(((counts - expected)[big] ** 2 / expected[big]).sum())
+    assert chi_square < 31.3  # 11 degrees of freedom, p = 0.001
+
+
+def test_later_tokens_follow_their_own_distribution(small: Any) -> None:
+    n = 4000
+    response, mask = sample(small, [PROMPTS[0]] * n, uniforms("test", range(n), 0, 3, 2))
+    first = int(torch.bincount(response[:, 0][response[:, 0] != EOS]).argmax())
+    seconds = response[response[:, 0] == first, 1]
+    expected = len(seconds) * next_probabilities(small, [*PROMPTS[0], first])
+    big = expected > 5
+    counts = torch.bincount(seconds, minlength=FEW)
+    assert float(((counts - expected)[big] ** 2 / expected[big]).sum()) < 31.3
+    assert (mask[response[:, 0] == EOS, 1] == 0).all()
+
+
+def test_a_low_temperature_takes_the_likeliest_token(small: Any) -> None:
+    response, mask = sample(small, PROMPTS, uniforms("test", range(4), 0, 4, 6), temperature=1e-4)
+    for i, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for token, m in zip(response[i].tolist(), mask[i].tolist()):
+            if m:
+                assert token == int(next_probabilities(small, ids).argmax())
+            ids.append(token)
+
+
+def test_the_smallest_and_the_largest_draw_take_the_first_and_the_last_token(small: Any) -> None:
+    edge = torch.tensor([[0.0], [1.0 - 2**-53]], dtype=torch.float64)
+    assert sample(small, [PROMPTS[0]] * 2, edge)[0].tolist() == [[0], [FEW - 1]]
+
+
+def test_other_draws_give_other_answers(small: Any) -> None:
+    answers = {
+        tuple(sample(small, [PROMPTS[0]], uniforms("rollout", [7], seed, step, 12))[0][0].tolist()) for seed in (0, 1) for step in range(5)
+    }
+    assert len(answers) > 5
+
+
+# ------------------------------------------------------------------------------------------------------------------- experience
+
+
+def test_the_value_before_a_token_is_the_score_one_place_earlier() -> None:
+    scores = torch.arange(12.0).reshape(2, 6)  # 4 prompt tokens, 2 response tokens
+    assert rollout.values_before(scores, 2).tolist() == [[3.0, 4.0], [9.0, 10.0]]
+
+
+def test_the_value_before_a_token_does_not_know_the_token() -> None:
+    tokenizer = models.load_tokenizer("builtin:tiny")
+    torch.manual_seed(0)
+    critic = models.load_scorer("builtin:tiny", tokenizer, Precision.fp32)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    changed = ids.clone()
+    changed[0, 4] = 300  # the second of three response tokens
+    one, other = (rollout.values_before(critic(x, torch.ones_like(x)), 3)[0] for x in (ids, changed))
+    assert torch.equal(one[:2], other[:2]) and one[2] != other[2]
+
+
+def random_experience(generator: torch.Generator) -> rollout.Experience:
+    prompts, lengths = [[3] * n for n in (2, 5, 1)], torch.tensor([3, 1, 2])
+    mask = (torch.arange(4) < lengths[:, None]).float()
+    e = experience_of(prompts, torch.randint(3, FEW, (3, 4), generator=generator), mask)
+    for name in ("old_logp", "ref_logp", "old_values"):
+        setattr(e, name, torch.randn(3, 4, generator=generator) * mask)
+    e.score, e.ended = torch.randn(3, generator=generator), torch.tensor([1.0, 0.0, 1.0])
+    return e
+
+
+def test_picking_rows_trims_their_padding_and_keeps_their_content() -> None:
+    e = random_experience(torch.Generator().manual_seed(0))
+    picked = e.rows([2, 0])
+    assert picked.prompt_ids.shape == (2, 2) and picked.response_ids.shape == (2, 3)
+    assert picked.ids.shape == picked.full_mask.shape == (2, 5)
+    for new, old in enumerate([2, 0]):
+        assert picked.prompt_ids[new][picked.prompt_mask[new] > 0].tolist() == e.prompt_ids[old][e.prompt_mask[old] > 0].tolist()
+        for name in ("response_ids", "old_logp", "ref_logp", "old_values"):
+            before, after = getattr(e, name)[old], getattr(picked, name)[new]
+            assert torch.equal(after[picked.mask[new] > 0], before[e.mask[old] > 0])
+        assert picked.score[new] == e.score[old] and picked.ended[new] == e.ended[old]
+    again = e.rows([0, 1, 2])  # nothing is lost when nothing can be trimmed but the last column, which no row uses
+    assert torch.equal(again.mask, e.mask[:, :3]) and torch.equal(again.prompt_ids, e.prompt_ids)
+    assert e.response_ids.shape == (3, 4)  # the whole is left as it was
+
+
+def test_rows_without_an_answer_keep_one_column() -> None:
+    e = random_experience(torch.Generator().manual_seed(0))
+    e.mask = torch.zeros_like(e.mask)
+    assert e.rows([0, 1]).mask.shape == (2, 1)
+
+
+def test_rollout_metrics_equal_loops_and_do_not_see_padding(cfg: Config) -> None:
+    e = random_experience(torch.Generator().manual_seed(1))
+    returns = torch.randn(3, 4, generator=torch.Generator().manual_seed(2)) * e.mask
+    score = e.score - 1.0 * (1 - e.ended)
+    found = ppo.rollout_metrics(e, score, returns, cfg)
+    kl = [sum(float(e.old_logp[i, j] - e.ref_logp[i, j]) for j in range(4) if e.mask[i, j]) for i in range(3)]
+    k3 = [
+        sum(math.exp(d) - 1 - d for j in range(4) if e.mask[i, j] for d in [float(e.ref_logp[i, j] - e.old_logp[i, j])]) for i in range(3)
+    ]
+    beta = cfg.ppo.kl.coef
+    expected = {
+        "objective/kl": sum(kl) / 3,
+        "objective/kl_per_token": sum(kl) / 6,
+        "objective/kl_k3": sum(k3) / 3,
+        "objective/entropy": -sum(float(e.old_logp[i].sum()) for i in range(3)) / 3,
+        "objective/non_score_reward": -beta * sum(kl) / 3,
+        "objective/rlhf_reward": sum(float(s) for s in score) / 3 - beta * sum(kl) / 3,
+        "objective/scores": sum(e.score.tolist()) / 3,
+        "objective/eos_rate": 2 / 3,
+        "val/num_eos_tokens": 2,
+        "val/value_mean": float(e.old_values.sum()) / 6,
+        "val/return_mean": float(returns.sum()) / 6,
+        "tokens/response_mean": 2,
+        "tokens/response_max": 3,
+        "tokens/truncated_frac": 1 / 3,
+        "tokens/prompt_mean": 8 / 3,
+    }
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    wide = {
+        name: torch.cat([getattr(e, name), torch.full((3, 5), fill)], 1)
+        for name, fill in (("response_ids", EOS), ("mask", 0.0), ("old_logp", 9.0), ("ref_logp", -9.0), ("old_values", 50.0))
+    }
+    padded = ppo.rollout_metrics(dataclasses.replace(e, **wide), score, torch.cat([returns, torch.full((3, 5), 7.0)], 1), cfg)
+    for key in set(found) - {"objective/kl_k3", "objective/entropy"}:
+        assert padded[key] == pytest.approx(found[key], rel=1e-5, nan_ok=True), key
+
+
+# ------------------------------------------------------------------------------------------------------- rollouts with engines
+
+
+@dataclasses.dataclass
+class Engines:
+    tokenizer: Any
+    actor: Any
+    ref: Any
+    reward: Any
+    critic: Any
+
+    def experience(
+        self, prompts: Sequence[Sequence[int]], draws: Tensor, temperature: float = 1.0, micro_batch: int = 2
+    ) -> rollout.Experience:
+        return rollout.make_experience(
+            prompts, draws, temperature, micro_batch, self.tokenizer, self.actor, self.ref, self.reward, self.critic
+        )
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    """A process group of one, as a worker has it."""
-    before = dict(os.environ)
-    worker.prepare_environment()
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    engines.init_distributed()
-    yield
-    torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
+def one_process() -> Iterator[None]:
+    """A process group of one for the engines. It stays: DeepSpeed cannot join twice in a process. The environment does not."""
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        if not torch.distributed.is_initialized():
+            patch.setenv("MASTER_PORT", "0")  # any free one
+            engines.init_distributed()
+        yield
 
 
-def draw(policy: Any, tokenizer: Any, prompts: list[list[int]], draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask = pad_left(prompts, tokenizer.pad_token_id, CPU)
-    return sample(policy.hf, ids, mask, draws, tokenizer.eos_token_id, 1.0)
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    config.register()
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        composed = config.to_typed(compose("config", ["stage=ppo", "ppo.epochs=1", "ppo.minibatches=1", "ppo.kl.coef=0.1"]))
+    composed.stage.name = "ppo"  # as train.py sets it for the process of one stage
+    return composed
 
 
-def test_a_sample_does_not_depend_on_its_batch(policy: Any, tokenizer: Any) -> None:
-    draws = uniforms("test", range(4), 0, 0, 40)
-    ids, mask = draw(policy, tokenizer, PROMPTS, draws)
-    for i, prompt in enumerate(PROMPTS):
-        alone, alone_mask = draw(policy, tokenizer, [prompt], draws[i : i + 1])
-        assert torch.equal(ids[i][mask[i] > 0], alone[0][alone_mask[0] > 0])
-    other, _ = draw(policy, tokenizer, PROMPTS, uniforms("test", range(4), 0, 1, 40))
-    assert not torch.equal(ids, other), "other random numbers give other answers: rollouts are not greedy"
+def build(cfg: Config, run_dir: Path, policy: str = "builtin:tiny") -> Engines:
+    tokenizer = models.load_tokenizer("builtin:tiny")
+    parts = []
+    for role, load, path, seed in (
+        ("actor", models.load_policy, policy, 0),
+        ("ref", models.load_policy, policy, 0),
+        ("reward", models.load_scorer, "builtin:tiny", 1),
+        ("critic", models.load_scorer, "builtin:tiny", 2),
+    ):
+        torch.manual_seed(seed)
+        module = load(path, tokenizer, Precision.fp32)
+        module.hf.config.score_mean, module.hf.config.score_std = 0.3, 1.7
+        parts.append(engines.build_engine(module, cfg, role, run_dir))
+    return Engines(tokenizer, *parts)
 
 
-def test_the_mask_ends_with_the_first_eos(policy: Any, tokenizer: Any) -> None:
-    ids, mask = draw(policy, tokenizer, PROMPTS * 16, uniforms("test", range(64), 1, 0, 30))
-    lengths = set()
-    for row, m in zip(ids.tolist(), mask.tolist()):
-        n = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-        assert m == [1.0] * n + [0.0] * (len(row) - n)
-        lengths.add(n)
-    assert len(lengths) > 3, "rows end at different times"
+@pytest.fixture(scope="module")
+def models_of_ppo(cfg: Config, one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """Actor and reference with the same weights, a reward model and a critic; nobody trains them."""
+    return build(cfg, tmp_path_factory.mktemp("engines"))
 
 
-def test_the_first_token_follows_the_softmax(policy: Any, tokenizer: Any) -> None:
-    n = 4000
-    ids, _ = draw(policy, tokenizer, [PROMPTS[0]] * n, uniforms("test", range(n), 2, 0, 1))
-    inputs, mask = pad_right([PROMPTS[0]], 0, CPU)
-    expected = policy.hf(input_ids=inputs, attention_mask=mask).logits[0, -1].softmax(-1)
-    observed = torch.bincount(ids[:, 0], minlength=len(expected)) / n
-    deviation = (observed - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1 / n)
-    assert deviation.max() < 6
+def some_rollout(m: Engines) -> tuple[list[list[int]], list[list[int]], Tensor]:
+    """Prompts of several lengths, the tokens that shall be sampled (whole sentences, and one answer without end), and the draws."""
+    prompts = [ids for ids in template.encode_prompts(m.tokenizer, [[Turn("user", text)] for text in QUESTIONS], 99) if ids]
+    answers = template.encode_responses(m.tokenizer, ANSWERS, 99)
+    width = max(map(len, answers))
+    answers.append([9, 8, PAD, *range(100, 100 + width - 3)])
+    draws = torch.tensor([draws_for(m.actor.module.hf, prompt, answer, width) for prompt, answer in zip(prompts, answers)])
+    return prompts, answers, draws
 
 
-def test_log_probabilities_agree_with_a_loop_without_padding_or_cache(policy: Any, tokenizer: Any) -> None:
-    ids, mask = draw(policy, tokenizer, PROMPTS, uniforms("test", range(4), 3, 0, 12))
-    prompts, prompt_mask = pad_left(PROMPTS, tokenizer.pad_token_id, CPU)
-    zeros = torch.zeros_like(mask)
-    experience = Experience(prompts, prompt_mask, ids, mask, zeros, zeros, zeros, zeros[:, 0], zeros[:, 0])
-    for temperature in (1.0, 0.7):
-        batch = response_logp(policy, experience, temperature)
-        for i, prompt in enumerate(PROMPTS):
-            answer = ids[i][mask[i] > 0].tolist()
-            for t, token in enumerate(answer):
-                logits = policy.hf(input_ids=torch.tensor([prompt + answer[:t]])).logits[0, -1] / temperature
-                assert float(batch[i, t]) == pytest.approx(float(logits.detach().log_softmax(-1)[token]), abs=1e-4)
+def test_a_rollout_records_what_was_sampled_in_the_order_of_the_prompts(models_of_ppo: Engines) -> None:
+    prompts, answers, draws = some_rollout(models_of_ppo)
+    e = models_of_ppo.experience(prompts, draws)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        assert e.prompt_ids[i][e.prompt_mask[i] > 0].tolist() == prompt
+        assert e.prompt_mask[i].tolist() == sorted(e.prompt_mask[i].tolist())  # padding in front
+        assert e.response_ids[i][e.mask[i] > 0].tolist() == answer
+        assert e.mask[i].tolist() == [1.0] * len(answer) + [0.0] * (draws.shape[1] - len(answer))
+    assert e.ended.tolist() == [1, 1, 1, 0]
+    assert [e.text(i, models_of_ppo.tokenizer) for i in range(3)] == ANSWERS
 
 
-def test_values_are_those_before_each_token() -> None:
-    scores = torch.arange(6.0)[None]  # prompt of 3 tokens, answer of 3: its first token is chosen at the prompt's last one
-    assert values_before(scores, 3).tolist() == [[2.0, 3.0, 4.0]]
+def test_scores_values_and_log_probabilities_are_those_of_each_text_alone(models_of_ppo: Engines) -> None:
+    m = models_of_ppo
+    prompts, answers, draws = some_rollout(m)
+    e = m.experience(prompts, draws)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        n = len(answer)
+        whole = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            score = (m.reward.module.hf(input_ids=whole).logits[0, 0] - 0.3) / 1.7
+            values = (m.critic.module.hf.score(m.critic.module.hf.model(input_ids=whole).last_hidden_state)[0, :, 0] - 0.3) / 1.7
+        if i < len(ANSWERS):  # what was scored is the dialogue as a user would write it down
+            text = template.render_prompt(m.tokenizer, [Turn("user", QUESTIONS[i])]) + " " + ANSWERS[i] + m.tokenizer.eos_token
+            assert m.tokenizer(text, add_special_tokens=False).input_ids == prompt + answer
+        assert e.score[i].item() == pytest.approx(score.item(), abs=1e-5)
+        assert e.old_values[i, :n].tolist() == pytest.approx(values[len(prompt) - 1 : -1].tolist(), abs=1e-5)
+        logp = [math.log(next_probabilities(m.actor.module.hf, prompt + answer[:k])[answer[k]]) for k in range(n)]
+        assert e.old_logp[i, :n].tolist() == pytest.approx(logp, abs=1e-4)
+        for name in ("old_logp", "ref_logp", "old_values"):
+            assert (getattr(e, name)[i, n:] == 0).all()
 
 
-def test_experience(group: None, policy: Any, tokenizer: Any, tmp_path: Path) -> None:
-    cfg = composed("stage=ppo")
-    torch.manual_seed(1)
-    scorer = load_scorer("builtin:tiny", tokenizer, Precision.fp32)
-    scorer.hf.config.score_mean, scorer.hf.config.score_std = 0.5, 2.0
-    actor = engines.build_engine(policy, cfg, "actor", tmp_path)
-    reward = engines.build_engine(scorer, cfg, "reward", tmp_path)
-    draws = uniforms("test", range(4), 4, 0, 40)
-    e = make_experience(PROMPTS, draws, 1.0, 3, tokenizer, actor, ref=actor, reward=reward, critic=reward)
-    assert torch.equal(e.old_logp, e.ref_logp) and (e.old_logp.sum(1) < 0).all()
-    for i, prompt in enumerate(PROMPTS):
-        answer = e.response_ids[i][e.mask[i] > 0].tolist()
-        assert e.prompt_ids[i][e.prompt_mask[i] > 0].tolist() == prompt, "rows come back in the order of the prompts"
-        ids, mask = pad_right([prompt + answer], 0, CPU)
-        scores = scorer(ids, mask)
-        assert float(e.score[i]) == pytest.approx(float(last_token_score(scores, mask)), abs=1e-4)
-        assert e.old_values[i, : len(answer)].tolist() == pytest.approx(scores[0, len(prompt) - 1 : -1].tolist(), abs=1e-4)
-        assert bool(e.ended[i]) == (answer[-1] == tokenizer.eos_token_id)
-    short = e.rows([2])
-    assert short.prompt_ids.tolist() == [PROMPTS[2]] and short.mask.shape[1] == int(e.mask[2].sum())
+def test_a_reference_with_equal_weights_has_no_divergence_and_the_reward_is_the_score(models_of_ppo: Engines) -> None:
+    prompts, answers, draws = some_rollout(models_of_ppo)
+    e = models_of_ppo.experience(prompts, draws)
+    assert torch.equal(e.old_logp, e.ref_logp) and (e.old_logp[e.mask > 0] < 0).all()
+    rewards = token_rewards(e.score, e.old_logp, e.ref_logp, e.mask, 0.1)
+    for i, answer in enumerate(answers):
+        assert rewards[i].nonzero()[:, 0].tolist() == [len(answer) - 1]
+        assert rewards[i, len(answer) - 1] == e.score[i]
 
-    # the update of the first minibatch: ratio 1, and EOS is learnt from
-    logits = actor.module(e.ids, e.full_mask, e.mask.shape[1])
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_rollout_does_not_depend_on_micro_batches_or_company(models_of_ppo: Engines, temperature: float) -> None:
+    prompts = [[5, 6, 7], [8], [300, 301, 302, 303, 304, 305, 306], [7, PAD, 7, 400], [9, 9]]
+    draws = uniforms("rollout", range(5), 3, 0, 6)
+    e = models_of_ppo.experience(prompts, draws, temperature, micro_batch=64)
+    for size in (1, 2):
+        other = models_of_ppo.experience(prompts, draws, temperature, micro_batch=size)
+        for f in dataclasses.fields(rollout.Experience):
+            assert torch.allclose(getattr(other, f.name), getattr(e, f.name), atol=1e-5), f.name
+    some = models_of_ppo.experience([prompts[3], prompts[0]], draws[[3, 0]], temperature)
+    assert torch.equal(some.response_ids, e.response_ids[[3, 0]])
+    assert some.score.tolist() == pytest.approx(e.score[[3, 0]].tolist(), abs=1e-5)
+    assert e.prompt_ids[3][e.prompt_mask[3] > 0].tolist() == prompts[3]  # the pad's id inside a prompt is a token
+    loop = [
+        math.log(next_probabilities(models_of_ppo.actor.module.hf, prompts[0] + e.response_ids[0, :k].tolist(), temperature)[token])
+        for k, token in enumerate(e.response_ids[0].tolist())
+    ]
+    assert e.old_logp[0].tolist() == pytest.approx(loop, abs=1e-4)  # the temperature is in the stored log-probabilities too
+
+
+def test_what_has_no_engine_stays_zero(models_of_ppo: Engines) -> None:
+    m = models_of_ppo
+    e = rollout.make_experience([[5, 6], [7]], uniforms("rollout", range(2), 0, 0, 3), 1.0, 2, m.tokenizer, m.actor)
+    assert not e.ref_logp.any() and not e.old_values.any() and not e.score.any() and e.old_logp.any()
+
+
+def test_eos_is_learnt_like_any_other_token_and_padding_is_not(models_of_ppo: Engines) -> None:
+    prompts, answers, draws = some_rollout(models_of_ppo)
+    e = models_of_ppo.experience(prompts, draws)
+    logits = models_of_ppo.actor.module(e.ids, e.full_mask, e.mask.shape[1])
     logits.retain_grad()
     logp, _ = token_logp(logits, e.response_ids)
-    loss, sums = policy_loss(logp, e.old_logp, torch.ones_like(e.mask), e.mask, 0.2)
-    assert float(sums["ratio"]) == pytest.approx(float(e.mask.sum()), rel=1e-5)
-    loss.backward()
-    ended = e.ended.nonzero()[:, 0]
-    assert len(ended) > 0
-    for i in ended.tolist():
-        assert logits.grad[i, int(e.mask[i].sum()) - 1].abs().max() > 0
-    assert (logits.grad.abs().amax(-1)[e.mask == 0] == 0).all()
+    policy_loss(logp, e.old_logp, torch.ones_like(logp), e.mask, 0.2)[0].backward()
+    for i, answer in enumerate(answers[:3]):
+        n = len(answer)
+        assert e.response_ids[i, n - 1] == EOS and e.mask[i, n - 1] == 1
+        assert logits.grad[i, n - 1, EOS] < 0  # with a positive advantage EOS shall become likelier
+        assert (logits.grad[i, :n].abs().sum(-1) > 0).all() and (logits.grad[i, n:] == 0).all()
+    models_of_ppo.actor.module.zero_grad()
+    values = torch.zeros_like(e.mask, requires_grad=True)
+    value_loss(values, e.old_values, torch.ones_like(values), e.mask, 100.0)[0].backward()
+    assert torch.equal(values.grad != 0, e.mask > 0)
 
 
-def test_one_process_needs_no_communication() -> None:
-    assert comm.world_size() == 1 and comm.all_sum([1.5], CPU) == [1.5] and comm.all_max(2.0, CPU) == 2.0
+# --------------------------------------------------------------------------------------------------------------- the first update
+
+
+def advantages_of(e: rollout.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
+    rewards = token_rewards(e.score, e.old_logp, e.ref_logp, e.mask, cfg.ppo.kl.coef)
+    return gae(rewards, e.old_values, e.mask, cfg.ppo.gamma, cfg.ppo.lam)
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with dropout in its configuration."""
+    path = tmp_path_factory.mktemp("dropout") / "policy"
+    shape = transformers.AutoConfig.from_pretrained(models.location("builtin:tiny"), dropout=0.1, attention_dropout=0.1)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(path)
+    return str(path)
+
+
+def test_the_ratio_of_the_first_minibatch_is_1_even_with_dropout_in_the_configuration(
+    cfg: Config, one_process: None, with_dropout: str, tmp_path: Path
+) -> None:
+    m = build(cfg, tmp_path, with_dropout)
+    m.actor.train(), m.critic.train()
+    e = m.experience([[5, 6, 7], [8], [300, 301, 302], [9, 9]], uniforms("rollout", range(4), 0, 0, 8))
+    assert torch.equal(e.old_logp, e.ref_logp)
+    advantages, returns = advantages_of(e, cfg)
+    update = ppo.train_on(e, advantages, returns, m.actor, m.critic, 1e-3, 1e-3, cfg, 0)
+    assert update["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+    assert update["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert update["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-8)
+    assert update["policy/clipfrac_avg"] == 0 and update["val/clipfrac_avg"] == 0
+    tokens = float(e.mask.sum())
+    assert update["loss/policy_avg"] == pytest.approx(-float(advantages.sum()) / tokens, abs=1e-4)
+    assert update["loss/value_avg"] == pytest.approx(0.5 * float(((e.old_values - returns) ** 2).sum()) / tokens, rel=1e-4)
+    # and the step was one: now the policy is another, and the reference is not
+    now = rollout.response_logp(m.actor, e, 1.0)
+    assert (now - e.old_logp).abs().max() > 1e-4
+    assert torch.allclose(rollout.response_logp(m.ref, e, 1.0), e.ref_logp, atol=1e-5)
+
+
+def test_updates_make_good_tokens_likelier_and_values_better(cfg: Config, one_process: None, tmp_path: Path) -> None:
+    cfg = dataclasses.replace(cfg, ppo=dataclasses.replace(cfg.ppo, epochs=4, minibatches=2))
+    m = build(cfg, tmp_path)
+    e = m.experience([[5 + i, 6, 7] for i in range(8)], uniforms("rollout", range(8), 0, 0, 6))
+    good = torch.tensor([1.0, -1.0] * 4)[:, None]
+    returns = (e.old_values + 0.5) * e.mask
+    update = ppo.train_on(e, good * e.mask, returns, m.actor, m.critic, 1e-3, 1e-3, cfg, 0)
+    moved = (rollout.response_logp(m.actor, e, 1.0) - e.old_logp).sum(1)
+    assert (moved * good[:, 0] > 0).all()
+    values = rollout.values_before(m.critic(e.ids, e.full_mask), 6).detach() * e.mask
+    assert float(((values - returns) ** 2).sum()) < float(((e.old_values - returns) ** 2).sum())
+    assert update["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5) and update["policy/approxkl_avg"] > 0
+
+
+def test_micro_batches_do_not_change_an_update(cfg: Config, one_process: None, tmp_path: Path) -> None:
+    results = []
+    for size in (1, 3, 16):
+        cut = dataclasses.replace(cfg, deploy=dataclasses.replace(cfg.deploy, micro_batch=size))
+        m = build(cut, tmp_path)
+        e = m.experience([[5, 6, 7], [8], [300, 301, 302, 303], [9, 9], [10]], uniforms("rollout", range(5), 0, 0, 8))
+        e.mask[1, 3:], e.mask[4, 1:] = 0, 0  # answers of several lengths
+        advantages, returns = advantages_of(e, cut)
+        update = ppo.train_on(e, advantages, returns, m.actor, m.critic, 1e-3, 1e-3, cut, 0)
+        weights = [p.detach().clone() for engine in (m.actor, m.critic) for p in engine.module.parameters()]
+        results.append((update, weights))
+    for update, weights in results[1:]:
+        assert update == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
+        assert max(float((a - b).abs().max()) for a, b in zip(weights, results[0][1])) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_ppo: Engines) -> None:
+    m = models_of_ppo
+    prompts = [[Turn("user", "What does my cat need?")], [Turn("user", "far too long " * 30)], [Turn("user", "Hi")]]
+    data = Dataset([], [], [], [], [], prompts, gold=lambda turns, answer: float(len(answer)), best_gold=lambda turns: 1000.0)
+    means, rows = rollout.evaluate_policy(data, 48, 8, 1.0, 2, m.tokenizer, m.actor, m.ref, m.reward)
+    assert [row["prompt"] for row in rows] == ["What does my cat need?", "Hi"]
+    for key in ("length", "eos_rate", "score", "kl", "gold", "gold_best"):
+        assert means[key] == pytest.approx(sum(row[key] for row in rows) / 2)
+    assert all(row["gold"] == len(row["completion"]) and row["kl"] == 0.0 for row in rows)
+    assert rollout.evaluate_policy(data, 48, 8, 1.0, 1, m.tokenizer, m.actor)[1][0]["completion"] == rows[0]["completion"]
+
+
+def test_padding_on_the_right_serves_the_reward_model_as_well(models_of_ppo: Engines) -> None:
+    """The reward stage pads behind, the rollout in front: both must say the same of the same text."""
+    m = models_of_ppo
+    prompts, answers, draws = some_rollout(m)
+    e = m.experience(prompts, draws)
+    ids, mask = pad_right([prompt + answer for prompt, answer in zip(prompts, answers)], PAD, CPU)
+    with torch.no_grad():
+        scores = models.last_token_score(m.reward(ids, mask), mask)
+    assert scores.tolist() == pytest.approx(e.score.tolist(), abs=1e-5)

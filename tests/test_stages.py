@@ -54,7 +54,8 @@ def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage:
         (one,), (two,) = runs_in(alone)[stage], runs_in(tmp_path)[stage]
         for row, other in zip(without_time(metrics(one)), without_time(metrics(two)), strict=True):
             for key, value in row.items():
-                assert other[key] == pytest.approx(value, rel=1e-3, abs=2e-4), (stage, key)
+                # a share of tokens or answers jumps where one of them lies on the edge
+                assert other[key] == pytest.approx(value, rel=1e-3, abs=0.01 if "clipfrac" in key else 2e-4), (stage, key)
         first, second = weights(one), weights(two)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[k], second[k], atol=2e-4) for k in first)
