@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# one test process per core (at most 4), one thread in each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 .PHONY: help setup demo test test-all lint format
 
@@ -20,10 +22,10 @@ demo: setup  ## the whole pipeline on the built-in tiny model and data, on CPU
 	$(BIN)/python train.py
 
 test: setup lint  ## lint and the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-all: setup lint  ## every test, three seeds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

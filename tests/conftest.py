@@ -62,19 +62,18 @@ class Demo:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """`python train.py`, whole and unchanged but for W&B's offline mode, called from a directory that is not the repository."""
+    """`python train.py`, whole, called from a directory that is not the repository; W&B offline, and one thread because other
+    tests run beside it."""
     root = tmp_path_factory.mktemp("demo")
-    environment = os.environ | {"WANDB_MODE": "offline"}
-    environment.pop("OMP_NUM_THREADS", None)  # as a user has it
     started = time.time()
-    done = subprocess.run([sys.executable, str(REPO / "train.py")], cwd=root, env=environment, capture_output=True, text=True, timeout=1500)
+    done = train("deploy.threads=1", cwd=root, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     runs = runs_in(root)
     return Demo(root, time.time() - started, done.stdout, done.stderr, runs["sft"][0], runs["rm"][0], runs["ppo"][0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first: those that need the whole pipeline, and those that start training themselves, come last."""
+    """Quick tests first. What looks at one training run stays in one of the parallel processes, so that it is made once."""
 
     def cost(item: pytest.Item) -> int:
         names = getattr(item, "fixturenames", [])
@@ -82,3 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 * ("demo" in names) + slow
 
     items.sort(key=cost)
+    for item in items:
+        for shared in ("demo", "alone"):
+            if shared in getattr(item, "fixturenames", []):
+                item.add_marker(pytest.mark.xdist_group(shared))
