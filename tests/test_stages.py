@@ -15,7 +15,6 @@ import torch
 from conftest import REPO, SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
 
-
 # The gradient of a key's bias is zero in truth and rounding in fact, which Adam blows up to a step of the learning rate unless
 # its epsilon is above the rounding: without that no two ways to add would train the same weights.
 ROBUST = ["deploy.threads=1", "sft.adam_eps=1e-5", "rm.adam_eps=1e-5"]
