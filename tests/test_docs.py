@@ -31,7 +31,10 @@ def test_make_targets(command: str) -> None:
     assert done.returncode == 0 and {"make demo": "train.py", "make test": "pytest"}[command] in done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP])
+TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.full if "experiment" in c else []) for c in TRAINING])
 def test_training_commands(command: str, tmp_path: Path) -> None:
     args = shlex.split(command)[2:]
     if any(word in command for word in FAR) and "--cfg" not in args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,19 +38,22 @@ def without_time(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "time" and not k.startswith("timing_s/") and k != "eps"} for row in rows]
 
 
-def test_the_same_seed_gives_the_same_metrics_and_weights(alone: Path, tmp_path: Path) -> None:
-    done = train(*SMALL, *ROBUST, "exp=again", cwd=tmp_path)
+@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.full), pytest.param("rm", marks=pytest.mark.full), "ppo"])
+def test_the_same_seed_gives_the_same_metrics_and_weights(alone: Path, tmp_path: Path, stage: str) -> None:
+    (one,) = runs_in(alone)[stage]
+    for parent in ("sft", "rm"):  # PPO again stands on the same ones
+        shutil.copytree(runs_in(alone)[parent][0], tmp_path / "outputs" / runs_in(alone)[parent][0].name)
+    done = train(f"stage={stage}", *SMALL, *ROBUST, "exp=again", "fresh=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for stage in ("sft", "rm", "ppo"):
-        (one,), (two,) = runs_in(alone)[stage], runs_in(tmp_path)[stage]
-        assert one.name == two.name
-        assert without_time(metrics(one)) == without_time(metrics(two))
-        assert summary(one)["metrics"] == summary(two)["metrics"]
-        first, second = weights(one), weights(two)
-        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    (two,) = runs_in(tmp_path)[stage]
+    assert one.name == two.name
+    assert without_time(metrics(one)) == without_time(metrics(two))
+    assert summary(one)["metrics"] == summary(two)["metrics"]
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
 def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage: int) -> None:
     """Same samples, same losses up to the order of additions, same weights."""
     done = train(*SMALL, *ROBUST, "deploy.gpus=2", f"deploy.zero_stage={zero_stage}", cwd=tmp_path)

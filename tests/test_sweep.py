@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from conftest import SMALL, runs_in, summary, train
 
 SWEEP = "python train.py -m ppo.kl.coef=0.02,0.1 seed=1,2 exp=kl_study"  # as the README has it
 
 
-def test_four_ppo_jobs_over_two_sft_and_two_reward_runs(tmp_path: Path) -> None:
-    done = train(*SWEEP.split()[2:], *SMALL, cwd=tmp_path)
+@pytest.mark.parametrize("seeds", ["1", pytest.param("1,2", marks=pytest.mark.full)])
+def test_ppo_jobs_share_the_sft_and_the_reward_run_of_their_seed(seeds: str, tmp_path: Path) -> None:
+    done = train(*SWEEP.replace("1,2", seeds).split()[2:], *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     runs = runs_in(tmp_path)
-    assert {stage: len(paths) for stage, paths in runs.items()} == {"sft": 2, "rm": 2, "ppo": 4}
+    n = len(seeds.split(","))
+    assert {stage: len(paths) for stage, paths in runs.items()} == {"sft": n, "rm": n, "ppo": 2 * n}
     ids = {stage: {summary(run)["id"] for run in paths} for stage, paths in runs.items()}
     parents = [summary(run)["parents"] for run in runs["ppo"]]
     assert {p["sft"] for p in parents} == ids["sft"] and {p["rm"] for p in parents} == ids["rm"]
     jobs = sorted((tmp_path / "multirun" / "kl_study").iterdir())
-    assert len(jobs) == 4
+    assert len(jobs) == 2 * n
     for job in jobs:
         assert {"overrides.txt", "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "run"} <= {p.name for p in job.iterdir()}
         assert summary(job / "run") == summary(job)
