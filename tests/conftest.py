@@ -72,6 +72,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return Demo(root, time.time() - started, done.stdout, done.stderr, runs["sft"][0], runs["rm"][0], runs["ppo"][0])
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Quick tests first. What looks at one training run stays in one of the parallel processes, so that it is made once."""
 
