@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
+DEMO = pytest.StashKey[subprocess.Popen]()
 # a pipeline of seconds: everything real, only few and small
 SMALL = [
     "data.sandbox.demonstrations=64",
@@ -60,29 +63,59 @@ class Demo:
     ppo: Path
 
 
+def demo_root(config: pytest.Config) -> Path:
+    """Where the demo runs: one place for all parallel test processes."""
+    base = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+
+
+RUN_DEMO = """
+import json, os, subprocess, sys, time
+started = time.time()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+result = {"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr, "seconds": time.time() - started}
+open("result.tmp", "w").write(json.dumps(result))
+os.rename("result.tmp", "result.json")
+"""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start `python train.py` at once where a test wants its result, so that it is done by the time of those tests."""
+    root = demo_root(session.config)
+    if any("demo" in getattr(item, "fixturenames", []) for item in session.items) and not session.config.option.collectonly:
+        with contextlib.suppress(FileExistsError):  # another test process has started it
+            root.mkdir()
+            command = [sys.executable, "-c", RUN_DEMO, sys.executable, str(REPO / "train.py"), "deploy.threads=1"]
+            environment = os.environ | {"WANDB_MODE": "offline"}
+            session.config.stash[DEMO] = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    process = session.config.stash.get(DEMO, None)
+    if process and process.poll() is None and exitstatus == pytest.ExitCode.INTERRUPTED:  # else another process still waits for it
+        os.killpg(process.pid, signal.SIGTERM)
+
+
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(pytestconfig: pytest.Config) -> Demo:
     """`python train.py`, whole, called from a directory that is not the repository; W&B offline, and one thread because other
     tests run beside it."""
-    root = tmp_path_factory.mktemp("demo")
-    started = time.time()
-    done = train("deploy.threads=1", cwd=root, WANDB_MODE="offline")
-    assert done.returncode == 0, done.stderr
+    root = demo_root(pytestconfig)
+    deadline = time.time() + 1500
+    while not (root / "result.json").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    done = json.loads((root / "result.json").read_text())
+    assert done["code"] == 0, done["stderr"]
     runs = runs_in(root)
-    return Demo(root, time.time() - started, done.stdout, done.stderr, runs["sft"][0], runs["rm"][0], runs["ppo"][0])
+    return Demo(root, done["seconds"], done["stdout"], done["stderr"], runs["sft"][0], runs["rm"][0], runs["ppo"][0])
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first. What looks at one training run stays in one of the parallel processes, so that it is made once."""
+    """Quick tests first: those that need the whole pipeline, and those that start training themselves, come last."""
 
     def cost(item: pytest.Item) -> int:
         names = getattr(item, "fixturenames", [])
-        slow = item.path.name in ("test_stages.py", "test_sweep.py", "test_docs.py", "test_gold.py")
+        slow = item.path.name in ("test_stages.py", "test_deployments.py", "test_sweep.py", "test_docs.py", "test_gold.py")
         return 2 * ("demo" in names) + slow
 
     items.sort(key=cost)
-    for item in items:
-        for shared in ("demo", "alone"):
-            if shared in getattr(item, "fixturenames", []):
-                item.add_marker(pytest.mark.xdist_group(shared))
