@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,12 +22,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import config, layout, report
+from rlhf import config, layout, plan, report
 from rlhf.config import Config, Stage
 from rlhf.launch import check_gpus, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
+GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "model"}  # a model is chosen as actor or as reward
 
 finished_jobs: list[tuple[str, dict[str, Any]]] = []  # of a sweep: overrides and summary of each job's last stage
 single_error: list[Exception] = []  # of a command that is no sweep
@@ -144,6 +145,8 @@ def run_command(composed: DictConfig) -> None:
         say(f"error: {line}")
         failed_jobs.append((job, line))
         raise
+    if cfg.plan:
+        return
     collect(cfg, overrides, runs[-1])
     finished_jobs.append((job, layout.read_summary(runs[-1]) or {}))
 
@@ -154,6 +157,13 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     problems = config.check(cfg) + layout.check_models(cfg)
     if problems:
         raise ValueError("\n".join(problems))
+    if cfg.plan:
+        plans = [plan.make_plan(cfg, stage) for stage in cfg.stage.runs]
+        for each in plans:
+            plan.print_plan(each, cfg)
+        if not all(each.fits for each in plans):
+            raise ValueError(f"{', '.join(each.stage for each in plans if not each.fits)} would not fit into memory, see above")
+        return cfg, []
     baseline = config.to_typed(compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS]))
     started = time.time()
     runs = [run_stage(cfg, stage, baseline, overrides) for stage in cfg.stage.runs]
@@ -175,6 +185,8 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
         say(f"{stage.name}: finished, {directory}")
         return directory
     check_gpus(cfg)
+    with contextlib.suppress(ValueError):  # no formula for this model: it trains without a plan
+        say(plan.short(plan.make_plan(cfg, stage)))
     with layout.owned(directory):
         aside = layout.set_aside(directory)
         if aside:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -31,7 +32,9 @@ class Device(Enum):
 
 class Precision(Enum):
     fp32 = "fp32"
-    bf16 = "bf16"
+    bf16 = "bf16"  # weights and computation; fp32 master weights in the optimizer
+    fp16 = "fp16"  # likewise, with loss scaling; not for PPO
+    autocast = "autocast"  # fp32 weights, bf16 computation where torch's autocast allows it
 
 
 class Format(Enum):
@@ -65,9 +68,35 @@ class StageChoice:
 
 
 @dataclass
+class Lora:
+    rank: int = MISSING  # of the low-rank updates; 0 = none, all weights are trained
+    alpha: float = MISSING  # the update is scaled by alpha / rank, > 0
+    dropout: float = MISSING  # on the input of the update, in [0, 1); PPO itself trains without
+    targets: Optional[list[str]] = MISSING  # names of linear layers; null = all of them but the head
+    embeddings: bool = MISSING  # train the embeddings as well, in full
+
+
+@dataclass
+class Arch:
+    family: str = MISSING  # transformers' model_type: opt, gpt2, gpt_neox, llama, qwen2, gemma3_text, bloom
+    layers: int = MISSING  # blocks
+    hidden: int = MISSING  # width of the residual stream
+    heads: int = MISSING  # of the queries
+    kv_heads: int = MISSING  # of keys and values; fewer than `heads` with grouped queries
+    head_dim: int = MISSING  # width of one head
+    ffn: int = MISSING  # width of the feed-forward layer
+    vocab: int = MISSING  # rows of the embedding matrix
+    positions: int = MISSING  # longest sequence
+    tied: bool = MISSING  # one matrix for embedding and output
+    embed: Optional[int] = MISSING  # width of the embeddings; null = `hidden`. Else projected, without a final norm (OPT 350m)
+
+
+@dataclass
 class Model:
     name: str = MISSING  # short name, used in run names
     path: str = MISSING  # base model: hub id, directory, or builtin:NAME (a shape with random weights)
+    lora: Lora = MISSING
+    arch: Optional[Arch] = no_effect()  # numbers for plan=true; read from config.json where `path` is a directory
 
 
 @dataclass
@@ -151,14 +180,31 @@ class Rollout:
 
 
 @dataclass
+class Offload:
+    optimizer: bool = no_effect()  # optimizer states in host memory; needs zero_stage >= 1
+    parameters: bool = no_effect()  # weights of trained models in host memory; needs zero_stage=3
+    frozen: bool = no_effect()  # weights of reference and reward model in host memory while they are not used
+
+
+@dataclass
 class Deploy:
     device: Device = no_effect()  # cpu or gpu (NVIDIA)
     gpus: int = no_effect()  # processes per node: one per GPU, on CPU too
+    nodes: int = no_effect()  # machines
+    hostfile: Optional[str] = no_effect()  # DeepSpeed's: lines "host slots=N"; this command then starts the workers on all nodes
+    node_rank: Optional[int] = no_effect()  # number of this node; the same command is then started on each of them (SLURM)
+    master: str = no_effect()  # "host:port" of node 0, for several nodes
+    gpu_memory_gb: float = no_effect()  # of one GPU, GiB; on CPU of one process: what plan=true compares with
     threads: Optional[int] = no_effect()  # CPU threads per process; null = cores / processes
     zero_stage: int = no_effect()  # what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights
     precision: Precision = MISSING  # of weights and computation; it does change results
     micro_batch: int = no_effect()  # sequences (RM: pairs) per process and forward in training: cuts batches for memory only
     eval_micro_batch: int = no_effect()  # sequences per process and forward without gradients, and per generation batch
+    activation_checkpointing: bool = no_effect()  # compute activations again in the backward pass: less memory, a third slower
+    offload: Offload = no_effect()
+    gather_for_rollout: Optional[bool] = no_effect()  # ZeRO-3: whole weights while sampling; null = where the plan says they fit
+    overlap_comm: bool = no_effect()  # reduce gradients while the backward pass goes on
+    bucket_mb: float = no_effect()  # gradients and weights travel in messages of this size, MiB
 
 
 @dataclass
@@ -184,6 +230,7 @@ class Config:
     seed: int = MISSING  # initialisation, order, sampling
     exp: str = no_effect()  # label of the experiment: W&B group, folder of a sweep
     root: str = no_effect()  # where outputs/ and multirun/ are made
+    plan: bool = no_effect()  # print memory, steps and tokens, and end; exit code 2 when it does not fit
     fresh: bool = no_effect()  # move a run that exists aside and start it anew
     inputs: dict[str, str] = no_effect()  # filled in by train.py: directories or hub ids of the trained models a stage stands on
 
@@ -296,11 +343,37 @@ def check(cfg: Config) -> list[str]:
         value = lookup(cfg, key)
         need(low <= value <= high, f"{key}={value}: must be between {low:g} and {high:g}")
 
-    world = cfg.deploy.gpus
+    world = world_size(cfg)
     positive("deploy.gpus", "deploy.threads", "deploy.micro_batch", "deploy.eval_micro_batch", "rollout.max_new_tokens")
+    positive("deploy.nodes", "deploy.gpu_memory_gb", "deploy.bucket_mb")
     positive("rollout.temperature", "data.max_prompt_tokens", "data.max_response_tokens", "data.eval_rows", "data.eval_share")
     within("deploy.zero_stage", 0, 3)
     within("data.eval_share", 0, 0.5)
+    deploy, offload = cfg.deploy, cfg.deploy.offload
+    need(
+        not offload.optimizer or deploy.zero_stage > 0,
+        f"deploy.offload.optimizer=true: DeepSpeed offers it from deploy.zero_stage=1 on, not at {deploy.zero_stage}",
+    )
+    need(
+        not offload.parameters or deploy.zero_stage == 3,
+        f"deploy.offload.parameters=true: needs deploy.zero_stage=3, not {deploy.zero_stage}",
+    )
+    if deploy.precision == Precision.fp16:
+        need(deploy.device == Device.gpu, "deploy.precision=fp16: not on CPU; use bf16 or fp32")
+        need(Stage.ppo not in cfg.stage.runs, "deploy.precision=fp16: PPO's ratios overflow and underflow in it; use bf16")
+    if deploy.node_rank is not None:
+        need(0 <= deploy.node_rank < deploy.nodes, f"deploy.node_rank={deploy.node_rank}: must be below deploy.nodes={deploy.nodes}")
+        need(deploy.hostfile is None, "deploy.hostfile and deploy.node_rank: give one; a hostfile starts all nodes from here")
+    need(
+        re.fullmatch(r"[^:\s]+:\d+", deploy.master) is not None,
+        f"deploy.master={deploy.master}: give host:port of node 0",
+    )
+    for role, model in (("actor", cfg.actor), ("reward", cfg.reward)):
+        lora = model.lora
+        need(lora.rank >= 0, f"{role}.lora.rank={lora.rank}: must not be negative (0 = no adapter)")
+        need(lora.alpha > 0, f"{role}.lora.alpha={lora.alpha}: must be above 0")
+        need(0 <= lora.dropout < 1, f"{role}.lora.dropout={lora.dropout}: must be at least 0 and below 1")
+        need(lora.targets is None or bool(lora.targets), f"{role}.lora.targets=[]: name layers, or null for all linear layers but the head")
     shares, sources, sandbox = cfg.data.shares, cfg.data.sources, cfg.data.sandbox
     need(len(shares) == 3 and min(shares) > 0, f"data.shares={shares}: give three parts above 0, for sft, rm, ppo")
     need(bool(sources), "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format")
@@ -321,7 +394,7 @@ def check(cfg: Config) -> list[str]:
         need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{node}.betas={betas}: give two numbers in [0, 1)")
         size = lookup(cfg, f"{node}.batch_size")
         if stage in cfg.stage.runs and world > 0 and size > 0 and stage != Stage.ppo:
-            need(size % world == 0, f"{node}.batch_size={size} is not divisible by deploy.gpus={world}: try {nearest(size, world)}")
+            need(size % world == 0, f"{node}.batch_size={size} is not divisible by {processes(cfg)}: try {nearest(size, world)}")
     positive("ppo.critic_lr", "ppo.prompt_epochs", "ppo.minibatches", "ppo.clip", "ppo.value_clip")
     within("ppo.gamma", 0, 1)
     within("ppo.lam", 0, 1)
@@ -331,10 +404,26 @@ def check(cfg: Config) -> list[str]:
         size, parts = cfg.ppo.batch_size, cfg.ppo.minibatches * world
         need(
             size % parts == 0,
-            f"ppo.batch_size={size} is not divisible by ppo.minibatches={cfg.ppo.minibatches} x deploy.gpus={world} = {parts}: "
+            f"ppo.batch_size={size} is not divisible by ppo.minibatches={cfg.ppo.minibatches} x {processes(cfg)} = {parts}: "
             f"try ppo.batch_size={nearest(size, parts)}",
         )
     return problems
+
+
+def adapter_only(model: Model) -> bool:
+    """Whether switching a policy's adapter off switches off all that is trained: it then is its own reference."""
+    return model.lora.rank > 0 and not model.lora.embeddings
+
+
+def world_size(cfg: Config) -> int:
+    """Processes on all nodes."""
+    return cfg.deploy.gpus * cfg.deploy.nodes
+
+
+def processes(cfg: Config) -> str:
+    """The number of processes as the user set it."""
+    nodes = f" x deploy.nodes={cfg.deploy.nodes}" if cfg.deploy.nodes > 1 else ""
+    return f"deploy.gpus={cfg.deploy.gpus}{nodes}"
 
 
 def lookup(cfg: Any, key: str) -> Any:

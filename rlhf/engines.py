@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf import comm
+from rlhf import comm, lora
 from rlhf.config import Config
 from rlhf.ds import build_ds_config, optim_of
 
 Batch = TypeVar("Batch")
 
 
-def build_engine(module: nn.Module, cfg: Config, role: str, run_dir: Path) -> Any:
-    """Wrap `module` in the DeepSpeed engine of its role; its configuration is written to run_dir/ds_<role>.json.
+def build_engine(module: Any, cfg: Config, role: str, run_dir: Path) -> Any:
+    """Wrap `module` (models.Policy or Scorer) in the DeepSpeed engine of its role; its configuration is written to run_dir/ds_<role>.json.
 
-    A trained role gets its optimizer (no weight decay on vectors: biases and norms); a frozen one gets none, and no gradients.
+    A trained role gets its adapter, and its optimizer (no weight decay on vectors: biases and norms); a frozen one gets neither,
+    and no gradients.
     """
     import deepspeed
 
@@ -33,10 +34,16 @@ def build_engine(module: nn.Module, cfg: Config, role: str, run_dir: Path) -> An
     if optim is None:
         module.requires_grad_(False).eval()
         return deepspeed.initialize(model=module, config=ds_config)[0]
+    node, adapter = ("actor", cfg.actor.lora) if role == "actor" else ("reward", cfg.reward.lora)
+    if adapter.rank:
+        lora.add(module.hf, adapter, f"{node}.lora")
+    if cfg.deploy.activation_checkpointing:
+        module.hf.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in module.parameters() if p.requires_grad]
+    is_vector = [len(getattr(p, "ds_shape", p.shape)) <= 1 for p in trained]  # a partitioned weight is always flat
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p, vector in zip(trained, is_vector) if not vector], "weight_decay": optim.weight_decay},
+        {"params": [p for p, vector in zip(trained, is_vector) if vector], "weight_decay": 0.0},
     ]
     return deepspeed.initialize(model=module, config=ds_config, model_parameters=[g for g in groups if g["params"]])[0]
 
@@ -65,13 +72,47 @@ def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callabl
 
 
 @contextlib.contextmanager
-def gathered(engine: Any) -> Iterator[None]:
-    """Within this context the whole weights are there, also where ZeRO-3 partitions them."""
+def whole(parameters: Iterable[Tensor], modify: bool = False) -> Iterator[bool]:
+    """Within this context the parameters are whole where ZeRO-3 partitions them; yields whether any is.
+
+    Args: modify: what the first process then changes in them is kept.
+    """
     import deepspeed
 
-    partitioned = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None, enabled=bool(partitioned)):
+        yield bool(partitioned)
+
+
+def autocast(engine: Any) -> Any:
+    """What an engine's own forward does about precision, for a forward that goes around it."""
+    dtype = engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None
+    return torch.autocast(engine.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+# transformers asks, while it loads, whether there is such an object alive; it holds no reference itself
+_partitioned_loading: list[Any] = []
+
+
+def load_partitioned(cfg: Config) -> None:
+    """At ZeRO 3 let transformers load each weight straight into its partition, so that no process ever holds a whole model."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    is_partitioned = cfg.deploy.zero_stage == 3
+    _partitioned_loading[:] = [HfDeepSpeedConfig(build_ds_config(cfg, "ref", comm.world_size()))] if is_partitioned else []
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Within this context models are made whole on every process; their engines partition them."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
         yield
+    finally:
+        for config in _partitioned_loading:
+            set_hf_deepspeed_config(config)
 
 
 def init_distributed() -> torch.device:

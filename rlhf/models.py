@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf import comm
+from rlhf import comm, lora
 from rlhf.config import Precision
 from rlhf.data import template
+from rlhf.engines import loading_whole, whole
 
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+DTYPES = {  # of the weights
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.autocast: torch.float32,
+}
 BUILTIN = "builtin:"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -111,15 +117,19 @@ def load_policy(path: str, tokenizer: Any, precision: Precision) -> Policy:
     return Policy(_load(AutoModelForCausalLM, path, tokenizer, precision))
 
 
-def load_scorer(path: str, tokenizer: Any, precision: Precision) -> Scorer:
-    """A one-label sequence-classification model; from a base model its head is new: N(0, 1/sqrt(d + 1)) (Stiennon 2020)."""
+def load_scorer(path: str, tokenizer: Any, precision: Precision, zero_head: bool = False) -> Scorer:
+    """A one-label sequence-classification model; from a base model its head is new: N(0, 1/sqrt(d + 1)) (Stiennon 2020), or zero."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     where = location(path)
     new_head = "ForSequenceClassification" not in str(AutoConfig.from_pretrained(where).architectures)
     hf = _load(AutoModelForSequenceClassification, path, tokenizer, precision, num_labels=1)
-    if new_head:
-        nn.init.normal_(hf.score.weight, std=(hf.score.weight.shape[1] + 1) ** -0.5)
+    if new_head or zero_head:
+        random = torch.Generator().manual_seed(torch.initial_seed())  # not what loading has left of torch's own stream
+        with whole([hf.score.weight], modify=True):
+            width = hf.score.weight.shape[1]
+            head = torch.randn(1, width, generator=random) * (width + 1) ** -0.5
+            hf.score.weight.data.copy_(head * (not zero_head))
     return Scorer(hf)
 
 
@@ -131,7 +141,8 @@ def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, **op
         if "drop" in key and isinstance(value, float):  # dropout, attn_pdrop, layerdrop, hidden_dropout, ...
             setattr(config, key, 0.0)  # the log-probabilities of an update must be those of the rollout
     if path.startswith(BUILTIN):
-        hf = auto_class.from_config(config, dtype=DTYPES[precision])
+        with loading_whole():  # so that its random weights do not depend on the number of processes
+            hf = auto_class.from_config(config, dtype=DTYPES[precision])
     else:
         hf = auto_class.from_pretrained(location(path), config=config, dtype=DTYPES[precision], trust_remote_code=False)
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:  # only grow: many models have spare rows
@@ -144,17 +155,47 @@ def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, **op
 
 
 def save_engine(engine: Any, tokenizer: Any, directory: Path) -> None:
-    """Write an engine's model: weights (safetensors), configuration, tokenizer and template, as transformers loads them.
-    The directory appears whole or not at all. Called by all processes; the first one writes."""
-    state = None
-    if engine.zero_optimization_partition_weights():
-        # gathers on the first process, weight by weight
-        state = {name.removeprefix("hf."): weight for name, weight in (engine._zero3_consolidated_16bit_state_dict() or {}).items()}
+    """Write an engine's model: weights (safetensors), configuration, tokenizer and template, as transformers loads them. An
+    adapter is merged into the weights, and lies beside them in directory/adapter. The directory appears whole or not at all.
+    Called by all processes; the first one writes."""
+    hf = engine.module.hf
+    weights, adapter = whole_weights(hf)
     if comm.rank() == 0:
         temporary = directory.with_name(directory.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        engine.module.hf.save_pretrained(temporary, state_dict=state)
+        hf.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
+        if adapter:
+            lora.write_adapter(hf, adapter, temporary / "adapter")
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
     comm.barrier()
+
+
+@torch.no_grad()
+def whole_weights(hf: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a model that may be partitioned or carry an adapter, gathered one by one: beside its own part, a process
+    never holds more than one of them, and the first process collects them in host memory.
+
+    Returns: on the first process the weights with the adapter merged, by the names of the plain model; and what the adapter
+        trains, by its own names. Empty on the others, and the second one also where there is no adapter.
+    """
+    adapted = dict(lora.layers_of(hf))
+    weights, adapter, seen = {}, {}, set()
+    for name, weight in hf.state_dict(keep_vars=True).items():
+        if id(weight) in seen:  # tied to another
+            continue
+        seen.add(id(weight))
+        layer = adapted.get(name.removesuffix(".base_layer.weight")) if name.endswith(".base_layer.weight") else None
+        low_rank = [p for part in (layer.lora_A, layer.lora_B) for p in part.parameters()] if layer is not None else []
+        with whole([weight, *low_rank]) as gathered:
+            if comm.rank() == 0:
+                value = weight.detach()
+                if layer is not None:
+                    value = (value.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
+                value = value.to("cpu", copy=gathered)
+                if ".lora_" not in name:
+                    weights[lora.merged_name(name)] = value
+                if adapted and weight.requires_grad:
+                    adapter[name] = value
+    return weights, adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf import comm
 from rlhf.data import template
-from rlhf.data.batches import chunks, pad_left, uniforms
-from rlhf.data.records import Dataset
-from rlhf.engines import gathered
+from rlhf.data.batches import chunks, pad_left, pad_right, uniforms
+from rlhf.data.records import Dataset, Turn
+from rlhf.engines import autocast, whole
 from rlhf.models import last_token_score, model_inputs
 from rlhf.objectives import token_logp
 
@@ -57,13 +57,17 @@ class Experience:
 
 
 @torch.no_grad()
-def sample(hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, eos_id: int, temperature: float) -> tuple[Tensor, Tensor]:
+def sample(
+    hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, eos_id: int, temperature: float, synced: bool = False
+) -> tuple[Tensor, Tensor]:
     """Sample answers from the full distribution (no top-k, no top-p), by inverting its cumulative sum at given random numbers.
 
     Args:
         hf: causal language model.  prompt_ids, prompt_mask (B, P), left-padded.
         draws: (B, R) uniform in [0, 1), one per token that may be sampled.
         temperature: divides the logits, > 0.
+        synced: every process takes as many forwards as the slowest: DeepSpeed talks to all of them in a forward of ZeRO-3, where
+            weights are fetched, and where it compares its notes even if nothing is to be fetched.
     Returns: response ids (B, R) and mask (B, R), float, 1 up to and including EOS. Ids behind EOS are EOS and masked.
     """
     from transformers import DynamicCache
@@ -75,18 +79,21 @@ def sample(hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, eos_
     draws = draws.to(prompt_ids.device)
     cache = DynamicCache(config=hf.config)
     step_ids, attention = prompt_ids, prompt_mask
+    done = False
     for t in range(width):
         inputs = {key: x[:, -step_ids.shape[1] :] for key, x in model_inputs(hf, attention, attention).items() if key == "position_ids"}
         out = hf(input_ids=step_ids, attention_mask=attention, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
         cumulative = (out.logits[:, -1].double() / temperature).softmax(-1).cumsum(-1)
         target = draws[alive, t : t + 1] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
-        ids[alive, t], mask[alive, t] = token[:, 0], 1.0
-        going = token[:, 0] != eos_id
-        if not going.any():
+        if not done:
+            ids[alive, t], mask[alive, t] = token[:, 0], 1.0
+        going = (token[:, 0] != eos_id) & (not done)
+        done = not going.any()
+        if comm.all_max(float(not done), token.device) == 0 if synced else done:
             break
-        if not going.all():  # finished rows cost nothing more
-            keep = going.nonzero()[:, 0]
+        if not going.all():  # finished rows cost nothing more; a process that only waits for others keeps one
+            keep = going.nonzero()[:, 0] if not done else torch.zeros(1, dtype=torch.long, device=token.device)
             alive, token, attention = alive[keep], token[keep], attention[keep]
             cache.batch_select_indices(keep)
         step_ids, attention = token, torch.cat([attention, attention.new_ones(len(token), 1)], 1)
@@ -115,8 +122,15 @@ def make_experience(
     ref: Any = None,
     reward: Any = None,
     critic: Any = None,
+    gather: bool = True,
+    for_reward: Callable[[int, str, bool], list[int]] | None = None,
 ) -> Experience:
     """Sample an answer to each prompt, and score the answers with whatever engines are given; what has none stays zero.
+
+    Args:
+        gather: where ZeRO-3 partitions the actor's weights, hold all of them while sampling; else they are fetched for every token.
+        for_reward: from the number of a prompt, its answer and whether that ended, the token ids that a reward model with another
+            tokenizer reads; None where policy and reward model share one.
 
     Every process gets all prompts and all `draws` (B, R), works on its part of the rows, and returns the experience of all of
     them in the order of `prompts`: what follows does not depend on the number of processes.
@@ -124,11 +138,13 @@ def make_experience(
     rank, world = comm.rank(), comm.world_size()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     order += order[:1] * (-len(order) % world)  # every process has the same number of rows; copies are dropped below
+    mine = order[rank::world]
     parts = []
-    with gathered(actor):
-        for chunk in chunks(order[rank::world], micro_batch):
+    synced = any(hasattr(p, "ds_id") for p in actor.module.parameters())
+    with whole(actor.module.parameters() if gather else []), autocast(actor):
+        for chunk in chunks(mine, micro_batch):
             ids, mask = pad_left([prompts[i] for i in chunk], tokenizer.pad_token_id, actor.device)
-            response, response_mask = sample(actor.module.hf, ids, mask, draws[chunk], tokenizer.eos_token_id, temperature)
+            response, response_mask = sample(actor.module.hf, ids, mask, draws[chunk], tokenizer.eos_token_id, temperature, synced)
             ended = ((response == tokenizer.eos_token_id) * response_mask).amax(1)
             pad = max(map(len, prompts)) - ids.shape[1]
             ids, mask = F.pad(ids, (pad, 0), value=tokenizer.pad_token_id), F.pad(mask, (pad, 0))
@@ -143,7 +159,11 @@ def make_experience(
         if ref is not None:
             experience.ref_logp[chunk, :n] = response_logp(ref, part, temperature)
         with torch.no_grad():
-            if reward is not None:
+            if reward is not None and for_reward is not None:
+                texts = [for_reward(mine[row], experience.text(row, tokenizer), bool(experience.ended[row])) for row in chunk]
+                ids, mask = pad_right(texts, 0, reward.device)  # any id will do behind a mask; the actor's may not exist here
+                experience.score[chunk] = last_token_score(reward(ids, mask), mask)
+            elif reward is not None:
                 experience.score[chunk] = last_token_score(reward(part.ids, part.full_mask), part.full_mask)
             if critic is not None:
                 experience.old_values[chunk, :n] = values_before(critic(part.ids, part.full_mask), n) * part.mask
@@ -151,6 +171,18 @@ def make_experience(
     experience = Experience(*(comm.all_rows(getattr(experience, f.name)) for f in fields(Experience)))
     place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
     return experience.rows([place[i] for i in range(len(prompts))])
+
+
+def reads_text(reward: Any, tokenizer: Any, prompts: Sequence[list[Turn]]) -> Callable[[int, str, bool], list[int]]:
+    """make_experience's `for_reward`, for a reward model with a tokenizer of its own: prompt and answer in its own template. What
+    is too long for it loses its beginning."""
+    context = getattr(reward.module.hf.config, "max_position_embeddings", None) or 10**9
+
+    def ids_of(prompt: int, answer: str, ended: bool) -> list[int]:
+        ids = template.encode_prompts(tokenizer, [prompts[prompt]], 10**9)[0] or []
+        return (ids + template.encode_response(tokenizer, answer, ended))[-context:]
+
+    return ids_of
 
 
 def evaluate_policy(
@@ -163,16 +195,22 @@ def evaluate_policy(
     actor: Any,
     ref: Any = None,
     reward: Any = None,
+    gather: bool = True,
+    reward_tokenizer: Any = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample one answer to each held-out prompt, with a fixed random stream per prompt, and measure.
 
+    Args: reward_tokenizer: of a reward model that has another one than the actor.  gather: see make_experience.
     Returns: means over the answers, `eos_rate`, `length` (tokens), and where they are known `gold`, `gold_best`, `score`
         (normalised units), `kl` (nats per sequence, the sum over tokens of log pi - log ref); and one row per answer for the tables.
     """
     encoded = template.encode_prompts(tokenizer, data.eval_prompts, max_prompt_tokens)
     kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
     draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    e = make_experience([ids for _, ids in kept], draws, temperature, micro_batch, tokenizer, actor, ref, reward)
+    for_reward = reads_text(reward, reward_tokenizer, [turns for turns, _ in kept]) if reward_tokenizer else None
+    e = make_experience(
+        [ids for _, ids in kept], draws, temperature, micro_batch, tokenizer, actor, ref, reward, gather=gather, for_reward=for_reward
+    )
     kl = (e.old_logp - e.ref_logp).sum(1)
     rows: list[dict[str, Any]] = []
     for i, (turns, _) in enumerate(kept):

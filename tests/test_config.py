@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from rlhf import config, layout
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "stage"))
-OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "stage", "model"))
+# actors, rewards and recipes: tests/test_recipes.py
+OPTIONS = [(g, path.stem) for g in ("data", "deploy", "experiment") for path in sorted((CONF / g).glob("*.yaml"))]
 STAGES = sorted(path.stem for path in (CONF / "stage").glob("*.yaml"))
 
 
@@ -84,8 +85,10 @@ def test_fields_without_effect_on_results() -> None:
     nodes = [node for node in vars(config).values() if dataclasses.is_dataclass(node)]
     free = {f"{node.__name__}.{f.name}" for node in nodes for f in dataclasses.fields(node) if not f.metadata.get("identity", True)}
     assert free == {
-        *(f"Config.{name}" for name in ("stage", "wandb", "exp", "root", "fresh", "inputs")),
-        *(f"Deploy.{name}" for name in ("device", "gpus", "threads", "zero_stage", "micro_batch", "eval_micro_batch")),
+        *(f"Config.{name}" for name in ("stage", "wandb", "exp", "root", "plan", "fresh", "inputs")),
+        *(f"Deploy.{f.name}" for f in dataclasses.fields(config.Deploy) if f.name != "precision"),
+        *(f"Offload.{f.name}" for f in dataclasses.fields(config.Offload)),
+        "Model.arch",
         *(f"Wandb.{name}" for name in ("mode", "project", "entity", "tags")),
     }
 
@@ -113,6 +116,19 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
             "ppo.batch_size=100 is not divisible by ppo.minibatches=3 x deploy.gpus=1 = 3: try ppo.batch_size=99",
         ),
         (["deploy.gpus=3"], "sft.batch_size=16 is not divisible by deploy.gpus=3: try 15"),
+        (["deploy.nodes=3"], "sft.batch_size=16 is not divisible by deploy.gpus=1 x deploy.nodes=3: try 15"),
+        (["deploy.offload.optimizer=true"], "DeepSpeed offers it from deploy.zero_stage=1 on, not at 0"),
+        (["deploy.offload.parameters=true", "deploy.zero_stage=2"], "needs deploy.zero_stage=3, not 2"),
+        (["deploy.precision=fp16"], "deploy.precision=fp16: not on CPU"),
+        (["deploy=single_gpu", "deploy.precision=fp16"], "deploy.precision=fp16: PPO's ratios overflow and underflow in it; use bf16"),
+        (["deploy.node_rank=1"], "deploy.node_rank=1: must be below deploy.nodes=1"),
+        (["deploy.nodes=2", "deploy.node_rank=1", "deploy.hostfile=h"], "deploy.hostfile and deploy.node_rank: give one"),
+        (["deploy.master=here"], "deploy.master=here: give host:port"),
+        (["deploy.bucket_mb=0"], "deploy.bucket_mb=0.0: must be above 0"),
+        (["actor.lora.rank=-1"], "actor.lora.rank=-1: must not be negative"),
+        (["reward.lora.alpha=0"], "reward.lora.alpha=0.0: must be above 0"),
+        (["actor.lora.dropout=1"], "actor.lora.dropout=1.0: must be at least 0 and below 1"),
+        (["actor.lora.targets=[]"], "actor.lora.targets=[]: name layers"),
         (["sft.lr=0"], "sft.lr=0.0: must be above 0"),
         (["rm.epochs=-1"], "rm.epochs=-1: must be above 0"),
         (["ppo.gamma=1.5"], "ppo.gamma=1.5: must be between 0 and 1"),

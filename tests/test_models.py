@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from families import EOS, FAMILIES, PAD, VOCABULARY, save_base
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -25,61 +24,8 @@ from rlhf.stages import rm, sft
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FP32 = Precision.fp32
-PAD, BOS, EOS = 0, 1, 2
-VOCABULARY = 732
 ROWS = [[5, 6, 7], [300, 301, 302, 303, 304, 305], [9, 10, 11, 12]]
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # absolute positions, rotary ones, ALiBi; dropout wherever the family knows it
-    "opt": (
-        "OPTConfig",
-        {
-            "hidden_size": 32,
-            "word_embed_proj_dim": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "ffn_dim": 64,
-            "dropout": 0.1,
-            "attention_dropout": 0.1,
-            "layerdrop": 0.1,
-            "init_std": 0.2,
-        },
-    ),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}),
-    "gpt_neo": (
-        "GPTNeoConfig",
-        {
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 2,
-            "attention_types": [[["global", "local"], 1]],
-            "attention_dropout": 0.1,
-            "embed_dropout": 0.1,
-            "resid_dropout": 0.1,
-            "initializer_range": 0.2,
-        },
-    ),
-    "gpt_neox": ("GPTNeoXConfig", {"hidden_dropout": 0.1, "attention_dropout": 0.1}),
-    "llama": ("LlamaConfig", {"num_key_value_heads": 1, "attention_dropout": 0.1}),
-    "qwen2": ("Qwen2Config", {"num_key_value_heads": 1, "attention_dropout": 0.1}),
-    "bloom": (
-        "BloomConfig",
-        {"hidden_size": 32, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1, "initializer_range": 0.2},
-    ),
-}
-COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    """A process group of one for the engines. It stays: DeepSpeed cannot join twice in a process. The environment does not."""
-    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
-        if not torch.distributed.is_initialized():
-            patch.setenv("MASTER_PORT", "0")  # any free one
-            engines.init_distributed()
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +52,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return str(path)
 
     return directory
-
-
-def save_base(path: Path, family: str, vocabulary: int = VOCABULARY) -> None:
-    name, values = FAMILIES[family]
-    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    common = COMMON if family in ("gpt_neox", "llama", "qwen2") else {}
-    shape = getattr(transformers, name)(vocab_size=vocabulary, **special, **common, **values)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(shape).save_pretrained(path)
 
 
 def padded(row: list[int], left: int, right: int) -> tuple[Tensor, Tensor]:

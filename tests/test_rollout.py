@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,19 +295,6 @@ class Engines:
         return rollout.make_experience(
             prompts, draws, temperature, micro_batch, self.tokenizer, self.actor, self.ref, self.reward, self.critic
         )
-
-
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    """A process group of one for the engines. It stays: DeepSpeed cannot join twice in a process. The environment does not."""
-    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
-        if not torch.distributed.is_initialized():
-            patch.setenv("MASTER_PORT", "0")  # any free one
-            engines.init_distributed()
-        yield
 
 
 @pytest.fixture(scope="module")

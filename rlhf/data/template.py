@@ -64,6 +64,23 @@ def encode_responses(tokenizer: Any, answers: Sequence[str], max_tokens: int) ->
     return [(ids + [tokenizer.eos_token_id])[:max_tokens] for ids in encoded]
 
 
+def encode_response(tokenizer: Any, answer: str, ended: bool) -> list[int]:
+    """Token ids of one sampled answer, with EOS if it ended."""
+    ids = tokenizer(" " + answer.strip(), add_special_tokens=False).input_ids
+    return ids + [tokenizer.eos_token_id] * ended
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens of the same turns: the same vocabulary, special tokens and template."""
+    probe = [Turn("user", "A tokenizer's probe: 3.14 café\n  two spaces"), Turn("assistant", "Yes - it's one."), Turn("user", "Thanks!")]
+
+    def content(tokenizer: Any) -> Any:
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return tokenizer.get_vocab(), special, encode_prompts(tokenizer, [probe], 10**9)
+
+    return content(one) == content(other)
+
+
 def encode_demonstrations(
     tokenizer: Any, demonstrations: Sequence[Demonstration], max_prompt: int, max_response: int
 ) -> list[tuple[list[int], list[int]]]:

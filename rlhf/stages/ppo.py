@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf import comm
+from rlhf import comm, config, plan
 from rlhf.config import Config
 from rlhf.data import template
 from rlhf.data.batches import global_batches, micro_batches, uniforms
 from rlhf.data.load import load_data
 from rlhf.engines import build_engine, optimizer_step
+from rlhf.lora import AdapterOff
 from rlhf.models import check_context, load_policy, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import (
     explained_variance,
@@ -35,7 +36,7 @@ from rlhf.objectives import (
     value_loss,
     whiten,
 )
-from rlhf.rollout import Experience, evaluate_policy, make_experience, values_before
+from rlhf.rollout import Experience, evaluate_policy, make_experience, reads_text, values_before
 from rlhf.track import Tracker, log
 
 
@@ -57,16 +58,31 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- models: the policy and its frozen start, the reward model and the critic that starts from it
     precision = cfg.deploy.precision
+    cfg.actor.lora.dropout = cfg.reward.lora.dropout = 0.0  # the ratio of the first update must be 1
     actor = build_engine(load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "actor", run_dir)
-    ref = build_engine(load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
-    reward = build_engine(load_scorer(cfg.inputs["rm"], tokenizer, precision), cfg, "reward", run_dir)
-    critic = build_engine(load_scorer(cfg.inputs["rm"], tokenizer, precision), cfg, "critic", run_dir)
-    actor.eval(), critic.eval()  # dropout is off in any case: the ratio of the first update must be 1
+    if config.adapter_only(cfg.actor):
+        log.info("reference: the actor with its adapter off, one model less in memory")
+        ref: Any = AdapterOff(actor)
+    else:
+        ref = build_engine(load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
+    reward_tokenizer = load_tokenizer(cfg.inputs["rm"])
+    reward = build_engine(load_scorer(cfg.inputs["rm"], reward_tokenizer, precision), cfg, "reward", run_dir)
+    if template.same_tokens(tokenizer, reward_tokenizer):
+        reward_tokenizer = None
+        critic_start = load_scorer(cfg.inputs["rm"], tokenizer, precision)
+    else:
+        log.info("the reward model has another tokenizer: it reads the answers as text, and the critic starts from the SFT policy")
+        critic_start = load_scorer(cfg.inputs["sft"], tokenizer, precision, zero_head=True)
+    critic = build_engine(critic_start, cfg, "critic", run_dir)
+    actor.eval(), critic.eval()
+    gather, notes = plan.gather_for_rollout(cfg)
+    for note in notes:
+        log.warning(note)
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
         micro_batch, temperature = cfg.deploy.eval_micro_batch, cfg.rollout.temperature
-        return evaluate_policy(data, max_prompt, max_new, temperature, micro_batch, tokenizer, actor, ref, reward)
+        return evaluate_policy(data, max_prompt, max_new, temperature, micro_batch, tokenizer, actor, ref, reward, gather, reward_tokenizer)
 
     before, samples_before = evaluate()
 
@@ -74,6 +90,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     for step, batch in zip(range(steps), global_batches(len(prompts), cfg.ppo.batch_size, cfg.ppo.prompt_epochs, cfg.seed)):
         started = time.time()
         draws = uniforms("rollout", batch, cfg.seed, step, max_new)
+        asked = [prompts[i][0] for i in batch]
         experience = make_experience(
             [prompts[i][1] for i in batch],
             draws,
@@ -84,6 +101,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
             ref,
             reward,
             critic,
+            gather,
+            reads_text(reward, reward_tokenizer, asked) if reward_tokenizer else None,
         )
         made = time.time()
         score = experience.score - cfg.ppo.missing_eos_penalty * (1 - experience.ended)
@@ -97,7 +116,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
         metrics = rollout_metrics(experience, score, returns, cfg) | update
         if data.gold:
-            gold = [data.gold(prompts[i][0], experience.text(row, tokenizer)) for row, i in enumerate(batch)]
+            gold = [data.gold(turns, experience.text(row, tokenizer)) for row, turns in enumerate(asked)]
             metrics |= {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
         seconds = time.time() - started
         metrics |= {
@@ -143,6 +162,7 @@ def train_on(
     Args: advantages (whitened) and returns (B, R), rows as in `experience`.
     Returns: means over all tokens of all minibatches and processes (`_max`: maxima).
     """
+    actor.train(), critic.train()  # nothing drops out; activation checkpointing works only so
     n = len(experience.score)
     lengths = experience.full_mask.sum(1).tolist()
     sums: dict[str, float] = defaultdict(float)
@@ -185,6 +205,7 @@ def train_on(
             tokens_seen += tokens
             if epoch == 0 and number == 0:
                 first_ratio = sums["ratio"] / tokens_seen
+    actor.eval(), critic.eval()
     mean = {key: value / tokens_seen for key, value in sums.items()}
     return {
         "loss/policy_avg": mean["policy"],

@@ -37,6 +37,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- model
     engine = build_engine(load_scorer(cfg.reward.path, tokenizer, cfg.deploy.precision), cfg, "reward_trained", run_dir)
+    engine.train()
     tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
 
     # ---- training

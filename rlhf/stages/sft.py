@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf import comm
+from rlhf import comm, plan
 from rlhf.config import Config
 from rlhf.data import template
 from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
@@ -38,6 +38,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- model
     engine = build_engine(load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir)
+    engine.train()
     tracker = Tracker(cfg, run_dir, steps, ["loss", "mean_token_accuracy"])
 
     # ---- training
@@ -73,9 +74,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- evaluation
     engine.eval()
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
-    measured, samples = evaluate_policy(
-        data, max_prompt, max_response, temperature=1.0, micro_batch=cfg.deploy.eval_micro_batch, tokenizer=tokenizer, actor=engine
-    )
+    gather, _ = plan.gather_for_rollout(cfg)
+    micro_batch = cfg.deploy.eval_micro_batch
+    measured, samples = evaluate_policy(data, max_prompt, max_response, 1.0, micro_batch, tokenizer, engine, gather=gather)
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)
     save_engine(engine, tokenizer, run_dir / "model")

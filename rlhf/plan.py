@@ -1,0 +1,474 @@
+"""What a run needs, before it starts: memory on each GPU, batches, steps, tokens. Formulas only: no torch, weights or network.
+
+Counted are the tensors that DeepSpeed and the loops hold at once. Model states are exact (tests compare them with measured
+tensors); activations are what transformers' blocks save for the backward pass, measured per family (`ACTIVATIONS`); the rest of
+a GPU (context, kernels' workspaces, fragmentation) is the flat `LIBRARIES`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf import config, layout
+from rlhf.config import Arch, Config, Device, Lora, Precision, Stage
+from rlhf.ds import BYTES
+
+GIB = 2**30
+LIBRARIES = {Device.gpu: 1.5 * GIB, Device.cpu: 0.5 * GIB}  # CUDA context, cuBLAS and NCCL; on CPU the imported libraries (450 MiB)
+MAX_LIVE = 10**9  # weights that DeepSpeed holds gathered at stage 3, at most (its stage3_max_live_parameters)
+ROWS = {"Dahoas/rm-static": 76256, "Dahoas/full-hh-rlhf": 112052, "Anthropic/hh-rlhf": 160800}  # preference pairs, from their cards
+
+# Elements that one block keeps per token for the backward pass: (x ffn, x hidden in fp32, x hidden in bf16). The norms of the
+# llama family compute in fp32, which a bf16 block keeps beside its own. To these comes the attention mask: one per key; BLOOM
+# keeps its attention matrix, for each head once in fp32 and three times in bf16.
+ACTIVATIONS = {
+    "opt": (1, 8, 8),
+    "gpt2": (5, 8, 8),
+    "gpt_neox": (2, 10, 10),
+    "llama": (4, 10, 12),
+    "qwen2": (4, 10, 12),
+    "gemma3_text": (4, 17, 28),
+    "bloom": (1, 12, 12),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------- shapes
+
+
+def linear_layers(arch: Arch) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of one block, by transformers' names. Raises ValueError for an unknown family."""
+    h, f, q, kv = arch.hidden, arch.ffn, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    if arch.family == "opt":
+        return {"q_proj": (h, h), "k_proj": (h, h), "v_proj": (h, h), "out_proj": (h, h), "fc1": (h, f), "fc2": (f, h)}
+    if arch.family == "gpt2":
+        return {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, f), "mlp.c_proj": (f, h)}
+    if arch.family in ("gpt_neox", "bloom"):
+        return {"query_key_value": (h, 3 * h), "dense": (h, h), "dense_h_to_4h": (h, f), "dense_4h_to_h": (f, h)}
+    if arch.family in ("llama", "qwen2", "gemma3_text"):
+        mlp = {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
+        return {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)} | mlp
+    raise ValueError(f"arch.family={arch.family}: must be one of {', '.join(ACTIVATIONS)}")
+
+
+def block_parameters(arch: Arch) -> int:
+    """Weights of one block, biases and norms included."""
+    layers = linear_layers(arch)
+    weights = sum(i * o for i, o in layers.values())
+    outputs = sum(o for _, o in layers.values())
+    h = arch.hidden
+    if arch.family in ("opt", "gpt2", "gpt_neox", "bloom"):  # biases everywhere, two norms with bias
+        return weights + outputs + 4 * h
+    if arch.family == "qwen2":  # biases on queries, keys and values
+        return weights + (arch.heads + 2 * arch.kv_heads) * arch.head_dim + 2 * h
+    if arch.family == "gemma3_text":  # four norms, and one each for queries and keys
+        return weights + 4 * h + 2 * arch.head_dim
+    return weights + 2 * h
+
+
+def parameters(arch: Arch, scorer: bool = False) -> int:
+    """Number of weights of a causal language model; `scorer`: of the sequence-classification model with one label."""
+    h, width = arch.hidden, arch.embed or arch.hidden
+    total = arch.vocab * width + arch.layers * block_parameters(arch)
+    if arch.family == "opt":  # positions with an offset of 2; no final norm where the embeddings are projected
+        total += (arch.positions + 2) * h + (2 * h if width == h else 2 * width * h)
+    elif arch.family == "gpt2":
+        total += arch.positions * h + 2 * h
+    elif arch.family == "bloom":  # a norm behind the embeddings too; no positions (ALiBi)
+        total += 4 * h
+    else:
+        total += 2 * h if arch.family == "gpt_neox" else h
+    if scorer:
+        return total + width
+    return total if arch.tied else total + arch.vocab * width
+
+
+def lora_parameters(arch: Arch, lora: Lora, scorer: bool = False) -> int:
+    """Number of trained weights with an adapter: rank x (inputs + outputs) of each adapted layer, head, embeddings."""
+    width = arch.embed or arch.hidden
+
+    def adapted(name: str) -> bool:
+        return lora.targets is None or any(name == t or name.endswith("." + t) or t.endswith("." + name) for t in lora.targets)
+
+    total = arch.layers * sum(lora.rank * (i + o) for name, (i, o) in linear_layers(arch).items() if adapted(name))
+    if width != arch.hidden:
+        total += sum(lora.rank * (width + arch.hidden) for name in ("project_in", "project_out") if adapted(name))
+    return total + (width if scorer else 0) + (arch.vocab * width if lora.embeddings else 0)
+
+
+def arch_of(path: str, given: Arch | None) -> Arch | None:
+    """The numbers of a model: from its config.json where `path` is a directory or built in, else those given, or None.
+    Raises: ValueError for a family that there is no formula for."""
+    if path.startswith(layout.BUILTIN):
+        file = Path(__file__).parent / "assets" / path.removeprefix(layout.BUILTIN) / "config.json"
+    elif layout.is_directory(path):
+        file = layout.model_directory(path) / "config.json"
+    else:
+        return given
+    saved = json.loads(file.read_text())
+
+    def get(*names: str, default: Any = None) -> Any:
+        return next((saved[name] for name in names if saved.get(name) is not None), default)
+
+    family, hidden = saved.get("model_type"), get("hidden_size", "n_embd", "n_embed")
+    if family not in ACTIVATIONS:
+        raise ValueError(f"{path}: there is no memory formula for models of type {family}; it trains without a plan")
+    heads, width = get("num_attention_heads", "n_head"), get("word_embed_proj_dim", default=hidden)
+    return Arch(
+        family=family,
+        layers=get("num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=get("num_key_value_heads", default=heads),
+        head_dim=get("head_dim", default=hidden // heads),
+        ffn=get("ffn_dim", "intermediate_size", "n_inner", default=4 * hidden),
+        vocab=saved["vocab_size"],
+        positions=get("max_position_embeddings", "n_positions", "seq_length", default=2048),
+        tied=get("tie_word_embeddings", default=family in ("opt", "gpt2", "bloom", "gemma3_text")),
+        embed=width if width != hidden else None,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass
+class Role:
+    """One model on one GPU; everything in bytes but the counts."""
+
+    name: str
+    model: str
+    parameters: int
+    trained: int
+    weights: float
+    gradients: float
+    optimizer: float
+    host: float  # of these, in host memory
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer - self.host
+
+
+@dataclass
+class Plan:
+    """A stage's needs on one GPU (on CPU: in one process), bytes."""
+
+    stage: str
+    roles: list[Role]
+    phases: dict[str, dict[str, float]]  # what comes to the models' states at the fullest moment of each phase
+    libraries: float
+    limit: float
+    batch: str
+    steps: int | None
+    tokens: int | None  # at most
+    files: float  # of the saved models
+    notes: list[str]
+
+    @property
+    def states(self) -> float:
+        return sum(role.total for role in self.roles) + self.libraries
+
+    @property
+    def fullest(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> float:
+        return self.states + sum(self.phases[self.fullest].values())
+
+    @property
+    def host(self) -> float:
+        return sum(role.host for role in self.roles)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+def role_memory(cfg: Config, name: str, model: str, count: int, trained: int) -> Role:
+    """States of one model, as DeepSpeed holds them: weights and gradients in the training precision; Adam's two moments in fp32
+    and an fp32 copy of the weights (none at stage 0 in fp32). Stage 1 partitions the optimizer, 2 the gradients, 3 the weights.
+    Source: Rajbhandari 2020, arXiv:1910.02054, section 3."""
+    deploy, size, world = cfg.deploy, BYTES[cfg.deploy.precision], config.world_size(cfg)
+    zero, offload = deploy.zero_stage, deploy.offload
+    if not trained:
+        weights = size * count / (world if zero == 3 or offload.frozen else 1)
+        return Role(name, model, count, 0, weights, 0, 0, weights if offload.frozen else 0)
+    weights = size * count / (world if zero == 3 else 1)
+    gradients = size * trained / (world if zero >= 2 else 1)
+    copies = 8 if zero == 0 and size == 4 else 12
+    optimizer = copies * trained / (world if zero >= 1 else 1)
+    host = (optimizer if offload.optimizer else 0) + (weights if offload.parameters else 0)
+    return Role(name, model, count, trained, weights, gradients, optimizer, host)
+
+
+def activations(arch: Arch, cfg: Config, rows: int, tokens: int) -> float:
+    """Bytes that the blocks keep for the backward pass of `rows` sequences of `tokens` tokens. With checkpointing: the input of
+    each block, and all of one."""
+    size = 4 if cfg.deploy.precision == Precision.fp32 else 2
+    of_ffn, fp32, bf16 = ACTIVATIONS[arch.family]
+    per_token = of_ffn * arch.ffn + (fp32 if size == 4 else bf16) * arch.hidden
+    per_token += tokens * (arch.heads * (1 if size == 4 else 3) if arch.family == "bloom" else 1)
+    block = size * rows * tokens * per_token
+    if cfg.deploy.activation_checkpointing:
+        return arch.layers * size * rows * tokens * arch.hidden + block
+    return arch.layers * block
+
+
+def logits(arch: Arch, cfg: Config, rows: int, positions: int, copies: int) -> float:
+    """Bytes of logits (rows, positions, V) in the training precision, and `copies` of them in fp32."""
+    return rows * positions * arch.vocab * ((2 if cfg.deploy.precision != Precision.fp32 else 4) + 4 * copies)
+
+
+def kv_cache(arch: Arch, cfg: Config, rows: int, tokens: int) -> float:
+    size = 4 if cfg.deploy.precision == Precision.fp32 else 2
+    return 2 * arch.layers * arch.kv_heads * arch.head_dim * rows * tokens * size
+
+
+def make_plan(cfg: Config, stage: Stage) -> Plan:
+    """The needs of one stage.
+
+    Raises: ValueError when the shape of a model is not known: a hub id without `arch`, or a family without formula.
+    """
+    deploy, world = cfg.deploy, config.world_size(cfg)
+    size = BYTES[deploy.precision]
+    inputs = {**cfg.inputs}
+    actor = arch_of(inputs.get("sft") or cfg.ppo.actor or cfg.actor.path, cfg.actor.arch) if stage != Stage.rm else None
+    reward = arch_of(inputs.get("rm") or cfg.ppo.reward or cfg.reward.path, cfg.reward.arch) if stage != Stage.sft else None
+    for arch, node in ((actor, "actor"), (reward, "reward")):
+        if arch is None and (stage == Stage.ppo or node == ("reward" if stage == Stage.rm else "actor")):
+            raise ValueError(f"the shape of {node} is not known before it is loaded: give its numbers as {node}.arch (see conf/model/)")
+
+    def role(name: str, arch: Arch, model: config.Model, scorer: bool, trained: bool) -> Role:
+        count = parameters(arch, scorer)
+        learning = 0 if not trained else lora_parameters(arch, model.lora, scorer) if model.lora.rank else count
+        extra = lora_parameters(arch, model.lora, False) if trained and model.lora.rank else 0  # the adapter comes to the weights
+        extra -= arch.vocab * (arch.embed or arch.hidden) if extra and model.lora.embeddings else 0
+        return role_memory(cfg, name, model.name, count + extra, learning)
+
+    def update(arch: Arch, own: Role, rows: int, tokens: int, positions: int, copies: int) -> dict[str, float]:
+        parts = {"activations": activations(arch, cfg, rows, tokens), "logits": logits(arch, cfg, rows, positions, copies)}
+        parts["buckets"] = 2 * deploy.bucket_mb * 2**20 if deploy.zero_stage else 0
+        parts["gathered weights"] = live_weights(own)
+        return parts
+
+    def live_weights(own: Role) -> float:
+        """Of a partitioned model, the weights that are whole at a time."""
+        partitioned = deploy.zero_stage == 3 or (deploy.offload.frozen and not own.trained)
+        return size * min(own.parameters, MAX_LIVE) * (1 if own.host else 1 - 1 / world) if partitioned else 0
+
+    def sampling(arch: Arch, own: Role, tokens: int, states: float) -> tuple[dict[str, float], list[str]]:
+        """The phase, and a note where partitioned weights stay so because whole ones do not fit, or as set."""
+        rows = deploy.eval_micro_batch
+        parts = {"kv cache": kv_cache(arch, cfg, rows, tokens), "logits": rows * arch.vocab * (size + 16)}  # fp64 softmax and sum
+        if deploy.zero_stage < 3:
+            return parts, []
+        whole = size * own.parameters * (1 if deploy.offload.parameters else 1 - 1 / world)
+        fits = states + sum(parts.values()) + whole <= deploy.gpu_memory_gb * GIB
+        if deploy.gather_for_rollout or (deploy.gather_for_rollout is None and fits):
+            return parts | {"gathered weights": whole}, []
+        note = f"sampling fetches all {size * own.parameters / GIB:.1f} GiB of the actor's weights from the other processes for every token"
+        return parts | {"gathered weights": live_weights(own)}, [note]
+
+    prompt, answer = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
+    libraries = LIBRARIES[deploy.device]
+    roles: list[Role] = []
+    phases: dict[str, dict[str, float]] = {}
+    notes: list[str] = []
+    if stage == Stage.sft and actor:
+        roles = [role("actor", actor, cfg.actor, False, True)]
+        phases["update"] = update(actor, roles[0], deploy.micro_batch, prompt + answer, prompt + answer, 2)
+        phases["sampling"], notes = sampling(actor, roles[0], prompt + answer, roles[0].total + libraries)
+        files = size * roles[0].parameters
+    elif stage == Stage.rm and reward:
+        roles = [role("reward", reward, cfg.reward, True, True)]
+        phases["update"] = update(reward, roles[0], 2 * deploy.micro_batch, prompt + answer, 0, 0)
+        files = size * roles[0].parameters
+    elif actor and reward:
+        answer = cfg.rollout.max_new_tokens
+        roles = [role("actor", actor, cfg.actor, False, True)]
+        if not config.adapter_only(cfg.actor):
+            roles.append(role("ref", actor, cfg.actor, False, False))
+        roles += [role("reward", reward, cfg.reward, True, False), role("critic", reward, cfg.reward, True, True)]
+        phases["sampling"], notes = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
+        phases["scoring"] = {"logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2), "gathered weights": live_weights(roles[0])}
+        phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, prompt + answer, answer, 2)
+        phases["critic's update"] = update(reward, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
+        files = size * (roles[0].parameters + roles[-1].parameters)
+    if size == 2:  # gradients are copied to fp32, where the optimizer is
+        trained = max(r.trained for r in roles)
+        here = 0 if deploy.offload.optimizer else 4 * trained / (world if deploy.zero_stage else 1)
+        phases["optimizer's step"] = {"fp32 gradients": here}
+    batch, steps, tokens = arithmetic(cfg, stage)
+    return Plan(stage.name, roles, phases, libraries, deploy.gpu_memory_gb * GIB, batch, steps, tokens, files, notes)
+
+
+# ------------------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def rows_of(cfg: Config, stage: Stage) -> int | None:
+    """Training rows of a stage, before any is dropped for its length; None where that is known only when the data are there."""
+    if cfg.data.sandbox:
+        rest = 7200 - cfg.data.eval_rows  # rlhf/data/sandbox.py makes so many prompts, and leaves PPO a fifth
+        return {"sft": cfg.data.sandbox.demonstrations, "rm": cfg.data.sandbox.pairs, "ppo": rest - int(0.8 * rest)}[stage.name]
+    total = 0
+    for source in cfg.data.sources.values():
+        path = Path(source.path).expanduser()
+        if source.path in ROWS:
+            total += ROWS[source.path]
+        elif path.suffix == ".jsonl" and path.is_file():
+            with open(path, "rb") as file:
+                total += sum(1 for _ in file)
+        else:
+            return None
+    share = cfg.data.shares[["sft", "rm", "ppo"].index(stage.name)] / sum(cfg.data.shares)
+    return int(total * (1 - cfg.data.eval_share) * share)
+
+
+def arithmetic(cfg: Config, stage: Stage) -> tuple[str, int | None, int | None]:
+    """How a batch is cut, the number of steps (PPO: rollouts) and of tokens, at most."""
+    node = getattr(cfg, stage.name)
+    world, rows = config.world_size(cfg), rows_of(cfg, stage)
+    per_step = node.batch_size // node.minibatches if stage == Stage.ppo else node.batch_size
+    forwards = math.ceil(per_step / world / cfg.deploy.micro_batch)
+    what = "pairs" if stage == Stage.rm else "answers" if stage == Stage.ppo else "demonstrations"
+    text = f"{per_step} {what} per optimizer step = {world} process(es) x {forwards} forward(s)"
+    text += f" of {min(cfg.deploy.micro_batch, max(1, per_step // world))}"
+    if stage == Stage.ppo:
+        text += f"; {node.batch_size} prompts per rollout, {node.epochs} x {node.minibatches} steps on each"
+    epochs = node.prompt_epochs if stage == Stage.ppo else node.epochs
+    steps = None if rows is None else rows // node.batch_size * epochs
+    if node.max_steps:
+        steps = node.max_steps if steps is None else min(steps, node.max_steps)
+    longest = cfg.data.max_prompt_tokens + (cfg.rollout.max_new_tokens if stage == Stage.ppo else cfg.data.max_response_tokens)
+    sequences = node.batch_size * (2 if stage == Stage.rm else 1)
+    return text, steps, None if steps is None else steps * sequences * longest
+
+
+# ------------------------------------------------------------------------------------------------------------- what would make it fit
+
+
+def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
+    """The `count` cheapest changes that make a stage fit, each as overrides in one line. Cheap is what costs little speed: few
+    changes before many, and in the order below; none contains another."""
+    deploy, several = cfg.deploy, config.world_size(cfg) > 1
+    single_gpu = deploy.device == Device.gpu and deploy.gpus < 8
+    to_host: dict[str, Any] = {"deploy.zero_stage": 2} if deploy.zero_stage == 0 else {}  # stage 0 cannot offload; one GPU may have 2
+    offers: list[tuple[dict[str, Any], bool]] = [
+        ({"deploy.eval_micro_batch": 1}, deploy.eval_micro_batch > 1),
+        ({"deploy.micro_batch": 1}, deploy.micro_batch > 1),
+        ({"deploy.zero_stage": 2}, several and deploy.zero_stage < 2),
+        ({"deploy.precision": Precision.bf16}, BYTES[deploy.precision] == 4),
+        ({"deploy.activation_checkpointing": True}, not deploy.activation_checkpointing),
+        ({"deploy.zero_stage": 3}, several and deploy.zero_stage < 3),
+        ({"deploy.gather_for_rollout": False}, deploy.zero_stage == 3 and deploy.gather_for_rollout is True),
+        ({"deploy.offload.frozen": True}, not deploy.offload.frozen and stage == Stage.ppo),
+        (to_host | {"deploy.offload.optimizer": True}, not deploy.offload.optimizer),
+        ({"actor.lora.rank": 16}, stage != Stage.rm and not cfg.actor.lora.rank),
+        ({"reward.lora.rank": 16}, stage != Stage.sft and not cfg.reward.lora.rank),
+        ({"deploy.gpus": 8, "deploy.zero_stage": 2}, single_gpu),  # costs no speed, but has to be there
+        ({"deploy.gpus": 8, "deploy.zero_stage": 3}, single_gpu),
+    ]
+    changes = [change for change, possible in offers if possible]
+
+    def changed(overrides: dict[str, Any]) -> Config:
+        other = deepcopy(cfg)
+        for key, value in overrides.items():
+            node, name = key.rsplit(".", 1)
+            setattr(config.lookup(other, node), name, value)
+        return other
+
+    def fits(overrides: dict[str, Any]) -> bool:
+        other = changed(overrides)
+        return not config.check(other) and make_plan(other, stage).fits
+
+    sets = [chosen for n in (1, 2, 3, 4) for chosen in itertools.combinations(range(len(changes)), n)]
+    found: list[tuple[int, ...]] = []
+    lines: list[str] = []
+    for chosen in sorted(sets, key=lambda s: (len(s), sum(s))):
+        together: dict[str, Any] = {}
+        for i in chosen:
+            together |= changes[i]
+        repeats = len(together) < sum(len(changes[i]) for i in chosen)  # two values for one key
+        if repeats or any(set(smaller) <= set(chosen) for smaller in found) or not fits(together):
+            continue
+        for key in ("deploy.eval_micro_batch", "deploy.micro_batch"):  # no smaller than it need be
+            while key in together and 2 * together[key] < config.lookup(cfg, key) and fits(together | {key: 2 * together[key]}):
+                together[key] *= 2
+        found.append(chosen)
+        shown = {key: getattr(value, "name", str(value).lower()) for key, value in together.items()}
+        lines.append(" ".join(f"{key}={value}" for key, value in shown.items()))
+        if len(lines) == count:
+            break
+    return lines
+
+
+def gather_for_rollout(cfg: Config) -> tuple[bool, list[str]]:
+    """Whether the actor's partitioned weights are made whole for sampling: as set, or where they fit; and what the plan says of it."""
+    if cfg.deploy.zero_stage < 3:
+        return True, []
+    try:
+        notes = make_plan(cfg, cfg.stage.runs[0]).notes
+    except ValueError:  # a shape that there is no formula for
+        return cfg.deploy.gather_for_rollout is not False, []
+    return not notes, notes
+
+
+# --------------------------------------------------------------------------------------------------------------------- printing
+
+
+def short(plan: Plan) -> str:
+    """One line."""
+    unit = "rollouts" if plan.stage == "ppo" else "steps"
+    steps = f"{unit} known when the data are read" if plan.steps is None else f"{plan.steps:,} {unit}"
+    fit = "".join(f"; {note}" for note in plan.notes) + ("" if plan.fits else "; may not fit, see plan=true")
+    return f"{plan.stage}: plan {plan.peak / GIB:.1f} of {plan.limit / GIB:g} GiB per process ({plan.fullest}), {steps}{fit}"
+
+
+def print_plan(plan: Plan, cfg: Config) -> None:
+    """The whole of it, as tables."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def gib(value: float) -> str:
+        return f"{value / GIB:.2f}" if value else ""
+
+    where = f"{config.world_size(cfg)} process(es), ZeRO {cfg.deploy.zero_stage}, {cfg.deploy.precision.name}"
+    table = Table(title=f"{plan.stage}: GiB on each {'GPU' if cfg.deploy.device == Device.gpu else 'process'} of {where}", box=box.SIMPLE)
+    for column in ("role", "model", "weights, M", "trained, M", "weights", "gradients", "optimizer", "in host memory", "here"):
+        table.add_column(column, justify="left" if column in ("role", "model") else "right")
+    for r in plan.roles:
+        counts = [f"{r.parameters / 1e6:,.1f}", f"{r.trained / 1e6:,.1f}" if r.trained else ""]
+        table.add_row(r.name, r.model, *counts, *map(gib, (r.weights, r.gradients, r.optimizer, r.host, r.total)))
+    table.add_row("libraries", "", "", "", "", "", "", "", gib(plan.libraries))
+    table.add_row("together", "", "", "", "", "", "", gib(plan.host), gib(plan.states), style="bold")
+    phases = Table(box=box.SIMPLE)
+    for column in ("phase", "comes to that", "peak"):
+        phases.add_column(column, justify="right" if column == "peak" else "left")
+    for name, parts in plan.phases.items():
+        text = ", ".join(f"{part} {gib(value)}" for part, value in parts.items() if value / GIB >= 0.005)
+        phases.add_row(name, text, gib(plan.states + sum(parts.values())), style="bold" if name == plan.fullest else "")
+    console = Console(width=130, highlight=False)
+    console.print(table)
+    console.print(phases)
+    unknown = "known when the data are read"
+    console.print(f"  batch    {plan.batch}")
+    console.print(f"  steps    {unknown if plan.steps is None else format(plan.steps, ',')}")
+    console.print(f"  tokens   {unknown if plan.tokens is None else f'at most {plan.tokens / 1e6:,.1f} M'}")
+    console.print(f"  on disk  {gib(plan.files)} GiB of models")
+    for note in plan.notes:
+        console.print(f"  note     {note}")
+    size = f"{gib(plan.peak)} of {plan.limit / GIB:g} GiB (deploy.gpu_memory_gb)"
+    if plan.fits:
+        console.print(f"  fits     {size}")
+    else:
+        console.print(f"  does not fit: {size}. Cheapest changes that make it fit:")
+        for line in cheapest_changes(cfg, Stage[plan.stage]) or ["none of those known here: a smaller model, or more machines"]:
+            console.print(f"    {line}")

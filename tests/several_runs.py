@@ -1,0 +1,35 @@
+"""One process that does the work of many runs, one after the other: python several_runs.py RUN_DIR... As rlhf.worker, which does
+one; imports are most of the time of a small run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+
+def main(run_dirs: list[Path]) -> None:
+    from rlhf.worker import prepare_environment
+
+    prepare_environment()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    from rlhf import config, engines, layout
+    from rlhf.stages import ppo, rm, sft
+
+    logging.getLogger("rlhf").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    engines.init_distributed()
+    for run_dir in run_dirs:
+        cfg = config.load(run_dir / "config.yaml")
+        engines.load_partitioned(cfg)
+        torch.manual_seed(cfg.seed)
+        metrics = {"sft": sft.run, "rm": rm.run, "ppo": ppo.run}[cfg.stage.name](cfg, run_dir)
+        if int(os.environ["RANK"]) == 0:
+            layout.write_json(run_dir / "result.json", {"metrics": metrics})
+
+
+if __name__ == "__main__":
+    main([Path(arg) for arg in sys.argv[1:]])

@@ -1,0 +1,139 @@
+"""What a deployment must not change: processes, ZeRO stage, micro-batches and offload give the same samples, losses and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, metrics
+from safetensors.torch import load_file
+from test_config import composed
+
+from rlhf import config, layout
+
+FIVE_STEPS = [
+    "data.sandbox.demonstrations=96",
+    "data.sandbox.pairs=96",
+    "data.eval_rows=8",
+    "sft.max_steps=5",
+    "rm.max_steps=5",
+    "ppo.max_steps=2",
+    "ppo.epochs=2",
+    "ppo.minibatches=2",
+    "ppo.batch_size=16",
+    "rollout.max_new_tokens=12",
+    "wandb.mode=disabled",
+    "deploy.threads=1",
+    "deploy.bucket_mb=1",
+    # the gradient of a key's bias is rounding, which Adam blows up unless its epsilon is above that
+    "sft.adam_eps=1e-5",
+    "rm.adam_eps=1e-5",
+]
+NO, OPTIMIZER, FROZEN, ALL = (
+    {},
+    {"optimizer": True},
+    {"frozen": True},
+    {"optimizer": True, "parameters": True, "frozen": True},
+)
+# processes, ZeRO, micro-batch, offload: every pair of values of two columns that can go together occurs
+PAIRWISE = [
+    (1, 0, 16, FROZEN),
+    (2, 0, 3, NO),
+    (1, 1, 3, OPTIMIZER),
+    (2, 1, 16, FROZEN),
+    (1, 2, 16, NO),
+    (2, 2, 3, OPTIMIZER),
+    (1, 3, 3, FROZEN),
+    (2, 3, 16, OPTIMIZER),
+    (1, 3, 16, ALL),
+    (2, 3, 3, ALL),
+    (2, 3, 5, NO),
+    (1, 1, 5, NO),
+    (2, 2, 5, FROZEN),
+    (1, 3, 5, OPTIMIZER),
+]
+DIAGONAL = [(2, 3, 3, ALL), (2, 2, 3, OPTIMIZER), (1, 1, 5, NO), (1, 3, 3, FROZEN)]
+
+
+def prepare(root: Path, name: str, stage: str, inputs: dict[str, str], overrides: Sequence[str], **deploy: object) -> Path:
+    """A run directory with its configuration, as train.py makes it."""
+    cfg = composed(f"stage={stage}", *FIVE_STEPS, *overrides)
+    for key, value in deploy.items():
+        target = cfg.deploy.offload if key in ("optimizer", "parameters", "frozen") else cfg.deploy
+        setattr(target, key, value)
+    assert config.check(cfg) == []
+    run = root / f"{name}-{stage}"
+    run.mkdir()
+    config.save(layout.config_of_stage(cfg, config.Stage[stage], inputs), run / "config.yaml")
+    return run
+
+
+def work(runs: Sequence[Path], processes: int) -> None:
+    """Do the runs, one after the other, in so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": REPO}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(REPO / "tests" / "several_runs.py"), *map(str, runs)],
+            env=os.environ | {k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    errors = [worker.communicate(timeout=1500)[1] for worker in workers]
+    assert not any(worker.returncode for worker in workers), errors[0][-3000:]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The three stages in one process, ZeRO 0."""
+    root = tmp_path_factory.mktemp("plain")
+    sft, rm = prepare(root, "plain", "sft", {}, []), prepare(root, "plain", "rm", {}, [])
+    ppo = prepare(root, "plain", "ppo", {"sft": str(sft / "model"), "rm": str(rm / "model")}, [])
+    work([sft, rm, ppo], 1)
+    return {"sft": sft, "rm": rm, "ppo": ppo}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("cases", [pytest.param(DIAGONAL, id="diagonal"), pytest.param(PAIRWISE, id="pairwise", marks=pytest.mark.full)])
+def test_a_deployment_changes_no_result(plain: dict[str, Path], tmp_path: Path, processes: int, cases: list) -> None:
+    inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
+    runs = {}
+    for n, zero, micro, offload in cases:
+        for stage in ("sft", "rm", "ppo") if n == processes else ():
+            name = f"zero{zero}-micro{micro}-{'+'.join(offload) or 'none'}"
+            placed = {"gpus": n, "zero_stage": zero, "micro_batch": micro, "eval_micro_batch": micro, **offload}
+            runs[name, stage] = prepare(tmp_path, name, stage, inputs if stage == "ppo" else {}, [], **placed)
+    work(list(runs.values()), processes)
+    for (name, stage), run in runs.items():
+        compare(plain[stage], run, f"{name} x {processes}, {stage}")
+
+
+def compare(one: Path, two: Path, what: str) -> None:
+    """The first answers are the same, losses within 1e-4 relative and weights within 1e-4."""
+    if (one / "samples.jsonl").exists():
+        lines, others = ((run / "samples.jsonl").read_text().splitlines() for run in (one, two))
+        assert [json.loads(line).get("before") for line in lines] == [json.loads(line).get("before") for line in others], what
+    rows, others = metrics(one), metrics(two)
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others):
+        for key in (k for k in row if "loss" in k or k in ("objective/scores", "objective/kl", "tokens/response_mean", "grad_norm")):
+            assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5), (what, row["step"], key)
+    for part in ("model", "critic"):
+        if (one / part).exists():
+            weights, same = (load_file(run / part / "model.safetensors") for run in (one, two))
+            assert weights.keys() == same.keys()
+            worst = max(float((weights[k].float() - same[k].float()).abs().max()) for k in weights)
+            assert worst < 1e-4, (what, part, worst)
+            assert not all(torch.equal(w, torch.zeros_like(w)) for w in weights.values())
