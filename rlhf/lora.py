@@ -33,7 +33,7 @@ def add(hf: Any, settings: config.Lora, where: str) -> None:
     adapter = peft.LoraConfig(
         task_type="SEQ_CLS" if hasattr(hf, HEAD) else "CAUSAL_LM",
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a fraction is as good
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets or endings),
         fan_in_fan_out=any(isinstance(hf.get_submodule(name), Conv1D) for name in layers),  # GPT-2 keeps its matrices transposed
