@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import config, layout, plan, report
 from rlhf.config import Config, Stage
-from rlhf.launch import check_gpus, run_workers
+from rlhf.launch import check_machines, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "model"}  # a model is chosen as actor or as reward
@@ -145,7 +145,7 @@ def run_command(composed: DictConfig) -> None:
         say(f"error: {line}")
         failed_jobs.append((job, line))
         raise
-    if cfg.plan:
+    if not runs:
         return
     collect(cfg, overrides, runs[-1])
     finished_jobs.append((job, layout.read_summary(runs[-1]) or {}))
@@ -165,6 +165,10 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
             raise ValueError(f"{', '.join(each.stage for each in plans if not each.fits)} would not fit into memory, see above")
         return cfg, []
     baseline = config.to_typed(compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS]))
+    if cfg.deploy.node_rank:
+        for stage in cfg.stage.runs:
+            help_node_0(cfg, stage, baseline)
+        return cfg, []
     started = time.time()
     runs = [run_stage(cfg, stage, baseline, overrides) for stage in cfg.stage.runs]
     report.print_runs(runs, time.time() - started)
@@ -184,7 +188,7 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
             )
         say(f"{stage.name}: finished, {directory}")
         return directory
-    check_gpus(cfg)
+    check_machines(cfg)
     with contextlib.suppress(ValueError):  # no formula for this model: it trains without a plan
         say(plan.short(plan.make_plan(cfg, stage)))
     with layout.owned(directory):
@@ -202,6 +206,16 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
             {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result},
         )
     return directory
+
+
+def help_node_0(cfg: Config, stage: Stage, baseline: Config) -> None:
+    """Another node's part in a stage: its workers. They wait for those of node 0, and then read what it has written."""
+    directory = layout.home(cfg, stage, baseline)
+    if layout.read_summary(directory) and not cfg.fresh:
+        return
+    check_machines(cfg)
+    say(f"{stage.name}: node {cfg.deploy.node_rank} of {cfg.deploy.nodes}, {directory}")
+    run_workers(directory, layout.config_of_stage(cfg, stage, {}))
 
 
 def collect(cfg: Config, overrides: list[str], run: Path) -> None:

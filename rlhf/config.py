@@ -193,7 +193,7 @@ class Deploy:
     nodes: int = no_effect()  # machines
     hostfile: Optional[str] = no_effect()  # DeepSpeed's: lines "host slots=N"; this command then starts the workers on all nodes
     node_rank: Optional[int] = no_effect()  # number of this node; the same command is then started on each of them (SLURM)
-    master: str = no_effect()  # "host:port" of node 0, for several nodes
+    master: Optional[str] = no_effect()  # "host:port" of node 0, where the nodes meet
     gpu_memory_gb: float = no_effect()  # of one GPU, GiB; on CPU of one process: what plan=true compares with
     threads: Optional[int] = no_effect()  # CPU threads per process; null = cores / processes
     zero_stage: int = no_effect()  # what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights
@@ -364,10 +364,9 @@ def check(cfg: Config) -> list[str]:
     if deploy.node_rank is not None:
         need(0 <= deploy.node_rank < deploy.nodes, f"deploy.node_rank={deploy.node_rank}: must be below deploy.nodes={deploy.nodes}")
         need(deploy.hostfile is None, "deploy.hostfile and deploy.node_rank: give one; a hostfile starts all nodes from here")
-    need(
-        re.fullmatch(r"[^:\s]+:\d+", deploy.master) is not None,
-        f"deploy.master={deploy.master}: give host:port of node 0",
-    )
+        need(deploy.master is not None, f"deploy.node_rank={deploy.node_rank}: give deploy.master=host:port of node 0 as well")
+    if deploy.master is not None:
+        need(re.fullmatch(r"[^:\s]+:\d+", deploy.master) is not None, f"deploy.master={deploy.master}: give host:port of node 0")
     for role, model in (("actor", cfg.actor), ("reward", cfg.reward)):
         lora = model.lora
         need(lora.rank >= 0, f"{role}.lora.rank={lora.rank}: must not be negative (0 = no adapter)")

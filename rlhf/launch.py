@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,46 +14,99 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rlhf.config import Config, Device
+from rlhf.config import Config, Device, world_size
+
+WORKER = "rlhf.worker"
 
 
 def run_workers(run_dir: Path, cfg: Config) -> None:
-    """Run `python -m rlhf.worker run_dir` in `deploy.gpus` processes until all are done.
+    """Run `python -m rlhf.worker run_dir` in `deploy.gpus` processes on each of `deploy.nodes` nodes, until all are done.
 
-    When one fails the others are stopped. Ctrl-C and SIGTERM stop all; should this process be killed, its workers die with it.
+    With deploy.hostfile DeepSpeed's launcher starts them, on all nodes; else this process starts those of its own node. When one fails
+    the others are stopped. Ctrl-C and SIGTERM stop all; should this process be killed, its workers die with it.
 
-    Raises: ValueError when there are fewer GPUs than wanted; RuntimeError with the first failed worker's rank, cause and log.
+    Raises: RuntimeError with the first failed worker's rank, cause and log.
     """
-    check_gpus(cfg)
-    world = cfg.deploy.gpus
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = []
+    commands: dict[str, tuple[list[str], dict[str, str]]]
+    if cfg.deploy.hostfile:
+        commands = {f"on {cfg.deploy.hostfile}": (launcher_command(run_dir, cfg), {})}
+    else:
+        commands = {f"rank {env['RANK']}": ([sys.executable, "-m", WORKER, str(run_dir)], env) for env in places(cfg)}
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    failed: dict[str, int] = {}
     with terminate_as_interrupt():
         try:
-            for rank in range(world):
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                env = os.environ | {name: str(value) for name, value in place.items()}
+            for name, (command, env) in commands.items():
                 # a session of its own: Ctrl-C reaches this process only, which then stops the workers
-                command = [sys.executable, "-m", "rlhf.worker", str(run_dir)]
-                workers.append(subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.DEVNULL))
-            while any(worker.poll() is None for worker in workers) and not any(worker.poll() for worker in workers):
+                options: dict[str, Any] = {"start_new_session": True, "stdin": subprocess.DEVNULL, "preexec_fn": end_with_parent}
+                started[name] = subprocess.Popen(command, env=os.environ | env, **options)
+            while not failed and any(worker.poll() is None for worker in started.values()):
                 time.sleep(0.05)
+                failed = {name: worker.returncode for name, worker in started.items() if worker.poll()}
         finally:
-            stop(workers)
-    failed = next((rank for rank, worker in enumerate(workers) if worker.returncode > 0), None)
-    if failed is None:  # only then look at those ended by a signal: a failure stops the others by one
-        failed = next((rank for rank, worker in enumerate(workers) if worker.returncode), None)
-    if failed is not None:
-        cause = run_dir / f"error-rank{failed}.txt"
-        code = workers[failed].returncode
-        ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        line = (
-            cause.read_text() if cause.exists() else f"rank {failed}: {ending}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-        )
-        raise RuntimeError(f"{cfg.stage.name} failed, {line}; more in {run_dir / 'train.log'}")
+            stop(list(started.values()))
+    if failed:
+        raise RuntimeError(f"{cfg.stage.name} failed, {cause_of(failed, run_dir)}; more in {run_dir / 'train.log'}")
+
+
+def end_with_parent() -> None:
+    """Ask the system to end this new process when its parent is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def places(cfg: Config) -> list[dict[str, str]]:
+    """The environment that gives each process on this node its place among all."""
+    deploy = cfg.deploy
+    host, port = deploy.master.rsplit(":", 1) if deploy.node_rank is not None and deploy.master else ("127.0.0.1", str(free_port()))
+    shared = {"WORLD_SIZE": str(world_size(cfg)), "MASTER_ADDR": host, "MASTER_PORT": port}
+    if deploy.device == Device.cpu:
+        shared["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs
+    first = (deploy.node_rank or 0) * deploy.gpus
+    return [shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(deploy.gpus)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
+    """DeepSpeed's launcher, which reaches the nodes of a hostfile by pdsh and ssh."""
+    deploy = cfg.deploy
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--log_level",
+        "error",
+        "--force_multi",
+        "--hostfile",
+        str(deploy.hostfile),
+    ]
+    command += ["--num_nodes", str(deploy.nodes), "--num_gpus", str(deploy.gpus)]
+    if deploy.master:  # else DeepSpeed asks the first host for its address, and takes port 29500
+        host, port = deploy.master.rsplit(":", 1)
+        command += ["--master_addr", host, "--master_port", port]
+    return [*command, "--no_local_rank", "--module", WORKER, str(run_dir)]
+
+
+def cause_of(failed: dict[str, int], run_dir: Path) -> str:
+    """Rank and cause of the first failure: who was killed first, since that makes others fail; else the oldest message left.
+
+    Args: failed: exit codes by "rank N"; minus the signal where one ended it.
+    """
+    for name, code in failed.items():
+        if code < 0:
+            return f"{name}: killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    messages = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    if messages:
+        return messages[0].read_text()
+    name, code = next(iter(failed.items()))
+    return f"{name}: exit code {code}"
 
 
 def stop(workers: list[subprocess.Popen[bytes]]) -> None:
@@ -82,15 +137,37 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def check_gpus(cfg: Config) -> None:
-    """Refuse a deployment on GPUs that are not there. Asks the driver's device files, not torch."""
-    if cfg.deploy.device == Device.cpu:
+def check_machines(cfg: Config) -> None:
+    """Refuse a deployment on nodes and GPUs that are not there. Asks the driver's device files, not torch.
+
+    Raises: ValueError naming the key.
+    """
+    deploy = cfg.deploy
+    if deploy.hostfile:
+        check_hostfile(Path(deploy.hostfile).expanduser(), cfg)
+        return
+    if deploy.nodes > 1 and deploy.node_rank is None:
+        raise ValueError(
+            f"deploy.nodes={deploy.nodes}: how are they reached? Give deploy.hostfile=FILE, or start the command on each of them "
+            "with deploy.node_rank=N deploy.master=HOST:PORT (docs/deployment.md)"
+        )
+    if deploy.device == Device.cpu:
         return
     there = count_gpus()
-    if there < cfg.deploy.gpus:
-        raise ValueError(
-            f"deploy.gpus={cfg.deploy.gpus}, but this machine shows {there} NVIDIA GPU(s): use deploy=cpu, or fewer deploy.gpus"
-        )
+    if there < deploy.gpus:
+        raise ValueError(f"deploy.gpus={deploy.gpus}, but this machine shows {there} NVIDIA GPU(s): use deploy=cpu, or fewer deploy.gpus")
+
+
+def check_hostfile(path: Path, cfg: Config) -> None:
+    if not path.is_file():
+        raise ValueError(f"deploy.hostfile={path}: no such file; it has a line for each node: HOST slots={cfg.deploy.gpus}")
+    hosts = re.findall(r"^\s*([^#\s]\S*)\s+slots=(\d+)", path.read_text(), re.MULTILINE)
+    enough = [host for host, slots in hosts if int(slots) >= cfg.deploy.gpus]
+    if len(hosts) < cfg.deploy.nodes or len(enough) < len(hosts):
+        wanted = f"deploy.nodes={cfg.deploy.nodes} of deploy.gpus={cfg.deploy.gpus}"
+        raise ValueError(f"deploy.hostfile={path}: {len(hosts)} node(s), {len(enough)} with enough slots, for {wanted}")
+    if shutil.which("pdsh") is None:
+        raise ValueError("deploy.hostfile: DeepSpeed reaches the nodes by pdsh, which is not installed; or use deploy.node_rank")
 
 
 def count_gpus() -> int:

@@ -16,33 +16,31 @@ from pathlib import Path
 
 def main(run_dir: Path) -> None:
     prepare_environment()
-    from rlhf import config
-
-    cfg = config.load(run_dir / "config.yaml")
-    stage = config.Stage[cfg.stage.name]
-    if cfg.deploy.device == config.Device.cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    threads = cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from rlhf import comm, engines, layout, report, track
+    from rlhf import comm, config, engines, layout, report, track
     from rlhf.stages import ppo, rm, sft
 
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(threads)
-    engines.init_distributed()
-    engines.load_partitioned(cfg)
+    device = engines.init_distributed()  # first: on another node this process may be here before node 0 has written config.yaml
     track.set_up_logging(run_dir)
     started = time.time()
     try:
+        cfg = config.load(run_dir / "config.yaml")
+        stage = config.Stage[cfg.stage.name]
+        if (cfg.deploy.device == config.Device.cpu) != (device.type == "cpu"):
+            raise RuntimeError(
+                f"deploy.device={cfg.deploy.device.name}, but this process is on {device}; DS_ACCELERATOR=cpu puts it on CPU"
+            )
+        torch.set_num_threads(cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus))
+        engines.load_partitioned(cfg)
         torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
         metrics = {config.Stage.sft: sft.run, config.Stage.rm: rm.run, config.Stage.ppo: ppo.run}[stage](cfg, run_dir)
         if comm.rank() == 0:
             report.plot_curves(run_dir)
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
+        comm.barrier()  # all end together: another node's next workers must not find those of this stage
     except Exception as error:
         track.log.debug("failed", exc_info=True)  # the traceback is for train.log, the line for the user
         first_line = (str(error) or repr(error)).splitlines()[0]

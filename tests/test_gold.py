@@ -43,29 +43,28 @@ def test_pipeline_time(demo: Demo) -> None:
     assert demo.seconds < 3 * 240
 
 
-def test_shuffled_prompts_ruin_the_score(demo: Demo) -> None:
-    """A bug that mixes up prompts must not pass unseen: answers judged with another's prompt are worth much less."""
+def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
+    """A bug that mixes up prompts must not pass unseen: truth and reward model both prefer a prompt's own answer to another's."""
     rows = [json.loads(line) for line in (demo.ppo / "samples.jsonl").read_text().splitlines()]
     data = load_data(load(demo.rm / "config.yaml").data)
     assert data.gold is not None
     turns = {prompt[-1].text: prompt for prompt in data.eval_prompts}
     prompts = [turns[row["prompt"]] for row in rows]
     answers = [row["after"] for row in rows]
-    shuffled = [random.Random(i).sample(prompts, len(prompts)) for i in range(4)]
+    shuffled = [random.Random(i).sample(answers, len(answers)) for i in range(4)]
     right = sum(data.gold(p, a) for p, a in zip(prompts, answers)) / len(rows)
-    mixed = sum(data.gold(p, a) for others in shuffled for p, a in zip(others, answers)) / (4 * len(rows))
-    print(f"gold {right:.2f}, with shuffled prompts {mixed:.2f}")
-    assert mixed < right - 1
+    mixed = sum(data.gold(p, a) for others in shuffled for p, a in zip(prompts, others)) / (4 * len(rows))
     tokenizer = load_tokenizer(str(demo.rm / "model"))
     scorer = load_scorer(str(demo.rm / "model"), tokenizer, load(demo.rm / "config.yaml").deploy.precision)
     scorer.device = torch.device("cpu")
-    encoded = [template.encode_prompts(tokenizer, some, 256) for some in (prompts, *shuffled)]
-    tails = template.encode_responses(tokenizer, answers, 256)
-    pairs = [(encoded[0][i] + tail, others[i] + tail) for others in encoded[1:] for i, tail in enumerate(tails)]
+    encoded = template.encode_prompts(tokenizer, prompts, 256)
+    own, *foreign = (template.encode_responses(tokenizer, some, 256) for some in (answers, *shuffled))
+    pairs = [(prompt + a, prompt + b) for others in foreign for prompt, a, b in zip(encoded, own, others)]
     with torch.no_grad():
-        own, foreign = score_pairs(scorer, pairs, tokenizer.pad_token_id)
-    # a quarter of the other prompts asks for the same style, and is as good
-    assert correct(own, foreign) > 0.6 and own.mean() > foreign.mean() + 0.3
+        better = correct(*score_pairs(scorer, pairs, tokenizer.pad_token_id))
+    print(f"gold {right:.2f}, of others' answers {mixed:.2f}; the reward model prefers the own one in {better:.0%}")
+    assert mixed < right - 1
+    assert better > 0.75  # of a perfect judge 0.94: some of the others are as good
 
 
 @pytest.mark.full

@@ -10,10 +10,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rlhf"
 LAYERS = [  # imports run downwards only; a module may import those of the lines above its own
     ["config"],
-    ["ds", "layout", "launch", "report", "comm", "objectives"],
-    ["data.records"],
-    ["data.template", "data.batches"],
-    ["data.sandbox", "data.sources", "models", "track", "engines"],
+    ["ds", "layout", "launch", "report", "comm", "objectives", "lora"],
+    ["plan", "engines", "data.records"],
+    ["data.template", "data.batches", "track"],
+    ["data.sandbox", "data.sources", "models"],
     ["data.load", "data.build_tiny", "rollout"],
     ["stages.sft", "stages.rm", "stages.ppo"],
     ["worker", "cli"],

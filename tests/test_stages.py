@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SMALL, metrics, runs_in, summary, train
+from conftest import SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
 
 # The gradient of a key's bias is zero in truth and rounding in fact, which Adam blows up to a step of the learning rate unless
-# its epsilon is above the rounding: without that no two ways to add would train the same weights.
-ROBUST = ["deploy.threads=1", "sft.adam_eps=1e-5", "rm.adam_eps=1e-5"]
+# its epsilon is above the rounding: without that no two ways to add would train the same weights. Likewise a token on the very edge
+# of a clip is cut in one way and not in another.
+ROBUST = ["deploy.threads=1", "sft.adam_eps=1e-5", "rm.adam_eps=1e-5", "ppo.clip=5", "ppo.value_clip=5"]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +58,7 @@ def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage:
         (one,), (two,) = runs_in(alone)[stage], runs_in(tmp_path)[stage]
         for row, other in zip(without_time(metrics(one)), without_time(metrics(two)), strict=True):
             for key, value in row.items():
-                # a share of tokens or answers jumps where one of them lies on the edge
-                assert other[key] == pytest.approx(value, rel=1e-3, abs=0.01 if "clipfrac" in key else 2e-4), (stage, key)
+                assert other[key] == pytest.approx(value, rel=1e-3, abs=2e-4), (stage, key)
         first, second = weights(one), weights(two)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[k], second[k], atol=2e-4) for k in first)
@@ -97,62 +92,6 @@ def test_ppo_starts_on_policy_at_its_reference(alone: Path) -> None:
     assert first["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
     assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
     assert first["policy/grad_norm"] > 0 and first["val/grad_norm"] > 0
-
-
-def test_an_interrupted_run_starts_anew_and_keeps_what_was(tmp_path: Path) -> None:
-    """SIGKILL of the parent takes the worker along; the same command then finishes the run."""
-    command = [sys.executable, str(REPO / "train.py"), "stage=sft", "wandb.mode=disabled", "deploy.threads=1"]
-    parent = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    log = None
-    for _ in range(600):
-        log = next(tmp_path.glob("outputs/sft-*/metrics.jsonl"), None)
-        if log and len(log.read_text().splitlines()) > 2:
-            break
-        time.sleep(0.1)
-    assert log
-    parent.kill()
-    parent.wait()
-    deadline = time.time() + 10
-    while workers_of(tmp_path) and time.time() < deadline:
-        time.sleep(0.1)
-    assert not workers_of(tmp_path), "the worker outlived its parent"
-    run = log.parent
-    before = log.read_text()
-    stopped = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if (run / "attempts" / "1" / "metrics.jsonl").exists() and log.exists() and log.read_text():
-            break
-        time.sleep(0.1)
-    assert (run / "attempts" / "1" / "metrics.jsonl").read_text() == before
-    # a second owner is refused while the first one works
-    second = train("stage=sft", "wandb.mode=disabled", "deploy.threads=1", cwd=tmp_path)
-    assert second.returncode == 1 and f"pid {stopped.pid}" in second.stderr and "being trained by another process" in second.stderr
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(20) == 130
-    assert not workers_of(tmp_path)
-
-
-def workers_of(root: Path) -> list[str]:
-    """Command lines of the workers whose run lies below `root`."""
-    found = []
-    for proc in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (proc / "cmdline").read_bytes().decode().replace("\0", " ")
-            if "rlhf.worker" in line and os.readlink(proc / "cwd") == str(root):
-                found.append(line)
-        except OSError:
-            continue
-    return found
-
-
-def test_a_failing_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) -> None:
-    done = train("stage=sft", *SMALL, "data.max_prompt_tokens=1", cwd=tmp_path)
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "sft failed, rank 0: ValueError" in errors[0] and "train.log" in errors[0]
-    assert "Traceback" not in done.stderr
-    (run,) = (tmp_path / "outputs").iterdir()
-    assert "Traceback" in (run / "train.log").read_text() and not (run / "summary.json").exists()
 
 
 def test_preference_files_train_all_stages(tmp_path: Path) -> None:
