@@ -461,7 +461,7 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     unknown = "known when the data are read"
     console.print(f"  batch    {plan.batch}")
     console.print(f"  steps    {unknown if plan.steps is None else format(plan.steps, ',')}")
-    console.print(f"  tokens   {unknown if plan.tokens is None else f'at most {plan.tokens / 1e6:,.1f} M'}")
+    console.print(f"  tokens   {unknown if plan.tokens is None else f'at most {plan.tokens:,}'}")
     console.print(f"  on disk  {gib(plan.files)} GiB of models")
     for note in plan.notes:
         console.print(f"  note     {note}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ import torch
 import yaml
 
 from rlhf import models
-from rlhf.config import Precision, Sandbox
-from rlhf.data import batches, build_tiny, sandbox, template
+from rlhf.config import Format, Precision, Sandbox, Source
+from rlhf.data import batches, build_tiny, sandbox, sources, template
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 
 REPO = Path(__file__).parents[1]
@@ -512,3 +513,21 @@ def test_the_whole_sandbox_fits_its_limits_with_room_for_eos() -> None:
 def test_any_text_survives_the_tiny_tokenizer() -> None:
     for text in ("Sphinx of black quartz!", "Größe 日本 ☃\n\ttabs", "  two  spaces  "):
         assert tokenizer().decode(encode(text)) == text
+
+
+# ------------------------------------------------------------------------------------------------------------------------ files
+
+
+def test_rows_with_an_empty_answer_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Anthropic's HH has a few of them."""
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    dialogues = [(start + " a", start + " b"), (start + " ", start + " b"), (start + " a", start), (start + " a", "\n\nHuman: Hi")]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in dialogues))
+    logging.getLogger("rlhf").propagate = True
+    with caplog.at_level(logging.INFO, "rlhf"):
+        assert sources.read_pairs("hh", Source(str(file), Format.chosen_rejected)) == [Pair([user("Hi")], "a", "b")]
+    assert "hh: 3 of 4 rows have an empty answer and are left out" in caplog.text
+    file.write_text(json.dumps({"prompt": "Hi", "chosen": " ", "rejected": "b"}) + "\n")
+    with pytest.raises(ValueError, match=r"data.sources.mine: no row of .*pairs.jsonl has two answers"):
+        sources.read_pairs("mine", Source(str(file), Format.prompt_chosen_rejected))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,15 @@ def read_pairs(name: str, source: Source) -> list[Pair]:
     pairs = []
     for i, row in enumerate(rows):
         try:
-            pairs.append(read(row))
+            pair = read(row)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"data.sources.{name}: row {i} of {source.path}: {error}") from None
+        if pair.chosen and pair.rejected:  # HH has a few dialogues that end before the answer
+            pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"data.sources.{name}: no row of {source.path} has two answers")
+    if len(pairs) < len(rows):
+        logging.getLogger("rlhf").info(f"{name}: {len(rows) - len(pairs)} of {len(rows)} rows have an empty answer and are left out")
     return pairs
 
 
@@ -98,11 +105,14 @@ def _prompt_chosen_rejected(row: dict[str, Any]) -> Pair:
 
 
 def _chosen_rejected(row: dict[str, Any]) -> Pair:
-    """Two whole dialogues that differ in the last answer, as in Anthropic's HH."""
-    chosen, rejected = parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"])
-    if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
-        raise ValueError("a dialogue does not end with the assistant's answer")
-    return Pair(chosen[:-1], chosen[-1].text, rejected[-1].text)
+    """Two whole dialogues that differ in the last answer, as in Anthropic's HH. The answer of one that ends with the user is empty."""
+    (prompt, chosen), (_, rejected) = _split_answer(row["chosen"]), _split_answer(row["rejected"])
+    return Pair(prompt, chosen, rejected)
+
+
+def _split_answer(dialogue: str) -> tuple[list[Turn], str]:
+    turns = parse_dialogue(dialogue)
+    return (turns[:-1], turns[-1].text) if turns[-1].role == "assistant" else (turns, "")
 
 
 READERS: dict[Format, tuple[list[str], Callable[[dict[str, Any]], Pair]]] = {
