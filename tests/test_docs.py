@@ -1,4 +1,4 @@
-"""Every command of the README runs. Those that need a GPU or a hub are composed and checked (`--cfg job`)."""
+"""Every command of README and docs runs. Those that need a GPU or a hub are planned (`plan=true`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, SMALL, Demo, train
+from test_config import composed
 from test_sweep import SWEEP  # runs there
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-FAR = ("opt1.3b", "opt125m", "gpu")  # needs a GPU, or a model from the hub
+from rlhf import config, plan
+from rlhf.config import Stage
+
+SLURM = "sbatch docs/slurm.sh"
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines() if line.strip()))
+FAR = re.compile(r"opt\d|_gpu|_node")  # needs a GPU, or a model from the hub
 
 
 def test_the_readme_is_short_and_has_commands() -> None:
     assert len((REPO / "README.md").read_text().splitlines()) <= 250
     assert len(COMMANDS) >= 15 and SWEEP in COMMANDS
-    assert all(command.startswith(("python train.py", "python chat.py", "make ")) for command in COMMANDS)
+    assert all(command.startswith(("python train.py", "python chat.py", "make ", SLURM)) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
@@ -34,16 +41,55 @@ def test_make_targets(command: str) -> None:
 TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.full if "experiment" in c else []) for c in TRAINING])
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.full if "experiment" in c or "deploy.gpus" in c else []) for c in TRAINING]
+)
 def test_training_commands(command: str, tmp_path: Path) -> None:
-    args = shlex.split(command)[2:]
-    if any(word in command for word in FAR) and "--cfg" not in args:
-        done = train(*args, "--cfg", "job", cwd=tmp_path)
+    args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
+    if FAR.search(command) and "--cfg" not in args:
+        done = train(*args, *[] if "plan=true" in args else ["plan=true"], cwd=tmp_path)
+        assert "fits" in done.stdout
     elif "--help" in args or "--cfg" in args:
         done = train(*args, cwd=tmp_path)
     else:
         done = train(*args, *[o for o in SMALL if o.split("=")[0] not in command], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+SRUN = """#!/bin/bash
+# stands in for SLURM, which is not here: two nodes, both this machine
+shift
+for SLURM_NODEID in 1 0; do export SLURM_NODEID SLURM_NNODES=2; "$@" & done
+wait %1 && wait %2
+"""
+
+
+def test_the_slurm_job(tmp_path: Path) -> None:
+    assert [c for c in COMMANDS if c.startswith(SLURM)] == [f"{SLURM} stage=ppo actor=opt66b deploy=multi_node"]
+    (tmp_path / "train.py").symlink_to(REPO / "train.py")
+    for name, text in (("srun", SRUN), ("hostname", "#!/bin/bash\necho 127.0.0.1\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = ["bash", str(REPO / "docs" / "slurm.sh"), "stage=sft", *SMALL, "deploy.threads=1"]
+    done = subprocess.run(job, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "sft: node 1 of 2" in done.stderr
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert "nodes: 2" in (run / "config.yaml").read_text() and (run / "summary.json").exists()
+
+
+def test_the_plans_in_the_docs_are_those_of_today() -> None:
+    page = (REPO / "docs" / "deployment.md").read_text()
+    rows = re.findall(r"^\| (opt\S+), (\w+) \| (\d+) \| ([\d.]+) \| (\w+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 3
+    for actor, deploy, gpus, states, fullest, peak in rows:
+        cfg = composed("stage=ppo", f"actor={actor}", f"deploy={deploy}")
+        made = plan.make_plan(cfg, Stage.ppo)
+        assert (config.world_size(cfg), made.fullest) == (int(gpus), fullest)
+        assert f"{(made.states - made.libraries) / plan.GIB:.2f} {made.peak / plan.GIB:.2f}" == f"{states} {peak}"
+        for note in made.notes:
+            assert " ".join(re.findall(r"[\d.]+ GiB", note)) in page
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python chat.py")])

@@ -1,0 +1,11 @@
+#!/bin/bash
+# A SLURM job over several nodes; arguments as for train.py:  sbatch docs/slurm.sh stage=ppo actor=opt66b deploy=multi_node
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=48:00:00
+# One task per node: train.py starts a worker for each GPU of its node. This script runs on the first node, where the workers meet.
+export MEET="$(hostname):29500"
+srun --kill-on-bad-exit=1 bash -c \
+  'python train.py "$@" deploy.nodes=$SLURM_NNODES deploy.node_rank=$SLURM_NODEID deploy.master=$MEET' train "$@"
