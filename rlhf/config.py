@@ -38,9 +38,29 @@ class Precision(Enum):
 
 
 class Format(Enum):
+    """How a row of a source becomes turns and answers: rlhf/data/formats.py."""
+
     sandbox = "sandbox"
-    prompt_chosen_rejected = "prompt_chosen_rejected"
-    chosen_rejected = "chosen_rejected"
+    prompt_chosen_rejected = "prompt_chosen_rejected"  # a prompt and two answers; without `rejected` for SFT only
+    chosen_rejected = "chosen_rejected"  # two whole dialogues that differ in the last answer
+    scored_answers = "scored_answers"  # a prompt and two answers with a score each
+    instruction = "instruction"  # instruction, perhaps an input, output; for SFT only
+    messages = "messages"  # a conversation whose last turn is the answer; for SFT only
+    text = "text"  # plain text, for PPO's pretraining loss
+
+
+class Template(Enum):
+    """How turns are written as text: rlhf/data/template.py."""
+
+    hh = "hh"  # "\\n\\nHuman: ...\\n\\nAssistant: ..."
+    chatml = "chatml"  # <|im_start|>role ... <|im_end|>
+    llama3 = "llama3"  # <|start_header_id|>role<|end_header_id|> ... <|eot_id|>
+    tokenizer = "tokenizer"  # the model's own chat template
+
+
+class BadRow(Enum):
+    skip = "skip"  # leave it out, count it, show the first
+    refuse = "refuse"  # end with one line that names it
 
 
 class Schedule(Enum):
@@ -101,8 +121,18 @@ class Model:
 
 @dataclass
 class Source:
-    path: str = MISSING  # hub id, local .jsonl/.json/.parquet/.csv file, or builtin:sandbox
-    format: Format = MISSING  # how a row becomes turns and answers: see rlhf/data/sources.py
+    """Users add sources by name, so all but the path has a value here."""
+
+    path: str = MISSING  # hub id; local .jsonl/.json/.parquet/.csv file (.gz too) or save_to_disk directory; or builtin:sandbox
+    format: Optional[Format] = None  # null = by the columns it has
+    columns: dict[str, str] = field(default_factory=dict)  # field of the format -> column; dots lead inside: question.full_text, answers.0
+    config: Optional[str] = None  # configuration of a hub data set that has several
+    split: str = "train"
+    eval_split: Optional[str] = None  # its own held-out split; null = data.eval_share of the prompts
+    weight: float = 1.0  # of its rows in the mix: 0.5 = every second one, 2 = each twice
+    rows: Optional[int] = None  # the first so many rows at most; null = all
+    sft_only: bool = False  # not for the reward model, whatever it has
+    min_score_ratio: float = 1.0  # scored_answers: leave out pairs whose scores are nearer, >= 1 (1: only ties)
 
 
 @dataclass
@@ -120,6 +150,9 @@ class Data:
     eval_rows: int = MISSING  # held-out rows to evaluate on, at most
     max_prompt_tokens: int = MISSING  # longer prompts lose their first turns, or are dropped
     max_response_tokens: int = MISSING  # longer answers are cut (and then carry no EOS)
+    template: Template = MISSING  # how turns are written
+    on_bad_row: BadRow = MISSING  # rows that cannot be read
+    workers: Optional[int] = no_effect()  # processes that prepare the data; null = one per core, at most 8
     sources: dict[str, Source] = MISSING  # by a name of your choice; several are mixed
     sandbox: Optional[Sandbox] = MISSING  # sizes of the built-in world; null where no source is builtin:sandbox
 
@@ -140,6 +173,8 @@ class Optim:
 class Sft(Optim):
     epochs: int = MISSING  # passes over the demonstrations
     batch_size: int = MISSING  # demonstrations per optimizer step, over all processes
+    train_on_prompt: bool = MISSING  # learn the prompt's tokens too, not only the answer's
+    packing: bool = no_effect()  # several demonstrations in one row, without padding; the loss is the same
     max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
 
 

@@ -22,7 +22,7 @@ class Demonstration:
 class Pair:
     prompt: list[Turn]
     chosen: str  # the answer that the label prefers
-    rejected: str
+    rejected: str | None  # None where a source has no second answer
     gold_margin: float | None = None  # true reward of chosen minus rejected, where a source knows it
 
 
