@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -46,6 +47,8 @@ def main() -> int:
         if problems and not args.shell_completion:
             raise ValueError("\n".join(problems))
         if args.multirun:
+            if any(arg.startswith("deploy.node_rank=") for arg in args.overrides):
+                raise ValueError("-m with deploy.node_rank: the nodes would lose each other after a job that fails; use deploy.hostfile")
             check_sweep(args.overrides)
         run_command()
         if single_error:
@@ -57,7 +60,7 @@ def main() -> int:
         if not failed_jobs:
             say(f"error: {error}")
             return 1
-    except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if not failed_jobs:
             for line in one_line_each(error):
                 say(f"error: {line}")
@@ -157,6 +160,10 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     problems = config.check(cfg) + layout.check_models(cfg)
     if problems:
         raise ValueError("\n".join(problems))
+    baseline = config.to_typed(compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS]))
+    for model, usual in ((cfg.actor, baseline.actor), (cfg.reward, baseline.reward)):
+        if model.path != usual.path and model.arch == usual.arch:
+            model.arch = None  # the numbers are those of another model
     if cfg.plan:
         plans = [plan.make_plan(cfg, stage) for stage in cfg.stage.runs]
         for each in plans:
@@ -164,7 +171,6 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
         if not all(each.fits for each in plans):
             raise ValueError(f"{', '.join(each.stage for each in plans if not each.fits)} would not fit into memory, see above")
         return cfg, []
-    baseline = config.to_typed(compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS]))
     if cfg.deploy.node_rank:
         for stage in cfg.stage.runs:
             help_node_0(cfg, stage, baseline)
@@ -189,14 +195,14 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
         say(f"{stage.name}: finished, {directory}")
         return directory
     check_machines(cfg)
-    with contextlib.suppress(ValueError):  # no formula for this model: it trains without a plan
-        say(plan.short(plan.make_plan(cfg, stage)))
+    own = layout.config_of_stage(cfg, stage, inputs)
+    with contextlib.suppress(ValueError, OSError):  # no formula for this model: it trains without a plan
+        say(plan.short(plan.make_plan(own, stage)))
     with layout.owned(directory):
         aside = layout.set_aside(directory)
         if aside:
             say(f"{stage.name}: an earlier attempt is kept in {aside}")
         say(f"{stage.name}: {directory}")
-        own = layout.config_of_stage(cfg, stage, inputs)
         config.save(own, directory / "config.yaml")
         layout.write_json(directory / "env.json", layout.environment())
         run_workers(directory, own)
@@ -221,7 +227,7 @@ def help_node_0(cfg: Config, stage: Stage, baseline: Config) -> None:
 def collect(cfg: Config, overrides: list[str], run: Path) -> None:
     """The folder of a sweep's job: copies of what its last stage wrote, and a link to the run."""
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(sorted(arg.replace("=", "-") for arg in overrides)))[:100] or "default"
-    name += "-" + run.name.rsplit("-", 1)[-1]  # the run's hash tells cut names apart
+    name += "-" + hashlib.sha256(" ".join(sorted(overrides)).encode()).hexdigest()[:8]  # tells cut names apart
     folder = Path(cfg.root).expanduser() / "multirun" / cfg.exp / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")

@@ -39,6 +39,15 @@ def all_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def agree(value: str, what: str) -> None:
+    """Raises RuntimeError on every process when they do not all have the same value."""
+    if world_size() > 1:
+        values: list[str] = [""] * world_size()
+        dist.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise RuntimeError(f"the processes do not agree on {what}: {', '.join(dict.fromkeys(values))}")
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

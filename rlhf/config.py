@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import re
 import typing
@@ -372,12 +373,15 @@ def check(cfg: Config) -> list[str]:
     def positive(*keys: str) -> None:
         for key in keys:
             value = lookup(cfg, key)
-            need(value is None or value > 0, f"{key}={value}: must be above 0")
+            need(value is None or 0 < value < math.inf, f"{key}={value}: must be above 0")
 
     def within(key: str, low: float, high: float) -> None:
         value = lookup(cfg, key)
         need(low <= value <= high, f"{key}={value}: must be between {low:g} and {high:g}")
 
+    for key in ("seed", "data.seed"):
+        need(0 <= lookup(cfg, key) < 2**63, f"{key}={lookup(cfg, key)}: must not be negative")
+    need(re.fullmatch(r"[\w.+-]*\w[\w.+-]*", cfg.exp) is not None, f"exp={cfg.exp}: give a plain name, it becomes a folder")
     world = world_size(cfg)
     positive("deploy.gpus", "deploy.threads", "deploy.micro_batch", "deploy.eval_micro_batch", "rollout.max_new_tokens")
     positive("deploy.nodes", "deploy.gpu_memory_gb", "deploy.bucket_mb")
@@ -401,7 +405,8 @@ def check(cfg: Config) -> list[str]:
         need(deploy.hostfile is None, "deploy.hostfile and deploy.node_rank: give one; a hostfile starts all nodes from here")
         need(deploy.master is not None, f"deploy.node_rank={deploy.node_rank}: give deploy.master=host:port of node 0 as well")
     if deploy.master is not None:
-        need(re.fullmatch(r"[^:\s]+:\d+", deploy.master) is not None, f"deploy.master={deploy.master}: give host:port of node 0")
+        address = re.fullmatch(r"[^:\s]+:(\d{1,5})", deploy.master)
+        need(address is not None and 0 < int(address[1]) < 2**16, f"deploy.master={deploy.master}: give host:port of node 0")
     for role, model in (("actor", cfg.actor), ("reward", cfg.reward)):
         lora = model.lora
         need(lora.rank >= 0, f"{role}.lora.rank={lora.rank}: must not be negative (0 = no adapter)")
@@ -411,6 +416,14 @@ def check(cfg: Config) -> list[str]:
     shares, sources, sandbox = cfg.data.shares, cfg.data.sources, cfg.data.sandbox
     need(len(shares) == 3 and min(shares) > 0, f"data.shares={shares}: give three parts above 0, for sft, rm, ppo")
     need(bool(sources), "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format")
+    for name, source in sources.items():
+        need(
+            (source.path == "builtin:sandbox") == (source.format == Format.sandbox),
+            f"data.sources.{name}: path=builtin:sandbox and format=sandbox go together, not {source.path} and {source.format.name}",
+        )
+    if sandbox is not None:
+        builtin = any(source.format == Format.sandbox for source in sources.values())
+        need(builtin, "data.sandbox has sizes, but no source is the built-in world: choose data=... instead of data=sandbox")
     if any(source.path == "builtin:sandbox" for source in sources.values()):
         need(sandbox is not None, "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml")
         need(len(sources) == 1, "data: the sandbox cannot be mixed with other sources, its truth covers its own prompts only")

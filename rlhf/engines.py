@@ -19,11 +19,13 @@ from rlhf.ds import build_ds_config, optim_of
 Batch = TypeVar("Batch")
 
 
-def build_engine(module: Any, cfg: Config, role: str, run_dir: Path) -> Any:
-    """Wrap `module` (models.Policy or Scorer) in the DeepSpeed engine of its role; its configuration is written to run_dir/ds_<role>.json.
+def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path) -> Any:
+    """Load a module and wrap it in the DeepSpeed engine of its role; its configuration is written to run_dir/ds_<role>.json.
 
     A trained role gets its adapter, and its optimizer (no weight decay on vectors: biases and norms); a frozen one gets neither,
     and no gradients.
+
+    Args: load: makes the module, a models.Policy or Scorer; where ZeRO-3 is to partition it, straight into its partitions.
     """
     import deepspeed
 
@@ -31,12 +33,14 @@ def build_engine(module: Any, cfg: Config, role: str, run_dir: Path) -> Any:
     if comm.rank() == 0:
         (run_dir / f"ds_{role}.json").write_text(json.dumps(ds_config, indent=2))
     optim = optim_of(cfg, role)
+    node, adapter = ("actor", cfg.actor.lora) if role == "actor" else ("reward", cfg.reward.lora)
+    with loading_partitioned(ds_config):
+        module = load()
+        if optim and adapter.rank:
+            lora.add(module.hf, adapter, f"{node}.lora")
     if optim is None:
         module.requires_grad_(False).eval()
         return deepspeed.initialize(model=module, config=ds_config)[0]
-    node, adapter = ("actor", cfg.actor.lora) if role == "actor" else ("reward", cfg.reward.lora)
-    if adapter.rank:
-        lora.add(module.hf, adapter, f"{node}.lora")
     if cfg.deploy.activation_checkpointing:
         module.hf.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -94,12 +98,20 @@ def autocast(engine: Any) -> Any:
 _partitioned_loading: list[Any] = []
 
 
-def load_partitioned(cfg: Config) -> None:
-    """At ZeRO 3 let transformers load each weight straight into its partition, so that no process ever holds a whole model."""
+@contextlib.contextmanager
+def loading_partitioned(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within this context transformers loads each weight straight into its partition, where the configuration has ZeRO 3, so that no
+    process ever holds a whole model."""
     from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    is_partitioned = cfg.deploy.zero_stage == 3
-    _partitioned_loading[:] = [HfDeepSpeedConfig(build_ds_config(cfg, "ref", comm.world_size()))] if is_partitioned else []
+    if ds_config["zero_optimization"]["stage"] == 3:
+        _partitioned_loading.append(HfDeepSpeedConfig(ds_config))
+    try:
+        yield
+    finally:
+        _partitioned_loading.clear()
+        unset_hf_deepspeed_config()
 
 
 @contextlib.contextmanager

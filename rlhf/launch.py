@@ -49,6 +49,8 @@ def run_workers(run_dir: Path, cfg: Config) -> None:
             stop(list(started.values()))
     if failed:
         raise RuntimeError(f"{cfg.stage.name} failed, {cause_of(failed, run_dir)}; more in {run_dir / 'train.log'}")
+    if not cfg.deploy.node_rank and not (run_dir / "result.json").exists():  # DeepSpeed's launcher hides some failures
+        raise RuntimeError(f"{cfg.stage.name} ended without a result; look into {run_dir / 'train.log'}")
 
 
 def end_with_parent() -> None:
@@ -97,14 +99,15 @@ def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
 def cause_of(failed: dict[str, int], run_dir: Path) -> str:
     """Rank and cause of the first failure: who was killed first, since that makes others fail; else the oldest message left.
 
-    Args: failed: exit codes by "rank N"; minus the signal where one ended it.
+    Args: failed: exit codes by "rank N"; minus the signal where one ended it.  A worker leaves its message, and below it the
+    traceback, in error-rankN.txt.
     """
     for name, code in failed.items():
         if code < 0:
             return f"{name}: killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
     messages = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if messages:
-        return messages[0].read_text()
+        return messages[0].read_text().splitlines()[0]
     name, code = next(iter(failed.items()))
     return f"{name}: exit code {code}"
 

@@ -169,6 +169,7 @@ class Plan:
     tokens: int | None  # at most
     files: float  # of the saved models
     notes: list[str]
+    gathers: bool  # while sampling, weights that ZeRO-3 partitions are whole
 
     @property
     def states(self) -> float:
@@ -238,9 +239,12 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     """
     deploy, world = cfg.deploy, config.world_size(cfg)
     size = BYTES[deploy.precision]
-    inputs = {**cfg.inputs}
-    actor = arch_of(inputs.get("sft") or cfg.ppo.actor or cfg.actor.path, cfg.actor.arch) if stage != Stage.rm else None
-    reward = arch_of(inputs.get("rm") or cfg.ppo.reward or cfg.reward.path, cfg.reward.arch) if stage != Stage.sft else None
+
+    def shape(model: config.Model, trained: str | None) -> Arch | None:
+        return arch_of(trained, None) if trained and stage == Stage.ppo else arch_of(model.path, model.arch)
+
+    actor = shape(cfg.actor, cfg.inputs.get("sft") or cfg.ppo.actor) if stage != Stage.rm else None
+    reward = shape(cfg.reward, cfg.inputs.get("rm") or cfg.ppo.reward) if stage != Stage.sft else None
     for arch, node in ((actor, "actor"), (reward, "reward")):
         if arch is None and (stage == Stage.ppo or node == ("reward" if stage == Stage.rm else "actor")):
             raise ValueError(f"the shape of {node} is not known before it is loaded: give its numbers as {node}.arch (see conf/model/)")
@@ -261,30 +265,32 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     def live_weights(own: Role) -> float:
         """Of a partitioned model, the weights that are whole at a time."""
         partitioned = deploy.zero_stage == 3 or (deploy.offload.frozen and not own.trained)
-        return size * min(own.parameters, MAX_LIVE) * (1 if own.host else 1 - 1 / world) if partitioned else 0
+        if not partitioned or (world == 1 and not own.host):  # the only part is the whole
+            return 0
+        return size * min(own.parameters, MAX_LIVE)
 
-    def sampling(arch: Arch, own: Role, tokens: int, states: float) -> tuple[dict[str, float], list[str]]:
-        """The phase, and a note where partitioned weights stay so because whole ones do not fit, or as set."""
+    def sampling(arch: Arch, own: Role, tokens: int, states: float) -> tuple[dict[str, float], bool]:
+        """The phase, and whether partitioned weights are whole in it: as set, or where they fit."""
         rows = deploy.eval_micro_batch
         parts = {"kv cache": kv_cache(arch, cfg, rows, tokens), "logits": rows * arch.vocab * (size + 16)}  # fp64 softmax and sum
         if deploy.zero_stage < 3:
-            return parts, []
-        whole = size * own.parameters * (1 if deploy.offload.parameters else 1 - 1 / world)
+            return parts, True
+        whole = size * own.parameters  # DeepSpeed puts them together in new memory, beside the own part
         fits = states + sum(parts.values()) + whole <= deploy.gpu_memory_gb * GIB
         if deploy.gather_for_rollout or (deploy.gather_for_rollout is None and fits):
-            return parts | {"gathered weights": whole}, []
-        note = f"sampling fetches all {size * own.parameters / GIB:.1f} GiB of the actor's weights from the other processes for every token"
-        return parts | {"gathered weights": live_weights(own)}, [note]
+            return parts | {"gathered weights": whole}, True
+        return parts | {"gathered weights": live_weights(own)}, False
 
     prompt, answer = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     libraries = LIBRARIES[deploy.device]
     roles: list[Role] = []
     phases: dict[str, dict[str, float]] = {}
     notes: list[str] = []
+    gathers = True
     if stage == Stage.sft and actor:
         roles = [role("actor", actor, cfg.actor, False, True)]
         phases["update"] = update(actor, roles[0], deploy.micro_batch, prompt + answer, prompt + answer, 2)
-        phases["sampling"], notes = sampling(actor, roles[0], prompt + answer, roles[0].total + libraries)
+        phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, roles[0].total + libraries)
         files = size * roles[0].parameters
     elif stage == Stage.rm and reward:
         roles = [role("reward", reward, cfg.reward, True, True)]
@@ -295,18 +301,28 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         roles = [role("actor", actor, cfg.actor, False, True)]
         if not config.adapter_only(cfg.actor):
             roles.append(role("ref", actor, cfg.actor, False, False))
-        roles += [role("reward", reward, cfg.reward, True, False), role("critic", reward, cfg.reward, True, True)]
-        phases["sampling"], notes = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
-        phases["scoring"] = {"logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2), "gathered weights": live_weights(roles[0])}
+        critic = reward
+        if actor.family != reward.family or abs(actor.vocab - reward.vocab) > 256:  # fewer may be padding and special tokens
+            critic = actor
+            notes.append("reward model and actor have other tokenizers: the critic starts from the actor")
+        roles += [role("reward", reward, cfg.reward, True, False), role("critic", critic, cfg.reward, True, True)]
+        phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
+        phases["scoring"] = {
+            "logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2),
+            "gathered weights": max(map(live_weights, roles)),
+        }
         phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, prompt + answer, answer, 2)
-        phases["critic's update"] = update(reward, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
+        phases["critic's update"] = update(critic, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
         files = size * (roles[0].parameters + roles[-1].parameters)
     if size == 2:  # gradients are copied to fp32, where the optimizer is
         trained = max(r.trained for r in roles)
         here = 0 if deploy.offload.optimizer else 4 * trained / (world if deploy.zero_stage else 1)
         phases["optimizer's step"] = {"fp32 gradients": here}
+    if not gathers:
+        moved = size * roles[0].parameters / GIB
+        notes.append(f"sampling fetches all {moved:.1f} GiB of the actor's weights from the other processes for every token")
     batch, steps, tokens = arithmetic(cfg, stage)
-    return Plan(stage.name, roles, phases, libraries, deploy.gpu_memory_gb * GIB, batch, steps, tokens, files, notes)
+    return Plan(stage.name, roles, phases, libraries, deploy.gpu_memory_gb * GIB, batch, steps, tokens, files, notes, gathers)
 
 
 # ------------------------------------------------------------------------------------------------------------------- arithmetic
@@ -409,15 +425,12 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
     return lines
 
 
-def gather_for_rollout(cfg: Config) -> tuple[bool, list[str]]:
-    """Whether the actor's partitioned weights are made whole for sampling: as set, or where they fit; and what the plan says of it."""
-    if cfg.deploy.zero_stage < 3:
-        return True, []
+def gather_for_rollout(cfg: Config) -> bool:
+    """Whether the actor's partitioned weights are made whole for sampling: as set, or where the plan says that they fit."""
     try:
-        notes = make_plan(cfg, cfg.stage.runs[0]).notes
+        return make_plan(cfg, cfg.stage.runs[0]).gathers
     except ValueError:  # a shape that there is no formula for
-        return cfg.deploy.gather_for_rollout is not False, []
-    return not notes, notes
+        return cfg.deploy.gather_for_rollout is not False
 
 
 # --------------------------------------------------------------------------------------------------------------------- printing

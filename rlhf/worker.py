@@ -5,11 +5,14 @@ train.py starts it; run by hand it repeats the run of that directory, for a debu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -23,18 +26,18 @@ def main(run_dir: Path) -> None:
     from rlhf.stages import ppo, rm, sft
 
     transformers_logging.disable_progress_bar()
-    device = engines.init_distributed()  # first: on another node this process may be here before node 0 has written config.yaml
-    track.set_up_logging(run_dir)
     started = time.time()
     try:
+        device = engines.init_distributed()  # first: on another node this process may be here before node 0 has written config.yaml
+        track.set_up_logging(run_dir)
+        comm.agree(run_dir.name, "the run; start all nodes with the same command")
         cfg = config.load(run_dir / "config.yaml")
         stage = config.Stage[cfg.stage.name]
-        if (cfg.deploy.device == config.Device.cpu) != (device.type == "cpu"):
-            raise RuntimeError(
-                f"deploy.device={cfg.deploy.device.name}, but this process is on {device}; DS_ACCELERATOR=cpu puts it on CPU"
-            )
+        if cfg.deploy.device == config.Device.gpu and device.type == "cpu":
+            raise RuntimeError("deploy.device=gpu, but this torch finds none: it may be built without CUDA, or not fit the driver")
+        if cfg.deploy.device == config.Device.cpu and device.type != "cpu":
+            raise RuntimeError("deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu")
         torch.set_num_threads(cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus))
-        engines.load_partitioned(cfg)
         torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
         metrics = {config.Stage.sft: sft.run, config.Stage.rm: rm.run, config.Stage.ppo: ppo.run}[stage](cfg, run_dir)
         if comm.rank() == 0:
@@ -42,13 +45,14 @@ def main(run_dir: Path) -> None:
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
         comm.barrier()  # all end together: another node's next workers must not find those of this stage
     except Exception as error:
-        track.log.debug("failed", exc_info=True)  # the traceback is for train.log, the line for the user
+        track.log.debug("failed", exc_info=True)  # the traceback is for the log and the file, their first line for the user
         first_line = (str(error) or repr(error)).splitlines()[0]
-        (run_dir / f"error-rank{comm.rank()}.txt").write_text(f"rank {comm.rank()}: {type(error).__name__}: {first_line}")
-        sys.exit(1)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        text = f"rank {os.environ['RANK']}: {type(error).__name__}: {first_line}\n\n{traceback.format_exc()}"
+        with contextlib.suppress(OSError):  # on a node whose run directory is not that of node 0
+            (run_dir / f"error-rank{os.environ['RANK']}.txt").write_text(text)
+        logging.shutdown()
+        os._exit(1)  # at once: leaving the group would wait for the others, who wait for this one
+    torch.distributed.destroy_process_group()
 
 
 def prepare_environment() -> None:

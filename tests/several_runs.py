@@ -24,7 +24,6 @@ def main(run_dirs: list[Path]) -> None:
     engines.init_distributed()
     for run_dir in run_dirs:
         cfg = config.load(run_dir / "config.yaml")
-        engines.load_partitioned(cfg)
         torch.manual_seed(cfg.seed)
         metrics = {"sft": sft.run, "rm": rm.run, "ppo": ppo.run}[cfg.stage.name](cfg, run_dir)
         if int(os.environ["RANK"]) == 0:

@@ -145,6 +145,17 @@ def workers_of(root: Path) -> dict[int, str]:
     return found
 
 
+def test_nodes_of_different_runs_refuse_each_other(tmp_path: Path) -> None:
+    nodes = [*SFT, "deploy.nodes=2", f"deploy.master=127.0.0.1:{launch.free_port()}"]
+    command = [sys.executable, str(REPO / "train.py"), *nodes]
+    second = subprocess.Popen([*command, "deploy.node_rank=1", "seed=5"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    first = train(*nodes, "deploy.node_rank=0", cwd=tmp_path)
+    assert "the processes do not agree on the run" in first.stderr and first.returncode == 1
+    assert second.wait(60) == 1
+    refused = train("-m", *nodes, "deploy.node_rank=1", cwd=tmp_path)
+    assert refused.returncode == 2 and "use deploy.hostfile" in refused.stderr
+
+
 def test_places_number_all_processes_of_all_nodes() -> None:
     cfg = composed("deploy=multi_node", "deploy.nodes=3", "deploy.gpus=2", "deploy.node_rank=1", "deploy.master=head:1234")
     there = launch.places(cfg)
@@ -159,7 +170,7 @@ def test_the_cause_is_who_was_killed_or_who_failed_first(tmp_path: Path) -> None
     assert launch.cause_of({"rank 3": 1}, tmp_path) == "rank 3: exit code 1"
     for rank, age in ((0, 5), (2, 9)):
         message = tmp_path / f"error-rank{rank}.txt"
-        message.write_text(f"rank {rank}: ValueError: no")
+        message.write_text(f"rank {rank}: ValueError: no\n\nTraceback ...")
         os.utime(message, (time.time() - age,) * 2)
     assert launch.cause_of({"rank 0": 1}, tmp_path) == "rank 2: ValueError: no"
     assert launch.cause_of({"rank 0": 1, "rank 1": -signal.SIGSEGV}, tmp_path) == "rank 1: killed by SIGSEGV"

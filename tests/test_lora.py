@@ -48,7 +48,7 @@ def with_adapter(stage: str, *overrides: str) -> Config:
 
 def build(cfg: Config, path: str, tokenizer: Any, run_dir: Path, role: str) -> Any:
     load = models.load_scorer if role in ("reward_trained", "critic") else models.load_policy
-    return engines.build_engine(load(path, tokenizer, Precision.fp32), cfg, role, run_dir)
+    return engines.build_engine(lambda: load(path, tokenizer, Precision.fp32), cfg, role, run_dir)
 
 
 def output(engine: Any) -> Tensor:

@@ -254,7 +254,7 @@ def test_a_tokenizer_with_more_tokens_grows_the_embedding_and_keeps_what_was_the
 def test_a_grown_model_and_its_tokenizer_come_back_grown(tmp_path: Path, one_process: None, cfg: Config) -> None:
     larger = models.load_tokenizer("builtin:tiny")
     larger.add_tokens(["<new>"])
-    engine = engines.build_engine(models.load_policy("builtin:tiny", larger, FP32), cfg, "ref", tmp_path)
+    engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", larger, FP32), cfg, "ref", tmp_path)
     models.save_engine(engine, larger, tmp_path / "model")
     again = models.load_tokenizer(str(tmp_path / "model"))
     assert len(again) == VOCABULARY + 1 and again.convert_tokens_to_ids("<new>") == VOCABULARY
@@ -276,7 +276,7 @@ def test_a_saved_reward_model_gives_the_same_scores_here_and_in_plain_transforme
     normalised = models.last_token_score(scorer(ids, mask), mask).detach()
     assert torch.allclose(normalised, (raw - 0.75) / 2.5)
 
-    models.save_engine(engines.build_engine(scorer, cfg, "reward", tmp_path), tokenizer, tmp_path / "model")
+    models.save_engine(engines.build_engine(lambda: scorer, cfg, "reward", tmp_path), tokenizer, tmp_path / "model")
     files = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))] and not list(tmp_path.glob("*.tmp"))
@@ -297,7 +297,7 @@ def test_a_saved_policy_gives_the_same_logits_here_and_in_plain_transformers(
     policy = models.load_policy(base(family), tokenizer, FP32).eval()
     ids, mask = pad_right(ROWS, PAD, CPU)
     logits = policy(ids, mask, 5).detach()
-    models.save_engine(engines.build_engine(policy, cfg, "ref", tmp_path), tokenizer, tmp_path / "model")
+    models.save_engine(engines.build_engine(lambda: policy, cfg, "ref", tmp_path), tokenizer, tmp_path / "model")
     assert torch.equal(models.load_policy(str(tmp_path / "model"), tokenizer, FP32).eval()(ids, mask, 5), logits)
     everyday = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     for i, row in enumerate(ROWS):
@@ -306,7 +306,7 @@ def test_a_saved_policy_gives_the_same_logits_here_and_in_plain_transformers(
 
 
 def test_a_saved_model_brings_its_tokenizer_and_template(tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config) -> None:
-    engine = engines.build_engine(models.load_policy("builtin:tiny", tokenizer, FP32), cfg, "ref", tmp_path)
+    engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, FP32), cfg, "ref", tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old.txt").write_text("of an earlier save")
     models.save_engine(engine, tokenizer, tmp_path / "model")
@@ -326,7 +326,7 @@ def test_a_saved_model_brings_its_tokenizer_and_template(tmp_path: Path, tokeniz
 def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
 ) -> None:
-    engine = engines.build_engine(models.load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path)
+    engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path)
     rows = [([5, 6, 7], [40, 41, EOS]), ([8], [42, 43, 44, 45, 46]), ([9, 10, 11, 12, 13], [EOS]), ([14, 15], [])]
     nll, correct, entropy = sft.answer_sums(engine, rows, PAD)
     expected_nll, expected_correct, expected_entropy = 0.0, 0, 0.0
@@ -346,7 +346,7 @@ def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
 
 
 def test_scores_of_pairs_and_rows_are_those_of_each_alone(tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config) -> None:
-    engine = engines.build_engine(models.load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path)
+    engine = engines.build_engine(lambda: models.load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path)
     pairs = [(ROWS[0], ROWS[1]), (ROWS[2], ROWS[0]), (ROWS[1], ROWS[1])]
     chosen, rejected = rm.score_pairs(engine, pairs, PAD)
     assert chosen.tolist() == pytest.approx([score_of(engine.module, row) for row, _ in pairs], abs=1e-5)

@@ -126,7 +126,7 @@ def test_model_states_are_the_measured_tensors(zero: int, precision: str, adapte
     cfg = composed("stage=sft", *overrides)
     tokenizer = models.load_tokenizer("builtin:tiny")
     before = storages()
-    engine = engines.build_engine(models.load_policy("builtin:tiny", tokenizer, cfg.deploy.precision), cfg, "actor", tmp_path)
+    engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, cfg.deploy.precision), cfg, "actor", tmp_path)
     ids = torch.randint(5, 100, (2, 8), generator=torch.Generator().manual_seed(0))
     engines.optimizer_step(engine, [0], lambda _: engine(ids, torch.ones_like(ids), 4).float().logsumexp(-1).sum(), 1e-3)
     measured = sum(size for address, size in storages().items() if address not in before)
@@ -209,12 +209,22 @@ def test_hand_numbers() -> None:
 
 def test_partitioned_sampling_is_chosen_where_whole_weights_do_not_fit() -> None:
     whole = composed("stage=ppo", "actor=opt13b", "deploy=single_node")
-    assert plan.gather_for_rollout(whole) == (True, [])
-    gathers, notes = plan.gather_for_rollout(composed("stage=ppo", "actor=opt66b", "deploy=multi_node"))
-    assert not gathers and "sampling fetches all 124.9 GiB of the actor's weights" in notes[0]
+    assert plan.gather_for_rollout(whole)
+    large = composed("stage=ppo", "actor=opt66b", "deploy=multi_node")
+    assert not plan.gather_for_rollout(large)
+    (note,) = plan.make_plan(large, Stage.ppo).notes
+    assert "sampling fetches all 124.9 GiB of the actor's weights" in note
     whole.deploy.gather_for_rollout = False
-    assert not plan.gather_for_rollout(whole)[0]
-    assert plan.gather_for_rollout(composed("stage=ppo"))[0]
+    assert not plan.gather_for_rollout(whole)
+    assert plan.gather_for_rollout(composed("stage=ppo"))
+
+
+def test_the_critic_is_planned_as_the_model_that_it_starts_from() -> None:
+    own = plan.make_plan(composed("stage=ppo", "actor=llama3.2-3b", "reward=llama3.2-1b", "deploy=single_gpu"), Stage.ppo)
+    other = plan.make_plan(composed("stage=ppo", "actor=llama3.2-3b", "reward=opt350m", "deploy=single_gpu"), Stage.ppo)
+    counts = [{role.name: round(role.parameters / 1e6) for role in made.roles} for made in (own, other)]
+    assert (counts[0]["critic"], counts[1]["reward"], counts[1]["critic"]) == (counts[0]["reward"], 331, counts[1]["actor"])
+    assert not own.notes and "the critic starts from the actor" in other.notes[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- changes and command line

@@ -318,7 +318,7 @@ def build(cfg: Config, run_dir: Path, policy: str = "builtin:tiny") -> Engines:
         torch.manual_seed(seed)
         module = load(path, tokenizer, Precision.fp32)
         module.hf.config.score_mean, module.hf.config.score_std = 0.3, 1.7
-        parts.append(engines.build_engine(module, cfg, role, run_dir))
+        parts.append(engines.build_engine(lambda module=module: module, cfg, role, run_dir))
     return Engines(tokenizer, *parts)
 
 

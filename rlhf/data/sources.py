@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.config import Data, Format, Source
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
-from rlhf.data.template import parse_dialogue
+from rlhf.data.template import USER, parse_dialogue
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -68,7 +68,7 @@ def read_pairs(name: str, source: Source) -> list[Pair]:
     for i, row in enumerate(rows):
         try:
             pair = read(row)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"data.sources.{name}: row {i} of {source.path}: {error}") from None
         if pair.chosen and pair.rejected:  # HH has a few dialogues that end before the answer
             pairs.append(pair)
@@ -90,7 +90,10 @@ def _rows(name: str, path: str) -> Any:
         builder = BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
         if builder is None:
             raise ValueError(f"data.sources.{name}.path={path}: give a file ending in {', '.join(BUILDERS)} (.gz too), or a hub id")
-        return datasets.load_dataset(builder, data_files=str(file), split="train")
+        try:
+            return datasets.load_dataset(builder, data_files=str(file), split="train")
+        except Exception as error:  # StopIteration for an empty file, and many others
+            raise ValueError(f"data.sources.{name}.path={path}: cannot be read: {error.__cause__ or error or 'it is empty'}") from None
     try:
         return datasets.load_dataset(path, split="train")
     except Exception as error:  # the hub's errors are many and long
@@ -100,7 +103,7 @@ def _rows(name: str, path: str) -> Any:
 def _prompt_chosen_rejected(row: dict[str, Any]) -> Pair:
     """`prompt` is a dialogue "\\n\\nHuman: ...\\n\\nAssistant:" (or a bare question), the answers stand alone."""
     text = row["prompt"]
-    prompt = parse_dialogue(text) if "Human:" in text else [Turn("user", text.strip())]
+    prompt = parse_dialogue(text) if USER in text else [Turn("user", text.strip())]
     return Pair(prompt, row["chosen"].strip(), row["rejected"].strip())
 
 

@@ -59,30 +59,27 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- models: the policy and its frozen start, the reward model and the critic that starts from it
     precision = cfg.deploy.precision
     cfg.actor.lora.dropout = cfg.reward.lora.dropout = 0.0  # the ratio of the first update must be 1
-    actor = build_engine(load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "actor", run_dir)
+    actor = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "actor", run_dir)
     if config.adapter_only(cfg.actor):
         log.info("reference: the actor with its adapter off, one model less in memory")
         ref: Any = AdapterOff(actor)
     else:
-        ref = build_engine(load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
+        ref = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
     reward_tokenizer = load_tokenizer(cfg.inputs["rm"])
-    reward = build_engine(load_scorer(cfg.inputs["rm"], reward_tokenizer, precision), cfg, "reward", run_dir)
-    if template.same_tokens(tokenizer, reward_tokenizer):
-        reward_tokenizer = None
-        critic_start = load_scorer(cfg.inputs["rm"], tokenizer, precision)
-    else:
+    reward = build_engine(lambda: load_scorer(cfg.inputs["rm"], reward_tokenizer, precision), cfg, "reward", run_dir)
+    same_tokenizer = template.same_tokens(tokenizer, reward_tokenizer)
+    if not same_tokenizer:
         log.info("the reward model has another tokenizer: it reads the answers as text, and the critic starts from the SFT policy")
-        critic_start = load_scorer(cfg.inputs["sft"], tokenizer, precision, zero_head=True)
-    critic = build_engine(critic_start, cfg, "critic", run_dir)
+    trunk = cfg.inputs["rm" if same_tokenizer else "sft"]
+    critic = build_engine(lambda: load_scorer(trunk, tokenizer, precision, zero_head=not same_tokenizer), cfg, "critic", run_dir)
+    foreign = None if same_tokenizer else reward_tokenizer
     actor.eval(), critic.eval()
-    gather, notes = plan.gather_for_rollout(cfg)
-    for note in notes:
-        log.warning(note)
+    gather = plan.gather_for_rollout(cfg)
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
         micro_batch, temperature = cfg.deploy.eval_micro_batch, cfg.rollout.temperature
-        return evaluate_policy(data, max_prompt, max_new, temperature, micro_batch, tokenizer, actor, ref, reward, gather, reward_tokenizer)
+        return evaluate_policy(data, max_prompt, max_new, temperature, micro_batch, tokenizer, actor, ref, reward, gather, foreign)
 
     before, samples_before = evaluate()
 
@@ -102,7 +99,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
             reward,
             critic,
             gather,
-            reads_text(reward, reward_tokenizer, asked) if reward_tokenizer else None,
+            reads_text(reward, foreign, asked) if foreign else None,
         )
         made = time.time()
         score = experience.score - cfg.ppo.missing_eos_penalty * (1 - experience.ended)

@@ -28,15 +28,18 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     check_context(cfg.reward.path, max_prompt, max_response)
     tokenizer = load_tokenizer(cfg.reward.path)
     data = load_data(cfg.data)
+    held_out = [pair for pair in data.eval_rm if template.encode_prompts(tokenizer, [pair.prompt], max_prompt)[0] is not None]
     pairs = template.encode_pairs(tokenizer, data.rm, max_prompt, max_response)
-    log.info(f"reward model: {len(pairs)} pairs, {len(data.eval_rm)} held out")
+    log.info(f"reward model: {len(pairs)} pairs, {len(held_out)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
     if not steps:
         raise ValueError(f"rm.batch_size={cfg.rm.batch_size}: there are only {len(pairs)} pairs")
+    if not held_out:
+        raise ValueError(f"data.max_prompt_tokens={max_prompt}: all held-out prompts are longer")
     steps = min(steps, cfg.rm.max_steps or steps)
 
     # ---- model
-    engine = build_engine(load_scorer(cfg.reward.path, tokenizer, cfg.deploy.precision), cfg, "reward_trained", run_dir)
+    engine = build_engine(lambda: load_scorer(cfg.reward.path, tokenizer, cfg.deploy.precision), cfg, "reward_trained", run_dir)
     engine.train()
     tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
 
@@ -80,7 +83,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- evaluation
     engine.eval()
-    metrics, samples = evaluate(engine, data.eval_rm, data.eval_probe, tokenizer, cfg)
+    metrics, samples = evaluate(engine, held_out, data.eval_probe, tokenizer, cfg)
     tracker.samples(steps, samples)
 
     # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations

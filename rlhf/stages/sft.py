@@ -34,10 +34,12 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
     if not steps:
         raise ValueError(f"sft.batch_size={cfg.sft.batch_size}: there are only {len(rows)} demonstrations")
+    if not held_out:
+        raise ValueError(f"data.max_prompt_tokens={max_prompt}: all held-out prompts are longer")
     steps = min(steps, cfg.sft.max_steps or steps)
 
     # ---- model
-    engine = build_engine(load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir)
+    engine = build_engine(lambda: load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir)
     engine.train()
     tracker = Tracker(cfg, run_dir, steps, ["loss", "mean_token_accuracy"])
 
@@ -74,7 +76,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- evaluation
     engine.eval()
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
-    gather, _ = plan.gather_for_rollout(cfg)
+    gather = plan.gather_for_rollout(cfg)
     micro_batch = cfg.deploy.eval_micro_batch
     measured, samples = evaluate_policy(data, max_prompt, max_response, 1.0, micro_batch, tokenizer, engine, gather=gather)
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
