@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import layout
+from rlhf.config import Template
 from rlhf.data import template
 from rlhf.data.records import Turn
 
@@ -159,18 +160,18 @@ def load(path: str, device: str) -> tuple[Any, Any]:
     if not tokenizer.chat_template:
         example = f"{template.USER.strip()} ... {template.ASSISTANT.strip()}"
         say(f"{path}: its tokenizer has no chat template; using the one of this framework ({example})")
-        template.install(tokenizer)
+        template.install(tokenizer, Template.hh)
     return model, tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------- conversation
 
 
-def visible(text: str) -> str:
+def visible(text: str, stops: list[str]) -> str:
     """The part of a growing answer that is certain: without a stop string, a tail that could become one or is half a character,
     and the space around. For each longer text it begins with what it was before, so it can be streamed."""
-    text = text[: min((at for stop in template.STOP_STRINGS if (at := text.find(stop)) >= 0), default=None)].rstrip("\ufffd")
-    tails = [n for stop in template.STOP_STRINGS for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    text = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)].rstrip("\ufffd")
+    tails = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
     return text[: len(text) - max(tails, default=0)].strip()
 
 
@@ -183,6 +184,7 @@ class Conversation:
 
         self.model, self.tokenizer = model, tokenizer
         self.turns: list[Turn] = []
+        self.stops = template.stop_strings(tokenizer)
         ends = model.generation_config.eos_token_id  # chat models may have several
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         model.generation_config = GenerationConfig()  # else a checkpoint's own top_k, penalties and so on would be mixed in
@@ -223,9 +225,9 @@ class Conversation:
         def watch(sequence: Any, scores: Any, **_: Any) -> Any:  # called after each token; answers whether to stop
             nonlocal answer
             text = self.tokenizer.decode(sequence[0, len(ids) :], skip_special_tokens=True)
-            shown, answer = len(answer), visible(text)
+            shown, answer = len(answer), visible(text, self.stops)
             show(answer[shown:])
-            return torch.full((1,), any(stop in text for stop in template.STOP_STRINGS), device=sequence.device)
+            return torch.full((1,), any(stop in text for stop in self.stops), device=sequence.device)
 
         prompt = torch.tensor([ids], device=self.model.device)
         limit = min(self.max_new_tokens, self.context - len(ids))

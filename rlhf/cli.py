@@ -207,6 +207,7 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
         layout.write_json(directory / "env.json", layout.environment())
         run_workers(directory, own)
         result = json.loads((directory / "result.json").read_text())
+        result["data"] = json.loads((directory / "data.json").read_text())
         layout.write_json(
             directory / "summary.json",
             {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result},

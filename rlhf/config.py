@@ -129,7 +129,7 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)  # field of the format -> column; dots lead inside: question.full_text, answers.0
     config: Optional[str] = None  # configuration of a hub data set that has several
     split: str = "train"
-    eval_split: Optional[str] = None  # its own held-out split; null = data.eval_share of the prompts
+    eval_split: Optional[str] = None  # its own held-out split; null, and for a file = data.eval_share of the prompts
     weight: float = 1.0  # of its rows in the mix: 0.5 = every second one, 2 = each twice
     rows: Optional[int] = None  # the first so many rows at most; null = all
     sft_only: bool = False  # not for the reward model, whatever it has
@@ -419,7 +419,7 @@ def check(cfg: Config) -> list[str]:
     for name, source in sources.items():
         need(
             (source.path == "builtin:sandbox") == (source.format == Format.sandbox),
-            f"data.sources.{name}: path=builtin:sandbox and format=sandbox go together, not {source.path} and {source.format.name}",
+            f"data.sources.{name}: path=builtin:sandbox and format=sandbox go together, not with {source.path}",
         )
     if sandbox is not None:
         builtin = any(source.format == Format.sandbox for source in sources.values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import comm, lora
-from rlhf.config import Precision
+from rlhf.config import Precision, Template
 from rlhf.data import template
 from rlhf.engines import loading_whole, whole
 
@@ -33,12 +33,13 @@ class Policy(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: int) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None, positions: int, position_ids: Tensor | None = None) -> Tensor:
         """Logits that predict the last `positions` tokens of each row.
 
-        Args: ids, mask (B, T), padded on either side.  Returns: (B, positions, V), at the places one before those tokens.
+        Args: ids, mask (B, T), padded on either side; or of one packed row (rlhf/data/packing.py) ids and position_ids (1, T), and
+            no mask.  Returns: (B, positions, V), at the places one before those tokens.
         """
-        inputs = model_inputs(self.hf, ids, mask)
+        inputs = model_inputs(self.hf, ids, mask) if mask is not None else packed_inputs(self.hf, ids, position_ids)
         return self.hf(**inputs, use_cache=False, logits_to_keep=positions + 1).logits[:, :-1]
 
 
@@ -74,6 +75,24 @@ def model_inputs(hf: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
+def packed_inputs(hf: Any, ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
+    """The arguments of a forward over sequences that lie one behind the other in a single row: each token sees those before it in
+    its own sequence, and nothing of the others.
+
+    Args: ids, position_ids (1, T); a new sequence begins wherever position_ids do not go on by one.
+    """
+    from transformers.masking_utils import create_masks_for_generate
+
+    assert position_ids is not None, "a packed row has position_ids"
+    # transformers makes the mask that this model's attention takes: (1, 1, T, T), one for each kind of layer, or none for kernels
+    # that read position_ids. Left to themselves, not all models would: OPT makes a plain causal one.
+    like = torch.empty(*ids.shape, 1, dtype=hf.dtype, device=ids.device)
+    mask = create_masks_for_generate(
+        config=hf.config, inputs_embeds=like, attention_mask=None, past_key_values=None, position_ids=position_ids
+    )
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+
+
 # --------------------------------------------------------------------------------------------------------------------- loading
 
 
@@ -97,16 +116,17 @@ def check_context(path: str, max_prompt: int, max_response: int, response_key: s
         raise ValueError(f"{wanted} is more than the {context} positions of {path}: lower one of them")
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model, with our template and a pad token that is not EOS."""
+def load_tokenizer(path: str, style: Template = Template.hh) -> Any:
+    """The tokenizer of a model with the chat template of a style, and a pad token that is not its EOS.
+    Raises: ValueError when it has no EOS, or with style=tokenizer no chat template that can be trained with."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False)
+    template.install(tokenizer, style)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no EOS token: answers could not end")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    template.install(tokenizer)
     return tokenizer
 
 
@@ -147,7 +167,8 @@ def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, **op
         hf = auto_class.from_pretrained(location(path), config=config, dtype=DTYPES[precision], trust_remote_code=False)
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:  # only grow: many models have spare rows
         hf.resize_token_embeddings(len(tokenizer))
-    hf.config.pad_token_id = tokenizer.pad_token_id
+    for settings in filter(None, (hf.config, getattr(hf, "generation_config", None))):  # what other programs stop and pad by
+        settings.pad_token_id, settings.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     return hf
 
 

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import REPO
 
 import chat
-from rlhf.config import Precision
+from rlhf.config import Precision, Template
 from rlhf.data import template
 from rlhf.data.records import Turn
 from rlhf.models import load_policy, load_tokenizer
@@ -88,6 +89,29 @@ def test_the_model_sees_what_it_was_trained_on(model: Path) -> None:
     assert talk.fit("Is that all?") == (turns, template.encode_prompts(talk.tokenizer, [turns], 512)[0])
 
 
+@pytest.mark.parametrize("style", [Template.chatml, Template.llama3], ids=lambda style: style.name)
+def test_a_saved_model_is_talked_to_in_the_style_it_was_trained_with(tmp_path: Path, style: Template) -> None:
+    tokenizer = load_tokenizer("builtin:tiny", style)
+    load_policy("builtin:tiny", tokenizer, Precision.fp32).hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    talk = conversation(tmp_path)
+    turns = [Turn("user", "Hi"), Turn("assistant", "Hello."), Turn("user", "Any advice?")]
+    talk.turns = turns[:2]
+    assert talk.fit("Any advice?")[1] == template.encode_prompts(tokenizer, [turns], 512)[0]
+    assert talk.stops == [] and tokenizer.eos_token_id in talk.options["eos_token_id"]
+
+    answer = "I see.\n\nHuman: is a word here."  # and no mark of a turn
+    sampled = template.encode_responses(tokenizer, [answer], 512)[0]
+
+    def generate(prompt: Any, stopping_criteria: list[Any], **_: Any) -> None:
+        for n in range(len(sampled)):
+            stopping_criteria[0](torch.cat([prompt, torch.tensor([sampled[: n + 1]])], 1), None)
+
+    talk.model.generate = generate
+    shown: list[str] = []
+    assert talk.ask("Any advice?", shown.append) == "".join(shown) == answer
+
+
 def test_fifty_turns_do_not_overflow_and_are_cut_at_turns(model: Path) -> None:
     talk = conversation(model)
     for number in range(50):
@@ -102,7 +126,7 @@ def test_fifty_turns_do_not_overflow_and_are_cut_at_turns(model: Path) -> None:
 
 def test_a_stop_string_is_never_shown_not_even_in_part() -> None:
     text = "Water it.\n\nHuman: and then?"
-    pieces = [chat.visible(text[:n]) for n in range(len(text) + 1)]
+    pieces = [chat.visible(text[:n], [template.USER]) for n in range(len(text) + 1)]
     assert pieces[-1] == "Water it."
     assert all(later.startswith(sooner) for sooner, later in zip(pieces, pieces[1:]))
     assert all("Human" not in piece for piece in pieces)

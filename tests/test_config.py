@@ -128,7 +128,7 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         (["seed=-1"], "seed=-1: must not be negative"),
         (["ppo.lr=inf"], "ppo.lr=inf: must be above 0"),
         (["exp=../away"], "exp=../away: give a plain name"),
-        (["data.sources.sandbox.path=/mine.jsonl"], "path=builtin:sandbox and format=sandbox go together, not /mine.jsonl and sandbox"),
+        (["data.sources.sandbox.path=/mine.jsonl"], "path=builtin:sandbox and format=sandbox go together, not with /mine.jsonl"),
         (["data.sources.sandbox.path=/a", "data.sources.sandbox.format=chosen_rejected"], "choose data=... instead of data=sandbox"),
         (["deploy.bucket_mb=0"], "deploy.bucket_mb=0.0: must be above 0"),
         (["actor.lora.rank=-1"], "actor.lora.rank=-1: must not be negative"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The data of all stages. No prompt stands in two of sft, rm, ppo and eval_*."""
+    """The data of all stages. No prompt stands in two of sft, rm, ppo and eval_*. What is trained on are tables on disk
+    (datasets.Dataset) with the columns prompt (turns), chosen and rejected; what is evaluated on is small."""
 
-    sft: list[Demonstration]
-    rm: list[Pair]
-    ppo: list[list[Turn]]
+    sft: Any
+    rm: Any
+    ppo: Any  # each prompt once
     eval_sft: list[Demonstration]
     eval_rm: list[Pair]
     eval_prompts: list[list[Turn]]
     eval_probe: list[Pair] = field(default_factory=list)  # chosen fits its prompt, rejected would fit the opposite one
     gold: Callable[[list[Turn], str], float] | None = None  # true reward of an answer, where it is known
     best_gold: Callable[[list[Turn]], float] | None = None  # true reward of the best answer there is
+    texts: Any = None  # plain text, column text: for PPO's pretraining loss
+    report: list[dict[str, Any]] = field(default_factory=list)  # of each source and split: how many rows went where, and why not

@@ -18,9 +18,9 @@ import torch
 
 from rlhf import comm, config, plan
 from rlhf.config import Config
-from rlhf.data import template
+from rlhf.data import load, template
 from rlhf.data.batches import global_batches, micro_batches, uniforms
-from rlhf.data.load import load_data
+from rlhf.data.load import open_data
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.lora import AdapterOff
 from rlhf.models import check_context, load_policy, load_scorer, load_tokenizer, save_engine
@@ -46,11 +46,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     max_prompt, max_new = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
     for model in (cfg.inputs["sft"], cfg.inputs["rm"]):
         check_context(model, max_prompt, max_new, "rollout.max_new_tokens")
-    tokenizer = load_tokenizer(cfg.inputs["sft"])
-    data = load_data(cfg.data)
-    encoded = template.encode_prompts(tokenizer, data.ppo, max_prompt)
-    prompts = [(turns, ids) for turns, ids in zip(data.ppo, encoded) if ids is not None]
-    log.info(f"PPO: {len(prompts)} prompts, {len(data.eval_prompts)} held out")
+    tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
+    data = open_data(cfg, run_dir)
+    prompts = load.prompts(tokenizer, data.ppo, max_prompt, cfg.data.workers)
+    log.info(f"PPO: {prompts} prompts, {len(data.eval_prompts)} held out")
     steps = len(prompts) // cfg.ppo.batch_size * cfg.ppo.prompt_epochs
     if not steps:
         raise ValueError(f"ppo.batch_size={cfg.ppo.batch_size}: there are only {len(prompts)} prompts")
@@ -65,7 +64,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         ref: Any = AdapterOff(actor)
     else:
         ref = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
-    reward_tokenizer = load_tokenizer(cfg.inputs["rm"])
+    reward_tokenizer = load_tokenizer(cfg.inputs["rm"], cfg.data.template)
     reward = build_engine(lambda: load_scorer(cfg.inputs["rm"], reward_tokenizer, precision), cfg, "reward", run_dir)
     same_tokenizer = template.same_tokens(tokenizer, reward_tokenizer)
     if not same_tokenizer:
@@ -87,9 +86,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     for step, batch in zip(range(steps), global_batches(len(prompts), cfg.ppo.batch_size, cfg.ppo.prompt_epochs, cfg.seed)):
         started = time.time()
         draws = uniforms("rollout", batch, cfg.seed, step, max_new)
-        asked = [prompts[i][0] for i in batch]
+        asked, ids = zip(*(prompts[i] for i in batch))
         experience = make_experience(
-            [prompts[i][1] for i in batch],
+            ids,
             draws,
             cfg.rollout.temperature,
             cfg.deploy.eval_micro_batch,

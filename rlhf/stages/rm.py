@@ -11,9 +11,9 @@ import torch
 
 from rlhf import comm
 from rlhf.config import Config
-from rlhf.data import template
+from rlhf.data import load, template
 from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
-from rlhf.data.load import load_data
+from rlhf.data.load import open_data
 from rlhf.data.records import Pair
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.models import check_context, last_token_score, load_scorer, load_tokenizer, save_engine
@@ -26,11 +26,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- data
     max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     check_context(cfg.reward.path, max_prompt, max_response)
-    tokenizer = load_tokenizer(cfg.reward.path)
-    data = load_data(cfg.data)
+    tokenizer = load_tokenizer(cfg.reward.path, cfg.data.template)
+    data = open_data(cfg, run_dir)
     held_out = [pair for pair in data.eval_rm if template.encode_prompts(tokenizer, [pair.prompt], max_prompt)[0] is not None]
-    pairs = template.encode_pairs(tokenizer, data.rm, max_prompt, max_response)
-    log.info(f"reward model: {len(pairs)} pairs, {len(held_out)} held out")
+    pairs = load.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
+    log.info(f"reward model: {pairs} pairs, {len(held_out)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
     if not steps:
         raise ValueError(f"rm.batch_size={cfg.rm.batch_size}: there are only {len(pairs)} pairs")
@@ -44,23 +44,23 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
 
     # ---- training
-    lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
     seen_tokens = 0
     for step, batch in zip(range(steps), global_batches(len(pairs), cfg.rm.batch_size, cfg.rm.epochs, cfg.seed)):
         n = len(batch)
-        seen_tokens += sum(len(chosen) + len(rejected) for chosen, rejected in (pairs[i] for i in batch))
+        taken = {i: pairs[i] for i in batch}
+        seen_tokens += sum(len(chosen) + len(rejected) for chosen, rejected in taken.values())
         losses: list[torch.Tensor] = []  # of the micro-batches: the summed loss, and the scores (pairs, 2)
         scores: list[torch.Tensor] = []
 
-        def loss_of(micro: Sequence[int], n: int = n, losses: list = losses, scores: list = scores) -> torch.Tensor:
-            chosen, rejected = score_pairs(engine, [pairs[i] for i in micro], tokenizer.pad_token_id)
+        def loss_of(micro: Sequence[int], n: int = n, losses: list = losses, scores: list = scores, taken: dict = taken) -> torch.Tensor:
+            chosen, rejected = score_pairs(engine, [taken[i] for i in micro], tokenizer.pad_token_id)
             loss = pairwise_loss(chosen, rejected)
             losses.append(loss.detach())
             scores.append(torch.stack([chosen.detach(), rejected.detach()], 1))
             return loss / n
 
         lr = learning_rate(step, steps, cfg.rm.lr, cfg.rm.warmup_ratio, cfg.rm.schedule.name, cfg.rm.final_lr)
-        micros = micro_batches(batch, lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size())
+        micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size())
         grad_norm = optimizer_step(engine, micros, loss_of, lr)
         both = comm.all_rows(torch.cat(scores)).double()
         chosen, rejected = both[:, 0], both[:, 1]

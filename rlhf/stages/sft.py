@@ -11,14 +11,17 @@ import torch
 
 from rlhf import comm, plan
 from rlhf.config import Config
-from rlhf.data import template
+from rlhf.data import load, template
 from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
-from rlhf.data.load import load_data
+from rlhf.data.load import open_data
+from rlhf.data.packing import can_pack, first_learnt, pack
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate, token_logp
 from rlhf.rollout import evaluate_policy
 from rlhf.track import Tracker, log
+
+Taken = dict[int, tuple[list[int], list[int]]]  # rows by their number: ids of prompt and answer
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
@@ -26,11 +29,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- data
     max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     check_context(cfg.actor.path, max_prompt, max_response)
-    tokenizer = load_tokenizer(cfg.actor.path)
-    data = load_data(cfg.data)
-    rows = template.encode_demonstrations(tokenizer, data.sft, max_prompt, max_response)
+    tokenizer = load_tokenizer(cfg.actor.path, cfg.data.template)
+    data = open_data(cfg, run_dir)
+    rows = load.demonstrations(tokenizer, data.sft, max_prompt, max_response, cfg.data.workers)
     held_out = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
-    log.info(f"SFT: {len(rows)} demonstrations, {len(held_out)} held out")
+    log.info(f"SFT: {rows} demonstrations, {len(held_out)} held out")
     steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
     if not steps:
         raise ValueError(f"sft.batch_size={cfg.sft.batch_size}: there are only {len(rows)} demonstrations")
@@ -41,24 +44,29 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- model
     engine = build_engine(lambda: load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir)
     engine.train()
+    packed = cfg.sft.packing and can_pack(engine)
+    if cfg.sft.packing and not packed:
+        log.info("this architecture cannot keep packed demonstrations apart: they are padded instead, sorted by length")
     tracker = Tracker(cfg, run_dir, steps, ["loss", "mean_token_accuracy"])
 
     # ---- training
-    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
     rank, world = comm.rank(), comm.world_size()
     seen_tokens = 0
     for step, batch in zip(range(steps), global_batches(len(rows), cfg.sft.batch_size, cfg.sft.epochs, cfg.seed)):
-        tokens = sum(len(rows[i][1]) for i in batch)  # answer tokens of the whole step, over all processes
+        taken = {i: rows[i] for i in batch}
+        # learnt tokens of the whole step, over all processes
+        tokens = sum(len(prompt) + len(answer) - first_learnt(prompt, cfg.sft.train_on_prompt) for prompt, answer in taken.values())
         seen_tokens += tokens
         sums = torch.zeros(3, dtype=torch.float64)  # -log p, correct, entropy
 
-        def loss_of(micro: Sequence[int], tokens: int = tokens, sums: torch.Tensor = sums) -> torch.Tensor:
-            nll, correct, entropy = answer_sums(engine, [rows[i] for i in micro], tokenizer.pad_token_id)
+        def loss_of(micro: Sequence[int], tokens: int = tokens, sums: torch.Tensor = sums, taken: Taken = taken) -> torch.Tensor:
+            some = [taken[i] for i in micro]
+            nll, correct, entropy = answer_sums(engine, some, tokenizer.pad_token_id, cfg.sft.train_on_prompt, packed)
             sums += torch.stack([nll.detach(), correct, entropy]).double().cpu()
             return nll / tokens
 
         lr = learning_rate(step, steps, cfg.sft.lr, cfg.sft.warmup_ratio, cfg.sft.schedule.name, cfg.sft.final_lr)
-        grad_norm = optimizer_step(engine, micro_batches(batch, lengths, cfg.deploy.micro_batch, rank, world), loss_of, lr)
+        grad_norm = optimizer_step(engine, micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world), loss_of, lr)
         nll, correct, entropy = (x / tokens for x in comm.all_sum(sums.tolist(), engine.device))
         tracker.log(
             step + 1,
@@ -86,14 +94,23 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     return metrics
 
 
-def answer_sums(policy: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums over all answer tokens (EOS included) of `rows`: -log p (with gradient), number of correct guesses, entropy in nats."""
-    ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
-    is_answer = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (prompt, answer) in enumerate(rows):
-        is_answer[i, len(prompt) : len(prompt) + len(answer)] = True
-    logits = policy(ids, mask, ids.shape[1] - 1)
-    chosen = is_answer[:, 1:]
+def answer_sums(
+    policy: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id: int, train_on_prompt: bool = False, packed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over all answer tokens (EOS included) of `rows`: -log p (with gradient), number of correct guesses, entropy in nats.
+
+    Args: train_on_prompt: over the prompts' tokens too.  packed: run the rows as one, without padding.
+    """
+    if packed:
+        ids, position_ids, learnt = pack(rows, train_on_prompt, policy.device)
+        logits = policy(ids, None, ids.shape[1] - 1, position_ids)
+    else:
+        ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
+        learnt = torch.zeros_like(ids, dtype=torch.bool)
+        for i, (prompt, answer) in enumerate(rows):
+            learnt[i, first_learnt(prompt, train_on_prompt) : len(prompt) + len(answer)] = True
+        logits = policy(ids, mask, ids.shape[1] - 1)
+    chosen = learnt[:, 1:]
     logits, targets = logits[chosen], ids[:, 1:][chosen]
     logp, entropy = token_logp(logits, targets)
     return -logp.sum(), (logits.argmax(-1) == targets).sum(), entropy.detach().sum()
