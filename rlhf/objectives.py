@@ -125,7 +125,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     Args: values (with gradient), old_values, returns, mask (B, R).  clip: in units of the normalised score.
     Returns: the sum, and the number of tokens whose clipped term is the active one.
     """
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = values.clamp(old_values - clip, old_values + clip)  # exactly V where the clip does not act
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * (torch.maximum(plain_error, clipped_error) * mask).sum()
     return loss, ((clipped_error > plain_error) * mask).sum().detach()

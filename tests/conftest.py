@@ -28,6 +28,7 @@ SMALL = [
     "ppo.batch_size=16",
     "rollout.max_new_tokens=16",
     "wandb.mode=disabled",
+    "deploy.threads=1",  # other tests run beside it
 ]
 
 

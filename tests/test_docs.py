@@ -71,7 +71,7 @@ def test_the_slurm_job(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    job = ["bash", str(REPO / "docs" / "slurm.sh"), "stage=sft", *SMALL, "deploy.threads=1"]
+    job = ["bash", str(REPO / "docs" / "slurm.sh"), "stage=sft", *SMALL]
     done = subprocess.run(job, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "sft: node 1 of 2" in done.stderr

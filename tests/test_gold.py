@@ -70,7 +70,7 @@ def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [2, 3])
 def test_gold_target_on_more_seeds(seed: int, tmp_path: Path) -> None:
-    done = train(f"seed={seed}", "wandb.mode=disabled", cwd=tmp_path)
+    done = train(f"seed={seed}", "wandb.mode=disabled", "deploy.threads=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     runs = runs_in(tmp_path)
     check(runs["sft"][0], runs["rm"][0], runs["ppo"][0])

@@ -16,7 +16,7 @@ from test_config import composed
 
 from rlhf import config, launch, layout
 
-SFT = ["stage=sft", *SMALL, "deploy.threads=1", "deploy.zero_stage=3", "sft.adam_eps=1e-5"]
+SFT = ["stage=sft", *SMALL, "deploy.zero_stage=3", "sft.adam_eps=1e-5"]
 
 
 @pytest.fixture(scope="module")

@@ -420,6 +420,11 @@ def test_value_loss_and_its_gradient_equal_loops(seed: int) -> None:
     assert count.item() == clipped_tokens
 
 
+def test_the_value_clip_counts_no_rounding() -> None:
+    values, old = torch.rand(4, 500, generator=torch.Generator().manual_seed(1)), torch.rand(4, 500)
+    assert o.value_loss(values, old, torch.rand(4, 500), torch.ones(4, 500), 5.0)[1] == 0
+
+
 def test_value_loss_by_hand() -> None:
     # inside the clip: 0.5 (1.1 - 2)^2 = 0.405.  Moved 1 towards the return, of which 0.2 count: 0.5 (1.2 - 2)^2 = 0.32 > 0.
     # Moved 1 away from it: 0.5 (0 - 2)^2 = 2, the clip does not help.

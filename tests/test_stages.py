@@ -12,9 +12,8 @@ from conftest import SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
 
 # The gradient of a key's bias is zero in truth and rounding in fact, which Adam blows up to a step of the learning rate unless
-# its epsilon is above the rounding: without that no two ways to add would train the same weights. Likewise a token on the very edge
-# of a clip is cut in one way and not in another.
-ROBUST = ["deploy.threads=1", "sft.adam_eps=1e-5", "rm.adam_eps=1e-5", "ppo.clip=5", "ppo.value_clip=5"]
+# its epsilon is above the rounding: without that no two ways to add would train the same weights.
+ROBUST = ["sft.adam_eps=1e-5", "rm.adam_eps=1e-5"]
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +50,19 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(alone: Path, tmp_path:
 
 @pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
 def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage: int) -> None:
-    """Same samples, same losses up to the order of additions, same weights."""
+    """Same samples, same losses up to the order of additions, same weights. PPO here stands on models that differ by rounding, which
+    it amplifies (a token on the very edge of a clip); test_deployments.py holds it to 1e-4 on the same ones."""
     done = train(*SMALL, *ROBUST, "deploy.gpus=2", f"deploy.zero_stage={zero_stage}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for stage in ("sft", "rm", "ppo"):
         (one,), (two,) = runs_in(alone)[stage], runs_in(tmp_path)[stage]
         for row, other in zip(without_time(metrics(one)), without_time(metrics(two)), strict=True):
             for key, value in row.items():
-                assert other[key] == pytest.approx(value, rel=1e-3, abs=2e-4), (stage, key)
+                rel, absolute = (1e-2, 0.01 if "clipfrac" in key else 1e-3) if stage == "ppo" else (1e-3, 2e-4)
+                assert other[key] == pytest.approx(value, rel=rel, abs=absolute), (stage, key)
         first, second = weights(one), weights(two)
         assert first.keys() == second.keys()
-        assert all(torch.allclose(first[k], second[k], atol=2e-4) for k in first)
+        assert all(torch.allclose(first[k], second[k], atol=1e-3 if stage == "ppo" else 2e-4) for k in first)
 
 
 def test_metrics_and_summary_have_the_promised_names(alone: Path) -> None:
