@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,11 +21,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import config, layout, plan, report
-from rlhf.config import Config, Stage
+from rlhf.config import Config, Device, Stage
 from rlhf.launch import check_machines, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -160,12 +161,17 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     problems = config.check(cfg) + layout.check_models(cfg)
     if problems:
         raise ValueError("\n".join(problems))
-    baseline = config.to_typed(compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS]))
-    for model, usual in ((cfg.actor, baseline.actor), (cfg.reward, baseline.reward)):
-        if model.path != usual.path and model.arch == usual.arch:
+    usual = compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS])
+    for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
+        OmegaConf.update(usual, key, OmegaConf.select(composed, key))
+    baseline = config.to_typed(usual)
+    for model, before in ((cfg.actor, baseline.actor), (cfg.reward, baseline.reward)):
+        if model.path != before.path and model.arch == before.arch:
             model.arch = None  # the numbers are those of another model
     if cfg.plan:
-        plans = [plan.make_plan(cfg, stage) for stage in cfg.stage.runs]
+        plans = [plan.make_plan(cfg, stage) for stage in cfg.stage.runs if stage != Stage.inspect]
+        if Stage.inspect in cfg.stage.runs:
+            print("inspect: loads no model and needs no GPU: it fits")
         for each in plans:
             plan.print_plan(each, cfg)
         if not all(each.fits for each in plans):
@@ -173,11 +179,18 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
         return cfg, []
     if cfg.deploy.node_rank:
         for stage in cfg.stage.runs:
-            help_node_0(cfg, stage, baseline)
+            if stage != Stage.inspect:
+                help_node_0(cfg, stage, baseline)
         return cfg, []
     started = time.time()
-    runs = [run_stage(cfg, stage, baseline, overrides) for stage in cfg.stage.runs]
-    report.print_runs(runs, time.time() - started)
+    runs = []
+    for stage in cfg.stage.runs:
+        if stage == Stage.inspect:
+            inspect_data(cfg, baseline)
+        else:
+            runs.append(run_stage(cfg, stage, baseline, overrides))
+    if runs:
+        report.print_runs(runs, time.time() - started)
     return cfg, runs
 
 
@@ -213,6 +226,22 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
             {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result},
         )
     return directory
+
+
+def inspect_data(cfg: Config, baseline: Config) -> None:
+    """Look at the data, print what was found and where the page lies. Anew each time, as files may have changed; in one process
+    without a GPU, whatever `deploy` says."""
+    directory = layout.home(cfg, Stage.inspect, baseline)
+    own = layout.config_of_stage(cfg, Stage.inspect, {})
+    own.deploy = dataclasses.replace(own.deploy, device=Device.cpu, gpus=1, nodes=1, hostfile=None, node_rank=None, master=None)
+    with layout.owned(directory):
+        for path in directory.iterdir():
+            if path.name != ".owner":
+                path.unlink()
+        config.save(own, directory / "config.yaml")
+        run_workers(directory, own)
+        result = json.loads((directory / "result.json").read_text())
+    report.print_inspection(result["metrics"], directory / "report.html")
 
 
 def help_node_0(cfg: Config, stage: Stage, baseline: Config) -> None:

@@ -24,6 +24,7 @@ class Stage(Enum):
     sft = "sft"
     rm = "rm"
     ppo = "ppo"
+    inspect = "inspect"  # trains nothing: looks at the data
 
 
 class Device(Enum):
@@ -128,7 +129,7 @@ class Source:
     format: Optional[Format] = None  # null = by the columns it has
     columns: dict[str, str] = field(default_factory=dict)  # field of the format -> column; dots lead inside: question.full_text, answers.0
     config: Optional[str] = None  # configuration of a hub data set that has several
-    split: str = "train"
+    split: str = "train"  # of a hub data set or a directory; a file is one
     eval_split: Optional[str] = None  # its own held-out split; null, and for a file = data.eval_share of the prompts
     weight: float = 1.0  # of its rows in the mix: 0.5 = every second one, 2 = each twice
     rows: Optional[int] = None  # the first so many rows at most; null = all
@@ -175,7 +176,7 @@ class Sft(Optim):
     epochs: int = MISSING  # passes over the demonstrations
     batch_size: int = MISSING  # demonstrations per optimizer step, over all processes
     train_on_prompt: bool = MISSING  # learn the prompt's tokens too, not only the answer's
-    packing: bool = no_effect()  # several demonstrations in one row, without padding; the loss is the same
+    packing: bool = no_effect()  # short demonstrations share a row, where padding would be; the loss is the same
     max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
 
 
@@ -276,8 +277,9 @@ READS = {
     Stage.sft: ["actor", "data", "sft", "deploy", "seed"],
     Stage.rm: ["reward", "data", "rm", "deploy", "seed"],
     Stage.ppo: ["actor", "reward", "data", "sft", "rm", "ppo", "rollout", "deploy", "seed"],
+    Stage.inspect: ["actor", "data"],
 }
-PARENTS = {Stage.sft: [], Stage.rm: [], Stage.ppo: [Stage.sft, Stage.rm]}
+PARENTS = {Stage.sft: [], Stage.rm: [], Stage.ppo: [Stage.sft, Stage.rm], Stage.inspect: []}
 
 
 def register() -> None:
@@ -386,6 +388,7 @@ def check(cfg: Config) -> list[str]:
     positive("deploy.gpus", "deploy.threads", "deploy.micro_batch", "deploy.eval_micro_batch", "rollout.max_new_tokens")
     positive("deploy.nodes", "deploy.gpu_memory_gb", "deploy.bucket_mb")
     positive("rollout.temperature", "data.max_prompt_tokens", "data.max_response_tokens", "data.eval_rows", "data.eval_share")
+    positive("data.workers")
     within("deploy.zero_stage", 0, 3)
     within("data.eval_share", 0, 0.5)
     deploy, offload = cfg.deploy, cfg.deploy.offload
@@ -421,6 +424,10 @@ def check(cfg: Config) -> list[str]:
             (source.path == "builtin:sandbox") == (source.format == Format.sandbox),
             f"data.sources.{name}: path=builtin:sandbox and format=sandbox go together, not with {source.path}",
         )
+        need(0 < source.weight < math.inf, f"data.sources.{name}.weight={source.weight}: must be above 0")
+        need(source.rows is None or source.rows > 0, f"data.sources.{name}.rows={source.rows}: must be above 0")
+        ratio = source.min_score_ratio
+        need(ratio >= 1, f"data.sources.{name}.min_score_ratio={ratio}: must be at least 1 (1: only ties are left out)")
     if sandbox is not None:
         builtin = any(source.format == Format.sandbox for source in sources.values())
         need(builtin, "data.sandbox has sizes, but no source is the built-in world: choose data=... instead of data=sandbox")

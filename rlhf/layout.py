@@ -58,7 +58,8 @@ def run_name(cfg: Config, stage: Stage, baseline: Config) -> str:
     without any value set by hand; they are for people, the hash of the whole identity decides."""
     values, plain = identity(cfg, stage), identity(baseline, stage)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    models = {Stage.sft: [cfg.actor.name], Stage.rm: [cfg.reward.name], Stage.ppo: [cfg.actor.name, cfg.reward.name]}[stage]
+    actor, reward = cfg.actor.name, cfg.reward.name
+    models = {Stage.sft: [actor], Stage.rm: [reward], Stage.ppo: [actor, reward], Stage.inspect: [actor]}[stage]
     readable = "-".join([stage.name, *models])
     readable += "".join(f"+{key}-{value}" for key, value in sorted(values.items()) if plain.get(key) != value)
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", readable)[:100] + "-" + digest
@@ -80,13 +81,13 @@ def check_models(cfg: Config) -> list[str]:
     """What is wrong with the base models and given inputs of the stages to run, as lines for the user. Loads nothing."""
     problems = []
     wanted = {
-        "actor.path": (cfg.actor.path, "ForCausalLM", Stage.sft),
-        "reward.path": (cfg.reward.path, "", Stage.rm),
-        "ppo.actor": (cfg.ppo.actor, "ForCausalLM", Stage.ppo),
-        "ppo.reward": (cfg.ppo.reward, "ForSequenceClassification", Stage.ppo),
+        "actor.path": (cfg.actor.path, "ForCausalLM", {Stage.sft, Stage.inspect}),
+        "reward.path": (cfg.reward.path, "", {Stage.rm}),
+        "ppo.actor": (cfg.ppo.actor, "ForCausalLM", {Stage.ppo}),
+        "ppo.reward": (cfg.ppo.reward, "ForSequenceClassification", {Stage.ppo}),
     }
-    for key, (path, role, stage) in wanted.items():
-        if not path or stage not in cfg.stage.runs:
+    for key, (path, role, stages) in wanted.items():
+        if not path or not stages.intersection(cfg.stage.runs):
             continue
         if path.startswith(BUILTIN):
             if not (Path(__file__).parent / "assets" / path.removeprefix(BUILTIN) / "config.json").exists():

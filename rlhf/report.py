@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # the panels of curves.png: title, y label, and the metrics drawn in it
@@ -20,6 +21,7 @@ CURVES = {
         ("Loss", "", ["loss/policy_avg", "loss/value_avg"]),
     ],
 }
+TEXTS = ("prompt", "chosen", "rejected")
 
 
 def plot_curves(run_dir: Path) -> None:
@@ -113,3 +115,34 @@ def print_sweep(jobs: list[tuple[str, dict[str, Any]]]) -> None:
     for job, summary in jobs:
         table.add_row(job, *(f"{summary['metrics'][f'eval/{name}']:.3f}" if f"eval/{name}" in summary["metrics"] else "" for name in names))
     Console().print(table)
+
+
+def print_inspection(found: dict[str, Any], page: Path) -> None:
+    """What the dataset doctor found: a table of sources, one of stages, what to worry about, and where the page lies."""
+    console = Console(width=130, highlight=False)
+    from_sources = Table(title="Sources", title_justify="left")
+    for column in ("source/split", "rows", "left out", "sft", "rm", "ppo", "held out"):
+        from_sources.add_column(column, justify="left" if column == "source/split" else "right")
+    for entry in found["sources"]:
+        stages = [f"{entry[part]:,} ({entry['share'].get(part, 0):.0%})" if part in entry else "" for part in ("sft", "rm", "ppo", "eval")]
+        name = escape(f"{entry['source']}/{entry['split']}")
+        from_sources.add_row(name, f"{entry['rows']:,}", f"{sum(entry['left_out'].values()):,}", *stages)
+    console.print(from_sources)
+    lengths = Table(title="Tokens: median / 95 % / longest", title_justify="left")
+    for column in ("stage", "rows", "prompts", "chosen", "rejected", "dropped", "cut", "chosen longer"):
+        lengths.add_column(column, justify="left" if column == "stage" else "right")
+    for name, numbers in found["stages"].items():
+        spreads = [numbers["tokens"].get(key) or numbers["tokens"].get({"chosen": "text"}.get(key, ""), {}) for key in TEXTS]
+        measured = max(1, numbers["measured"])
+        shares = [f"{numbers[key] / measured:.1%}" if key in numbers else "" for key in ("dropped", "cut")]
+        longer = f"{numbers['chosen_longer'] / numbers['pairs']:.1%}" if numbers.get("pairs") else ""
+        tokens = (" / ".join(f"{n:,}" for n in spread.values()) for spread in spreads)
+        lengths.add_row(name, f"{numbers['rows']:,}", *tokens, *shares, longer)
+    console.print(lengths)
+    for part in found["stages"], {f"{e['source']}/{e['split']}": e["tokens"] for e in found["sources"]}:
+        for name, numbers in part.items():
+            if numbers["measured"] < numbers["rows"]:
+                console.print(f"{name}: tokens of a random sample of {numbers['measured']:,} rows", markup=False)
+    for line in found["verdicts"] or ["nothing to worry about"]:
+        console.print(f"- {line}", markup=False, soft_wrap=True)
+    console.print(f"{page}", markup=False, soft_wrap=True)

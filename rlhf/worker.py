@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 
 def main(run_dir: Path) -> None:
@@ -23,7 +24,7 @@ def main(run_dir: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     from rlhf import comm, config, engines, layout, report, track
-    from rlhf.stages import ppo, rm, sft
+    from rlhf.stages import inspect, ppo, rm, sft
 
     transformers_logging.disable_progress_bar()
     started = time.time()
@@ -39,9 +40,16 @@ def main(run_dir: Path) -> None:
             raise RuntimeError("deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu")
         torch.set_num_threads(cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus))
         torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
-        metrics = {config.Stage.sft: sft.run, config.Stage.rm: rm.run, config.Stage.ppo: ppo.run}[stage](cfg, run_dir)
+        stages: dict[config.Stage, Any] = {
+            config.Stage.sft: sft.run,
+            config.Stage.rm: rm.run,
+            config.Stage.ppo: ppo.run,
+            config.Stage.inspect: inspect.run,
+        }
+        metrics = stages[stage](cfg, run_dir)
         if comm.rank() == 0:
-            report.plot_curves(run_dir)
+            if stage != config.Stage.inspect:
+                report.plot_curves(run_dir)
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
         comm.barrier()  # all end together: another node's next workers must not find those of this stage
     except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ import torch
 import yaml
 
 from rlhf import models
-from rlhf.config import Format, Precision, Sandbox, Source
-from rlhf.data import batches, build_tiny, sandbox, sources, template
+from rlhf.config import Precision, Sandbox, Template
+from rlhf.data import batches, build_tiny, sandbox, template
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 
 REPO = Path(__file__).parents[1]
@@ -82,7 +81,7 @@ def test_a_template_starts_with_bos_only_where_the_tokenizer_adds_one() -> None:
 
     adding = models.load_tokenizer("builtin:tiny")
     adding._tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", adding.bos_token_id)])
-    template.install(adding)
+    template.install(adding, Template.hh)
     [ids] = template.encode_prompts(adding, [[user("Hi")]], 500)
     assert ids.count(adding.bos_token_id) == 1 and ids[0] == adding.bos_token_id
     [plain] = template.encode_prompts(tokenizer(), [[user("Hi")]], 500)
@@ -90,6 +89,7 @@ def test_a_template_starts_with_bos_only_where_the_tokenizer_adds_one() -> None:
 
 
 def test_answers_end_with_one_eos_unless_they_are_cut() -> None:
+    """T1, D7."""
     eos = tokenizer().eos_token_id
     answer = "First, water it slowly. Next, add fresh soil."
     [ids] = template.encode_responses(tokenizer(), [answer], 500)
@@ -135,32 +135,8 @@ def test_rows_with_a_prompt_that_is_too_long_are_left_out() -> None:
     assert [(tokenizer().decode(chosen), tokenizer().decode(rejected)) for chosen, rejected in pairs] == expected
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [user("hi")],
-        [user("hi"), assistant("hello"), user("how?")],
-        [user("hi"), assistant("I am the Assistant: yes, and you are Human: no")],
-        [user("line one\nline two\n\nline four"), assistant("x"), user("y")],
-    ],
-)
-def test_parsing_a_dialogue_undoes_its_rendering(turns: list[Turn]) -> None:
-    text = "".join((template.USER if turn.role == "user" else template.ASSISTANT) + " " + turn.text for turn in turns)
-    assert template.parse_dialogue(text) == turns
-    assert template.parse_dialogue(text + template.ASSISTANT) == turns  # the answer that is to come is no turn
-    if turns[-1].role == "user":
-        assert template.parse_dialogue(template.render_prompt(tokenizer(), turns)) == turns
-
-
-@pytest.mark.parametrize("text", ["", "hello", "Human: no line breaks in front", "\n\nAssistant: hi", "Human, said the Assistant: no"])
-def test_a_dialogue_without_a_user_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="Human"):
-        template.parse_dialogue(text)
-
-
 def test_a_role_mark_inside_a_text_reads_as_a_turn() -> None:
-    """Present behaviour, as in the HH data themselves: the mark is what makes a turn, there is no way to escape it."""
-    assert template.parse_dialogue("\n\nHuman: quote:\n\nHuman: b") == [user("quote:"), user("b")]
+    """As in the HH data themselves: the mark is what makes a turn, there is no way to escape it."""
     assert encode(template.render_prompt(tokenizer(), [user("a\n\nHuman: b")])).count(encode(template.USER)[0]) == 2
 
 
@@ -185,6 +161,7 @@ def test_padding_carries_masks_and_does_not_guess_them_from_ids() -> None:
 
 
 def test_rows_of_one_length_are_not_padded() -> None:
+    """D11: a batch is as wide as its longest row, not as the limit."""
     for pad in (batches.pad_left, batches.pad_right):
         ids, mask = pad([[1, 2], [3, 4]], 9, CPU)
         assert ids.tolist() == [[1, 2], [3, 4]] and mask.tolist() == [[1, 1], [1, 1]]
@@ -201,6 +178,8 @@ def test_an_epoch_has_every_row_once_and_leaves_the_incomplete_rest_out(n: int, 
 
 
 def test_the_order_differs_between_epochs_and_seeds_and_is_reproducible() -> None:
+    """T17, D8."""
+
     def order(seed: int) -> list[list[int]]:
         return list(batches.global_batches(64, 64, 2, seed))
 
@@ -355,8 +334,8 @@ def test_the_sentences_of_the_world_do_not_step_on_each_other() -> None:
 
 
 def plain(data: Dataset) -> dict[str, Any]:
-    """The records of a world, without its two functions."""
-    return {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in ("gold", "best_gold")}
+    """The records of a world, without its two functions and what it has nothing for."""
+    return {f.name: value for f in dataclasses.fields(data) if isinstance(value := getattr(data, f.name), list) and value}
 
 
 def prompts_of(rows: Sequence[Any]) -> set[str]:
@@ -513,21 +492,3 @@ def test_the_whole_sandbox_fits_its_limits_with_room_for_eos() -> None:
 def test_any_text_survives_the_tiny_tokenizer() -> None:
     for text in ("Sphinx of black quartz!", "Größe 日本 ☃\n\ttabs", "  two  spaces  "):
         assert tokenizer().decode(encode(text)) == text
-
-
-# ------------------------------------------------------------------------------------------------------------------------ files
-
-
-def test_rows_with_an_empty_answer_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Anthropic's HH has a few of them."""
-    start = "\n\nHuman: Hi\n\nAssistant:"
-    dialogues = [(start + " a", start + " b"), (start + " ", start + " b"), (start + " a", start), (start + " a", "\n\nHuman: Hi")]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in dialogues))
-    logging.getLogger("rlhf").propagate = True
-    with caplog.at_level(logging.INFO, "rlhf"):
-        assert sources.read_pairs("hh", Source(str(file), Format.chosen_rejected)) == [Pair([user("Hi")], "a", "b")]
-    assert "hh: 3 of 4 rows have an empty answer and are left out" in caplog.text
-    file.write_text(json.dumps({"prompt": "Hi", "chosen": " ", "rejected": "b"}) + "\n")
-    with pytest.raises(ValueError, match=r"data.sources.mine: no row of .*pairs.jsonl has two answers"):
-        sources.read_pairs("mine", Source(str(file), Format.prompt_chosen_rejected))

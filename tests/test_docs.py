@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ SLURM = "sbatch docs/slurm.sh"
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
 COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines() if line.strip()))
-FAR = re.compile(r"opt\d|_gpu|_node")  # needs a GPU, or a model from the hub
+FAR = re.compile(r"opt\d|_gpu|_node|data='?\[|data=(?!jsonl)")  # needs a GPU, or a model from the hub
 
 
 def test_the_readme_is_short_and_has_commands() -> None:
@@ -46,6 +47,9 @@ TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEE
 )
 def test_training_commands(command: str, tmp_path: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
+    words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish"]
+    rows = [{"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."} for a in words for b in words]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if FAR.search(command) and "--cfg" not in args:
         done = train(*args, *[] if "plan=true" in args else ["plan=true"], cwd=tmp_path)
         assert "fits" in done.stdout
@@ -109,8 +113,6 @@ def test_links_and_named_files_exist() -> None:
 
 
 def test_every_logged_metric_is_documented(demo: Demo) -> None:
-    import json
-
     page = (REPO / "docs" / "wandb.md").read_text()
     for run in (demo.sft, demo.rm, demo.ppo):
         logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])

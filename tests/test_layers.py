@@ -10,12 +10,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rlhf"
 LAYERS = [  # imports run downwards only; a module may import those of the lines above its own
     ["config"],
-    ["ds", "layout", "launch", "report", "comm", "objectives", "lora"],
-    ["plan", "engines", "data.records"],
-    ["data.template", "data.batches", "track"],
-    ["data.sandbox", "data.sources", "models"],
+    ["ds", "layout", "launch", "report", "comm", "objectives", "lora", "data.records", "data.batches", "data.packing"],
+    ["plan", "engines", "track", "data.template", "data.formats"],
+    ["models", "data.sandbox", "data.sources"],
     ["data.load", "data.build_tiny", "rollout"],
-    ["stages.sft", "stages.rm", "stages.ppo"],
+    ["stages.sft", "stages.rm", "stages.ppo", "stages.inspect"],
     ["worker", "cli"],
 ]
 LEVEL = {f"rlhf.{name}": level for level, names in enumerate(LAYERS) for name in names}

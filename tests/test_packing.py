@@ -1,8 +1,10 @@
-"""Packed rows: several demonstrations in one row learn what they learn in rows of their own."""
+"""Packed rows: demonstrations one behind the other learn what they learn in rows of their own."""
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -69,7 +71,7 @@ def padded_nll(policy: Any, rows: list[tuple[list[int], list[int]]], train_on_pr
 
 
 def packed_nll(policy: Any, rows: list[tuple[list[int], list[int]]], train_on_prompt: bool) -> Tensor:
-    ids, position_ids, learnt = pack(rows, train_on_prompt, CPU)
+    ids, position_ids, learnt = pack(rows, PAD, train_on_prompt, CPU)
     logits = policy(ids, None, ids.shape[1] - 1, position_ids)
     return F.cross_entropy(logits[learnt[:, 1:]], ids[:, 1:][learnt[:, 1:]], reduction="sum")
 
@@ -91,25 +93,51 @@ def assert_same(policy: models.Policy, train_on_prompt: bool = False) -> None:
         assert float((found[name] - gradient).norm()) < 1e-4 * float(gradient.norm()) + 1e-6 * largest, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the row
+# --------------------------------------------------------------------------------------------------------------------- the rows
 
 
-def test_a_packed_row_has_all_tokens_their_places_and_the_learnt_ones() -> None:
-    rows = [([5, 6, 7], [40, 41]), ([8], [42]), ([9, 10], [])]
-    ids, position_ids, learnt = pack(rows, False, CPU)
-    assert ids.tolist() == [[5, 6, 7, 40, 41, 8, 42, 9, 10]] and ids.dtype == torch.int64
-    assert position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1]]
-    assert learnt.long().tolist() == [[0, 0, 0, 1, 1, 0, 1, 0, 0]]
-    assert pack(rows, True, CPU)[2].long().tolist() == [[0, 1, 1, 1, 1, 0, 1, 0, 1]]
+def demonstrations_in(ids: Tensor, position_ids: Tensor, learnt: Tensor) -> list[tuple[list[int], list[bool]]]:
+    """What lies between two places 0, row by row, the filling too: ids, and which are learnt."""
+    found = []
+    for row, positions, marks in zip(ids.tolist(), position_ids.tolist(), learnt.tolist()):
+        starts = [i for i, position in enumerate(positions) if position == 0] + [len(row)]
+        assert positions == [place for start, end in zip(starts, starts[1:]) for place in range(end - start)]
+        found += [(row[start:end], marks[start:end]) for start, end in zip(starts, starts[1:])]
+    return found
+
+
+def test_packed_rows_are_as_long_as_the_longest_demonstration() -> None:
+    rows = [([8], [42]), ([5, 6, 7], [40, 41, 43]), ([9, 10], []), ([11], [44, 45])]
+    ids, position_ids, learnt = pack(rows, PAD, False, CPU)
+    assert ids.tolist() == [[5, 6, 7, 40, 41, 43], [11, 44, 45, 8, 42, PAD], [9, 10, PAD, PAD, PAD, PAD]] and ids.dtype == torch.int64
+    assert position_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
+    assert learnt.long().tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]]
+    assert pack(rows, PAD, True, CPU)[2].long().tolist() == [[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("train_on_prompt", [False, True])
-def test_the_first_token_of_a_demonstration_is_never_learnt(train_on_prompt: bool) -> None:
-    rows = [*ROWS, ([], [50, 51]), ([52], []), ([], []), ([53], [54])]
-    _, position_ids, learnt = pack(rows, train_on_prompt, CPU)
-    assert not learnt[position_ids == 0].any()
-    counted = sum(max(0, len(prompt) + len(answer) - first_learnt(prompt, train_on_prompt)) for prompt, answer in rows)
-    assert int(learnt.sum()) == counted
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_lost_and_nothing_is_there_twice(seed: int, train_on_prompt: bool) -> None:
+    random, token = Random(seed), count(PAD + 1)  # each token is there once
+
+    def some(longest: int) -> list[int]:
+        return [next(token) for _ in range(random.randint(0, longest))]
+
+    rows = [(some(9), some(random.choice([2, 20]))) for _ in range(random.randint(1, 30))] + [([next(token)], [])]
+    packed = pack(rows, PAD, train_on_prompt, CPU)
+    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+    assert packed[0].shape == packed[1].shape == packed[2].shape and packed[0].shape[1] == max(lengths)
+    expected = []
+    for prompt, answer in rows:
+        first = first_learnt(prompt, train_on_prompt)
+        expected.append(([*prompt, *answer], [place >= first for place in range(len(prompt) + len(answer))]))
+    found = demonstrations_in(*packed)
+    filling = [row for row in found if PAD in row[0]]
+    assert sorted(row for row in found if PAD not in row[0]) == sorted(row for row in expected if row[0])
+    assert all({*ids} == {PAD} and not any(marks) for ids, marks in filling)
+    assert not packed[2][packed[1] == 0].any()
+    # no row could take in another one whole: all but one are more than half full
+    assert sum(int((row != PAD).sum()) * 2 <= max(lengths) for row in packed[0]) <= 1
 
 
 # -------------------------------------------------------------------------------------------------------- losses and gradients
@@ -132,12 +160,14 @@ def test_also_with_attention_that_is_not_fused(base: Any, tokenizer: Any, family
 @pytest.mark.parametrize("family", PACKABLE)
 def test_a_demonstration_moves_no_logit_of_another(base: Any, tokenizer: Any, family: str) -> None:
     policy = models.load_policy(base(family), tokenizer, Precision.fp32).eval()
-    ids, position_ids, _ = pack(ROWS, False, CPU)
-    start = len(ROWS[0][0]) + len(ROWS[0][1])
-    other = torch.cat([ids[:, :start].flip(1), ids[:, start:]], 1)
+    ids, position_ids, _ = pack(ROWS, PAD, False, CPU)
+    second = position_ids.eq(0).cumsum(1).eq(2)  # the second demonstration of each row, or the filling
+    assert ids.shape[0] > 1 and (position_ids[:, 1:] == 0).any()
+    other = ids.where(second, (ids + 1) % 500)
     with torch.no_grad():
-        one, two = (policy(x, None, x.shape[1] - 1, position_ids)[0] for x in (ids, other))
-    assert torch.equal(one[start:], two[start:]) and not torch.allclose(one[:start], two[:start], atol=1e-2)
+        one, two = (policy(x, None, x.shape[1] - 1, position_ids) for x in (ids, other))
+    same = second[:, :-1]
+    assert torch.equal(one[same], two[same]) and not torch.allclose(one[~same], two[~same], atol=1e-2)
 
 
 @pytest.mark.parametrize("family", PACKABLE)
@@ -175,14 +205,17 @@ def test_rounding_is_not_taken_for_a_wrong_mask(base: Any, tokenizer: Any, famil
         assert can_pack(engine_like(policy))
 
 
+@pytest.mark.parametrize("only_of_several_rows", [False, True])  # True: as flash attention
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=lambda p: p.name)
 @pytest.mark.parametrize("family", PACKABLE)
-def test_a_model_that_looks_across_a_border_is_not_packed(base: Any, tokenizer: Any, family: str, precision: Precision) -> None:
+def test_a_model_that_looks_across_a_border_is_not_packed(
+    base: Any, tokenizer: Any, family: str, precision: Precision, only_of_several_rows: bool
+) -> None:
     policy = models.load_policy(base(family), tokenizer, precision)
 
     def unmasked(ids: Tensor, mask: Tensor | None, positions: int, position_ids: Tensor | None = None) -> Tensor:
-        if position_ids is None:
-            return policy(ids, mask, positions)
+        if position_ids is None or (only_of_several_rows and len(ids) == 1):
+            return policy(ids, mask, positions, position_ids)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": position_ids}
         return policy.hf(**inputs, use_cache=False, logits_to_keep=positions + 1).logits[:, :-1]
 

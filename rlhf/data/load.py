@@ -75,7 +75,8 @@ def summarize(data: Dataset) -> str:
     """What was read and where it went, a line for each source."""
     lines = []
     for report in data.report:
-        where = ", ".join(f"{part} {report[part]:,}" for part in PARTS if part in report)
+        where = ", ".join(f"{part} {report[part]:,}" for part in (*PARTS, "texts") if part in report)
+        where += f" ({report['copies']:,} copies by weight)" if report.get("copies") else ""
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in report["left_out"].items())
         lines.append(
             f"{report['source']}/{report['split']}: {report['rows']:,} rows: {where}" + (f"; left out: {left_out}" if left_out else "")
@@ -97,7 +98,7 @@ class Rows(Sequence[Row], Generic[Row]):
 
     def __init__(self, table: Any, read: Callable[[dict[str, Any]], Row]):
         kept = table.data.column("kept").to_numpy(zero_copy_only=False)
-        self.lengths: list[int] = table.data.column("length").to_numpy()[kept].tolist()
+        self.lengths: Sequence[int] = table.data.column("length").to_numpy()[kept]  # an array: a list would take ten times as much
         self.dropped, self.cut = int((~kept).sum()), int(table.data.column("cut").to_numpy(zero_copy_only=False)[kept].sum())
         self.table = table if kept.all() else table.select(np.flatnonzero(kept))
         self.read = read

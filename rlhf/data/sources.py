@@ -7,12 +7,13 @@ content, settings and the code that read it.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -42,6 +43,7 @@ def load_sources(cfg: Data) -> Dataset:
     texts: list[Any] = []
     columns: list[dict[str, np.ndarray]] = []
     reports: list[dict[str, Any]] = []
+    of_tables: list[dict[str, Any]] = []  # those of them that are cut into parts
     for name, source in cfg.sources.items():
         if Path(source.path).expanduser().is_file():  # a file has no splits
             source = dataclasses.replace(source, eval_split=None)
@@ -50,7 +52,9 @@ def load_sources(cfg: Data) -> Dataset:
                 continue
             table, column, report = read(name, source, split, cfg)
             report = {"source": name, "split": split, **report}
-            if "chosen" not in table.column_names:  # plain text
+            if table.column_names == ["text"]:
+                if held_out:  # plain text is not evaluated on
+                    continue
                 texts.append(table)
             else:
                 own_eval = np.full(len(table), source.eval_split is not None)
@@ -60,18 +64,20 @@ def load_sources(cfg: Data) -> Dataset:
                 more = {"own_eval": own_eval, "held_out": np.full(len(table), held_out), "weight": weight, "sft_only": sft_only}
                 columns.append(column | more | {"origin": origin})
                 tables.append(table)
+                of_tables.append(report)
             reports.append(report)
     if not tables:
         raise ValueError(f"data={'+'.join(cfg.sources)}: plain text only; add a source with questions and answers")
     rows = {key: np.concatenate([column[key] for column in columns]) for key in columns[0]}
     parts, lost = divide(rows, cfg)
-    of_tables = [report for report in reports if "chosen" in report["columns"]]
     for reason, index in [*lost.items(), *((PARTS[part], index) for part, index in parts.items())]:
         for report, count in zip(of_tables, np.bincount(rows["origin"][index], minlength=len(tables)).tolist()):
             if reason in PARTS:
                 report[reason] = count
             elif count:
                 report["left_out"][reason] = count
+    for report in of_tables:  # a row of weight 2 stands in its part twice
+        report["copies"] = sum(report[part] for part in PARTS) + sum(report["left_out"].values()) - report["rows"]
     everything = datasets.concatenate_datasets(tables)
     held_out_rows = parts[EVAL][np.argsort(rows["key"][parts[EVAL]])]  # sources mixed, the same ones in whatever order they came
     has_two = held_out_rows[rows["is_pair"][held_out_rows]]
@@ -110,25 +116,28 @@ def divide(rows: dict[str, np.ndarray], cfg: Data) -> tuple[dict[int, np.ndarray
         kept[lost[reason]] = False
 
     leave_out("prompt is evaluated on", (part != EVAL) & np.isin(rows["prompt"], np.unique(rows["prompt"][part == EVAL])))
-    seen_before = np.ones(len(part), dtype=bool)
-    seen_before[np.unique(rows["key"], return_index=True)[1]] = False
+    candidates = np.flatnonzero(kept)  # the same row for SFT only yields to the one that is for all
+    candidates = candidates[np.lexsort((candidates, rows["sft_only"][candidates], rows["key"][candidates]))]
+    seen_before = kept.copy()
+    seen_before[candidates[np.unique(rows["key"][candidates], return_index=True)[1]]] = False
     leave_out("the same row again", seen_before)
     sft_only = rows["sft_only"] & (part != EVAL)
+    leave_out("no second answer", (part == RM) & ~rows["is_pair"] & ~sft_only)
     elsewhere = np.unique(rows["prompt"][kept & ~sft_only & ((part == RM) | (part == PPO))])
     leave_out("prompt of another stage", sft_only & (part != SFT) & np.isin(rows["prompt"], elsewhere))
     part[sft_only] = SFT
-    leave_out("no second answer", (part == RM) & ~rows["is_pair"])
     first_with_prompt = np.zeros(len(part), dtype=bool)
     for_ppo = np.flatnonzero(kept & (part == PPO))
     first_with_prompt[for_ppo[np.unique(rows["prompt"][for_ppo], return_index=True)[1]]] = True
     leave_out("the same prompt again", (part == PPO) & ~first_with_prompt)
 
     fraction = (rows["key"] >> np.uint64(11)) / 2.0**53  # a part of the rows, the same one each time
-    copies = np.floor(rows["weight"]) + (fraction < rows["weight"] % 1)
-    copies[(part == EVAL) | (part == PPO)] = np.minimum(copies, 1)[(part == EVAL) | (part == PPO)]
+    copies = (np.floor(rows["weight"]) + (fraction < rows["weight"] % 1)).astype(np.int64)
+    copies[part == PPO] = np.minimum(copies[part == PPO], 1)
     copies[part == EVAL] = 1
+    leave_out("by weight", copies == 0)
     chosen = {number: np.flatnonzero(kept & (part == number)) for number in (SFT, RM, PPO, EVAL)}
-    return {number: np.repeat(index, copies[index].astype(np.int64)) for number, index in chosen.items()}, lost
+    return {number: np.repeat(index, copies[index]) for number, index in chosen.items()}, lost
 
 
 def pair_of(row: dict[str, Any]) -> Pair:
@@ -148,43 +157,50 @@ def read(name: str, source: Source, split: str, cfg: Data) -> tuple[Any, dict[st
     import datasets
     import pyarrow.compute as pc
 
-    raw, by_line = open_source(name, source, split, cfg)
+    raw, by_line = open_source(name, source, split)
+    if not len(raw):
+        raise ValueError(f"data.sources.{name}: {source.path} ({split}) is empty")
     if source.rows is not None:
         raw = raw.select(range(min(source.rows, len(raw))))
-    source = resolved(name, source, first_row(raw, by_line))
+    source = resolved(name, source, first_row(name, source, raw, by_line))
     text = source.format == Format.text
     strings = datasets.Value("string")
     features = {"text": strings} if text else {"prompt": datasets.List({"role": strings, "text": strings}), "chosen": strings}
-    features |= {"problem": strings} if text else {"rejected": strings, "prompt_key": datasets.Value("uint64"), "problem": strings}
-    features |= {"key": datasets.Value("uint64")}
-    key = digest(raw._fingerprint, repr(source), str(cfg.seed), Path(__file__).read_text(), Path(formats.__file__).read_text())
+    features |= {} if text else {"rejected": strings, "prompt_key": datasets.Value("uint64")}
+    features |= {"problem": strings, "key": datasets.Value("uint64")}
+    reading = str((source.format, sorted(source.columns.items()), source.min_score_ratio, by_line, cfg.seed))
+    key = digest(raw._fingerprint, reading, Path(__file__).read_text(), Path(formats.__file__).read_text())
     table = mapped(raw, read_texts if text else read_rows, key, f"reading {name}", cfg.workers,
                    {"source": source, "by_line": by_line, "seed": cfg.seed}, datasets.Features(features))  # fmt: skip
 
     problems = table.data.column("problem")
-    counts = {count["values"]: count["counts"] for count in pc.value_counts(problems).to_pylist()}
-    left_out = {reason: count for reason, count in counts.items() if reason and not reason.startswith(UNREADABLE)}
-    unreadable = {reason: count for reason, count in counts.items() if reason.startswith(UNREADABLE)}
-    report: dict[str, Any] = {"rows": len(table), "left_out": left_out, "columns": ["text"] if text else ["prompt", "chosen"]}
-    if unreadable:
-        first = min(pc.index(problems, reason).as_py() for reason in unreadable)
+    unreadable = pc.starts_with(problems, UNREADABLE)  # with a message of their own each
+    counts = pc.value_counts(problems.filter(pc.invert(unreadable))).to_pylist()
+    left_out = {count["values"]: count["counts"] for count in counts if count["values"]}
+    report: dict[str, Any] = {"rows": len(table), "left_out": left_out}
+    if bad := pc.sum(unreadable).as_py():
+        first = pc.index(unreadable, True).as_py()
         what = problems[first].as_py().removeprefix(UNREADABLE)
-        line = f"data.sources.{name}: {'line' if by_line else 'row'} {first + by_line} of {source.path}: {what}"
+        line = f"data.sources.{name}: {'line' if by_line else 'row'} {first + 1} of {source.path}: {what}"
         if cfg.on_bad_row == BadRow.refuse:
             raise ValueError(line)
-        left_out["cannot be read"] = sum(unreadable.values())
+        if bad == len(table):
+            raise ValueError(f"{line} (nor can any other row be read)")
+        left_out["cannot be read"] = bad
         report["first_unreadable"] = line
-        if left_out["cannot be read"] == len(table):
-            raise ValueError(f"{line} (nor can any other row)")
     fine = np.flatnonzero(pc.equal(problems, "").to_numpy(zero_copy_only=False))
     if not len(fine):
-        why = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "it is empty"
+        why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise ValueError(f"data.sources.{name}: no row of {source.path} ({split}) is left: {why}")
 
     def column(of: str) -> np.ndarray:
         return table.data.column(of).to_numpy()[fine]
 
     if text:
+        every = len(fine)
+        fine = fine[np.sort(np.unique(column("key"), return_index=True)[1])]
+        left_out |= {"the same text again": every - len(fine)} if len(fine) < every else {}
+        report["texts"] = len(fine)
         return table.select_columns(["text"]).select(fine), {}, report
     is_pair = ~table.data.column("rejected").is_null().to_numpy()[fine] & (not source.sft_only)
     numbers = {"prompt": column("prompt_key"), "key": column("key"), "is_pair": is_pair}
@@ -208,56 +224,63 @@ def resolved(name: str, source: Source, first: dict[str, Any]) -> Source:
     return source
 
 
-def first_row(raw: Any, by_line: bool) -> dict[str, Any]:
-    """A row to see the columns by; {} where there is none."""
+def first_row(name: str, source: Source, raw: Any, by_line: bool) -> dict[str, Any]:
+    """A row to see the columns by. Raises: ValueError when none of the first lines is an object."""
     if not by_line:
         return dict.fromkeys(raw.column_names)
-    for line in raw.select(range(min(1000, len(raw)))):
+    problem = "line 1 is empty"
+    for number, line in enumerate(raw.select(range(min(1000, len(raw)))), 1):
         try:
-            if isinstance(row := json.loads(line["text"]), dict):
-                return row
-        except ValueError:
+            return parse_line(line["text"])
+        except formats.Skip:
             continue
-    return {}
+        except ValueError as error:
+            problem = f"line {number}: {error}" if problem == "line 1 is empty" else problem
+    raise ValueError(f"data.sources.{name}: {source.path} has no line that is a JSON object {{...}}: {problem}")
 
 
-def read_rows(batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int) -> dict[str, list[Any]]:
+def read_rows(batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int) -> dict[str, Any]:
     """A batch of raw rows as records; `problem` is "" where a row is fine."""
     found: dict[str, list[Any]] = {key: [] for key in ("prompt", "chosen", "rejected", "prompt_key", "problem", "key")}
     for row in raw_rows(batch):
-        pair, problem = Pair([], "", None), ""
+        pair, prompt_key, key, problem = Pair([], "", None), 0, 0, ""
         try:
-            pair = formats.read_row(parse_line(row["text"]) if by_line else row, source)
+            read = formats.read_row(parse_line(row["text"]) if by_line else row, source)
+            # the same prompt is the same whatever its case and spaces
+            prompt = "|".join(f"{turn.role}:{' '.join(turn.text.lower().split())}" for turn in read.prompt)
+            prompt_key = number_of(f"{seed}|{prompt}")
+            key = number_of(json.dumps([prompt, read.chosen, read.rejected], ensure_ascii=False))
+            pair = read
         except formats.Skip as reason:
             problem = str(reason)
-        except ValueError as error:
+        except ValueError as error:  # also of texts that are no Unicode, "\\ud83d" alone
             problem = UNREADABLE + str(error)
-        # the same prompt is the same whatever its case and spaces
-        prompt = "|".join(f"{turn.role}:{' '.join(turn.text.lower().split())}" for turn in pair.prompt)
         found["prompt"].append([{"role": turn.role, "text": turn.text} for turn in pair.prompt])
         found["chosen"].append(pair.chosen)
         found["rejected"].append(pair.rejected)
-        found["prompt_key"].append(number_of(f"{seed}|{prompt}"))
-        found["key"].append(number_of(json.dumps([prompt, pair.chosen, pair.rejected])))
+        found["prompt_key"].append(prompt_key)
+        found["key"].append(key)
         found["problem"].append(problem)
-    return found
+    return found | {name: np.array(found[name], dtype=np.uint64) for name in ("prompt_key", "key")}
 
 
-def read_texts(batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int) -> dict[str, list[Any]]:
+def read_texts(batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int) -> dict[str, Any]:
     """Likewise for plain text."""
     found: dict[str, list[Any]] = {"text": [], "problem": [], "key": []}
     for row in raw_rows(batch):
-        text, problem = "", ""
+        text, key, problem = "", 0, ""
         try:
-            text = formats.read_text(parse_line(row["text"]) if by_line else row, source)
+            read = formats.read_text(parse_line(row["text"]) if by_line else row, source)
+            key = number_of(read)
+            text = read
         except formats.Skip as reason:
             problem = str(reason)
         except ValueError as error:
             problem = UNREADABLE + str(error)
         found["text"].append(text)
         found["problem"].append(problem)
-        found["key"].append(number_of(text))
-    return found
+        found["key"].append(key)
+    return found | {"key": np.array(found["key"], dtype=np.uint64)}
 
 
 def raw_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -266,6 +289,7 @@ def raw_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 def parse_line(line: str) -> dict[str, Any]:
     """A line of a .jsonl file. Raises: Skip for an empty one, ValueError for what is no object."""
+    line = line.removeprefix("\ufeff")  # some editors begin a file so
     if not line.strip():
         raise formats.Skip("empty line")
     try:
@@ -278,46 +302,93 @@ def parse_line(line: str) -> dict[str, Any]:
 
 
 def number_of(text: str) -> int:
-    """A hash, 64 bits."""
-    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
+    """A hash, 64 bits. Raises: UnicodeEncodeError for half a character."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 # -------------------------------------------------------------------------------------------------------------------- the library
 
 
-def open_source(name: str, source: Source, split: str, cfg: Data) -> tuple[Any, bool]:
+def open_source(name: str, source: Source, split: str) -> tuple[Any, bool]:
     """The rows of a file, a directory or the hub, as they are; and whether they are lines of a .jsonl file."""
     import datasets
 
     path, where = source.path, f"data.sources.{name}.path={source.path}"
     file = Path(path).expanduser()
-    if not file.exists() and path[:1] not in "/.~":
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
+    suffix = Path(path.removesuffix(".gz")).suffix
+    if not file.exists() and suffix not in BUILDERS and path[:1] not in "/.~":
         return open_hub(name, source, split), False
     if file.is_dir():
         try:
             saved = datasets.load_from_disk(str(file))
         except Exception as error:
             raise ValueError(f"{where}: a directory must be one that save_to_disk has written ({first_line(error)})") from None
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise ValueError(f"data.sources.{name}: {path} has no split {split}, but {', '.join(saved)}")
-            return saved[split], False
-        return saved, False
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {source.split: saved}
+        if split not in splits:
+            raise ValueError(f"data.sources.{name}: {path} has no split {split}, but {', '.join(splits)}")
+        return splits[split], False
     if not file.is_file():
         raise FileNotFoundError(f"{where}: no such file")
     if not file.stat().st_size:
         raise ValueError(f"{where}: the file is empty")
-    builder = BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
-    if builder is None:
+    if suffix not in BUILDERS:
         raise ValueError(f"{where}: give a file ending in {', '.join(BUILDERS)} (.gz too), a directory of save_to_disk, or a hub id")
+    show_progress(file.stat().st_size > 10**8)
     try:
-        return datasets.load_dataset(builder, data_files=str(file), split="train"), builder == "text"
+        builder = "text" if suffix == ".json" and holds_lines(file) else BUILDERS[suffix]
+        how = csv_as_text(file, source) if builder == "csv" else {}
+        return datasets.load_dataset(builder, data_files=str(file), split="train", **how), builder == "text"
     except Exception as error:  # the library wraps the causes in its own errors, or names none
-        cause: BaseException = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__ or cause
-        hint = "not UTF-8: " if isinstance(cause, UnicodeDecodeError) else ""
-        raise ValueError(f"{where}: {hint}{first_line(cause) or 'it is empty'}") from None
+        raise ValueError(f"{where}: {what_is_wrong(file, suffix, error)}") from None
+
+
+def opened(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")  # type: ignore[return-value]
+
+
+def holds_lines(file: Path) -> bool:
+    """Whether a .json file has an object in each line, as .jsonl files do."""
+    with opened(file) as lines:
+        try:
+            return isinstance(json.loads(lines.readline()), dict)
+        except ValueError:
+            return False
+
+
+def what_is_wrong(file: Path, suffix: str, error: BaseException) -> str:
+    """Why a file cannot be read: the line where it is no UTF-8 or no JSON, else what the library says."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    if isinstance(error, OSError):
+        return first_line(error)
+    if suffix != ".parquet":
+        with opened(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as problem:
+                    return f"line {number} is not UTF-8: {problem}"
+    if suffix == ".json":
+        with opened(file) as whole:
+            try:
+                json.load(whole)
+            except ValueError as problem:
+                return f"no JSON ({problem})"
+    if "corresponds to no data" in str(error):
+        return "it is empty"
+    return first_line(error)
+
+
+def csv_as_text(file: Path, source: Source) -> dict[str, Any]:
+    """Arguments that keep a .csv file's fields as they are, "NA" and "42" too; nothing between two commas is null, scores are numbers."""
+    import datasets
+    import pandas
+
+    scores = [source.columns.get(name, name) for name in ("score_a", "score_b")]
+    columns = pandas.read_csv(file, nrows=0).columns
+    features = {name: datasets.Value("float64" if name in scores else "string") for name in columns}
+    return {"features": datasets.Features(features), "keep_default_na": False, "na_values": [""]}
 
 
 def open_hub(name: str, source: Source, split: str) -> Any:
@@ -325,17 +396,23 @@ def open_hub(name: str, source: Source, split: str) -> Any:
     import datasets
     import huggingface_hub
 
-    if not hub_answers():  # else the library would try for half a minute
+    if not datasets.config.HF_HUB_OFFLINE and not hub_answers():  # else the library would try for half a minute
         datasets.config.HF_HUB_OFFLINE = True
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+    show_progress(True)
     try:
-        return datasets.load_dataset(source.path, source.config, split=split)
+        try:
+            return datasets.load_dataset(source.path, source.config, split=split)
+        except RuntimeError as error:  # a data set that is a program: the library runs none, but the hub has its rows as files
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return datasets.load_dataset(source.path, source.config, split=split, revision="refs/convert/parquet")
     except Exception as error:
         text = first_line(error)
         if "nknown split" in text:
             raise ValueError(f"data.sources.{name}.split={split}: {text}") from None
-        hint = "no such file, and the hub does not answer, nor has the cache" if datasets.config.HF_HUB_OFFLINE else "not to be had:"
-        raise FileNotFoundError(f"data.sources.{name}.path={source.path}: {hint} {text}") from None
+        hint = "no such file, not in the cache, and the hub does not answer" if datasets.config.HF_HUB_OFFLINE else "not to be had"
+        raise FileNotFoundError(f"data.sources.{name}.path={source.path}: {hint}: {text}") from None
 
 
 def hub_answers() -> bool:
@@ -347,6 +424,12 @@ def hub_answers() -> bool:
     except OSError:
         return False
     return True
+
+
+def show_progress(wanted: bool) -> None:
+    import datasets
+
+    (datasets.enable_progress_bars if wanted else datasets.disable_progress_bars)()
 
 
 def first_line(error: BaseException) -> str:
@@ -364,9 +447,8 @@ def mapped(raw: Any, read: Any, key: str, what: str, workers: int | None, argume
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf"
     folder.mkdir(parents=True, exist_ok=True)
-    large = len(raw) > 20_000
+    show_progress(large := len(raw) > 20_000)
     processes = min(workers or min(os.cpu_count() or 1, 8), len(raw)) if large else None
-    (datasets.enable_progress_bars if large else datasets.disable_progress_bars)()
     with FileLock(folder / f"{key}.lock"):  # another process of this run, or another run, may be at it: then wait, and read
         return raw.map(
             read,

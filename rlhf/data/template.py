@@ -207,27 +207,3 @@ def decode_response(tokenizer: Any, ids: list[int]) -> str:
     """The text of an answer, without EOS and what the template writes in front of it."""
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return text.removeprefix(_frame(tokenizer)[0].strip()).strip()
-
-
-# ----------------------------------------------------------------------------------------------------------------- HH's dialogues
-
-
-def parse_dialogue(text: str) -> list[Turn]:
-    """Turns of a dialogue string "\\n\\nHuman: ... \\n\\nAssistant: ..."; a trailing empty assistant's turn is left out.
-    Raises: ValueError when it has no user's turn."""
-    turns = []
-    rest = text
-    while rest:
-        starts = [(rest.find(mark), mark) for mark in (USER, ASSISTANT) if rest.find(mark) >= 0]
-        if not starts:
-            break
-        at, mark = min(starts)
-        rest = rest[at + len(mark) :]
-        end = min((i for i in (rest.find(USER), rest.find(ASSISTANT)) if i >= 0), default=len(rest))
-        turns.append(Turn("user" if mark == USER else "assistant", rest[:end].strip()))
-        rest = rest[end:]
-    if turns and turns[-1].role == "assistant" and not turns[-1].text:
-        turns.pop()
-    if not any(turn.role == "user" for turn in turns):
-        raise ValueError(f"no '\\n\\nHuman:' turn in {text[:80]!r}")
-    return turns

@@ -99,10 +99,10 @@ def answer_sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over all answer tokens (EOS included) of `rows`: -log p (with gradient), number of correct guesses, entropy in nats.
 
-    Args: train_on_prompt: over the prompts' tokens too.  packed: run the rows as one, without padding.
+    Args: train_on_prompt: over the prompts' tokens too.  packed: put several into one row, which takes a policy that can_pack.
     """
     if packed:
-        ids, position_ids, learnt = pack(rows, train_on_prompt, policy.device)
+        ids, position_ids, learnt = pack(rows, pad_id, train_on_prompt, policy.device)
         logits = policy(ids, None, ids.shape[1] - 1, position_ids)
     else:
         ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)

@@ -1,0 +1,214 @@
+"""How long the preparation of the data takes, and how much memory: preference pairs of a .jsonl file, of three sizes.
+
+    python bench/data.py [--rows 2000000] [--out DIR] [--workers N]
+
+Each size is prepared in a process of its own, first with an empty cache and then from the cache, as a training run does it: the
+records of all stages, and the token ids of those for SFT, reward model and PPO with the tokenizer of builtin:tiny. DIR (a temporary
+one by default) gets the file and the caches, about 6 kB per row of --rows; they are deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMISED = 2.0  # GB, the peak of any one process at 2,000,000 rows
+LIBRARIES = "libraries loaded"
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the file
+
+
+def write_pairs(file: Path, rows: int) -> None:
+    """Preference pairs, the same ones each time. Of a thousand lines 20 are there again, 10 have a prompt of before and new
+    answers, and one is broken."""
+    made = random.Random(1)
+    words = _words(made, 5_000)
+
+    def text() -> str:
+        return " ".join(made.choices(words, k=made.randint(10, 60)))
+
+    before: list[tuple[str, str]] = []  # prompts and lines to have again
+    with file.open("w") as lines:
+        for _ in range(rows):
+            chance = made.random()
+            if chance < 0.001:
+                line = '{"prompt": "' + text()
+            elif chance < 0.021 and before:
+                line = made.choice(before)[1]
+            else:
+                prompt = made.choice(before)[0] if chance < 0.031 and before else text()
+                line = json.dumps({"prompt": prompt, "chosen": text(), "rejected": text()})
+                if len(before) < 1_000:
+                    before.append((prompt, line))
+                else:
+                    before[made.randrange(1_000)] = (prompt, line)
+            lines.write(line + "\n")
+
+
+def _words(made: random.Random, n: int) -> list[str]:
+    return ["".join(made.choices("eeeetttaaooiinnsshhrrdlucmfwypvbgk", k=made.randint(2, 9))) for _ in range(n)]
+
+
+# -------------------------------------------------------------------------------------------------------------------- one process
+
+
+def prepare(file: str, workers: int | None) -> dict[str, Any]:
+    """What a training run does before its first step. Returns: rows, seconds since the libraries are loaded, seconds by phase."""
+    from hydra import compose, initialize_config_dir
+
+    from rlhf import config
+    from rlhf.data import load
+    from rlhf.models import load_tokenizer
+
+    config.register()
+    overrides = ["data=jsonl", f"data.sources.mine.path={file}", f"data.workers={'null' if workers is None else workers}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        data = config.to_typed(compose("config", overrides)).data
+    tokenizer = load_tokenizer("builtin:tiny", data.template)
+    import datasets  # noqa: F401
+
+    print(LIBRARIES, flush=True)
+    prompt, response = data.max_prompt_tokens, data.max_response_tokens
+    begin = time.perf_counter()
+    phases: dict[str, float] = {}
+
+    def done(phase: str) -> None:
+        phases[phase] = time.perf_counter() - begin - sum(phases.values())
+
+    records = load.load_data(data)
+    done("records")
+    sft = load.demonstrations(tokenizer, records.sft, prompt, response, data.workers)
+    done("sft")
+    rm = load.pairs(tokenizer, records.rm, prompt, response, data.workers)
+    done("rm")
+    ppo = load.prompts(tokenizer, records.ppo, prompt, data.workers)
+    done("ppo")
+    for rows in (sft, rm, ppo):
+        assert len(rows) and rows[len(rows) - 1]
+    return {"seconds": time.perf_counter() - begin, "phases": phases, "rows": [len(sft), len(rm), len(ppo)], "report": records.report}
+
+
+def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
+    """`prepare` in a fresh process. Adds GB of RSS, sampled 20 times a second: `libraries`, what it has before it begins; `largest`,
+    the peak of the largest of it and its workers; `not_files`, likewise without the pages of files (the cache, the libraries' code),
+    which the kernel may drop at will; `together`, the peak of their sum, in which what they share counts once per process."""
+    import psutil
+
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, "--child", str(file)] + (["--workers", str(workers)] if workers else [])
+    errors = cache.with_suffix(".log")
+    with errors.open("w") as log:  # the progress bars too
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    peak = {"largest": 0, "together": 0, "not_files": 0}
+    ended = threading.Event()
+
+    def watch() -> None:
+        top = psutil.Process(child.pid)
+        while not ended.wait(0.05):
+            sizes, anonymous = [], []
+            for process in [top, *_children(top)]:
+                try:
+                    info = process.memory_info()
+                except psutil.Error:  # it has ended
+                    continue
+                sizes.append(info.rss)
+                anonymous.append(info.rss - getattr(info, "shared", 0))
+            if sizes:
+                peak["largest"] = max(peak["largest"], *sizes)
+                peak["not_files"] = max(peak["not_files"], *anonymous)
+                peak["together"] = max(peak["together"], sum(sizes))
+
+    assert child.stdout is not None
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    libraries, answer = 0, ""
+    for line in child.stdout:
+        if line.strip() == LIBRARIES:
+            libraries = psutil.Process(child.pid).memory_info().rss
+        answer = line
+    code = child.wait()
+    ended.set()
+    watcher.join()
+    if code:
+        raise SystemExit(f"{errors.read_text()[-4000:]}\nthe preparation has ended with {code}")
+    gb = {"libraries": libraries / 1e9} | {key: value / 1e9 for key, value in peak.items()}
+    return json.loads(answer) | gb
+
+
+def _children(top: Any) -> list[Any]:
+    import psutil
+
+    try:
+        return top.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------- all sizes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2_000_000, help="of the largest size; the others are a half and a quarter")
+    parser.add_argument("--out", type=Path, help="a directory for the file and the caches, which are deleted; default: a temporary one")
+    parser.add_argument("--workers", type=int, help="data.workers; default: one per core, at most 8")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(prepare(given.child, given.workers)))
+        return
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+    out = Path(tempfile.mkdtemp(prefix="bench-data-", dir=given.out))
+    print(f"{os.cpu_count()} cores, {given.workers or min(os.cpu_count() or 1, 8)} workers; seconds without loading the libraries")
+    print("\n".join(HEAD), flush=True)
+    worst, before = 0.0, None
+    try:
+        write_pairs(out / "all.jsonl", given.rows)
+        for rows in (given.rows // 4, given.rows // 2, given.rows):
+            file, cache = out / f"pairs-{rows}.jsonl", out / f"cache-{rows}"
+            with (out / "all.jsonl").open() as lines, file.open("w") as some:
+                some.writelines(islice(lines, rows))
+            first = measured(file, cache, given.workers)
+            again = measured(file, cache, given.workers)
+            worst = max(worst, first["largest"], again["largest"])
+            print(line_of(rows, first, again, before), flush=True)
+            before = first["seconds"]
+            shutil.rmtree(cache)
+            file.unlink()
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in first["phases"].items())
+    print(f"\nof the last one: {phases}; {given.rows / first['seconds']:,.0f} rows per second")
+    print(f"largest process {worst:.2f} GB, {'as' if worst < PROMISED else 'NOT as'} promised (< {PROMISED:g} GB)")
+
+
+HEAD = [
+    "|      rows | seconds | ratio | when cached | peak GB, largest process | not of files | all processes | peak GB, cached | libraries |",
+    "|----------:|--------:|------:|------------:|-------------------------:|-------------:|--------------:|----------------:|----------:|",
+]
+
+
+def line_of(rows: int, first: dict[str, Any], again: dict[str, Any], before: float | None) -> str:
+    ratio = f"{first['seconds'] / before:5.2f}" if before else "     "
+    return (
+        f"| {rows:9,} | {first['seconds']:7.1f} | {ratio} | {again['seconds']:11.1f} | {first['largest']:24.2f} |"
+        f" {first['not_files']:12.2f} | {first['together']:13.2f} | {again['largest']:15.2f} | {first['libraries']:9.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
