@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PROMISED = 2.0  # GB, the peak of any one process at 2,000,000 rows
 LIBRARIES = "libraries loaded"
+SELF_AND_WORKERS = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the file
@@ -66,7 +68,8 @@ def _words(made: random.Random, n: int) -> list[str]:
 
 
 def prepare(file: str, workers: int | None) -> dict[str, Any]:
-    """What a training run does before its first step. Returns: rows, seconds since the libraries are loaded, seconds by phase."""
+    """What a training run does before its first step. Returns: rows; seconds since the libraries are loaded, of the clock, of all
+    processors together, and by phase; and the peak RSS of the largest of this process and its workers."""
     from hydra import compose, initialize_config_dir
 
     from rlhf import config
@@ -82,7 +85,7 @@ def prepare(file: str, workers: int | None) -> dict[str, Any]:
 
     print(LIBRARIES, flush=True)
     prompt, response = data.max_prompt_tokens, data.max_response_tokens
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), cpu_seconds()
     phases: dict[str, float] = {}
 
     def done(phase: str) -> None:
@@ -98,7 +101,19 @@ def prepare(file: str, workers: int | None) -> dict[str, Any]:
     done("ppo")
     for rows in (sft, rm, ppo):
         assert len(rows) and rows[len(rows) - 1]
-    return {"seconds": time.perf_counter() - begin, "phases": phases, "rows": [len(sft), len(rm), len(ppo)], "report": records.report}
+    return {
+        "seconds": time.perf_counter() - begin,
+        "cpu": cpu_seconds() - used,
+        "phases": phases,
+        "rows": [len(sft), len(rm), len(ppo)],
+        "peak": max(resource.getrusage(who).ru_maxrss for who in SELF_AND_WORKERS) * 1024,  # Linux counts kB
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers that have ended."""
+    usages = [resource.getrusage(who) for who in SELF_AND_WORKERS]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
@@ -144,8 +159,9 @@ def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
     watcher.join()
     if code:
         raise SystemExit(f"{errors.read_text()[-4000:]}\nthe preparation has ended with {code}")
-    gb = {"libraries": libraries / 1e9} | {key: value / 1e9 for key, value in peak.items()}
-    return json.loads(answer) | gb
+    found = json.loads(answer)
+    peak["largest"] = max(peak["largest"], found["peak"])
+    return found | {key: value / 1e9 for key, value in {**peak, "libraries": libraries}.items()}
 
 
 def _children(top: Any) -> list[Any]:
@@ -186,27 +202,28 @@ def main() -> None:
             again = measured(file, cache, given.workers)
             worst = max(worst, first["largest"], again["largest"])
             print(line_of(rows, first, again, before), flush=True)
-            before = first["seconds"]
+            before = first
             shutil.rmtree(cache)
             file.unlink()
     finally:
         shutil.rmtree(out, ignore_errors=True)
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in first["phases"].items())
     print(f"\nof the last one: {phases}; {given.rows / first['seconds']:,.0f} rows per second")
+    print(f"with the libraries loaded a process has {first['libraries']:.2f} GB")
     print(f"largest process {worst:.2f} GB, {'as' if worst < PROMISED else 'NOT as'} promised (< {PROMISED:g} GB)")
 
 
 HEAD = [
-    "|      rows | seconds | ratio | when cached | peak GB, largest process | not of files | all processes | peak GB, cached | libraries |",
-    "|----------:|--------:|------:|------------:|-------------------------:|-------------:|--------------:|----------------:|----------:|",
+    "|      rows | seconds | ratio | CPU seconds | ratio | seconds, cached | peak GB, largest one | not of files | all together | cached |",
+    "|----------:|--------:|------:|------------:|------:|----------------:|---------------------:|-------------:|-------------:|-------:|",
 ]
 
 
-def line_of(rows: int, first: dict[str, Any], again: dict[str, Any], before: float | None) -> str:
-    ratio = f"{first['seconds'] / before:5.2f}" if before else "     "
+def line_of(rows: int, first: dict[str, Any], again: dict[str, Any], before: dict[str, Any] | None) -> str:
+    clock, cpu = (f"{first[key] / before[key]:5.2f}" if before else "     " for key in ("seconds", "cpu"))
     return (
-        f"| {rows:9,} | {first['seconds']:7.1f} | {ratio} | {again['seconds']:11.1f} | {first['largest']:24.2f} |"
-        f" {first['not_files']:12.2f} | {first['together']:13.2f} | {again['largest']:15.2f} | {first['libraries']:9.2f} |"
+        f"| {rows:9,} | {first['seconds']:7.1f} | {clock} | {first['cpu']:11.1f} | {cpu} | {again['seconds']:15.1f} |"
+        f" {first['largest']:20.2f} | {first['not_files']:12.2f} | {first['together']:12.2f} | {again['largest']:6.2f} |"
     )
 
 

@@ -61,6 +61,12 @@ def main() -> int:
         if not failed_jobs:
             say(f"error: {error}")
             return 1
+    except AssertionError as error:
+        if "Unexpected type for root" not in str(error):
+            raise
+        inside = [arg for arg in args.overrides if arg.split("=")[0].lstrip("+").rsplit(".", 1)[0].endswith(("data.sandbox", ".arch"))]
+        say(f"error: {', '.join(inside)}: is null here, nothing can be set in it (data.sandbox.* is there with data=sandbox only)")
+        return 2
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if not failed_jobs:
             for line in one_line_each(error):

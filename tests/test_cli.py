@@ -22,7 +22,12 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["stage=pppo"], "stage=pppo: no such option; choose from pipeline, ppo, rm, sft"),
+        (["stage=pppo"], "stage=pppo: no such option; choose from inspect, pipeline, ppo, rm, sft"),
+        (
+            ["data=jsonl", "data.sources.mine.path=x", "data.sandbox.pairs=3"],
+            "data.sandbox.pairs=3: is null here, nothing can be set in it",
+        ),
+        (["data=jsonl"], "data.sources.mine.path has no value: give one"),
         (["actor=opt1b"], "actor=opt1b: no such option; choose from"),
         (["-m", "actor=tiny,nope"], "actor=nope: no such option"),
         (["ppo.lrr=1"], "unknown key ppo.lrr (did you mean ppo.lr?)"),

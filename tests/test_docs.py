@@ -47,7 +47,7 @@ TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEE
 )
 def test_training_commands(command: str, tmp_path: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
-    words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish"]
+    words = "tea rice soup bread salt milk corn fish plum leek oats beef kale lime".split()
     rows = [{"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."} for a in words for b in words]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if FAR.search(command) and "--cfg" not in args:
@@ -56,7 +56,9 @@ def test_training_commands(command: str, tmp_path: Path) -> None:
     elif "--help" in args or "--cfg" in args:
         done = train(*args, cwd=tmp_path)
     else:
-        done = train(*args, *[o for o in SMALL if o.split("=")[0] not in command], cwd=tmp_path)
+        other_data = "data=jsonl" in args  # has no sizes of the sandbox
+        small = [o for o in SMALL if o.split("=")[0] not in command and not (other_data and "sandbox" in o)]
+        done = train(*args, *small, *["data.eval_share=0.2"] * other_data, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
