@@ -108,7 +108,7 @@ def test_tab_completion(tmp_path: Path) -> None:
 def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
     done = train("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("actor: bloom-1b1", "stage: pipeline", "missing_eos_penalty: 1.0", "python train.py -m"):
+    for word in ("actor: bloom-1b1", "stage: inspect, pipeline", "missing_eos_penalty: 1.0", "python train.py -m"):
         assert word in done.stdout
 
 

@@ -43,7 +43,7 @@ TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEE
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=pytest.mark.full if "experiment" in c or "deploy.gpus" in c else []) for c in TRAINING]
+    "command", [pytest.param(c, marks=pytest.mark.full if re.search("experiment|deploy.gpus|epochs", c) else []) for c in TRAINING]
 )
 def test_training_commands(command: str, tmp_path: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
