@@ -47,7 +47,7 @@ TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEE
 )
 def test_training_commands(command: str, tmp_path: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
-    words = "tea rice soup bread salt milk corn fish plum leek oats beef kale lime".split()
+    words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish", "plum", "leek", "oats", "beef", "kale", "lime"]
     rows = [{"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."} for a in words for b in words]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if FAR.search(command) and "--cfg" not in args:
