@@ -326,6 +326,7 @@ def test_a_saved_model_brings_its_tokenizer_and_template(tmp_path: Path, tokeniz
 def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
 ) -> None:
+    """T2, D10: whatever the padding, the order and the company; perplexity is the mean over tokens, not over batches."""
     engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path)
     rows = [([5, 6, 7], [40, 41, EOS]), ([8], [42, 43, 44, 45, 46]), ([9, 10, 11, 12, 13], [EOS]), ([14, 15], [])]
     nll, correct, entropy = sft.answer_sums(engine, rows, PAD)
@@ -341,11 +342,12 @@ def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     assert float(nll) == pytest.approx(expected_nll, rel=1e-5) and int(correct) == expected_correct
     assert float(entropy) == pytest.approx(expected_entropy, rel=1e-5)
     # rows one by one, in another order: the sum is the same
-    assert sum(float(sft.answer_sums(engine, [row], PAD)[0]) for row in reversed(rows)) == pytest.approx(float(nll), rel=1e-5)
+    assert sum(float(sft.answer_sums(engine, [row], PAD)[0].detach()) for row in reversed(rows)) == pytest.approx(float(nll), rel=1e-5)
     assert sft.perplexity(engine, rows, PAD, cfg) == pytest.approx(math.exp(expected_nll / 9), rel=1e-5)
 
 
 def test_scores_of_pairs_and_rows_are_those_of_each_alone(tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config) -> None:
+    """T3: whatever the padding and the company; two equal answers cost log 2."""
     engine = engines.build_engine(lambda: models.load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path)
     pairs = [(ROWS[0], ROWS[1]), (ROWS[2], ROWS[0]), (ROWS[1], ROWS[1])]
     chosen, rejected = rm.score_pairs(engine, pairs, PAD)

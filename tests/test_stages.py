@@ -88,6 +88,14 @@ def test_metrics_and_summary_have_the_promised_names(alone: Path) -> None:
     assert summary(runs["ppo"])["parents"] == {"sft": summary(runs["sft"])["id"], "rm": summary(runs["rm"])["id"]}
 
 
+def test_every_run_says_what_it_read(alone: Path) -> None:
+    """At its start, and in its summary."""
+    for stage, runs in runs_in(alone).items():
+        (report,) = summary(runs[0])["data"]
+        assert (report["source"], report["sft"], report["rm"], report["eval"]) == ("sandbox", 64, 64, 16)
+        assert "sandbox/train: " in (runs[0] / "train.log").read_text(), stage
+
+
 def test_ppo_starts_on_policy_at_its_reference(alone: Path) -> None:
     first = metrics(runs_in(alone)["ppo"][0])[0]
     assert first["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
