@@ -36,8 +36,8 @@ class Policy(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor | None, positions: int, position_ids: Tensor | None = None) -> Tensor:
         """Logits that predict the last `positions` tokens of each row.
 
-        Args: ids, mask (B, T), padded on either side; or of one packed row (rlhf/data/packing.py) ids and position_ids (1, T), and
-            no mask.  Returns: (B, positions, V), at the places one before those tokens.
+        Args: ids, mask (B, T), padded on either side; or of packed rows (rlhf/data/packing.py) ids and position_ids, and no
+            mask.  Returns: (B, positions, V), at the places one before those tokens.
         """
         inputs = model_inputs(self.hf, ids, mask) if mask is not None else packed_inputs(self.hf, ids, position_ids)
         return self.hf(**inputs, use_cache=False, logits_to_keep=positions + 1).logits[:, :-1]
@@ -76,15 +76,15 @@ def model_inputs(hf: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def packed_inputs(hf: Any, ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
-    """The arguments of a forward over sequences that lie one behind the other in a single row: each token sees those before it in
-    its own sequence, and nothing of the others.
+    """The arguments of a forward over sequences that lie one behind the other in the rows: each token sees those before it in its
+    own sequence, and nothing of the others.
 
-    Args: ids, position_ids (1, T); a new sequence begins wherever position_ids do not go on by one.
+    Args: ids, position_ids (B, T); a new sequence begins wherever position_ids do not go on by one.
     """
     from transformers.masking_utils import create_masks_for_generate
 
-    assert position_ids is not None, "a packed row has position_ids"
-    # transformers makes the mask that this model's attention takes: (1, 1, T, T), one for each kind of layer, or none for kernels
+    assert position_ids is not None, "packed rows have position_ids"
+    # transformers makes the mask that this model's attention takes: (B, 1, T, T), one for each kind of layer, or none for kernels
     # that read position_ids. Left to themselves, not all models would: OPT makes a plain causal one.
     like = torch.empty(*ids.shape, 1, dtype=hf.dtype, device=ids.device)
     mask = create_masks_for_generate(
