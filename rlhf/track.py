@@ -137,9 +137,14 @@ def wandb_reachable(base_url: str) -> bool:
 
     if not (os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=base_url)):
         return False
-    url = urlsplit(base_url)
+    return answers(base_url)
+
+
+def answers(url: str) -> bool:
+    """Whether somebody listens at a URL, within 2 s."""
+    where = urlsplit(url)
     try:
-        socket.create_connection((url.hostname or "", url.port or (443 if url.scheme == "https" else 80)), timeout=2).close()
+        socket.create_connection((where.hostname or "", where.port or (443 if where.scheme == "https" else 80)), timeout=2).close()
     except OSError:
         return False
     return True

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +129,29 @@ def one_process() -> Iterator[None]:
             patch.setenv("MASTER_PORT", "0")  # any free one
             engines.init_distributed()
         yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """That of the built-in model."""
+    from rlhf import models
+
+    return models.load_tokenizer("builtin:tiny")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The directory of a random base model of a family."""
+    from families import save_base
+
+    root = tmp_path_factory.mktemp("base")
+
+    def directory(family: str) -> str:
+        if not (root / family).exists():
+            save_base(root / family, family)
+        return str(root / family)
+
+    return directory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -195,8 +194,8 @@ def test_machines_that_are_not_there_are_refused(overrides: list, hosts: str | N
     assert expected in str(error.value)
 
 
-@pytest.mark.skipif(shutil.which("pdsh") is not None, reason="pdsh is here")
-def test_without_pdsh_a_hostfile_is_refused(tmp_path: Path) -> None:
+def test_without_pdsh_a_hostfile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # nothing is installed there
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     with pytest.raises(ValueError, match="pdsh, which is not installed"):
         launch.check_machines(composed("deploy.nodes=2", f"deploy.hostfile={tmp_path}/hosts"))

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from conftest import metrics
-from families import FAMILIES, save_base
+from families import FAMILIES
 from test_config import composed
 from test_deployments import prepare, work
 from torch import Tensor
@@ -22,23 +22,6 @@ from rlhf.objectives import token_logp
 IDS = torch.tensor([[5, 6, 7, 40, 41, 42, 2], [0, 0, 8, 9, 300, 301, 2]])
 MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return models.load_tokenizer("builtin:tiny")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("base")
-
-    def directory(family: str) -> str:
-        if not (root / family).exists():
-            save_base(root / family, family)
-        return str(root / family)
-
-    return directory
 
 
 def with_adapter(stage: str, *overrides: str) -> Config:

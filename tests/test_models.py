@@ -35,25 +35,6 @@ def cfg() -> Config:
         return config.to_typed(compose("config", ["stage=ppo"]))
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return models.load_tokenizer("builtin:tiny")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The directory of a random base model of a family."""
-    root = tmp_path_factory.mktemp("base")
-
-    def directory(family: str) -> str:
-        path = root / family
-        if not path.exists():
-            save_base(path, family)
-        return str(path)
-
-    return directory
-
-
 def padded(row: list[int], left: int, right: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[PAD] * left + row + [PAD] * right])
     mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import EOS, FAMILIES, PAD, save_base
+from families import EOS, FAMILIES, PAD
 from test_config import composed
 from torch import Tensor
 
@@ -29,24 +29,6 @@ ROWS = [  # the longest is longer than the sliding window of gemma3_text (8); th
     ([14], []),
     ([600, 601], [602, 603, 604, 605, 606, 607, 608, 609, EOS]),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return models.load_tokenizer("builtin:tiny")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The directory of a random base model of a family."""
-    root = tmp_path_factory.mktemp("base")
-
-    def directory(family: str) -> str:
-        if not (root / family).exists():
-            save_base(root / family, family)
-        return str(root / family)
-
-    return directory
 
 
 def engine_like(policy: models.Policy, forward: Any = None) -> Any:

@@ -11,16 +11,15 @@ import gzip
 import hashlib
 import json
 import os
-import socket
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from rlhf.config import BadRow, Data, Format, Source
 from rlhf.data import formats
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
+from rlhf.track import answers
 
 BUILDERS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # a .jsonl line by line: one may be broken
 SFT, RM, PPO, EVAL = range(4)  # the parts
@@ -416,14 +415,9 @@ def open_hub(name: str, source: Source, split: str) -> Any:
 
 
 def hub_answers() -> bool:
-    """Whether somebody is there, within 2 s; where a proxy is set, whether that is."""
+    """Whether the hub is there; where a proxy is set, whether that is."""
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    url = urlsplit(proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection((url.hostname or "", url.port or (443 if url.scheme == "https" else 80)), timeout=2).close()
-    except OSError:
-        return False
-    return True
+    return answers(proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 def show_progress(wanted: bool) -> None:

@@ -48,7 +48,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, Any]:
         stages[name], lengths[name] = measure(tokenizer, table, answers, cfg.data)
     found_in_sources = []
     for entry, table in zip(of_sources(data), tables_of_sources(data, cfg.data)):
-        name = f"{entry['source']}/{entry['split']}"
+        name = name_of(entry)
         answers = ["text"] if "text" in table.column_names else ["chosen", "rejected"]
         entry["tokens"], lengths[name] = measure(tokenizer, table, answers, cfg.data)
         found_in_sources.append(entry)
@@ -240,7 +240,7 @@ def verdicts(found: dict[str, Any], cfg: Config) -> list[str]:
         lines.append(bias)
 
     for entry in found["sources"]:
-        name, rows, left_out = f"{entry['source']}/{entry['split']}", entry["rows"], entry["left_out"]
+        name, rows, left_out = name_of(entry), entry["rows"], entry["left_out"]
         if "first_unreadable" in entry:
             lines.append(f"rows of {name} that cannot be read: {left_out['cannot be read']:,}, for instance {entry['first_unreadable']}")
         if entry["same_answers"]:
