@@ -14,7 +14,7 @@ from conftest import train
 from test_config import composed
 
 from rlhf import models
-from rlhf.data import load, template
+from rlhf.data import load, page, template
 from rlhf.data.load import table_of
 from rlhf.data.records import Dataset, Pair, Turn
 from rlhf.stages import inspect
@@ -100,7 +100,7 @@ def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
     assert (numbers["dropped"], numbers["shortened"], numbers["cut"], numbers["alike"]) == (1, 1, 44, 1)
     assert (numbers["chosen_longer"], numbers["chosen_shorter"]) == (33, 10)
     assert numbers["chosen_longer_by"] == pytest.approx((33 * 4 - 10 * 4) / 56)
-    assert inspect.by_length(numbers) == pytest.approx((33 + 13 / 2) / 56)
+    assert page.by_length(numbers) == pytest.approx((33 + 13 / 2) / 56)
 
     stages = found["stages"]
     assert [stages[name]["rows"] for name in ("sft", "rm", "ppo")] == [source[name] for name in ("sft", "rm", "ppo")]
@@ -173,7 +173,7 @@ def test_samples_of_sft_show_what_is_learnt(train_on_prompt: bool) -> None:
     cfg = composed(f"sft.train_on_prompt={str(train_on_prompt).lower()}")
     tokenizer = models.load_tokenizer("builtin:tiny")
     question = [Turn("user", "What does my pan need?")]
-    (html,) = inspect.samples(tokenizer, "sft", table_of([Pair(question, "A café ☃ <b>.", None)]), cfg)
+    (html,) = page.samples(tokenizer, "sft", table_of([Pair(question, "A café ☃ <b>.", None)]), cfg)
     [prompt], [answer] = template.encode_prompts(tokenizer, [question], 99), template.encode_responses(tokenizer, ["A café ☃ <b>."], 99)
     boxes = Boxes(html)
     assert prompt and sum((ids for *_, ids in boxes.found), []) == prompt + answer
@@ -189,19 +189,19 @@ def test_samples_of_rm_and_ppo() -> None:
     cfg = composed("data.max_response_tokens=8")
     tokenizer = models.load_tokenizer("builtin:tiny")
     table = table_of([Pair([Turn("user", "1")], digits("12"), digits("54321"))])
-    chosen, rejected = map(Boxes, inspect.samples(tokenizer, "rm", table, cfg))
+    chosen, rejected = map(Boxes, page.samples(tokenizer, "rm", table, cfg))
     assert ids_of(chosen, "scored") == ids_of(chosen, "eos") == [tokenizer.eos_token_id]
     assert ids_of(rejected, "eos") == [] and ids_of(rejected, "scored") == tokenizer("2", add_special_tokens=False).input_ids  # cut there
     assert len(ids_of(chosen, "answer")) == 5 and len(ids_of(rejected, "answer")) == 8
-    (prompt,) = map(Boxes, inspect.samples(tokenizer, "ppo", table, cfg))
+    (prompt,) = map(Boxes, page.samples(tokenizer, "ppo", table, cfg))
     assert ids_of(prompt, "given") == sum((ids for *_, ids in prompt.found), []) == ids_of(chosen, "given")
 
 
 def test_the_middle_of_a_long_text_is_left_out() -> None:
     tokenizer = models.load_tokenizer("builtin:tiny")
     ids = tokenizer(" " + digits("1" * 400), add_special_tokens=False).input_ids
-    html = inspect.token_boxes(tokenizer, ids, ["given"] * len(ids))
-    assert html.count('<span class="t') == 2 * inspect.SHOWN and f"{len(ids) - 2 * inspect.SHOWN:,} tokens" in html
+    html = page.token_boxes(tokenizer, ids, ["given"] * len(ids))
+    assert html.count('<span class="t') == 2 * page.SHOWN and f"{len(ids) - 2 * page.SHOWN:,} tokens" in html
 
 
 def test_the_page_is_self_contained_and_escapes_what_data_hold(tmp_path: Path) -> None:

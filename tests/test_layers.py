@@ -13,7 +13,7 @@ LAYERS = [  # imports run downwards only; a module may import those of the lines
     ["ds", "layout", "launch", "report", "comm", "objectives", "lora", "data.records", "data.batches", "data.packing"],
     ["plan", "engines", "track", "data.template", "data.formats"],
     ["models", "data.sandbox", "data.sources"],
-    ["data.load", "data.build_tiny", "rollout"],
+    ["data.load", "data.build_tiny", "rollout", "data.page"],
     ["stages.sft", "stages.rm", "stages.ppo", "stages.inspect"],
     ["worker", "cli"],
 ]
