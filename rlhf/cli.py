@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import config, layout, plan, report
+from rlhf import checks, config, layout, plan, report
 from rlhf.config import Config, Device, Stage
 from rlhf.launch import check_machines, run_workers
 
@@ -127,7 +127,7 @@ def check_sweep(overrides: list[str]) -> None:
         problems: dict[str, None] = {}
         for job in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)[0]:
             cfg = config.to_typed(compose("config", job))
-            problems |= dict.fromkeys(config.check(cfg) + layout.check_models(cfg))
+            problems |= dict.fromkeys(checks.check(cfg) + layout.check_models(cfg))
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -164,7 +164,7 @@ def run_command(composed: DictConfig) -> None:
 def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list[Path]]:
     """Run the chosen stages in order, but those that are finished; returns the configuration and the run directories."""
     cfg = config.to_typed(composed)
-    problems = config.check(cfg) + layout.check_models(cfg)
+    problems = checks.check(cfg) + layout.check_models(cfg)
     if problems:
         raise ValueError("\n".join(problems))
     usual = compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS])
@@ -188,6 +188,9 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
             if stage != Stage.inspect:
                 help_node_0(cfg, stage, baseline)
         return cfg, []
+    if Stage.ppo in cfg.stage.runs and Stage.rm in cfg.stage.runs and not config.uses_own_reward_model(cfg):
+        say("rm: no part of ppo.rewards is the reward model of this configuration, so none is trained")
+        cfg.stage.runs = [stage for stage in cfg.stage.runs if stage != Stage.rm]
     started = time.time()
     runs = []
     for stage in cfg.stage.runs:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import os
-import re
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -69,6 +67,48 @@ class Schedule(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+
+
+class KlController(Enum):
+    """How beta, the weight of the KL penalty, changes from rollout to rollout: rlhf/controllers.py."""
+
+    fixed = "fixed"  # not at all
+    adaptive = "adaptive"  # towards a KL that is held
+    linear = "linear"  # from kl.coef at the first rollout to kl.final_coef at the last
+
+
+class KlEstimator(Enum):
+    """Per-token estimate of KL(policy || reference) from one sample: objectives.kl_estimate."""
+
+    k1 = "k1"  # log pi - log ref: unbiased
+    k2 = "k2"  # half its square: biased, never negative; its gradient is that of the KL
+    k3 = "k3"  # e^-d - 1 + d: unbiased, never negative; its gradient is not that of the KL
+
+
+class KlPlace(Enum):
+    reward = "reward"  # subtracted from the reward of each token (Ziegler 2019)
+    loss = "loss"  # added to the policy loss (GRPO)
+
+
+class LossOver(Enum):
+    """What a loss is a mean over: objectives.token_weights."""
+
+    token = "token"  # all response tokens of the optimizer step alike
+    sequence = "sequence"  # all answers alike: a token of a short one weighs more
+    constant = "constant"  # answers x rollout.max_new_tokens: no bias by length (Dr. GRPO)
+
+
+class RmLoss(Enum):
+    sequence = "sequence"  # one score per answer, at its last token (InstructGPT)
+    per_token = "per_token"  # mean over tokens from the first difference on (DeepSpeed-Chat)
+
+
+class BestBy(Enum):
+    """What an evaluation ranks policies by; higher is better."""
+
+    score = "score"  # of the reward model
+    objective = "objective"  # score - beta KL
+    gold = "gold"  # the truth, where it is known
 
 
 class WandbMode(Enum):
@@ -163,7 +203,8 @@ class Data:
 class Optim:
     lr: float = MISSING  # peak learning rate, > 0
     schedule: Schedule = MISSING  # after the warm-up; linear and cosine end at `final_lr`
-    warmup_ratio: float = MISSING  # share of the optimizer steps, in [0, 1]
+    warmup_ratio: float = MISSING  # linear warm-up over this share of the optimizer steps (PPO: rollouts), in [0, 1]
+    warmup_steps: Optional[int] = MISSING  # or over so many of them, >= 0; null = by warmup_ratio
     final_lr: float = MISSING  # at the last step, as a share of lr, in [0, 1]
     weight_decay: float = MISSING  # decoupled; not on biases and norms
     betas: list[float] = MISSING  # Adam's, each in [0, 1)
@@ -177,6 +218,7 @@ class Sft(Optim):
     batch_size: int = MISSING  # demonstrations per optimizer step, over all processes
     train_on_prompt: bool = MISSING  # learn the prompt's tokens too, not only the answer's
     packing: bool = no_effect()  # short demonstrations share a row, where padding would be; the loss is the same
+    micro_batch_means: bool = MISSING  # DeepSpeed-Chat: the mean of the micro-batches' means, not the mean over all tokens
     max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
 
 
@@ -184,28 +226,86 @@ class Sft(Optim):
 class Rm(Optim):
     epochs: int = MISSING  # passes over the pairs
     batch_size: int = MISSING  # pairs per optimizer step, over all processes
+    loss: RmLoss = MISSING  # what of two answers is compared
     max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
 
 
 @dataclass
 class Kl:
-    coef: float = MISSING  # beta: weight of the per-token penalty log pi - log ref in the reward, >= 0
+    coef: float = MISSING  # beta at the first rollout, score units per nat, >= 0
+    controller: KlController = MISSING  # how beta goes on
+    target: float = MISSING  # adaptive: the KL to hold, nats per answer (sum over its tokens), > 0
+    horizon: float = MISSING  # adaptive: answers over which beta may change by a fifth, > 0
+    final_coef: float = MISSING  # linear: beta at the last rollout, >= 0
+    estimator: KlEstimator = MISSING  # of the penalty; the logged objective/kl is always k1
+    place: KlPlace = MISSING  # where the penalty goes
+
+
+@dataclass
+class RewardSource:
+    """One part of the score: a reward model or a python function. Users add sources by name, so all has a value here."""
+
+    path: Optional[str] = None  # reward model: run, directory or hub id; null (and no function) = `ppo.reward`, or the derived run
+    function: Optional[str] = None  # "module:name" of f(turns, answer) -> float; the module is looked for where the command is run, too
+    weight: float = 1.0  # in the sum of all sources; 0 = only measured and logged
+
+
+@dataclass
+class Ptx:
+    coef: float = MISSING  # weight of the language-model loss, mean over its tokens in nats, >= 0; 0 = off
+    max_tokens: int = MISSING  # of a text; the rest of it is left out
+
+
+@dataclass
+class Evaluation:
+    every: Optional[int] = no_effect()  # rollouts between evaluations on held-out prompts; null = before and after training only
+    best_by: BestBy = no_effect()  # model_best/ is the policy of the evaluation where this was highest
+    temperature: float = MISSING  # of the answers in evaluations, > 0
+    top_p: float = MISSING  # sample from the likeliest tokens that together have this probability, in (0, 1]; 1 = all
+    top_k: int = MISSING  # sample from so many of the likeliest tokens; 0 = all
+
+
+@dataclass
+class DsChat:
+    """What DeepSpeed-Chat does differently, as switches for comparison only; `ppo=dschat` turns them all on. docs/ppo.md, section 5."""
+
+    greedy: bool = MISSING  # answers are the likeliest tokens, not samples
+    pad_is_eos: bool = MISSING  # masks guessed from ids: EOS counts as padding, so it is never learnt, and the score is read before it
+    dropout: float = MISSING  # probability, in actor and critic while they train, in [0, 1)
+    train_mode_logp: bool = MISSING  # old log-probabilities and values with that dropout on
+    micro_batch_means: bool = MISSING  # losses are the mean of the micro-batches' means: deploy.micro_batch then changes results
 
 
 @dataclass
 class Ppo(Optim):
-    critic_lr: float = MISSING  # peak learning rate of the critic, > 0
+    critic_optim: Optim = MISSING  # the critic's optimizer; lr, schedule and so on above are the actor's
+    critic_warmup: int = MISSING  # first rollouts, in which only the critic learns
     batch_size: int = MISSING  # prompts per rollout, over all processes
     prompt_epochs: int = MISSING  # passes over the prompts; decides the number of rollouts
     max_steps: Optional[int] = MISSING  # stop after so many rollouts; null = no limit
     epochs: int = MISSING  # passes over each rollout
     minibatches: int = MISSING  # optimizer steps per pass
+    target_kl: Optional[float] = MISSING  # no further pass once policy/approxkl of one is above this, nats per token; null = never
     kl: Kl = MISSING
+    rewards: dict[str, RewardSource] = MISSING  # parts of the score, by a name of your choice
+    normalize_score: bool = MISSING  # reward models in units of their standard deviation over SFT answers, with mean 0; else raw
+    missing_eos_penalty: float = MISSING  # subtracted from the score of an answer without EOS, score units, >= 0
+    length_penalty: float = MISSING  # subtracted from the score for each token of the answer, score units, >= 0
+    scale_score: bool = MISSING  # divide scores by their running standard deviation
+    score_clip: Optional[float] = MISSING  # then limit them to +- this, > 0; null = no limit
+    whiten_rewards: bool = MISSING  # divide the tokens' rewards by their standard deviation over the rollout; the mean stays
     gamma: float = MISSING  # discount per token, in [0, 1]
     lam: float = MISSING  # GAE lambda, in [0, 1]
-    clip: float = MISSING  # policy ratio clip, > 0
-    value_clip: float = MISSING  # value clip around the old value, in normalised score units, > 0
-    missing_eos_penalty: float = MISSING  # subtracted from the score of an answer without EOS, normalised score units, >= 0
+    whiten_advantages: bool = MISSING  # to mean 0 and variance 1 over all tokens of the rollout, of all processes
+    clip: float = MISSING  # the ratio pi / pi_old counts down to 1 - clip, in (0, 1) or more for no limit
+    clip_high: float = MISSING  # and up to 1 + clip_high, > 0
+    value_clip: Optional[float] = MISSING  # value clip around the old value, score units, > 0; null = none
+    loss_over: LossOver = MISSING  # what the losses of actor and critic are means over
+    entropy_coef: float = MISSING  # weight of the entropy bonus, score units per nat, >= 0
+    ptx: Ptx = MISSING
+    ema: Optional[float] = MISSING  # decay per optimizer step of the policy's moving average (model_ema/), in (0, 1); null = none
+    evaluation: Evaluation = MISSING
+    dschat: DsChat = MISSING
     actor: Optional[str] = MISSING  # trained policy (run, directory, hub id) in place of the SFT run derived from the config
     reward: Optional[str] = MISSING  # trained reward model, likewise
 
@@ -213,7 +313,11 @@ class Ppo(Optim):
 @dataclass
 class Rollout:
     max_new_tokens: int = MISSING  # sampled tokens per answer, at most
+    responses_per_prompt: int = MISSING  # answers sampled to each prompt
     temperature: float = MISSING  # divides the logits of policy, old policy and reference alike, > 0
+    top_p: float = MISSING  # must be 1 in training; in evaluations ppo.evaluation.top_p, in chat --top-p
+    top_k: int = MISSING  # must be 0 in training, likewise
+    log_answers: int = no_effect()  # answers of each rollout written to rollouts.jsonl, token by token; -1 = all
 
 
 @dataclass
@@ -280,6 +384,16 @@ READS = {
     Stage.inspect: ["actor", "data"],
 }
 PARENTS = {Stage.sft: [], Stage.rm: [], Stage.ppo: [Stage.sft, Stage.rm], Stage.inspect: []}
+
+
+def parents(cfg: Config, stage: Stage) -> list[Stage]:
+    """The stages whose results `stage` stands on: PPO needs no reward model where python functions and other models give its score."""
+    return [p for p in PARENTS[stage] if not (stage == Stage.ppo and p == Stage.rm and not uses_own_reward_model(cfg))]
+
+
+def uses_own_reward_model(cfg: Config) -> bool:
+    """Whether a part of PPO's score is the reward model of this configuration (or `ppo.reward`)."""
+    return any(source.path is None and source.function is None for source in cfg.ppo.rewards.values())
 
 
 def register() -> None:
@@ -361,107 +475,7 @@ def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------- checks
-
-
-def check(cfg: Config) -> list[str]:
-    """All that is wrong with the values, as lines that name key, value and fix. Nothing is repaired."""
-    problems = []
-
-    def need(ok: bool, line: str) -> None:
-        if not ok:
-            problems.append(line)
-
-    def positive(*keys: str) -> None:
-        for key in keys:
-            value = lookup(cfg, key)
-            need(value is None or 0 < value < math.inf, f"{key}={value}: must be above 0")
-
-    def within(key: str, low: float, high: float) -> None:
-        value = lookup(cfg, key)
-        need(low <= value <= high, f"{key}={value}: must be between {low:g} and {high:g}")
-
-    for key in ("seed", "data.seed"):
-        need(0 <= lookup(cfg, key) < 2**63, f"{key}={lookup(cfg, key)}: must not be negative")
-    need(re.fullmatch(r"[\w.+-]*\w[\w.+-]*", cfg.exp) is not None, f"exp={cfg.exp}: give a plain name, it becomes a folder")
-    world = world_size(cfg)
-    positive("deploy.gpus", "deploy.threads", "deploy.micro_batch", "deploy.eval_micro_batch", "rollout.max_new_tokens")
-    positive("deploy.nodes", "deploy.gpu_memory_gb", "deploy.bucket_mb")
-    positive("rollout.temperature", "data.max_prompt_tokens", "data.max_response_tokens", "data.eval_rows", "data.eval_share")
-    positive("data.workers")
-    within("deploy.zero_stage", 0, 3)
-    within("data.eval_share", 0, 0.5)
-    deploy, offload = cfg.deploy, cfg.deploy.offload
-    need(
-        not offload.optimizer or deploy.zero_stage > 0,
-        f"deploy.offload.optimizer=true: DeepSpeed offers it from deploy.zero_stage=1 on, not at {deploy.zero_stage}",
-    )
-    need(
-        not offload.parameters or deploy.zero_stage == 3,
-        f"deploy.offload.parameters=true: needs deploy.zero_stage=3, not {deploy.zero_stage}",
-    )
-    if deploy.precision == Precision.fp16:
-        need(deploy.device == Device.gpu, "deploy.precision=fp16: not on CPU; use bf16 or fp32")
-        need(Stage.ppo not in cfg.stage.runs, "deploy.precision=fp16: PPO's ratios overflow and underflow in it; use bf16")
-    if deploy.node_rank is not None:
-        need(0 <= deploy.node_rank < deploy.nodes, f"deploy.node_rank={deploy.node_rank}: must be below deploy.nodes={deploy.nodes}")
-        need(deploy.hostfile is None, "deploy.hostfile and deploy.node_rank: give one; a hostfile starts all nodes from here")
-        need(deploy.master is not None, f"deploy.node_rank={deploy.node_rank}: give deploy.master=host:port of node 0 as well")
-    if deploy.master is not None:
-        address = re.fullmatch(r"[^:\s]+:(\d{1,5})", deploy.master)
-        need(address is not None and 0 < int(address[1]) < 2**16, f"deploy.master={deploy.master}: give host:port of node 0")
-    for role, model in (("actor", cfg.actor), ("reward", cfg.reward)):
-        lora = model.lora
-        need(lora.rank >= 0, f"{role}.lora.rank={lora.rank}: must not be negative (0 = no adapter)")
-        need(lora.alpha > 0, f"{role}.lora.alpha={lora.alpha}: must be above 0")
-        need(0 <= lora.dropout < 1, f"{role}.lora.dropout={lora.dropout}: must be at least 0 and below 1")
-        need(lora.targets is None or bool(lora.targets), f"{role}.lora.targets=[]: name layers, or null for all linear layers but the head")
-    shares, sources, sandbox = cfg.data.shares, cfg.data.sources, cfg.data.sandbox
-    need(len(shares) == 3 and min(shares) > 0, f"data.shares={shares}: give three parts above 0, for sft, rm, ppo")
-    need(bool(sources), "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format")
-    for name, source in sources.items():
-        need(
-            (source.path == "builtin:sandbox") == (source.format == Format.sandbox),
-            f"data.sources.{name}: path=builtin:sandbox and format=sandbox go together, not with {source.path}",
-        )
-        need(0 < source.weight < math.inf, f"data.sources.{name}.weight={source.weight}: must be above 0")
-        need(source.rows is None or source.rows > 0, f"data.sources.{name}.rows={source.rows}: must be above 0")
-        ratio = source.min_score_ratio
-        need(ratio >= 1, f"data.sources.{name}.min_score_ratio={ratio}: must be at least 1 (1: only ties are left out)")
-    if sandbox is not None:
-        builtin = any(source.format == Format.sandbox for source in sources.values())
-        need(builtin, "data.sandbox has sizes, but no source is the built-in world: choose data=... instead of data=sandbox")
-    if any(source.path == "builtin:sandbox" for source in sources.values()):
-        need(sandbox is not None, "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml")
-        need(len(sources) == 1, "data: the sandbox cannot be mixed with other sources, its truth covers its own prompts only")
-    if sandbox is not None:
-        positive("data.sandbox.demonstrations", "data.sandbox.pairs")
-        noise = sandbox.label_noise
-        need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
-    for stage in (Stage.sft, Stage.rm, Stage.ppo):
-        node = stage.name
-        positive(*(f"{node}.{key}" for key in ("lr", "grad_clip", "epochs", "batch_size", "max_steps", "adam_eps")))
-        within(f"{node}.warmup_ratio", 0, 1)
-        within(f"{node}.final_lr", 0, 1)
-        need(lookup(cfg, f"{node}.weight_decay") >= 0, f"{node}.weight_decay={lookup(cfg, f'{node}.weight_decay')}: must not be negative")
-        betas = lookup(cfg, f"{node}.betas")
-        need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{node}.betas={betas}: give two numbers in [0, 1)")
-        size = lookup(cfg, f"{node}.batch_size")
-        if stage in cfg.stage.runs and world > 0 and size > 0 and stage != Stage.ppo:
-            need(size % world == 0, f"{node}.batch_size={size} is not divisible by {processes(cfg)}: try {nearest(size, world)}")
-    positive("ppo.critic_lr", "ppo.prompt_epochs", "ppo.minibatches", "ppo.clip", "ppo.value_clip")
-    within("ppo.gamma", 0, 1)
-    within("ppo.lam", 0, 1)
-    need(cfg.ppo.kl.coef >= 0, f"ppo.kl.coef={cfg.ppo.kl.coef}: must not be negative")
-    need(cfg.ppo.missing_eos_penalty >= 0, f"ppo.missing_eos_penalty={cfg.ppo.missing_eos_penalty}: it is subtracted, must not be negative")
-    if Stage.ppo in cfg.stage.runs and world > 0 and cfg.ppo.minibatches > 0 and cfg.ppo.batch_size > 0:
-        size, parts = cfg.ppo.batch_size, cfg.ppo.minibatches * world
-        need(
-            size % parts == 0,
-            f"ppo.batch_size={size} is not divisible by ppo.minibatches={cfg.ppo.minibatches} x {processes(cfg)} = {parts}: "
-            f"try ppo.batch_size={nearest(size, parts)}",
-        )
-    return problems
+# ------------------------------------------------------------------------------------------------------------------ small questions
 
 
 def adapter_only(model: Model) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf.config import Config, Device, Optim, Precision
 
 TRAINED = ("actor", "critic", "reward_trained")
-FROZEN = ("ref", "reward", "ema")
+FROZEN = ("ref", "reward")
 BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2, Precision.autocast: 4}  # of a weight
 
 
@@ -18,7 +18,7 @@ def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
-        role: "actor" (SFT and PPO), "critic" (PPO), "reward_trained" (reward stage); "ref", "reward", "ema" (PPO, not trained).
+        role: "actor" (SFT and PPO), "critic" (PPO), "reward_trained" (reward stage); "ref", "reward" (PPO, not trained).
         world_size: all processes of the run.
     Raises: ValueError for another role.
     """
@@ -74,4 +74,6 @@ def optim_of(cfg: Config, role: str) -> Optim | None:
         return None
     if role == "reward_trained":
         return cfg.rm
-    return cfg.sft if cfg.stage.name == "sft" else cfg.ppo
+    if cfg.stage.name == "sft":
+        return cfg.sft
+    return cfg.ppo.critic_optim if role == "critic" else cfg.ppo

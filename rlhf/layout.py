@@ -14,6 +14,7 @@ import platform
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -21,7 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import PARENTS, READS, Config, Stage, StageChoice
+from rlhf.config import READS, Config, Stage, StageChoice, parents, uses_own_reward_model, world_size
 
 BUILTIN = "builtin:"
 
@@ -33,10 +34,14 @@ def identity(cfg: Config, stage: Stage) -> dict[str, Any]:
     """All values that decide the result of `stage`, by dotted key: those of the nodes that it and the stages below it read."""
     nodes = list(READS[stage])
     if stage == Stage.ppo:  # a trained input given by hand replaces the stage that would make it
-        nodes = [n for n in nodes if not (n == "sft" and cfg.ppo.actor) and not (n == "rm" and cfg.ppo.reward)]
+        unread = {"sft"} if cfg.ppo.actor else set()
+        unread |= {"rm"} if cfg.ppo.reward else {"rm", "reward"} if not uses_own_reward_model(cfg) else set()
+        nodes = [node for node in nodes if node not in unread]
     flat: dict[str, Any] = {}
     for node in nodes:
         flatten(getattr(cfg, node), node, flat)
+    if ("sft" in nodes and cfg.sft.micro_batch_means) or (stage == Stage.ppo and cfg.ppo.dschat.micro_batch_means):
+        flat |= {"deploy.micro_batch": cfg.deploy.micro_batch, "processes": world_size(cfg)}  # then they do change the result
     return flat
 
 
@@ -59,7 +64,8 @@ def run_name(cfg: Config, stage: Stage, baseline: Config) -> str:
     values, plain = identity(cfg, stage), identity(baseline, stage)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     actor, reward = cfg.actor.name, cfg.reward.name
-    models = {Stage.sft: [actor], Stage.rm: [reward], Stage.ppo: [actor, reward], Stage.inspect: [actor]}[stage]
+    both = [actor, reward] if uses_own_reward_model(cfg) else [actor]
+    models = {Stage.sft: [actor], Stage.rm: [reward], Stage.ppo: both, Stage.inspect: [actor]}[stage]
     readable = "-".join([stage.name, *models])
     readable += "".join(f"+{key}-{value}" for key, value in sorted(values.items()) if plain.get(key) != value)
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", readable)[:100] + "-" + digest
@@ -86,6 +92,8 @@ def check_models(cfg: Config) -> list[str]:
         "ppo.actor": (cfg.ppo.actor, "ForCausalLM", {Stage.ppo}),
         "ppo.reward": (cfg.ppo.reward, "ForSequenceClassification", {Stage.ppo}),
     }
+    wanted |= {f"ppo.rewards.{name}.path": (s.path, "ForSequenceClassification", {Stage.ppo}) for name, s in cfg.ppo.rewards.items()}
+    problems += check_functions(cfg)
     for key, (path, role, stages) in wanted.items():
         if not path or not stages.intersection(cfg.stage.runs):
             continue
@@ -104,6 +112,26 @@ def check_models(cfg: Config) -> list[str]:
     return problems
 
 
+def check_functions(cfg: Config) -> list[str]:
+    """What is wrong with the python functions of PPO's score, without running any of their code."""
+    problems = []
+    for name, source in cfg.ppo.rewards.items() if Stage.ppo in cfg.stage.runs else ():
+        if source.function and ":" in source.function and function_file(source.function) is None:
+            where = f"neither here ({os.getcwd()}) nor among the installed packages"
+            problems.append(f"ppo.rewards.{name}.function={source.function}: there is no module {source.function.split(':')[0]}, {where}")
+    return problems
+
+
+def function_file(function: str) -> Path | None:
+    """The file of "module:name", below the directory where the command is run, or of an installed package; None where there is none."""
+    parts = function.split(":")[0].split(".")
+    for root in (os.getcwd(), *sys.path):
+        for file in (Path(root, *parts).with_suffix(".py"), Path(root, *parts, "__init__.py")):
+            if file.is_file():
+                return file
+    return None
+
+
 def model_directory(path: str) -> Path:
     """The model in a directory: a run's `model/`, or the directory itself."""
     directory = Path(path).expanduser()
@@ -118,7 +146,14 @@ def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str])
     """
     given = {Stage.sft: ("ppo.actor", cfg.ppo.actor), Stage.rm: ("ppo.reward", cfg.ppo.reward)}
     paths, ids, missing = {}, {}, []
-    for parent in PARENTS[stage]:
+    for name, source in cfg.ppo.rewards.items() if stage == Stage.ppo else ():
+        if source.path:
+            paths[f"rewards.{name}"] = str(model_directory(source.path).resolve()) if is_directory(source.path) else source.path
+            own = read_summary(Path(source.path).expanduser()) if is_directory(source.path) else None
+            ids[f"rewards.{name}"] = own["id"] if own else source.path
+        elif source.function and (file := function_file(source.function)):
+            ids[f"rewards.{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]  # another function, another run
+    for parent in parents(cfg, stage):
         key, path = given[parent]
         if path:
             paths[parent.name] = str(model_directory(path).resolve()) if is_directory(path) else path

@@ -67,6 +67,11 @@ def last_token_score(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.gather(1, last[:, None])[:, 0]
 
 
+def without_eos(ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:
+    """A mask as DeepSpeed-Chat guesses it from ids, where EOS is the padding. Shapes (B, T)."""
+    return mask * (ids != eos_id)
+
+
 def model_inputs(hf: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """The arguments of a forward: positions count real tokens only, wherever the padding is."""
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -130,20 +135,20 @@ def load_tokenizer(path: str, style: Template = Template.hh) -> Any:
     return tokenizer
 
 
-def load_policy(path: str, tokenizer: Any, precision: Precision) -> Policy:
+def load_policy(path: str, tokenizer: Any, precision: Precision, dropout: float = 0.0) -> Policy:
     """A causal language model for training or as reference; random weights (of torch's current seed) for a built-in one."""
     from transformers import AutoModelForCausalLM
 
-    return Policy(_load(AutoModelForCausalLM, path, tokenizer, precision))
+    return Policy(_load(AutoModelForCausalLM, path, tokenizer, precision, dropout))
 
 
-def load_scorer(path: str, tokenizer: Any, precision: Precision, zero_head: bool = False) -> Scorer:
+def load_scorer(path: str, tokenizer: Any, precision: Precision, zero_head: bool = False, dropout: float = 0.0) -> Scorer:
     """A one-label sequence-classification model; from a base model its head is new: N(0, 1/sqrt(d + 1)) (Stiennon 2020), or zero."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     where = location(path)
     new_head = "ForSequenceClassification" not in str(AutoConfig.from_pretrained(where).architectures)
-    hf = _load(AutoModelForSequenceClassification, path, tokenizer, precision, num_labels=1)
+    hf = _load(AutoModelForSequenceClassification, path, tokenizer, precision, dropout, num_labels=1)
     if new_head or zero_head:
         random = torch.Generator().manual_seed(torch.initial_seed())  # not what loading has left of torch's own stream
         with whole([hf.score.weight], modify=True):
@@ -153,13 +158,15 @@ def load_scorer(path: str, tokenizer: Any, precision: Precision, zero_head: bool
     return Scorer(hf)
 
 
-def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, **options: Any) -> Any:
+def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, dropout: float, **options: Any) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location(path), trust_remote_code=False, **options)
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):  # dropout, attn_pdrop, layerdrop, hidden_dropout, ...
             setattr(config, key, 0.0)  # the log-probabilities of an update must be those of the rollout
+        if dropout and key in ("dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):  # of the residual stream
+            setattr(config, key, dropout)
     if path.startswith(BUILTIN):
         with loading_whole():  # so that its random weights do not depend on the number of processes
             hf = auto_class.from_config(config, dtype=DTYPES[precision])

@@ -11,8 +11,9 @@
 | r(x, y) | score of the whole answer, normalised units          | `score` (B,)                       |
 | beta    | weight of the KL penalty                             | `kl_coef`                          |
 
-No function here sees a prompt: everything is sliced to the response where it is made (rlhf/rollout.py). Losses are sums, not
-means: the caller divides by the count of the whole optimizer step, so neither micro-batches nor processes change the result.
+No function here sees a prompt: everything is sliced to the response where it is made (rlhf/rollout.py). Losses are given per token
+and not averaged: `token_weights` says what each token counts in the whole optimizer step, so neither micro-batches nor processes
+change the result. Times are optimizer steps (PPO: rollouts), log-probabilities nats.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rlhf.config import KlEstimator, LossOver, Optim, Schedule
 
 
 def token_logp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,24 +47,45 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen.float() - rejected.float()).sum()
 
 
-def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Per-token estimate of KL(pi || ref) that is unbiased and never negative: exp(-d) - 1 + d with d = log pi - log ref
-    (Schulman 2020, "Approximating KL divergence"). Shapes (B, R); nats."""
+def pairwise_loss_per_token(chosen: Tensor, rejected: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """DeepSpeed-Chat's loss of the reward model (dschat/utils/model/reward_model.py), for comparison: the sum over pairs of the mean
+    over positions starts <= t < ends of -log sigmoid(r_chosen,t - r_rejected,t).
+
+    Args: chosen, rejected (B, T) scores at all tokens of the right-padded rows.  starts, ends (B,): the first position where the two
+        differ, and behind the last token of the longer one; a pair that does not differ has its last position.
+    Returns: scalar, float32.
+    """
+    place = torch.arange(chosen.shape[1], device=chosen.device)
+    compared = ((place >= starts[:, None]) & (place < ends[:, None])).float()
+    losses = -F.logsigmoid(chosen.float() - rejected.float()) * compared
+    return (losses.sum(1) / compared.sum(1)).sum()
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tensor:
+    """Per-token estimate of KL(pi || ref) from tokens that pi sampled, with d = log pi - log ref (Schulman 2020, "Approximating KL
+    divergence", joschu.net/blog/kl-approx.html):
+
+    k1 = d           unbiased, of both signs
+    k2 = d^2 / 2     biased, never negative; as a loss its gradient is that of the KL, in expectation under pi
+    k3 = e^-d - 1 + d  unbiased, never negative; as a loss its gradient is that of KL(ref || pi) instead
+
+    As a loss k1 has gradient zero in expectation, and is refused in the configuration. Shapes (B, R); nats.
+    """
     d = logp - ref_logp
-    return torch.exp(-d) - 1 + d
+    if estimator == KlEstimator.k1:
+        return d
+    return 0.5 * d**2 if estimator == KlEstimator.k2 else torch.exp(-d) - 1 + d
 
 
-def token_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Reward of each response token: -beta * (log pi - log ref), and the score on the last one (Ziegler 2019,
-    arXiv:1909.08593, eq. 2; k1 estimator, with the log-probabilities of the policy that sampled).
+def token_rewards(score: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
+    """Reward of each response token: minus its penalty, and the score on the last one (Ziegler 2019, arXiv:1909.08593, eq. 2).
 
-    Args: score (B,), logp, ref_logp, mask (B, R), kl_coef in score units per nat.
+    Args: score (B,).  penalty (B, R), score units: beta times an estimate of the KL of the policy that sampled.  mask (B, R).
     Returns: (B, R), zero outside the mask. A row without any response token gets no reward.
     """
-    rewards = -kl_coef * (logp - ref_logp) * mask
     length = mask.sum(1).long()
     last = torch.zeros_like(mask).scatter_(1, (length - 1).clamp(min=0)[:, None], 1.0) * mask
-    return rewards + score[:, None] * last
+    return score[:, None] * last - penalty * mask
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -88,28 +112,55 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over the masked tokens of the whole batch; biased variance, as
-    OpenAI's 2019 code (tf.nn.moments). Shapes (B, R); zero outside the mask."""
+    OpenAI's 2019 code (tf.nn.moments). Shapes (B, R); zero outside the mask.
+
+    Args: shift_mean: False leaves the mean where it is, as for rewards, whose mean matters (N+ policy detail 9).
+    """
     mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return (white if shift_mean else white + mean) * mask
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate objective, negated (Schulman 2017, arXiv:1707.06347, eq. 7), summed over response tokens.
+def token_weights(mask: Tensor, over: LossOver, tokens: float, sequences: int, longest: int) -> Tensor:
+    """What each token counts in a loss, so that the sum of weight x loss over all micro-batches and processes is
 
-    Args: logp (with gradient), old_logp, advantages, mask (B, R).  clip: epsilon.
-    Returns: the sum, and sums over tokens for the log: `clipfrac` (tokens whose clipped term is the active one), `approxkl`
-        (0.5 (log pi - log pi_old)^2), `ratio`, `ratio_sq`; `ratio_max` is a maximum.
+    token     the mean over all tokens (DAPO, arXiv:2503.14476, section 3.3)
+    sequence  the mean over answers of the means over their tokens (GRPO, arXiv:2402.03300, eq. 3)
+    constant  the sum over all tokens / (answers x longest), so that no length is favoured (Dr. GRPO, arXiv:2503.20783)
+
+    Args: mask (B, R) of some of the answers.  tokens, sequences: of the whole optimizer step, over all processes.  longest: tokens
+        that an answer may have.
+    Returns: (B, R), zero outside the mask.
+    """
+    if over == LossOver.token:
+        return mask / max(tokens, 1.0)
+    if over == LossOver.constant:
+        return mask / (sequences * longest)
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences
+
+
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate objective, negated (Schulman 2017, arXiv:1707.06347, eq. 7); with a higher upper clip as in DAPO.
+
+    Args: logp (with gradient), old_logp, advantages, mask (B, R).  clip_low, clip_high: the ratio counts from 1 - clip_low to
+        1 + clip_high.
+    Returns: the loss of each token (B, R), zero outside the mask; and sums over tokens for the log: `clipfrac_low`, `clipfrac_high`
+        (tokens whose clipped term is the active one, by the side), `approxkl` (0.5 (log pi - log pi_old)^2), `ratio`, `ratio_sq`;
+        `ratio_max` is a maximum.
     """
     log_ratio = (logp - old_logp) * mask
     ratio = log_ratio.clamp(-20, 20).exp()  # beyond e^20 the clip decides anyway; keeps float32 finite
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = (torch.maximum(unclipped, clipped) * mask).sum()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(unclipped, clipped) * mask
     with torch.no_grad():
+        active = (clipped > unclipped) * mask
         sums = {
-            "clipfrac": ((clipped > unclipped) * mask).sum(),
+            "clipfrac_low": (active * (ratio < 1)).sum(),
+            "clipfrac_high": (active * (ratio > 1)).sum(),
             "approxkl": 0.5 * (log_ratio**2).sum(),
             "ratio": (ratio * mask).sum(),
             "ratio_sq": (ratio**2 * mask).sum(),
@@ -118,17 +169,26 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
     return loss, sums
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Clipped value loss, 0.5 max((V - G)^2, (clip(V, V_old +- eps) - G)^2), summed over response tokens
-    (OpenAI baselines ppo2; Stiennon 2020, arXiv:2009.01325). Never negative.
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Clipped value loss of each token, 0.5 max((V - G)^2, (clip(V, V_old +- eps) - G)^2) (OpenAI baselines ppo2; Stiennon 2020,
+    arXiv:2009.01325). Never negative.
 
-    Args: values (with gradient), old_values, returns, mask (B, R).  clip: in units of the normalised score.
-    Returns: the sum, and the number of tokens whose clipped term is the active one.
+    Args: values (with gradient), old_values, returns, mask (B, R).  clip: score units; None: 0.5 (V - G)^2.
+    Returns: the loss (B, R), zero outside the mask, and the number of tokens whose clipped term is the active one.
     """
+    error = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * error * mask, mask.new_zeros(())
     clipped = values.clamp(old_values - clip, old_values + clip)  # exactly V where the clip does not act
-    plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
-    loss = 0.5 * (torch.maximum(plain_error, clipped_error) * mask).sum()
-    return loss, ((clipped_error > plain_error) * mask).sum().detach()
+    clipped_error = (clipped - returns) ** 2
+    return 0.5 * torch.maximum(error, clipped_error) * mask, ((clipped_error > error) * mask).sum().detach()
+
+
+def repetition(ids: list[int], n: int = 3) -> float:
+    """Share of an answer's n-grams that stood in it before: 0 where all differ, near 1 for a loop (Welleck 2020, arXiv:1908.04319,
+    seq-rep-n). 0 for fewer than n tokens."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
@@ -139,14 +199,14 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return float(1 - residual / total) if float(total) > 0 else math.nan
 
 
-def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, schedule: str, final: float) -> float:
-    """Learning rate of optimizer step `step` (0-based) of `total`: linear warm-up, then constant, linear or cosine decay to
-    `final` * peak, which the last step has."""
-    warmup = math.ceil(warmup_ratio * total)
+def learning_rate(step: int, total: int, optim: Optim) -> float:
+    """Learning rate of optimizer step `step` (0-based) of `total` (PPO: of a rollout): linear warm-up, then constant, linear or
+    cosine decay to `final_lr` * lr, which the last step has."""
+    warmup = math.ceil(optim.warmup_ratio * total) if optim.warmup_steps is None else optim.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return optim.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
-    if schedule == "constant":
-        return peak
-    decay = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * (final + (1 - final) * decay)
+    if optim.schedule == Schedule.constant:
+        return optim.lr
+    decay = 1 - progress if optim.schedule == Schedule.linear else 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return optim.lr * (optim.final_lr + (1 - optim.final_lr) * decay)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import config, layout
+from rlhf import checks, config, layout
 from rlhf.config import Arch, Config, Device, Lora, Precision, Stage
 from rlhf.ds import BYTES
 
@@ -402,7 +402,7 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
 
     def fits(overrides: dict[str, Any]) -> bool:
         other = changed(overrides)
-        return not config.check(other) and make_plan(other, stage).fits
+        return not checks.check(other) and make_plan(other, stage).fits
 
     sets = [chosen for n in (1, 2, 3, 4) for chosen in itertools.combinations(range(len(changes)), n)]
     found: list[tuple[int, ...]] = []

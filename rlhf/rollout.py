@@ -12,11 +12,21 @@ from torch import Tensor
 
 from rlhf import comm
 from rlhf.data import template
-from rlhf.data.batches import chunks, pad_left, pad_right, uniforms
+from rlhf.data.batches import chunks, pad_left, uniforms
 from rlhf.data.records import Dataset, Turn
 from rlhf.engines import autocast, whole
-from rlhf.models import last_token_score, model_inputs
-from rlhf.objectives import token_logp
+from rlhf.models import model_inputs, without_eos
+from rlhf.objectives import repetition, token_logp
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. Only the first is for training: the others change the distribution that the log-probabilities are of."""
+
+    temperature: float = 1.0  # divides the logits, > 0
+    top_p: float = 1.0  # from the likeliest tokens that together have this probability
+    top_k: int = 0  # from so many of the likeliest; 0 = all
+    greedy: bool = False  # the likeliest
 
 
 @dataclass
@@ -27,10 +37,12 @@ class Experience:
     prompt_mask: Tensor  # (B, P) 1 on real tokens
     response_ids: Tensor  # (B, R)
     mask: Tensor  # (B, R) 1 on response tokens up to and including EOS
+    learnt: Tensor  # (B, R) where losses count: `mask`, and with DeepSpeed-Chat's masks not the EOS
+    sampler_logp: Tensor  # (B, R) log pi as the sampling loop saw it
     old_logp: Tensor  # (B, R) log pi of the policy that sampled, temperature applied
     ref_logp: Tensor  # (B, R) log pi of the reference
     old_values: Tensor  # (B, R) V(s_t) before token t
-    score: Tensor  # (B,) reward model's score of the whole answer, normalised units
+    scores: Tensor  # (B, sources) of each source for the whole answer
     ended: Tensor  # (B,) 1 where the answer ends with EOS
 
     def rows(self, index: Sequence[int]) -> Experience:
@@ -39,7 +51,7 @@ class Experience:
         p, r = int(picked.prompt_mask.sum(1).max()), max(1, int(picked.mask.sum(1).max()))
         for name in ("prompt_ids", "prompt_mask"):
             setattr(picked, name, getattr(picked, name)[:, -p:])
-        for name in ("response_ids", "mask", "old_logp", "ref_logp", "old_values"):
+        for name in ("response_ids", "mask", "learnt", "sampler_logp", "old_logp", "ref_logp", "old_values"):
             setattr(picked, name, getattr(picked, name)[:, :r])
         return picked
 
@@ -58,23 +70,23 @@ class Experience:
 
 @torch.no_grad()
 def sample(
-    hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, eos_id: int, temperature: float, synced: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Sample answers from the full distribution (no top-k, no top-p), by inverting its cumulative sum at given random numbers.
+    hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, eos_id: int, sampling: Sampling, synced: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample answers, by inverting the cumulative sum of the distribution at given random numbers.
 
     Args:
         hf: causal language model.  prompt_ids, prompt_mask (B, P), left-padded.
         draws: (B, R) uniform in [0, 1), one per token that may be sampled.
-        temperature: divides the logits, > 0.
         synced: every process takes as many forwards as the slowest: DeepSpeed talks to all of them in a forward of ZeRO-3, where
             weights are fetched, and where it compares its notes even if nothing is to be fetched.
-    Returns: response ids (B, R) and mask (B, R), float, 1 up to and including EOS. Ids behind EOS are EOS and masked.
+    Returns: response ids (B, R); mask (B, R), float, 1 up to and including EOS; and the log-probabilities (B, R) of the sampled
+        tokens under the full distribution at this temperature. Ids behind EOS are EOS and masked.
     """
     from transformers import DynamicCache
 
     n, width = draws.shape
     ids = torch.full((n, width), eos_id, device=prompt_ids.device)
-    mask = torch.zeros((n, width), device=prompt_ids.device)
+    mask, logp = (torch.zeros((n, width), device=prompt_ids.device) for _ in range(2))
     alive = torch.arange(n, device=prompt_ids.device)
     draws = draws.to(prompt_ids.device)
     cache = DynamicCache(config=hf.config)
@@ -83,11 +95,11 @@ def sample(
     for t in range(width):
         inputs = {key: x[:, -step_ids.shape[1] :] for key, x in model_inputs(hf, attention, attention).items() if key == "position_ids"}
         out = hf(input_ids=step_ids, attention_mask=attention, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
-        cumulative = (out.logits[:, -1].double() / temperature).softmax(-1).cumsum(-1)
-        target = draws[alive, t : t + 1] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
+        probabilities = (out.logits[:, -1].double() / sampling.temperature).softmax(-1)
+        token = choose(probabilities, draws[alive, t : t + 1], sampling)
         if not done:
             ids[alive, t], mask[alive, t] = token[:, 0], 1.0
+            logp[alive, t] = probabilities.gather(1, token)[:, 0].log().float()
         going = (token[:, 0] != eos_id) & (not done)
         done = not going.any()
         if comm.all_max(float(not done), token.device) == 0 if synced else done:
@@ -97,7 +109,23 @@ def sample(
             alive, token, attention = alive[keep], token[keep], attention[keep]
             cache.batch_select_indices(keep)
         step_ids, attention = token, torch.cat([attention, attention.new_ones(len(token), 1)], 1)
-    return ids, mask
+    return ids, mask, logp
+
+
+def choose(probabilities: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """One token (B, 1) from each row of probabilities (B, V), by a number in [0, 1) each, draws (B, 1)."""
+    last: Any = probabilities.shape[1] - 1  # which rounding must not lead past
+    if sampling.greedy:
+        return probabilities.argmax(-1, keepdim=True)
+    if sampling.top_k or sampling.top_p < 1:
+        falling, order = probabilities.sort(descending=True, stable=True)
+        kept = falling.cumsum(-1) - falling < sampling.top_p * falling.sum(-1, keepdim=True)  # the one that reaches top_p is in
+        if sampling.top_k:
+            kept &= torch.arange(kept.shape[1], device=kept.device) < sampling.top_k
+        probabilities = torch.zeros_like(probabilities).scatter(1, order, falling * kept)
+        last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)
+    cumulative = probabilities.cumsum(-1)
+    return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=last)
 
 
 @torch.no_grad()
@@ -114,110 +142,112 @@ def values_before(scores: Tensor, r: int) -> Tensor:
 
 def make_experience(
     prompts: Sequence[Sequence[int]],
+    asked: Sequence[list[Turn]],
     draws: Tensor,
-    temperature: float,
+    sampling: Sampling,
     micro_batch: int,
     tokenizer: Any,
     actor: Any,
     ref: Any = None,
-    reward: Any = None,
+    rewards: Callable[[Experience, Sequence[list[Turn]]], Tensor] | None = None,
     critic: Any = None,
     gather: bool = True,
-    for_reward: Callable[[int, str, bool], list[int]] | None = None,
+    masks_from_ids: bool = False,
+    train_mode: bool = False,
 ) -> Experience:
-    """Sample an answer to each prompt, and score the answers with whatever engines are given; what has none stays zero.
+    """Sample an answer to each prompt, and measure the answers with whatever is given; what is not given stays zero.
 
     Args:
+        prompts, asked: token ids and turns of each prompt.  draws (B, R): random numbers of each answer.
+        rewards: from some rows and their prompts to scores (rows, sources): rlhf.rewards.Rewards.
         gather: where ZeRO-3 partitions the actor's weights, hold all of them while sampling; else they are fetched for every token.
-        for_reward: from the number of a prompt, its answer and whether that ended, the token ids that a reward model with another
-            tokenizer reads; None where policy and reward model share one.
+        masks_from_ids, train_mode: as DeepSpeed-Chat (config.DsChat): EOS counts as padding once the answers are sampled; dropout is on
+            while log-probabilities and values are measured.
 
-    Every process gets all prompts and all `draws` (B, R), works on its part of the rows, and returns the experience of all of
-    them in the order of `prompts`: what follows does not depend on the number of processes.
+    Every process gets all prompts and all `draws`, works on its part of the rows, and returns the experience of all of them in the
+    order of `prompts`: what follows does not depend on the number of processes.
     """
     rank, world = comm.rank(), comm.world_size()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     order += order[:1] * (-len(order) % world)  # every process has the same number of rows; copies are dropped below
     mine = order[rank::world]
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     parts = []
     synced = any(hasattr(p, "ds_id") for p in actor.module.parameters())
     with whole(actor.module.parameters() if gather else []), autocast(actor):
         for chunk in chunks(mine, micro_batch):
-            ids, mask = pad_left([prompts[i] for i in chunk], tokenizer.pad_token_id, actor.device)
-            response, response_mask = sample(actor.module.hf, ids, mask, draws[chunk], tokenizer.eos_token_id, temperature, synced)
-            ended = ((response == tokenizer.eos_token_id) * response_mask).amax(1)
+            ids, mask = pad_left([prompts[i] for i in chunk], pad_id, actor.device)
+            response, response_mask, logp = sample(actor.module.hf, ids, mask, draws[chunk], eos_id, sampling, synced)
+            ended = ((response == eos_id) * response_mask).amax(1)
+            learnt = response_mask
+            if masks_from_ids:
+                mask, learnt = without_eos(ids, mask, eos_id), without_eos(response, response_mask, eos_id)
             pad = max(map(len, prompts)) - ids.shape[1]
-            ids, mask = F.pad(ids, (pad, 0), value=tokenizer.pad_token_id), F.pad(mask, (pad, 0))
-            zeros = torch.zeros_like(response_mask)
-            parts.append(Experience(ids, mask, response, response_mask, zeros, zeros, zeros, zeros[:, 0], ended))
+            ids, mask = F.pad(ids, (pad, 0), value=pad_id), F.pad(mask, (pad, 0))
+            old_logp, ref_logp, old_values = (torch.zeros_like(logp) for _ in range(3))
+            none = logp.new_zeros(len(chunk), 0)
+            parts.append(Experience(ids, mask, response, response_mask, learnt, logp, old_logp, ref_logp, old_values, none, ended))
     experience = Experience(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Experience)))
 
+    scores: list[tuple[Sequence[int], Tensor]] = []
     for chunk in chunks(experience.full_mask.sum(1).argsort(stable=True).tolist(), micro_batch):
         part = experience.rows(chunk)
         n = part.mask.shape[1]
-        experience.old_logp[chunk, :n] = response_logp(actor, part, temperature)
-        if ref is not None:
-            experience.ref_logp[chunk, :n] = response_logp(ref, part, temperature)
         with torch.no_grad():
-            if reward is not None and for_reward is not None:
-                texts = [for_reward(mine[row], experience.text(row, tokenizer), bool(experience.ended[row])) for row in chunk]
-                ids, mask = pad_right(texts, 0, reward.device)  # any id will do behind a mask; the actor's may not exist here
-                experience.score[chunk] = last_token_score(reward(ids, mask), mask)
-            elif reward is not None:
-                experience.score[chunk] = last_token_score(reward(part.ids, part.full_mask), part.full_mask)
+            for engine in (actor, critic) if train_mode else ():
+                engine.train()
+            experience.old_logp[chunk, :n] = response_logp(actor, part, sampling.temperature)
             if critic is not None:
                 experience.old_values[chunk, :n] = values_before(critic(part.ids, part.full_mask), n) * part.mask
+            for engine in (actor, critic) if train_mode else ():
+                engine.eval()
+            if ref is not None:
+                experience.ref_logp[chunk, :n] = response_logp(ref, part, sampling.temperature)
+            if rewards is not None:
+                scores.append((chunk, rewards(part, [asked[mine[row]] for row in chunk])))
+    if scores:
+        experience.scores = torch.cat([s for _, s in scores])[torch.tensor([row for chunk, _ in scores for row in chunk]).argsort()]
 
     experience = Experience(*(comm.all_rows(getattr(experience, f.name)) for f in fields(Experience)))
     place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
     return experience.rows([place[i] for i in range(len(prompts))])
 
 
-def reads_text(reward: Any, tokenizer: Any, prompts: Sequence[list[Turn]]) -> Callable[[int, str, bool], list[int]]:
-    """make_experience's `for_reward`, for a reward model with a tokenizer of its own: prompt and answer in its own template. What
-    is too long for it loses its beginning."""
-    context = getattr(reward.module.hf.config, "max_position_embeddings", None) or 10**9
-
-    def ids_of(prompt: int, answer: str, ended: bool) -> list[int]:
-        ids = template.encode_prompts(tokenizer, [prompts[prompt]], 10**9)[0] or []
-        return (ids + template.encode_response(tokenizer, answer, ended))[-context:]
-
-    return ids_of
-
-
 def evaluate_policy(
     data: Dataset,
     max_prompt_tokens: int,
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     micro_batch: int,
     tokenizer: Any,
     actor: Any,
     ref: Any = None,
-    reward: Any = None,
+    rewards: Any = None,
     gather: bool = True,
-    reward_tokenizer: Any = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample one answer to each held-out prompt, with a fixed random stream per prompt, and measure.
 
-    Args: reward_tokenizer: of a reward model that has another one than the actor.  gather: see make_experience.
-    Returns: means over the answers, `eos_rate`, `length` (tokens), and where they are known `gold`, `gold_best`, `score`
-        (normalised units), `kl` (nats per sequence, the sum over tokens of log pi - log ref); and one row per answer for the tables.
+    Args: rewards: a rlhf.rewards.Rewards.  gather: see make_experience.
+    Returns: means over the answers, `eos_rate`, `length` (tokens), `repetition` (objectives.repetition), and where they are known
+        `gold`, `gold_best`, `score` (weighted sum), `score/NAME` of each of several sources, `kl` (nats per answer, the sum over
+        tokens of log pi - log ref); and one row per answer for the tables.
     """
     encoded = template.encode_prompts(tokenizer, data.eval_prompts, max_prompt_tokens)
     kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
+    asked, prompts = [turns for turns, _ in kept], [ids for _, ids in kept]
     draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    for_reward = reads_text(reward, reward_tokenizer, [turns for turns, _ in kept]) if reward_tokenizer else None
-    e = make_experience(
-        [ids for _, ids in kept], draws, temperature, micro_batch, tokenizer, actor, ref, reward, gather=gather, for_reward=for_reward
-    )
+    e = make_experience(prompts, asked, draws, sampling, micro_batch, tokenizer, actor, ref, rewards, gather=gather)
     kl = (e.old_logp - e.ref_logp).sum(1)
     rows: list[dict[str, Any]] = []
-    for i, (turns, _) in enumerate(kept):
+    for i, turns in enumerate(asked):
         answer = e.text(i, tokenizer)
+        tokens = e.response_ids[i][e.mask[i] > 0].tolist()
         row: dict[str, Any] = {"prompt": turns[-1].text, "completion": answer}
-        row |= {"length": int(e.mask[i].sum()), "eos_rate": float(e.ended[i])}
-        row |= {"score": float(e.score[i])} if reward is not None else {}
+        row |= {"length": len(tokens), "eos_rate": float(e.ended[i]), "repetition": repetition(tokens)}
+        if rewards is not None:
+            row["score"] = float(e.scores[i].cpu() @ rewards.weights)
+            if len(rewards.sources) > 1:
+                row |= {f"score/{name}": float(score) for name, score in zip(rewards.names, e.scores[i])}
         row |= {"kl": float(kl[i])} if ref is not None else {}
         row |= {"gold": data.gold(turns, answer)} if data.gold else {}
         row |= {"gold_best": data.best_gold(turns)} if data.best_gold else {}

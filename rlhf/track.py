@@ -75,6 +75,21 @@ class Tracker:
             table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows[:32]])
             self.wandb.log({"step": step, "completions": table})
 
+    def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append answers of a rollout, token by token, to rollouts.jsonl; pandas.read_json(..., lines=True) reads it."""
+        if not self.main or not rows:
+            return
+        with open(self.run_dir / "rollouts.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+
+    def alert(self, title: str, text: str) -> None:
+        """Warn, on the console and as a W&B alert."""
+        if not self.main:
+            return
+        log.warning(f"{title}: {text}")
+        if self.wandb:
+            self.wandb.alert(title=title, text=text, level="WARN")
+
     def close(self, summary: dict[str, Any]) -> None:
         """End the run; `summary` holds its final metrics."""
         if not self.main:

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlhf import config, layout
+from rlhf import checks, config, layout
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "stage", "model"))
@@ -31,7 +31,7 @@ def test_every_option_composes_with_every_stage(group: str, option: str) -> None
     path = ["data.sources.mine.path=mine.jsonl"] if option == "jsonl" else []
     for stage in STAGES:
         cfg = composed(f"stage={stage}", f"{group}={option}", *path)
-        assert config.check(cfg) == []
+        assert checks.check(cfg) == []
         assert cfg.stage.name == stage
 
 
@@ -157,15 +157,15 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
     ],
 )
 def test_bad_values_are_named_with_numbers_and_fix(overrides: list[str], expected: str) -> None:
-    assert any(expected in problem for problem in config.check(composed(*overrides))), config.check(composed(*overrides))
+    assert any(expected in problem for problem in checks.check(composed(*overrides))), checks.check(composed(*overrides))
 
 
 def test_all_problems_at_once() -> None:
-    assert len(config.check(composed("sft.lr=0", "ppo.lam=2", "deploy.gpus=3"))) >= 3
+    assert len(checks.check(composed("sft.lr=0", "ppo.lam=2", "deploy.gpus=3"))) >= 3
 
 
 def test_only_chosen_stages_are_checked_for_divisibility() -> None:
-    assert config.check(composed("stage=sft", "ppo.batch_size=7")) == []
+    assert checks.check(composed("stage=sft", "ppo.batch_size=7")) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------- naming

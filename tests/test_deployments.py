@@ -16,7 +16,7 @@ from conftest import REPO, metrics
 from safetensors.torch import load_file
 from test_config import composed
 
-from rlhf import config, layout
+from rlhf import checks, config, layout
 
 FIVE_STEPS = [
     "data.sandbox.demonstrations=96",
@@ -74,7 +74,7 @@ def prepare(root: Path, name: str, stage: str, inputs: dict[str, str], overrides
     for key, value in deploy.items():
         target = cfg.deploy.offload if key in ("optimizer", "parameters", "frozen") else cfg.deploy
         setattr(target, key, value)
-    assert config.check(cfg) == []
+    assert checks.check(cfg) == []
     run = root / f"{name}-{stage}"
     run.mkdir()
     config.save(layout.config_of_stage(cfg, config.Stage[stage], inputs), run / "config.yaml")

@@ -14,7 +14,7 @@ from test_config import composed
 from rlhf.ds import build_ds_config
 
 PINNED = Path(__file__).with_name("ds_configs.txt")
-ROLES = {"sft": ["actor"], "rm": ["reward_trained"], "ppo": ["actor", "critic", "ref", "reward", "ema"]}
+ROLES = {"sft": ["actor"], "rm": ["reward_trained"], "ppo": ["actor", "critic", "ref", "reward"]}
 CASES: list[tuple[str, int, list[str]]] = [
     *((f"actor=opt1.3b deploy={deploy}", world, ["sft", "rm", "ppo"]) for deploy, world in (("single_gpu", 1), ("single_node", 8))),
     ("actor=opt66b deploy=multi_node deploy.nodes=8", 64, ["sft", "rm", "ppo"]),

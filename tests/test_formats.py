@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_config import composed
 
-from rlhf import config
+from rlhf import checks
 from rlhf.config import Format, Source
 from rlhf.data import formats
 from rlhf.data.formats import Skip, check_columns, detect_format, field, read_row, read_text
@@ -298,7 +298,7 @@ def test_no_set_of_the_configuration_is_left_untested() -> None:
 @pytest.mark.parametrize("name", DATA)
 def test_every_data_file_composes(name: str) -> None:
     cfg = composed(f"data={name}", *(["data.sources.mine.path=x.jsonl"] if name == "jsonl" else []))
-    assert config.check(cfg) == []
+    assert checks.check(cfg) == []
     assert all(one.path for one in cfg.data.sources.values())
 
 

@@ -15,7 +15,7 @@ from families import FAMILIES, save_base
 from test_config import CONF, composed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import config, engines, lora, models, plan
+from rlhf import checks, config, engines, lora, models, plan
 from rlhf.config import Arch, Lora, Stage
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "tiny")
@@ -280,4 +280,4 @@ def test_a_local_file_is_counted(tmp_path: Path) -> None:
     assert plan.rows_of(cfg, Stage.sft) is None
     p = plan.make_plan(cfg, Stage.sft)
     assert p.steps is None and "known when the data are read" in plan.short(p)
-    assert config.check(cfg) == []
+    assert checks.check(cfg) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_config import CONF, STAGES, composed
 
-from rlhf import config
+from rlhf import checks, config
 
 ACTORS = sorted(path.stem for path in (CONF / "actor").glob("*.yaml"))
 REWARDS = sorted(path.stem for path in (CONF / "reward").glob("*.yaml"))
@@ -33,20 +33,20 @@ def pairs(models: list[str]) -> list:
 @pytest.mark.parametrize("actor, deploy", pairs(ACTORS))
 def test_every_actor_composes_on_every_deployment(actor: str, deploy: str) -> None:
     cfg = composed(f"actor={actor}", f"deploy={deploy}")
-    assert config.check(cfg) == []
+    assert checks.check(cfg) == []
     assert cfg.actor.name == actor and cfg.reward.name in REWARDS
 
 
 @pytest.mark.parametrize("reward, deploy", pairs(REWARDS))
 def test_every_reward_model_composes_on_every_deployment(reward: str, deploy: str) -> None:
     cfg = composed("stage=rm", f"reward={reward}", f"deploy={deploy}")
-    assert config.check(cfg) == [] and cfg.reward.name == reward
+    assert checks.check(cfg) == [] and cfg.reward.name == reward
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_stage_only_chooses_what_runs(stage: str) -> None:
     cfg, other = (composed(f"stage={s}", "actor=opt1.3b", "deploy=single_node") for s in ("pipeline", stage))
-    assert config.check(other) == []
+    assert checks.check(other) == []
     other.stage = cfg.stage
     assert other == cfg
 
@@ -77,7 +77,7 @@ def test_recipes_have_the_values_of_deepspeed_chats_scripts(actor: str, deploy: 
     assert (cfg.sft.batch_size, cfg.sft.lr, cfg.sft.weight_decay, cfg.sft.epochs) == sft
     assert (cfg.ppo.batch_size // cfg.ppo.minibatches, cfg.ppo.lr, cfg.ppo.weight_decay) == ppo
     assert (cfg.deploy.zero_stage, cfg.actor.lora.rank, cfg.deploy.activation_checkpointing) == placed
-    assert cfg.ppo.critic_lr == 5e-6 and cfg.sft.schedule == cfg.ppo.schedule == config.Schedule.cosine
+    assert cfg.ppo.critic_optim.lr == 5e-6 and cfg.sft.schedule == cfg.ppo.schedule == config.Schedule.cosine
 
 
 @pytest.mark.parametrize("reward, deploy", REWARD_SCRIPTS, ids=lambda x: x)

@@ -138,6 +138,29 @@ def prompts(tokenizer: Any, table: Any, max_prompt: int, workers: int | None = N
     return Rows(done, lambda row: ([Turn(**turn) for turn in row["turns"]], row["prompt"]))
 
 
+def texts(tokenizer: Any, table: Any, max_tokens: int, workers: int | None = None) -> Rows[tuple[list[int], list[int]]]:
+    """Token ids of plain texts, at most `max_tokens` of each, as (first token, the rest): a text predicts all but its first. Texts of
+    one token are left out."""
+    import datasets
+
+    ids, integer = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+    features = {"ids": ids, "kept": datasets.Value("bool"), "cut": datasets.Value("bool"), "length": integer}
+    key = digest(table._fingerprint, template.content(tokenizer), str(("text", max_tokens)), Path(__file__).read_text())
+    arguments = {"tokenizer": tokenizer, "max_tokens": max_tokens}
+    done = mapped(table, encode_texts, key, "tokenising", workers, arguments, datasets.Features(features))
+    return Rows(done, lambda row: (row["ids"][:1], row["ids"][1:]))
+
+
+def encode_texts(batch: dict[str, list[Any]], tokenizer: Any, max_tokens: int) -> dict[str, list[Any]]:
+    ids = tokenizer(batch["text"], add_special_tokens=False).input_ids
+    return {
+        "ids": [row[:max_tokens] for row in ids],
+        "kept": [len(row) > 1 for row in ids],
+        "cut": [len(row) > max_tokens for row in ids],
+        "length": [min(len(row), max_tokens) for row in ids],
+    }
+
+
 def encoded(tokenizer: Any, table: Any, columns: list[str], max_prompt: int, max_response: int, workers: int | None) -> Any:
     """A table with the token ids of the prompts and of some columns (`turns`: the prompts as they are, too)."""
     import datasets

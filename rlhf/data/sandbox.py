@@ -176,6 +176,11 @@ def gold_reward(prompt: str, answer: str) -> float:
     return sum(factors(prompt, answer).values())
 
 
+def gold(turns: list[Turn], answer: str) -> float:
+    """The gold reward as a source of PPO's score: '+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}}'."""
+    return gold_reward(turns[-1].text, answer)
+
+
 def best_gold(prompt: str) -> float:
     """The gold reward of the best possible answer to `prompt`: 2 for length, 1.5 if there is a wish about tone, 0.25 for the name."""
     request = request_of(prompt)
@@ -305,6 +310,6 @@ def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> Dataset:
         eval_rm=label(held_out_rows, rng_eval),
         eval_probe=[probe(prompt, rng_eval) for prompt in held_out],
         eval_prompts=[[Turn("user", prompt)] for prompt in held_out],
-        gold=lambda turns, answer: gold_reward(turns[-1].text, answer),
+        gold=gold,
         best_gold=lambda turns: best_gold(turns[-1].text),
     )

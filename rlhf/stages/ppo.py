@@ -1,134 +1,195 @@
-"""PPO: prompts -> answers -> scores -> a better policy, kept near the SFT policy by a KL penalty.
+"""PPO: prompts -> answers -> scores -> a better policy, kept near the SFT policy by a KL penalty. docs/ppo.md explains every step.
 
-One rollout per step: sample answers, score them with the reward model, then `ppo.epochs` passes of `ppo.minibatches` optimizer
-steps for actor and critic. Every process holds the whole rollout's experience and trains on its rows of each minibatch, so
-minibatches, whitening and metrics do not depend on the number of processes.
+One rollout per step: sample answers, score them, then `ppo.epochs` passes of `ppo.minibatches` optimizer steps for actor and
+critic. Every process holds the whole rollout's experience and trains on its rows of each minibatch, so minibatches, whitening and
+metrics do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf import comm, config, plan
-from rlhf.config import Config
-from rlhf.data import load, template
+from rlhf.config import Config, KlEstimator, KlPlace
+from rlhf.controllers import KlCoefficient, MovingAverage, RunningScale
+from rlhf.data import load
 from rlhf.data.batches import global_batches, micro_batches, uniforms
 from rlhf.data.load import open_data
+from rlhf.data.records import Dataset, Turn
 from rlhf.engines import build_engine, optimizer_step
+from rlhf.guards import Guards, Watch
+from rlhf.likelihood import answer_sums
 from rlhf.lora import AdapterOff
 from rlhf.models import check_context, load_policy, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import (
     explained_variance,
     gae,
-    kl_k3,
+    kl_estimate,
     learning_rate,
     masked_mean,
     policy_loss,
     token_logp,
     token_rewards,
+    token_weights,
     value_loss,
     whiten,
 )
-from rlhf.rollout import Experience, evaluate_policy, make_experience, reads_text, values_before
+from rlhf.rewards import Rewards, build_rewards, load_functions
+from rlhf.rollout import Experience, Sampling, evaluate_policy, make_experience, values_before
 from rlhf.track import Tracker, log
+
+Texts = load.Rows[tuple[list[int], list[int]]]
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
-    """Train, evaluate before and after, save run_dir/model and run_dir/critic. Returns the final metrics."""
+    """Train, evaluate before, meanwhile and after; save run_dir/model, run_dir/critic and, where they are wanted, run_dir/model_ema
+    and run_dir/model_best. Returns the final metrics."""
     # ---- data
-    max_prompt, max_new = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
-    for model in (cfg.inputs["sft"], cfg.inputs["rm"]):
+    ppo, max_prompt, max_new = cfg.ppo, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    functions = load_functions(cfg)
+    for model in {cfg.inputs[name] for name in ("sft", "rm") if name in cfg.inputs}:
         check_context(model, max_prompt, max_new, "rollout.max_new_tokens")
     tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
     data = open_data(cfg, run_dir)
     prompts = load.prompts(tokenizer, data.ppo, max_prompt, cfg.data.workers)
+    texts = pretraining_texts(cfg, data, tokenizer) if ppo.ptx.coef else None
     log.info(f"PPO: {prompts} prompts, {len(data.eval_prompts)} held out")
-    steps = len(prompts) // cfg.ppo.batch_size * cfg.ppo.prompt_epochs
+    steps = len(prompts) // ppo.batch_size * ppo.prompt_epochs
     if not steps:
-        raise ValueError(f"ppo.batch_size={cfg.ppo.batch_size}: there are only {len(prompts)} prompts")
-    steps = min(steps, cfg.ppo.max_steps or steps)
+        raise ValueError(f"ppo.batch_size={ppo.batch_size}: there are only {len(prompts)} prompts")
+    steps = min(steps, ppo.max_steps or steps)
 
-    # ---- models: the policy and its frozen start, the reward model and the critic that starts from it
-    precision = cfg.deploy.precision
+    # ---- models: the policy and its frozen start, what scores answers, and the critic, which starts from the reward model
+    precision, dropout = cfg.deploy.precision, ppo.dschat.dropout
     cfg.actor.lora.dropout = cfg.reward.lora.dropout = 0.0  # the ratio of the first update must be 1
-    actor = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "actor", run_dir)
-    if config.adapter_only(cfg.actor):
+    actor = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision, dropout), cfg, "actor", run_dir)
+    if config.adapter_only(cfg.actor) and not dropout:
         log.info("reference: the actor with its adapter off, one model less in memory")
         ref: Any = AdapterOff(actor)
     else:
         ref = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
-    reward_tokenizer = load_tokenizer(cfg.inputs["rm"], cfg.data.template)
-    reward = build_engine(lambda: load_scorer(cfg.inputs["rm"], reward_tokenizer, precision), cfg, "reward", run_dir)
-    same_tokenizer = template.same_tokens(tokenizer, reward_tokenizer)
-    if not same_tokenizer:
-        log.info("the reward model has another tokenizer: it reads the answers as text, and the critic starts from the SFT policy")
-    trunk = cfg.inputs["rm" if same_tokenizer else "sft"]
-    critic = build_engine(lambda: load_scorer(trunk, tokenizer, precision, zero_head=not same_tokenizer), cfg, "critic", run_dir)
-    foreign = None if same_tokenizer else reward_tokenizer
+    rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
+    teacher = next((s for s in rewards.sources if s.engine and not s.tokenizer and not ppo.rewards[s.name].path), None)
+    if teacher is None:
+        log.info("critic: no reward model of this configuration shares the policy's tokenizer, so it starts from the SFT policy")
+
+    def load_critic() -> Any:
+        critic = load_scorer(cfg.inputs["rm" if teacher else "sft"], tokenizer, precision, zero_head=not teacher, dropout=dropout)
+        if teacher:  # values have the unit of the scores
+            unit = teacher.engine.module.hf.config
+            critic.hf.config.score_mean, critic.hf.config.score_std = unit.score_mean, unit.score_std
+        return critic
+
+    critic = build_engine(load_critic, cfg, "critic", run_dir)
     actor.eval(), critic.eval()
     gather = plan.gather_for_rollout(cfg)
+    guards = Guards(precision, ppo.dschat)
+    guards.check_models(actor=actor, critic=critic, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
+    ema = MovingAverage(actor, ppo.ema) if ppo.ema else None
+    beta, scale = KlCoefficient(ppo.kl, steps), RunningScale()
+    sampling = Sampling(cfg.rollout.temperature, greedy=ppo.dschat.greedy)
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
+    watch = Watch(tracker.alert)
+    best = -float("inf")
 
-    def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        micro_batch, temperature = cfg.deploy.eval_micro_batch, cfg.rollout.temperature
-        return evaluate_policy(data, max_prompt, max_new, temperature, micro_batch, tokenizer, actor, ref, reward, gather, foreign)
+    def evaluate(step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """On the held-out prompts; keeps the policy in model_best where it is the best so far."""
+        nonlocal best
+        e, micro_batch = ppo.evaluation, cfg.deploy.eval_micro_batch
+        how = Sampling(e.temperature, e.top_p, e.top_k)
+        found, rows = evaluate_policy(data, max_prompt, max_new, how, micro_batch, tokenizer, actor, ref, rewards, gather)
+        found["objective"] = found["score"] - beta.value * found["kl"]
+        if e.best_by.name not in found:
+            raise ValueError(f"ppo.evaluation.best_by={e.best_by.name}: these data do not know it; choose score or objective")
+        if e.every and found[e.best_by.name] > best:
+            best = found[e.best_by.name]
+            log.info(f"step {step}: best {e.best_by.name} so far, {best:.3f}")
+            save_engine(actor, tokenizer, run_dir / "model_best")
+        return found, rows
 
-    before, samples_before = evaluate()
+    before, samples_before = evaluate(0)
 
     # ---- training
-    for step, batch in zip(range(steps), global_batches(len(prompts), cfg.ppo.batch_size, cfg.ppo.prompt_epochs, cfg.seed)):
+    answers = cfg.rollout.responses_per_prompt
+    for step, batch in zip(range(steps), global_batches(len(prompts), ppo.batch_size, ppo.prompt_epochs, cfg.seed)):
         started = time.time()
-        draws = uniforms("rollout", batch, cfg.seed, step, max_new)
-        asked, ids = zip(*(prompts[i] for i in batch))
-        experience = make_experience(
+        draws = uniforms("rollout", [i + k * len(prompts) for i in batch for k in range(answers)], cfg.seed, step, max_new)
+        asked, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(answers)))
+        e = make_experience(
             ids,
+            asked,
             draws,
-            cfg.rollout.temperature,
+            sampling,
             cfg.deploy.eval_micro_batch,
             tokenizer,
             actor,
             ref,
-            reward,
+            rewards,
             critic,
             gather,
-            reads_text(reward, foreign, asked) if foreign else None,
+            ppo.dschat.pad_is_eos,
+            ppo.dschat.train_mode_logp,
         )
         made = time.time()
-        score = experience.score - cfg.ppo.missing_eos_penalty * (1 - experience.ended)
-        rewards = token_rewards(score, experience.old_logp, experience.ref_logp, experience.mask, cfg.ppo.kl.coef)
-        advantages, returns = gae(rewards, experience.old_values, experience.mask, cfg.ppo.gamma, cfg.ppo.lam)
-        whitened = whiten(advantages, experience.mask)
-        schedule = (cfg.ppo.warmup_ratio, cfg.ppo.schedule.name, cfg.ppo.final_lr)
-        actor_lr = learning_rate(step, steps, cfg.ppo.lr, *schedule)
-        critic_lr = learning_rate(step, steps, cfg.ppo.critic_lr, *schedule)
-        update = train_on(experience, whitened, returns, actor, critic, actor_lr, critic_lr, cfg, step)
+        guards.check_rollout(e, tokenizer.eos_token_id)
+        if step == 0:
+            guards.check_start(e)
+            guards.check_padding(actor, e, cfg.rollout.temperature, tokenizer.pad_token_id)
 
-        metrics = rollout_metrics(experience, score, returns, cfg) | update
+        # from scores to the reward of each token, and on to advantages
+        raw_score = e.scores @ rewards.weights.to(e.scores.device)
+        score = raw_score - ppo.missing_eos_penalty * (1 - e.ended) - ppo.length_penalty * e.mask.sum(1)
+        if ppo.scale_score:
+            score = scale(score)
+        if ppo.score_clip:
+            score = score.clamp(-ppo.score_clip, ppo.score_clip)
+        in_reward = beta.value if ppo.kl.place == KlPlace.reward else 0.0
+        penalty = in_reward * kl_estimate(e.old_logp, e.ref_logp, ppo.kl.estimator)
+        token_reward = token_rewards(score, penalty, e.mask)
+        if ppo.whiten_rewards:
+            token_reward = whiten(token_reward, e.mask, shift_mean=False)
+        advantages, returns = gae(token_reward, e.old_values, e.mask, ppo.gamma, ppo.lam)
+        if ppo.whiten_advantages:
+            advantages = whiten(advantages, e.mask)
+
+        update = train_on(e, advantages, returns, beta.value, actor, critic, ema, texts, tokenizer.pad_token_id, guards, step, steps, cfg)
+
+        metrics = rollout_metrics(e, raw_score, score, penalty, returns, beta.value)
         if data.gold:
-            gold = [data.gold(turns, experience.text(row, tokenizer)) for row, turns in enumerate(asked)]
+            gold = [data.gold(turns, e.text(row, tokenizer)) for row, turns in enumerate(asked)]
             metrics |= {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
+        for name, column in zip(rewards.names, e.scores.unbind(1)):
+            metrics |= {f"reward/{name}/mean": float(column.mean()), f"reward/{name}/std": float(column.std(correction=0))}
+        tracker.answers(step + 1, answer_rows(e, asked, token_reward, advantages, returns, rewards, cfg.rollout.log_answers))
+        beta.update(metrics["objective/kl"], len(asked))
+        if ppo.evaluation.every and (step + 1) % ppo.evaluation.every == 0 and step + 1 < steps:
+            found, rows = evaluate(step + 1)
+            metrics |= {f"eval/{key}": value for key, value in found.items()}
+            tracker.samples(step + 1, rows)
         seconds = time.time() - started
+        metrics |= update
         metrics |= {
-            "lr": actor_lr,
-            "episode": (step + 1) * cfg.ppo.batch_size,
-            "eps": cfg.ppo.batch_size / seconds,
+            "episode": (step + 1) * len(asked),
+            "eps": len(asked) / seconds,
             "timing_s/rollout": made - started,
             "timing_s/update": time.time() - made,
             "timing_s/step": seconds,
         }
         tracker.log(step + 1, metrics)
+        watch.look(metrics)
 
     # ---- evaluation
-    after, samples = evaluate()
+    after, samples = evaluate(steps)
     metrics = {f"eval/{key}": value for key, value in after.items()}
-    metrics |= {f"eval/{key}_before": before[key] for key in ("score", "gold", "length", "eos_rate") if key in before}
+    metrics |= {f"eval/{key}_before": before[key] for key in ("score", "gold", "length", "eos_rate", "repetition") if key in before}
     compared = [
         {"prompt": new["prompt"], "before": old["completion"], "after": new["completion"]}
         | {f"{key}_{when}": row[key] for key in ("score", "gold") if key in new for when, row in (("before", old), ("after", new))}
@@ -138,105 +199,175 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker.samples(steps, compared)
     save_engine(actor, tokenizer, run_dir / "model")
     save_engine(critic, tokenizer, run_dir / "critic")
+    if ema:
+        with ema.in_place():
+            save_engine(actor, tokenizer, run_dir / "model_ema")
     tracker.close(metrics)
     return metrics
 
 
 def train_on(
-    experience: Experience,
-    advantages: torch.Tensor,
-    returns: torch.Tensor,
+    e: Experience,
+    advantages: Tensor,
+    returns: Tensor,
+    beta: float,
     actor: Any,
     critic: Any,
-    actor_lr: float,
-    critic_lr: float,
-    cfg: Config,
+    ema: MovingAverage | None,
+    texts: Texts | None,
+    pad_id: int,
+    guards: Guards,
     step: int,
+    steps: int,
+    cfg: Config,
 ) -> dict[str, float]:
     """`ppo.epochs` passes over one rollout in `ppo.minibatches` optimizer steps each, for actor and critic.
 
-    Args: advantages (whitened) and returns (B, R), rows as in `experience`.
-    Returns: means over all tokens of all minibatches and processes (`_max`: maxima).
+    Args: advantages, returns (B, R), rows as in `e`.  beta: weight of the KL, where it is part of the loss.  texts: of the
+        pretraining loss.
+    Returns: means over all tokens of all minibatches and processes, of losses over the optimizer steps (`_max`: maxima).
     """
+    ppo, rank, world, temperature = cfg.ppo, comm.rank(), comm.world_size(), cfg.rollout.temperature
+    actor_learns = step >= ppo.critic_warmup
+    in_loss = beta if ppo.kl.place == KlPlace.loss else 0.0
+    actor_lr, critic_lr = learning_rate(step, steps, ppo), learning_rate(step, steps, ppo.critic_optim)
     actor.train(), critic.train()  # nothing drops out; activation checkpointing works only so
-    n = len(experience.score)
-    lengths = experience.full_mask.sum(1).tolist()
-    sums: dict[str, float] = defaultdict(float)
-    tokens_seen, grad_norms, first_ratio, ratio_max = 0.0, [], 0.0, 0.0
-    for epoch in range(cfg.ppo.epochs):
+    n, lengths = len(e.mask), e.full_mask.sum(1).tolist()
+    of_tokens: dict[str, float] = defaultdict(float)  # sums over tokens of the whole rollout
+    of_losses: dict[str, float] = defaultdict(float)  # sums over optimizer steps
+    actor_norms, critic_norms, first_ratio, ratio_max, tokens_seen, passes = [], [], 0.0, 0.0, 0.0, 0
+
+    for epoch in range(ppo.epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(n)
-        for number, minibatch in enumerate(np.split(order, cfg.ppo.minibatches)):
-            micros = micro_batches(minibatch.tolist(), lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size())
-            tokens = float(experience.mask[minibatch].sum())  # response tokens of this optimizer step, over all processes
-            step_sums: dict[str, float] = defaultdict(float)
+        approxkl, epoch_tokens = 0.0, 0.0
+        for number, minibatch in enumerate(np.split(order, ppo.minibatches)):
+            micros = micro_batches(minibatch.tolist(), lengths, cfg.deploy.micro_batch, rank, world)
+            tokens = float(e.learnt[minibatch].sum())  # of this optimizer step, over all processes
+            sums: dict[str, float] = defaultdict(float)
+            losses: dict[str, float] = defaultdict(float)
+            guarded = epoch == number == 0 and step == ppo.critic_warmup  # the first update of the policy
 
-            def actor_loss(rows: Sequence[int], tokens: float = tokens, out: dict[str, float] = step_sums) -> torch.Tensor:
-                part = experience.rows(rows)
-                r = part.mask.shape[1]
-                logits = actor(part.ids, part.full_mask, r) / cfg.rollout.temperature
-                logp, entropy = token_logp(logits, part.response_ids)
-                loss, terms = policy_loss(logp, part.old_logp, advantages[rows, :r], part.mask, cfg.ppo.clip)
-                for key, value in terms.items():
-                    out[key] = max(out[key], float(value)) if key == "ratio_max" else out[key] + float(value)
-                out["policy"] += float(loss.detach())
-                out["entropy"] += float((entropy.detach() * part.mask).sum())
-                return loss / tokens
+            def weights(part: Experience, tokens: float = tokens, size: int = len(minibatch), parts: int = len(micros) * world) -> Tensor:
+                if ppo.dschat.micro_batch_means:
+                    tokens, size = float(part.learnt.sum()) * parts, len(part.learnt) * parts
+                return token_weights(part.learnt, ppo.loss_over, tokens, size, cfg.rollout.max_new_tokens)
 
-            def critic_loss(rows: Sequence[int], tokens: float = tokens, out: dict[str, float] = step_sums) -> torch.Tensor:
-                part = experience.rows(rows)
+            def actor_loss(
+                rows: Sequence[int], sums: dict[str, float] = sums, losses: dict[str, float] = losses, guarded: bool = guarded
+            ) -> Tensor:
+                part = e.rows(rows)
+                r, weight = part.mask.shape[1], weights(part)
+                logp, entropy = token_logp(actor(part.ids, part.full_mask, r) / temperature, part.response_ids)
+                if guarded:
+                    guards.check_ratio(logp.detach(), part.old_logp, part.mask)
+                loss, counts = policy_loss(logp, part.old_logp, advantages[rows, :r], part.learnt, ppo.clip, ppo.clip_high)
+                for key, value in counts.items():
+                    sums[key] = max(sums[key], float(value)) if key == "ratio_max" else sums[key] + float(value)
+                sums["entropy"] += float((entropy.detach() * part.learnt).sum())
+                terms = {"policy": (weight * loss).sum()}
+                if ppo.entropy_coef:
+                    terms["entropy"] = -ppo.entropy_coef * (weight * entropy).sum()
+                if in_loss:
+                    terms["kl"] = in_loss * (weight * kl_estimate(logp, part.ref_logp, ppo.kl.estimator)).sum()
+                for key, term in terms.items():
+                    losses[key] += float(term.detach())
+                return sum(terms.values(), torch.zeros((), device=logp.device))
+
+            def critic_loss(rows: Sequence[int], sums: dict[str, float] = sums, losses: dict[str, float] = losses) -> Tensor:
+                part = e.rows(rows)
                 r = part.mask.shape[1]
                 values = values_before(critic(part.ids, part.full_mask), r)
-                loss, clipped = value_loss(values, part.old_values, returns[rows, :r], part.mask, cfg.ppo.value_clip)
-                out["value"] += float(loss.detach())
-                out["value_clipfrac"] += float(clipped)
-                return loss / tokens
+                loss, clipped = value_loss(values, part.old_values, returns[rows, :r], part.learnt, ppo.value_clip)
+                loss = (weights(part) * loss).sum()
+                losses["value"] += float(loss.detach())
+                sums["value_clipfrac"] += float(clipped)
+                return loss
 
-            actor_norm = optimizer_step(actor, micros, actor_loss, actor_lr)
-            critic_norm = optimizer_step(critic, micros, critic_loss, critic_lr)
-            grad_norms.append((actor_norm, critic_norm))
-            ratio_max = max(ratio_max, step_sums.pop("ratio_max"))
-            keys = sorted(step_sums)
-            for key, value in zip(keys, comm.all_sum([step_sums[key] for key in keys], actor.device)):
-                sums[key] += value
-            tokens_seen += tokens
-            if epoch == 0 and number == 0:
-                first_ratio = sums["ratio"] / tokens_seen
+            work: list[tuple[Callable[[Any], Tensor], Any]] = [(actor_loss, rows) for rows in micros]
+            if texts is not None:  # as many texts as answers, in the same optimizer step
+                draw = np.random.default_rng([cfg.seed, step, epoch, number])
+                chosen = draw.choice(len(texts), len(minibatch), replace=len(texts) < len(minibatch))
+                taken = {int(i): texts[int(i)] for i in chosen}
+                count = sum(len(taken[int(i)][1]) for i in chosen)
+
+                def ptx_loss(rows: Sequence[int], taken: dict = taken, count: int = count, losses: dict[str, float] = losses) -> Tensor:
+                    loss = ppo.ptx.coef * answer_sums(actor, [taken[i] for i in rows], pad_id)[0] / count
+                    losses["ptx"] += float(loss.detach())
+                    return loss
+
+                work += [(ptx_loss, rows) for rows in micro_batches(chosen.tolist(), texts.lengths, cfg.deploy.micro_batch, rank, world)]
+            if actor_learns:
+                actor_norms.append(optimizer_step(actor, work, lambda item: item[0](item[1]), actor_lr))
+                if ema:
+                    ema.update()
+            critic_norms.append(optimizer_step(critic, micros, critic_loss, critic_lr))
+
+            ratio_max = max(ratio_max, sums.pop("ratio_max", 0.0))
+            for total, part in ((of_tokens, sums), (of_losses, losses)):
+                keys = sorted(part)
+                for key, value in zip(keys, comm.all_sum([part[key] for key in keys], actor.device)):
+                    part[key] = value
+                    total[key] += value
+            if guarded:
+                first_ratio = sums["ratio"] / tokens
+            approxkl += sums["approxkl"]
+            epoch_tokens += tokens
+        tokens_seen += epoch_tokens
+        passes += 1
+        if ppo.target_kl and approxkl / epoch_tokens > ppo.target_kl:
+            break
     actor.eval(), critic.eval()
-    mean = {key: value / tokens_seen for key, value in sums.items()}
-    return {
-        "loss/policy_avg": mean["policy"],
-        "loss/value_avg": mean["value"],
-        "policy/approxkl_avg": mean["approxkl"],
-        "policy/clipfrac_avg": mean["clipfrac"],
-        "policy/entropy_avg": mean["entropy"],
-        "policy/ratio_max": comm.all_max(ratio_max, actor.device),
-        "policy/ratio_first_minibatch": first_ratio,
-        "policy/grad_norm": float(np.mean([a for a, _ in grad_norms])),
+
+    updates = passes * ppo.minibatches
+    mean = {key: value / tokens_seen for key, value in of_tokens.items()}
+    loss_of = {key: value / updates for key, value in of_losses.items()}
+    metrics = {
+        "lr": actor_lr if actor_learns else 0.0,
+        "lr_critic": critic_lr,
+        "loss/value_avg": loss_of["value"],
         "val/clipfrac_avg": mean["value_clipfrac"],
-        "val/ratio": mean["ratio"],
-        "val/ratio_var": max(0.0, mean["ratio_sq"] - mean["ratio"] ** 2),
-        "val/grad_norm": float(np.mean([c for _, c in grad_norms])),
+        "val/grad_norm": float(np.mean(critic_norms)),
+        "policy/epochs": passes,
     }
+    if actor_learns:
+        metrics |= {f"loss/{key}_avg": loss_of[key] for key in ("policy", "entropy", "kl", "ptx") if key in loss_of}
+        metrics |= {
+            "loss/total_avg": sum(loss_of.get(key, 0.0) for key in ("policy", "entropy", "kl", "ptx")),
+            "policy/approxkl_avg": mean["approxkl"],
+            "policy/clipfrac_avg": mean["clipfrac_low"] + mean["clipfrac_high"],
+            "policy/clipfrac_low_avg": mean["clipfrac_low"],
+            "policy/entropy_avg": mean["entropy"],
+            "policy/ratio_max": comm.all_max(ratio_max, actor.device),
+            "policy/grad_norm": float(np.mean(actor_norms)),
+            "val/ratio": mean["ratio"],
+            "val/ratio_var": max(0.0, mean["ratio_sq"] - mean["ratio"] ** 2),
+        }
+        if first_ratio:
+            metrics["policy/ratio_first_minibatch"] = first_ratio
+    return metrics
 
 
-def rollout_metrics(e: Experience, score: torch.Tensor, returns: torch.Tensor, cfg: Config) -> dict[str, float]:
-    """What the sampled answers look like. Sequence KL in nats, scores in normalised units; `score` has the EOS penalty in it."""
-    kl = (e.old_logp - e.ref_logp) * e.mask
+def rollout_metrics(e: Experience, raw_score: Tensor, score: Tensor, penalty: Tensor, returns: Tensor, beta: float) -> dict[str, float]:
+    """What the sampled answers look like. KL in nats per answer; `score` is what is learnt, with penalties, scale and clip."""
+    kl = (kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k1) * e.mask).sum(1)
+    k3 = (kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k3) * e.mask).sum(1)
+    paid = (penalty * e.mask).sum(1)
     length = e.mask.sum(1)
     metrics: dict[str, Any] = {
-        "objective/kl": kl.sum(1).mean(),
-        "objective/kl_per_token": masked_mean(kl, e.mask),
-        "objective/kl_k3": (kl_k3(e.old_logp, e.ref_logp) * e.mask).sum(1).mean(),
-        "objective/kl_coef": cfg.ppo.kl.coef,
+        "objective/kl": kl.mean(),
+        "objective/kl_per_token": kl.sum() / length.sum(),
+        "objective/kl_k3": k3.mean(),
+        "objective/kl_coef": beta,
         "objective/entropy": -(e.old_logp * e.mask).sum(1).mean(),
-        "objective/non_score_reward": -cfg.ppo.kl.coef * kl.sum(1).mean(),
-        "objective/rlhf_reward": (score - cfg.ppo.kl.coef * kl.sum(1)).mean(),
-        "objective/scores": e.score.mean(),
-        "objective/scores_std": e.score.std(correction=0),
-        "objective/scores_min": e.score.min(),
-        "objective/scores_max": e.score.max(),
+        "objective/non_score_reward": -paid.mean(),
+        "objective/rlhf_reward": (score - beta * kl).mean(),
+        "objective/scores": raw_score.mean(),
+        "objective/scores_std": raw_score.std(correction=0),
+        "objective/scores_min": raw_score.min(),
+        "objective/scores_max": raw_score.max(),
         "objective/eos_rate": e.ended.mean(),
         "val/num_eos_tokens": e.ended.sum(),
+        "val/sampler_logp_diff": masked_mean((e.sampler_logp - e.old_logp).abs(), e.mask),
         "val/explained_variance": explained_variance(e.old_values, returns, e.mask),
         "val/value_mean": masked_mean(e.old_values, e.mask),
         "val/return_mean": masked_mean(returns, e.mask),
@@ -247,3 +378,32 @@ def rollout_metrics(e: Experience, score: torch.Tensor, returns: torch.Tensor, c
         "tokens/prompt_mean": e.prompt_mask.sum(1).float().mean(),
     }
     return {key: float(value) for key, value in metrics.items()}
+
+
+def answer_rows(
+    e: Experience, asked: Sequence[list[Turn]], reward: Tensor, advantages: Tensor, returns: Tensor, rewards: Rewards, count: int
+) -> list[dict[str, Any]]:
+    """The first `count` answers of a rollout (-1: all) as rows for rollouts.jsonl, with what every token was given."""
+    rows = []
+    kl = e.old_logp - e.ref_logp
+    per_token = {"logp": e.old_logp, "kl": kl, "value": e.old_values, "reward": reward, "advantage": advantages, "return": returns}
+    for i in range(len(asked) if count < 0 else min(count, len(asked))):
+        n = int(e.mask[i].sum())
+        row: dict[str, Any] = {"prompt": asked[i][-1].text, "answer": e.text(i, rewards.tokenizer), "ended": bool(e.ended[i])}
+        row |= {"score": float(e.scores[i].cpu() @ rewards.weights)}
+        row |= {f"score_{name}": float(value) for name, value in zip(rewards.names, e.scores[i])}
+        row["tokens"] = rewards.tokenizer.convert_ids_to_tokens(e.response_ids[i, :n].tolist())
+        rows.append(row | {key: [round(x, 5) + 0.0 for x in value[i, :n].tolist()] for key, value in per_token.items()})
+    return rows
+
+
+def pretraining_texts(cfg: Config, data: Dataset, tokenizer: Any) -> Texts:
+    """What the pretraining loss reads: the sources of plain text, or without any, the SFT demonstrations (their answers)."""
+    if data.texts is not None:
+        texts = load.texts(tokenizer, data.texts, cfg.ppo.ptx.max_tokens, cfg.data.workers)
+    else:
+        texts = load.demonstrations(tokenizer, data.sft, cfg.data.max_prompt_tokens, cfg.ppo.ptx.max_tokens, cfg.data.workers)
+    if not len(texts):
+        raise ValueError(f"ppo.ptx.coef={cfg.ppo.ptx.coef}: there are neither texts (a source of format text) nor demonstrations")
+    log.info(f"pretraining loss: {texts} {'texts' if data.texts is not None else 'SFT demonstrations, as no source has plain text'}")
+    return texts

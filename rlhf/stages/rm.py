@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,15 @@ from typing import Any
 import torch
 
 from rlhf import comm
-from rlhf.config import Config
+from rlhf.config import Config, RmLoss
 from rlhf.data import load, template
-from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
+from rlhf.data.batches import global_batches, micro_batches, pad_right
 from rlhf.data.load import open_data
 from rlhf.data.records import Pair
 from rlhf.engines import build_engine, optimizer_step
-from rlhf.models import check_context, last_token_score, load_scorer, load_tokenizer, save_engine
-from rlhf.objectives import learning_rate, pairwise_loss
+from rlhf.models import check_context, last_token_score, load_scorer, load_tokenizer, save_engine, without_eos
+from rlhf.objectives import learning_rate, pairwise_loss, pairwise_loss_per_token
+from rlhf.rewards import score_rows, unit_of
 from rlhf.track import Tracker, log
 
 
@@ -53,13 +53,12 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         scores: list[torch.Tensor] = []
 
         def loss_of(micro: Sequence[int], n: int = n, losses: list = losses, scores: list = scores, taken: dict = taken) -> torch.Tensor:
-            chosen, rejected = score_pairs(engine, [taken[i] for i in micro], tokenizer.pad_token_id)
-            loss = pairwise_loss(chosen, rejected)
+            chosen, rejected, loss = compare(engine, [taken[i] for i in micro], tokenizer, cfg.rm.loss)
             losses.append(loss.detach())
             scores.append(torch.stack([chosen.detach(), rejected.detach()], 1))
             return loss / n
 
-        lr = learning_rate(step, steps, cfg.rm.lr, cfg.rm.warmup_ratio, cfg.rm.schedule.name, cfg.rm.final_lr)
+        lr = learning_rate(step, steps, cfg.rm)
         micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size())
         grad_norm = optimizer_step(engine, micros, loss_of, lr)
         both = comm.all_rows(torch.cat(scores)).double()
@@ -83,42 +82,41 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- evaluation
     engine.eval()
+    micro_batch, before_eos = cfg.deploy.eval_micro_batch, cfg.rm.loss == RmLoss.per_token
     metrics, samples = evaluate(engine, held_out, data.eval_probe, tokenizer, cfg)
     tracker.samples(steps, samples)
 
     # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations
-    demonstrations = [
-        prompt + answer for prompt, answer in template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
-    ]
-    unit = score(engine, demonstrations, tokenizer.pad_token_id, cfg)
-    metrics |= {"eval/score_mean": statistics.fmean(unit), "eval/score_std": statistics.pstdev(unit)}
-    engine.module.hf.config.score_mean = metrics["eval/score_mean"]
-    engine.module.hf.config.score_std = max(metrics["eval/score_std"], 1e-6)
+    demonstrations = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
+    mean, std = unit_of(engine, [prompt + answer for prompt, answer in demonstrations], tokenizer, micro_batch, before_eos)
+    metrics |= {"eval/score_mean": mean, "eval/score_std": std}
+    engine.module.hf.config.score_mean, engine.module.hf.config.score_std = mean, max(std, 1e-6)
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics
 
 
-def score_pairs(scorer: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of the chosen and of the rejected answers, (B,) each, in one forward."""
-    ids, mask = pad_right([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], pad_id, scorer.device)
-    chosen, rejected = last_token_score(scorer(ids, mask), mask).chunk(2)
-    return chosen, rejected
+def compare(
+    scorer: Any, pairs: Sequence[tuple[list[int], list[int]]], tokenizer: Any, over: RmLoss
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores of the chosen and of the rejected answers, (B,) each, in one forward; and their loss, summed over the pairs.
 
-
-@torch.no_grad()
-def score(engine: Any, rows: list[list[int]], pad_id: int, cfg: Config) -> list[float]:
-    """The score of each whole sequence, in order; the work is shared by all processes."""
-    rank, world = comm.rank(), comm.world_size()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    order += order[:1] * (-len(order) % world)  # the same number on every process
-    parts = []
-    for chunk in chunks(order[rank::world], cfg.deploy.eval_micro_batch):
-        ids, mask = pad_right([rows[i] for i in chunk], pad_id, engine.device)
-        parts.append(last_token_score(engine(ids, mask), mask))
-    scores = comm.all_rows(torch.cat(parts)).tolist()
-    by_row = dict(zip((row for r in range(world) for row in order[r::world]), scores))
-    return [by_row[i] for i in range(len(rows))]
+    With RmLoss.per_token all is as in DeepSpeed-Chat, whose padding is EOS: scores are read before it, and where one answer has
+    ended, the comparison with the other goes on over its EOS and padding.
+    """
+    ids, mask = pad_right([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], tokenizer.pad_token_id, scorer.device)
+    at_tokens = scorer(ids, mask)
+    if over == RmLoss.sequence:
+        chosen, rejected = last_token_score(at_tokens, mask).chunk(2)
+        return chosen, rejected, pairwise_loss(chosen, rejected)
+    mask = without_eos(ids, mask, tokenizer.eos_token_id)
+    chosen, rejected = last_token_score(at_tokens, mask).chunk(2)
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    ends = torch.stack((place * mask).amax(1).chunk(2)).amax(0)
+    (of_chosen, of_rejected), (ids_chosen, ids_rejected) = at_tokens.chunk(2), ids.chunk(2)
+    differs = ids_chosen != ids_rejected
+    starts = torch.minimum(torch.where(differs.any(1), differs.int().argmax(1), ends - 1), ends - 1)
+    return chosen, rejected, pairwise_loss_per_token(of_chosen, of_rejected, starts, ends)
 
 
 def correct(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
@@ -137,7 +135,8 @@ def evaluate(
 
     def scores_of(some: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = template.encode_pairs(tokenizer, some, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
-        flat = score(engine, [row for pair in encoded for row in pair], tokenizer.pad_token_id, cfg)
+        rows = [row for pair in encoded for row in pair]
+        flat = score_rows(engine, rows, tokenizer, cfg.deploy.eval_micro_batch, cfg.rm.loss == RmLoss.per_token)
         return torch.tensor(flat[::2], dtype=torch.float64), torch.tensor(flat[1::2], dtype=torch.float64)
 
     chosen, rejected = scores_of(pairs)

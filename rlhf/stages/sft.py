@@ -12,13 +12,14 @@ import torch
 from rlhf import comm, plan
 from rlhf.config import Config
 from rlhf.data import load, template
-from rlhf.data.batches import chunks, global_batches, micro_batches, pad_right
+from rlhf.data.batches import chunks, global_batches, micro_batches
 from rlhf.data.load import open_data
-from rlhf.data.packing import can_pack, first_learnt, pack
+from rlhf.data.packing import can_pack, first_learnt
 from rlhf.engines import build_engine, optimizer_step
+from rlhf.likelihood import answer_sums
 from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
-from rlhf.objectives import learning_rate, token_logp
-from rlhf.rollout import evaluate_policy
+from rlhf.objectives import learning_rate
+from rlhf.rollout import Sampling, evaluate_policy
 from rlhf.track import Tracker, log
 
 Taken = dict[int, tuple[list[int], list[int]]]  # rows by their number: ids of prompt and answer
@@ -54,19 +55,23 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     seen_tokens = 0
     for step, batch in zip(range(steps), global_batches(len(rows), cfg.sft.batch_size, cfg.sft.epochs, cfg.seed)):
         taken = {i: rows[i] for i in batch}
-        # learnt tokens of the whole step, over all processes
-        tokens = sum(len(prompt) + len(answer) - first_learnt(prompt, cfg.sft.train_on_prompt) for prompt, answer in taken.values())
+        learnt = {i: len(prompt) + len(answer) - first_learnt(prompt, cfg.sft.train_on_prompt) for i, (prompt, answer) in taken.items()}
+        tokens = sum(learnt.values())  # of the whole step, over all processes
         seen_tokens += tokens
+        micros = micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world)
+        # each with the count that its sum is divided by
+        parts = [(m, sum(learnt[i] for i in m) * len(micros) * world if cfg.sft.micro_batch_means else tokens) for m in micros]
         sums = torch.zeros(3, dtype=torch.float64)  # -log p, correct, entropy
 
-        def loss_of(micro: Sequence[int], tokens: int = tokens, sums: torch.Tensor = sums, taken: Taken = taken) -> torch.Tensor:
+        def loss_of(part: tuple[Sequence[int], int], sums: torch.Tensor = sums, taken: Taken = taken) -> torch.Tensor:
+            micro, count = part
             some = [taken[i] for i in micro]
             nll, correct, entropy = answer_sums(engine, some, tokenizer.pad_token_id, cfg.sft.train_on_prompt, packed)
             sums += torch.stack([nll.detach(), correct, entropy]).double().cpu()
-            return nll / tokens
+            return nll / count
 
-        lr = learning_rate(step, steps, cfg.sft.lr, cfg.sft.warmup_ratio, cfg.sft.schedule.name, cfg.sft.final_lr)
-        grad_norm = optimizer_step(engine, micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world), loss_of, lr)
+        lr = learning_rate(step, steps, cfg.sft)
+        grad_norm = optimizer_step(engine, parts, loss_of, lr)
         nll, correct, entropy = (x / tokens for x in comm.all_sum(sums.tolist(), engine.device))
         tracker.log(
             step + 1,
@@ -86,34 +91,12 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
     gather = plan.gather_for_rollout(cfg)
     micro_batch = cfg.deploy.eval_micro_batch
-    measured, samples = evaluate_policy(data, max_prompt, max_response, 1.0, micro_batch, tokenizer, engine, gather=gather)
+    measured, samples = evaluate_policy(data, max_prompt, max_response, Sampling(1.0), micro_batch, tokenizer, engine, gather=gather)
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics
-
-
-def answer_sums(
-    policy: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id: int, train_on_prompt: bool = False, packed: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums over all answer tokens (EOS included) of `rows`: -log p (with gradient), number of correct guesses, entropy in nats.
-
-    Args: train_on_prompt: over the prompts' tokens too.  packed: put several into one row, which takes a policy that can_pack.
-    """
-    if packed:
-        ids, position_ids, learnt = pack(rows, pad_id, train_on_prompt, policy.device)
-        logits = policy(ids, None, ids.shape[1] - 1, position_ids)
-    else:
-        ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
-        learnt = torch.zeros_like(ids, dtype=torch.bool)
-        for i, (prompt, answer) in enumerate(rows):
-            learnt[i, first_learnt(prompt, train_on_prompt) : len(prompt) + len(answer)] = True
-        logits = policy(ids, mask, ids.shape[1] - 1)
-    chosen = learnt[:, 1:]
-    logits, targets = logits[chosen], ids[:, 1:][chosen]
-    logp, entropy = token_logp(logits, targets)
-    return -logp.sum(), (logits.argmax(-1) == targets).sum(), entropy.detach().sum()
 
 
 @torch.no_grad()

@@ -1,0 +1,182 @@
+"""What can be wrong with the values of a configuration, before anything is loaded. No torch here."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from rlhf.config import (
+    Config,
+    Device,
+    Format,
+    KlController,
+    KlEstimator,
+    KlPlace,
+    Precision,
+    Stage,
+    lookup,
+    nearest,
+    processes,
+    world_size,
+)
+
+
+class Problems:
+    """Lines that say what is wrong, and the questions that find them."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.lines: list[str] = []
+
+    def need(self, ok: bool, line: str) -> None:
+        if not ok:
+            self.lines.append(line)
+
+    def positive(self, *keys: str) -> None:
+        for key in keys:
+            value = lookup(self.cfg, key)
+            self.need(value is None or 0 < value < math.inf, f"{key}={value}: must be above 0")
+
+    def not_negative(self, *keys: str) -> None:
+        for key in keys:
+            value = lookup(self.cfg, key)
+            self.need(value is None or 0 <= value < math.inf, f"{key}={value}: must not be negative")
+
+    def within(self, key: str, low: float, high: float) -> None:
+        value = lookup(self.cfg, key)
+        self.need(low <= value <= high, f"{key}={value}: must be between {low:g} and {high:g}")
+
+
+def check(cfg: Config) -> list[str]:
+    """All that is wrong with the values, as lines that name key, value and fix. Nothing is repaired."""
+    found = Problems(cfg)
+    need, positive, not_negative, within = found.need, found.positive, found.not_negative, found.within
+    for key in ("seed", "data.seed"):
+        need(0 <= lookup(cfg, key) < 2**63, f"{key}={lookup(cfg, key)}: must not be negative")
+    need(re.fullmatch(r"[\w.+-]*\w[\w.+-]*", cfg.exp) is not None, f"exp={cfg.exp}: give a plain name, it becomes a folder")
+    world = world_size(cfg)
+    positive("deploy.gpus", "deploy.threads", "deploy.micro_batch", "deploy.eval_micro_batch")
+    positive("deploy.nodes", "deploy.gpu_memory_gb", "deploy.bucket_mb")
+    positive("data.max_prompt_tokens", "data.max_response_tokens", "data.eval_rows", "data.eval_share")
+    positive("data.workers")
+    within("deploy.zero_stage", 0, 3)
+    within("data.eval_share", 0, 0.5)
+    deploy, offload = cfg.deploy, cfg.deploy.offload
+    need(
+        not offload.optimizer or deploy.zero_stage > 0,
+        f"deploy.offload.optimizer=true: DeepSpeed offers it from deploy.zero_stage=1 on, not at {deploy.zero_stage}",
+    )
+    need(
+        not offload.parameters or deploy.zero_stage == 3,
+        f"deploy.offload.parameters=true: needs deploy.zero_stage=3, not {deploy.zero_stage}",
+    )
+    if deploy.precision == Precision.fp16:
+        need(deploy.device == Device.gpu, "deploy.precision=fp16: not on CPU; use bf16 or fp32")
+        need(Stage.ppo not in cfg.stage.runs, "deploy.precision=fp16: PPO's ratios overflow and underflow in it; use bf16")
+    if deploy.node_rank is not None:
+        need(0 <= deploy.node_rank < deploy.nodes, f"deploy.node_rank={deploy.node_rank}: must be below deploy.nodes={deploy.nodes}")
+        need(deploy.hostfile is None, "deploy.hostfile and deploy.node_rank: give one; a hostfile starts all nodes from here")
+        need(deploy.master is not None, f"deploy.node_rank={deploy.node_rank}: give deploy.master=host:port of node 0 as well")
+    if deploy.master is not None:
+        address = re.fullmatch(r"[^:\s]+:(\d{1,5})", deploy.master)
+        need(address is not None and 0 < int(address[1]) < 2**16, f"deploy.master={deploy.master}: give host:port of node 0")
+    for role, model in (("actor", cfg.actor), ("reward", cfg.reward)):
+        lora = model.lora
+        need(lora.rank >= 0, f"{role}.lora.rank={lora.rank}: must not be negative (0 = no adapter)")
+        need(lora.alpha > 0, f"{role}.lora.alpha={lora.alpha}: must be above 0")
+        need(0 <= lora.dropout < 1, f"{role}.lora.dropout={lora.dropout}: must be at least 0 and below 1")
+        need(lora.targets is None or bool(lora.targets), f"{role}.lora.targets=[]: name layers, or null for all linear layers but the head")
+    shares, sources, sandbox = cfg.data.shares, cfg.data.sources, cfg.data.sandbox
+    need(len(shares) == 3 and min(shares) > 0, f"data.shares={shares}: give three parts above 0, for sft, rm, ppo")
+    need(bool(sources), "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format")
+    for name, source in sources.items():
+        need(
+            (source.path == "builtin:sandbox") == (source.format == Format.sandbox),
+            f"data.sources.{name}: path=builtin:sandbox and format=sandbox go together, not with {source.path}",
+        )
+        need(0 < source.weight < math.inf, f"data.sources.{name}.weight={source.weight}: must be above 0")
+        need(source.rows is None or source.rows > 0, f"data.sources.{name}.rows={source.rows}: must be above 0")
+        ratio = source.min_score_ratio
+        need(ratio >= 1, f"data.sources.{name}.min_score_ratio={ratio}: must be at least 1 (1: only ties are left out)")
+    if sandbox is not None:
+        builtin = any(source.format == Format.sandbox for source in sources.values())
+        need(builtin, "data.sandbox has sizes, but no source is the built-in world: choose data=... instead of data=sandbox")
+    if any(source.path == "builtin:sandbox" for source in sources.values()):
+        need(sandbox is not None, "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml")
+        need(len(sources) == 1, "data: the sandbox cannot be mixed with other sources, its truth covers its own prompts only")
+    if sandbox is not None:
+        positive("data.sandbox.demonstrations", "data.sandbox.pairs")
+        noise = sandbox.label_noise
+        need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
+    for node in ("sft", "rm", "ppo", "ppo.critic_optim"):
+        positive(*(f"{node}.{key}" for key in ("lr", "grad_clip", "adam_eps")))
+        within(f"{node}.warmup_ratio", 0, 1)
+        within(f"{node}.final_lr", 0, 1)
+        not_negative(f"{node}.weight_decay", f"{node}.warmup_steps")
+        betas = lookup(cfg, f"{node}.betas")
+        need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{node}.betas={betas}: give two numbers in [0, 1)")
+    for stage in (Stage.sft, Stage.rm, Stage.ppo):
+        positive(*(f"{stage.name}.{key}" for key in ("epochs", "batch_size", "max_steps")))
+        size = lookup(cfg, f"{stage.name}.batch_size")
+        if stage in cfg.stage.runs and world > 0 and size > 0 and stage != Stage.ppo:
+            need(size % world == 0, f"{stage.name}.batch_size={size} is not divisible by {processes(cfg)}: try {nearest(size, world)}")
+    return found.lines + check_ppo(cfg)
+
+
+def check_ppo(cfg: Config) -> list[str]:
+    """What is wrong with the values of PPO and its rollouts; the rollouts' only where it runs."""
+    found = Problems(cfg)
+    need, positive, not_negative, within = found.need, found.positive, found.not_negative, found.within
+    ppo, rollout, kl = cfg.ppo, cfg.rollout, cfg.ppo.kl
+    positive("ppo.prompt_epochs", "ppo.minibatches", "ppo.clip", "ppo.clip_high", "ppo.value_clip", "ppo.target_kl", "ppo.score_clip")
+    positive("ppo.kl.target", "ppo.kl.horizon", "ppo.ptx.max_tokens", "ppo.evaluation.every", "ppo.evaluation.temperature")
+    not_negative("ppo.kl.coef", "ppo.kl.final_coef", "ppo.critic_warmup", "ppo.entropy_coef", "ppo.ptx.coef", "ppo.evaluation.top_k")
+    for key in ("ppo.missing_eos_penalty", "ppo.length_penalty"):
+        need(0 <= lookup(cfg, key) < math.inf, f"{key}={lookup(cfg, key)}: it is subtracted, must not be negative")
+    within("ppo.gamma", 0, 1)
+    within("ppo.lam", 0, 1)
+    need(ppo.ema is None or 0 < ppo.ema < 1, f"ppo.ema={ppo.ema}: must be above 0 and below 1, or null for none")
+    need(0 < ppo.evaluation.top_p <= 1, f"ppo.evaluation.top_p={ppo.evaluation.top_p}: must be above 0 and at most 1")
+    need(0 <= ppo.dschat.dropout < 1, f"ppo.dschat.dropout={ppo.dschat.dropout}: must be at least 0 and below 1")
+    need(
+        not (kl.place == KlPlace.loss and kl.estimator == KlEstimator.k1),
+        "ppo.kl.estimator=k1 with ppo.kl.place=loss: the gradient of log pi - log ref is zero in expectation, it would hold nothing; "
+        "use k2 (the gradient of the KL) or k3 (GRPO)",
+    )
+    need(
+        not (kl.controller == KlController.adaptive and kl.coef == 0),
+        "ppo.kl.coef=0 with ppo.kl.controller=adaptive: it multiplies the coefficient, which would stay 0; start above 0",
+    )
+    need(bool(ppo.rewards), "ppo.rewards is empty: there is nothing to learn; give a source, see conf/ppo/default.yaml")
+    need(
+        not ppo.rewards or any(source.weight for source in ppo.rewards.values()),
+        "ppo.rewards: all weights are 0: there is nothing to learn; give one source a weight",
+    )
+    for name, source in ppo.rewards.items():
+        key = f"ppo.rewards.{name}"
+        need(math.isfinite(source.weight), f"{key}.weight={source.weight}: must be a number")
+        need(source.path is None or source.function is None, f"{key}: path and function are both given: a source is one of them")
+        need(
+            source.function is None or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.function) is not None,
+            f"{key}.function={source.function}: give module:function, for instance rlhf.data.sandbox:gold",
+        )
+    plain = [name for name, source in ppo.rewards.items() if source.path is None and source.function is None]
+    need(len(plain) < 2, f"ppo.rewards: {' and '.join(plain)} are both the reward model of this configuration: give one a path or function")
+    positive("rollout.max_new_tokens", "rollout.responses_per_prompt", "rollout.temperature")
+    need(rollout.log_answers >= -1, f"rollout.log_answers={rollout.log_answers}: give a number of answers, or -1 for all")
+    if Stage.ppo not in cfg.stage.runs:
+        return found.lines
+    why = "the log-probabilities that PPO learns from would not be those of the sampler; it can be set for evaluations and chat:"
+    need(rollout.top_p == 1, f"rollout.top_p={rollout.top_p}: must be 1 in training, {why} ppo.evaluation.top_p, chat.py --top-p")
+    need(rollout.top_k == 0, f"rollout.top_k={rollout.top_k}: must be 0 in training, {why} ppo.evaluation.top_k, chat.py --top-k")
+    world = world_size(cfg)
+    if world > 0 and ppo.minibatches > 0 and ppo.batch_size > 0 and rollout.responses_per_prompt > 0:
+        answers, parts = ppo.batch_size * rollout.responses_per_prompt, ppo.minibatches * world
+        each = f" x rollout.responses_per_prompt={rollout.responses_per_prompt}" if rollout.responses_per_prompt > 1 else ""
+        fitting = nearest(ppo.batch_size, parts // math.gcd(parts, rollout.responses_per_prompt))
+        need(
+            answers % parts == 0,
+            f"ppo.batch_size={ppo.batch_size}{each} is not divisible by ppo.minibatches={ppo.minibatches} x {processes(cfg)} = {parts}: "
+            f"try ppo.batch_size={fitting}",
+        )
+    return found.lines

@@ -1,0 +1,171 @@
+"""The score of an answer: a weighted sum of reward models and python functions."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf import comm
+from rlhf.config import Config
+from rlhf.data import template
+from rlhf.data.batches import chunks, pad_right
+from rlhf.data.records import Dataset, Turn
+from rlhf.engines import build_engine
+from rlhf.models import last_token_score, load_scorer, load_tokenizer, without_eos
+from rlhf.rollout import Experience
+from rlhf.track import log
+
+Function = Callable[[list[Turn], str], float]
+
+
+@dataclass
+class Source:
+    """One part of the score: a reward model or a function of the prompt's turns and the answer's text."""
+
+    name: str
+    weight: float = 1.0
+    engine: Any = None
+    tokenizer: Any = None  # of a reward model that has another one than the policy: it reads the answer as text
+    function: Function | None = None
+
+
+@dataclass
+class Rewards:
+    """All sources. Their scores are logged one by one; what is learnt is their weighted sum."""
+
+    sources: list[Source]
+    tokenizer: Any  # the policy's
+    before_eos: bool = False  # DeepSpeed-Chat, whose padding is EOS: read the score at the token before it
+
+    @property
+    def names(self) -> list[str]:
+        return [source.name for source in self.sources]
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.tensor([source.weight for source in self.sources])
+
+    @torch.no_grad()
+    def __call__(self, part: Experience, turns: Sequence[list[Turn]]) -> Tensor:
+        """Scores of the answers of some rows, (B, sources). Args: turns: the prompts of these rows.
+        Raises: RuntimeError where a function fails, or returns no finite number."""
+        in_text = any(source.function or source.tokenizer for source in self.sources)
+        answers = [part.text(i, self.tokenizer) for i in range(len(turns))] if in_text else []
+        columns = []
+        for source in self.sources:
+            if source.function:
+                scores = [self.ask(source, *row) for row in zip(turns, answers)]
+                columns.append(torch.tensor(scores, dtype=torch.float32, device=part.mask.device))
+                continue
+            ids, mask = part.ids, part.full_mask
+            if source.tokenizer:
+                ended = [bool(end) and not self.before_eos for end in part.ended]
+                rows = [as_text(source, *row) for row in zip(turns, answers, ended)]
+                ids, mask = pad_right(rows, 0, source.engine.device)  # any id will do behind a mask; the policy's may not exist here
+            elif self.before_eos:
+                mask = without_eos(ids, mask, self.tokenizer.eos_token_id)
+            columns.append(last_token_score(source.engine(ids, mask), mask))
+        return torch.stack(columns, 1)
+
+    def ask(self, source: Source, turns: list[Turn], answer: str) -> float:
+        assert source.function
+        try:
+            value = float(source.function(turns, answer))
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"ppo.rewards.{source.name}: the function failed on the answer {answer[:80]!r}: {what}") from error
+        if not math.isfinite(value):
+            raise RuntimeError(f"ppo.rewards.{source.name}: the function returned {value} for the answer {answer[:80]!r}")
+        return value
+
+
+def as_text(source: Source, turns: list[Turn], answer: str, ended: bool) -> list[int]:
+    """What a reward model with a tokenizer of its own reads: prompt and answer in its own template. What is too long for it loses
+    its beginning."""
+    context = getattr(source.engine.module.hf.config, "max_position_embeddings", None) or 10**9
+    ids = template.encode_prompts(source.tokenizer, [turns], 10**9)[0] or []
+    return (ids + template.encode_response(source.tokenizer, answer, ended))[-context:]
+
+
+# --------------------------------------------------------------------------------------------------------------------- building
+
+
+def load_functions(cfg: Config) -> dict[str, Function]:
+    """The python functions among the sources, by the sources' names; before a model is loaded. Raises: ValueError naming the key."""
+    sys.path.insert(0, os.getcwd())  # where the command is run; a function may lie there
+    found = {}
+    for name, source in cfg.ppo.rewards.items():
+        if source.function:
+            key = f"ppo.rewards.{name}.function={source.function}"
+            module, function = source.function.split(":")
+            try:
+                found[name] = getattr(importlib.import_module(module), function)
+            except AttributeError:
+                raise ValueError(f"{key}: there is no {function} in {module}") from None
+            except Exception as error:
+                raise ValueError(f"{key}: cannot import {module}: {type(error).__name__}: {error}") from error
+            if not callable(found[name]):
+                raise ValueError(f"{key}: {function} is no function")
+    return found
+
+
+def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], tokenizer: Any, run_dir: Path) -> Rewards:
+    """Load the reward models of all sources, and settle the unit of their scores: with `ppo.normalize_score` that which stage=rm
+    has stored in a model, or, where a model comes from elsewhere, the one measured here on SFT answers; else raw."""
+    sources = []
+    for name, source in cfg.ppo.rewards.items():
+        if source.function:
+            sources.append(Source(name, source.weight, function=functions[name]))
+            continue
+        path = cfg.inputs[f"rewards.{name}" if source.path else "rm"]
+        own = load_tokenizer(path, cfg.data.template)
+        engine = build_engine(functools.partial(load_scorer, path, own, cfg.deploy.precision), cfg, "reward", run_dir)
+        foreign = not template.same_tokens(tokenizer, own)
+        if foreign:
+            log.info(f"ppo.rewards.{name}: the reward model has another tokenizer, it reads the answers as text")
+        settings = engine.module.hf.config
+        if not cfg.ppo.normalize_score:
+            settings.score_mean, settings.score_std = 0.0, 1.0
+        elif not hasattr(settings, "score_std"):
+            rows = template.encode_demonstrations(own, data.eval_sft, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+            if not rows:
+                raise ValueError(f"ppo.normalize_score=true: there are no SFT answers to measure ppo.rewards.{name} on; set it to false")
+            mean, std = unit_of(engine, [p + a for p, a in rows], own, cfg.deploy.eval_micro_batch, cfg.ppo.dschat.pad_is_eos)
+            settings.score_mean, settings.score_std = mean, max(std, 1e-6)
+            log.info(f"ppo.rewards.{name}: raw scores of {len(rows)} SFT answers: mean {mean:.3g}, standard deviation {std:.3g}")
+        sources.append(Source(name, source.weight, engine, own if foreign else None))
+    return Rewards(sources, tokenizer, cfg.ppo.dschat.pad_is_eos)
+
+
+@torch.no_grad()
+def score_rows(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int, before_eos: bool = False) -> list[float]:
+    """The score of each whole sequence of token ids, in order; the work is shared by all processes."""
+    rank, world = comm.rank(), comm.world_size()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order += order[:1] * (-len(order) % world)  # the same number on every process
+    parts = []
+    for chunk in chunks(order[rank::world], micro_batch):
+        ids, mask = pad_right([rows[i] for i in chunk], tokenizer.pad_token_id, engine.device)
+        read = without_eos(ids, mask, tokenizer.eos_token_id) if before_eos else mask
+        parts.append(last_token_score(engine(ids, mask), read))
+    scores = comm.all_rows(torch.cat(parts)).tolist()
+    by_row = dict(zip((row for r in range(world) for row in order[r::world]), scores))
+    return [by_row[i] for i in range(len(rows))]
+
+
+def unit_of(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int, before_eos: bool = False) -> tuple[float, float]:
+    """Mean and standard deviation of a reward model's raw scores over given answers: with them as unit those have mean 0 and
+    deviation 1 (Stiennon 2020, arXiv:2009.01325; InstructGPT, arXiv:2203.02155, section 3.5)."""
+    scores = score_rows(engine, rows, tokenizer, micro_batch, before_eos)
+    return statistics.fmean(scores), statistics.pstdev(scores)
