@@ -148,11 +148,11 @@ def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str])
     paths, ids, missing = {}, {}, []
     for name, source in cfg.ppo.rewards.items() if stage == Stage.ppo else ():
         if source.path:
-            paths[f"rewards.{name}"] = str(model_directory(source.path).resolve()) if is_directory(source.path) else source.path
+            paths[f"rewards/{name}"] = str(model_directory(source.path).resolve()) if is_directory(source.path) else source.path
             own = read_summary(Path(source.path).expanduser()) if is_directory(source.path) else None
-            ids[f"rewards.{name}"] = own["id"] if own else source.path
+            ids[f"rewards/{name}"] = own["id"] if own else source.path
         elif source.function and (file := function_file(source.function)):
-            ids[f"rewards.{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]  # another function, another run
+            ids[f"rewards/{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]  # another function, another run
     for parent in parents(cfg, stage):
         key, path = given[parent]
         if path:

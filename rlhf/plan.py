@@ -244,9 +244,10 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         return arch_of(trained, None) if trained and stage == Stage.ppo else arch_of(model.path, model.arch)
 
     actor = shape(cfg.actor, cfg.inputs.get("sft") or cfg.ppo.actor) if stage != Stage.rm else None
-    reward = shape(cfg.reward, cfg.inputs.get("rm") or cfg.ppo.reward) if stage != Stage.sft else None
-    for arch, node in ((actor, "actor"), (reward, "reward")):
-        if arch is None and (stage == Stage.ppo or node == ("reward" if stage == Stage.rm else "actor")):
+    own_reward = stage == Stage.ppo and config.uses_own_reward_model(cfg)
+    reward = shape(cfg.reward, cfg.inputs.get("rm") or cfg.ppo.reward) if stage == Stage.rm or own_reward else None
+    for arch, node, needed in ((actor, "actor", stage != Stage.rm), (reward, "reward", stage == Stage.rm or own_reward)):
+        if arch is None and needed:
             raise ValueError(f"the shape of {node} is not known before it is loaded: give its numbers as {node}.arch (see conf/model/)")
 
     def role(name: str, arch: Arch, model: config.Model, scorer: bool, trained: bool) -> Role:
@@ -296,24 +297,41 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         roles = [role("reward", reward, cfg.reward, True, True)]
         phases["update"] = update(reward, roles[0], 2 * deploy.micro_batch, prompt + answer, 0, 0)
         files = size * roles[0].parameters
-    elif actor and reward:
+    elif actor:
         answer = cfg.rollout.max_new_tokens
         roles = [role("actor", actor, cfg.actor, False, True)]
         if not config.adapter_only(cfg.actor):
             roles.append(role("ref", actor, cfg.actor, False, False))
-        critic = reward
-        if actor.family != reward.family or abs(actor.vocab - reward.vocab) > 256:  # fewer may be padding and special tokens
-            critic = actor
-            notes.append("reward model and actor have other tokenizers: the critic starts from the actor")
-        roles += [role("reward", reward, cfg.reward, True, False), role("critic", critic, cfg.reward, True, True)]
+        critic = reward or actor
+        if reward:
+            roles.append(role("reward", reward, cfg.reward, True, False))
+            if actor.family != reward.family or abs(actor.vocab - reward.vocab) > 256:  # fewer may be padding and special tokens
+                critic = actor
+                notes.append("reward model and actor have other tokenizers: the critic starts from the actor")
+        else:
+            notes.append("no reward model of this configuration is used: the critic starts from the actor")
+        for name, source in cfg.ppo.rewards.items():
+            if source.path and (other := cfg.inputs.get(f"rewards/{name}", source.path)):
+                found = arch_of(other, None)
+                if found:
+                    roles.append(role(name, found, cfg.reward, True, False))
+                else:
+                    notes.append(f"ppo.rewards.{name}: its shape is not known before it is loaded, it is not counted")
+        roles.append(role("critic", critic, cfg.reward, True, True))
+        if cfg.ppo.ema:  # fp32; partitioned with the weights, else on the first process alone, which is the fullest
+            average = 4.0 * roles[0].trained / (world if deploy.zero_stage == 3 else 1)
+            roles.insert(1, Role("average", cfg.actor.name, roles[0].trained, 0, average, 0, 0, 0))
         phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
         phases["scoring"] = {
             "logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2),
             "gathered weights": max(map(live_weights, roles)),
         }
-        phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, prompt + answer, answer, 2)
+        longest = max(prompt + answer, cfg.ppo.ptx.max_tokens if cfg.ppo.ptx.coef else 0)
+        read = max(answer, cfg.ppo.ptx.max_tokens if cfg.ppo.ptx.coef else 0)  # positions with logits
+        phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, longest, read, 2)
         phases["critic's update"] = update(critic, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
-        files = size * (roles[0].parameters + roles[-1].parameters)
+        policies = 1 + bool(cfg.ppo.ema) + bool(cfg.ppo.evaluation.every)
+        files = size * (policies * roles[0].parameters + roles[-1].parameters)
     if size == 2:  # gradients are copied to fp32, where the optimizer is
         trained = max(r.trained for r in roles)
         here = 0 if deploy.offload.optimizer else 4 * trained / (world if deploy.zero_stage else 1)
@@ -351,19 +369,21 @@ def arithmetic(cfg: Config, stage: Stage) -> tuple[str, int | None, int | None]:
     """How a batch is cut, the number of steps (PPO: rollouts) and of tokens, at most."""
     node = getattr(cfg, stage.name)
     world, rows = config.world_size(cfg), rows_of(cfg, stage)
-    per_step = node.batch_size // node.minibatches if stage == Stage.ppo else node.batch_size
+    each = cfg.rollout.responses_per_prompt if stage == Stage.ppo else 1
+    per_step = each * node.batch_size // node.minibatches if stage == Stage.ppo else node.batch_size
     forwards = math.ceil(per_step / world / cfg.deploy.micro_batch)
     what = "pairs" if stage == Stage.rm else "answers" if stage == Stage.ppo else "demonstrations"
     text = f"{per_step} {what} per optimizer step = {world} process(es) x {forwards} forward(s)"
     text += f" of {min(cfg.deploy.micro_batch, max(1, per_step // world))}"
     if stage == Stage.ppo:
-        text += f"; {node.batch_size} prompts per rollout, {node.epochs} x {node.minibatches} steps on each"
+        text += f"; {node.batch_size} prompts per rollout, " + (f"{each} answers to each, " if each > 1 else "")
+        text += f"{node.epochs} x {node.minibatches} steps on each rollout"
     epochs = node.prompt_epochs if stage == Stage.ppo else node.epochs
     steps = None if rows is None else rows // node.batch_size * epochs
     if node.max_steps:
         steps = node.max_steps if steps is None else min(steps, node.max_steps)
     longest = cfg.data.max_prompt_tokens + (cfg.rollout.max_new_tokens if stage == Stage.ppo else cfg.data.max_response_tokens)
-    sequences = node.batch_size * (2 if stage == Stage.rm else 1)
+    sequences = node.batch_size * (2 if stage == Stage.rm else each)
     return text, steps, None if steps is None else steps * sequences * longest
 
 
@@ -388,6 +408,7 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
         (to_host | {"deploy.offload.optimizer": True}, not deploy.offload.optimizer),
         ({"actor.lora.rank": 16}, stage != Stage.rm and not cfg.actor.lora.rank),
         ({"reward.lora.rank": 16}, stage != Stage.sft and not cfg.reward.lora.rank),
+        ({"ppo.ema": None}, stage == Stage.ppo and cfg.ppo.ema is not None),
         ({"deploy.gpus": 8, "deploy.zero_stage": 2}, single_gpu),  # costs no speed, but has to be there
         ({"deploy.gpus": 8, "deploy.zero_stage": 3}, single_gpu),
     ]
@@ -418,7 +439,7 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
             while key in together and 2 * together[key] < config.lookup(cfg, key) and fits(together | {key: 2 * together[key]}):
                 together[key] *= 2
         found.append(chosen)
-        shown = {key: getattr(value, "name", str(value).lower()) for key, value in together.items()}
+        shown = {k: "null" if v is None else getattr(v, "name", str(v).lower()) for k, v in together.items()}
         lines.append(" ".join(f"{key}={value}" for key, value in shown.items()))
         if len(lines) == count:
             break

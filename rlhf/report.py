@@ -126,7 +126,7 @@ def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]
             ("  fits its prompt", "", "accuracy_prompt", ".1%"),
         ],
         "ppo": [
-            ("score (reward model)", "score_before", "score", ".2f"),
+            ("score", "score_before", "score", ".2f"),
             ("gold score", "gold_before", "gold", ".2f"),
             ("  best possible", "", "gold_best", ".2f"),
             ("KL, nats per answer", "", "kl", ".2f"),

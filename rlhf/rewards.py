@@ -128,7 +128,7 @@ def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], to
         if source.function:
             sources.append(Source(name, source.weight, function=functions[name]))
             continue
-        path = cfg.inputs[f"rewards.{name}" if source.path else "rm"]
+        path = cfg.inputs[f"rewards/{name}" if source.path else "rm"]
         own = load_tokenizer(path, cfg.data.template)
         engine = build_engine(functools.partial(load_scorer, path, own, cfg.deploy.precision), cfg, "reward", run_dir)
         foreign = not template.same_tokens(tokenizer, own)

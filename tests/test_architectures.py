@@ -13,10 +13,11 @@ from families import EOS, FAMILIES, PAD, save_base
 from test_deployments import prepare, work
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf import models, rollout
+from rlhf import models
 from rlhf.data import template
 from rlhf.data.batches import pad_left
 from rlhf.data.records import Turn
+from rlhf.rewards import Source, as_text
 
 ONE_STEP = ["sft.max_steps=1", "rm.max_steps=1", "ppo.max_steps=1", "sft.lr=1e-3", "rm.lr=1e-3", "ppo.lr=1e-3"]
 
@@ -98,11 +99,12 @@ def test_a_foreign_reward_model_reads_prompt_and_answer_as_text(tmp_path: Path) 
                 class config:
                     max_position_embeddings = 40
 
-    prompts = [[Turn("user", "Hi")], [Turn("user", "A question that is longer than the context of that model")]]
-    read = rollout.reads_text(Reward, foreign, prompts)
-    assert foreign.decode(read(0, "Hello you", True)) == "\n\nHuman: Hi\n\nAssistant: Hello you<end>"
-    assert foreign.decode(read(0, "Hello you", False)) == "\n\nHuman: Hi\n\nAssistant: Hello you"
-    assert len(read(1, "Yes", True)) == 40 and foreign.decode(read(1, "Yes", True)).endswith("of that model\n\nAssistant: Yes<end>")
+    short, long = [Turn("user", "Hi")], [Turn("user", "A question that is longer than the context of that model")]
+    source = Source("other", engine=Reward, tokenizer=foreign)
+    assert foreign.decode(as_text(source, short, "Hello you", True)) == "\n\nHuman: Hi\n\nAssistant: Hello you<end>"
+    assert foreign.decode(as_text(source, short, "Hello you", False)) == "\n\nHuman: Hi\n\nAssistant: Hello you"
+    cut = as_text(source, long, "Yes", True)
+    assert len(cut) == 40 and foreign.decode(cut).endswith("of that model\n\nAssistant: Yes<end>")
 
 
 def test_ppo_with_a_reward_model_of_another_tokenizer(tmp_path: Path) -> None:

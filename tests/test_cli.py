@@ -121,7 +121,7 @@ def test_torchrun_is_sent_away(tmp_path: Path) -> None:
 
 
 def test_the_table_and_where_things_lie(demo: Demo) -> None:
-    for word in ("held-out perplexity", "held-out accuracy", "score (reward model)", "gold score", "KL, nats per answer", "length, tokens"):
+    for word in ("held-out perplexity", "held-out accuracy", "│ score ", "gold score", "KL, nats per answer", "length, tokens"):
         assert word in demo.stdout
     for run in (demo.sft, demo.rm, demo.ppo):
         assert run.name in demo.stdout

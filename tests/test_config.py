@@ -16,7 +16,8 @@ from rlhf import checks, config, layout
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "stage", "model"))
 # actors, rewards and recipes: tests/test_recipes.py
-OPTIONS = [(g, path.stem) for g in ("data", "deploy", "experiment") for path in sorted((CONF / g).glob("*.yaml"))]
+COMBINED = ("data", "deploy", "experiment", "sft", "rm", "ppo", "rollout")
+OPTIONS = [(g, path.stem) for g in COMBINED for path in sorted((CONF / g).glob("*.yaml"))]
 STAGES = sorted(path.stem for path in (CONF / "stage").glob("*.yaml"))
 
 
@@ -69,13 +70,30 @@ def test_ppo_defaults_are_those_promised() -> None:
     assert (ppo.clip, ppo.value_clip, ppo.adam_eps, ppo.missing_eos_penalty) == (0.2, 0.2, 1e-5, 1.0)
 
 
+def test_the_critics_optimizer_is_the_actors_but_for_its_rate_unless_told_otherwise() -> None:
+    ppo = composed("ppo.schedule=cosine", "ppo.warmup_steps=7", "ppo.betas=[0.8,0.9]", "ppo.grad_clip=0.5", "ppo.weight_decay=0.1").ppo
+    shared = [f.name for f in dataclasses.fields(config.Optim) if f.name != "lr"]
+    assert [getattr(ppo.critic_optim, key) for key in shared] == [getattr(ppo, key) for key in shared]
+    other = composed("ppo.critic_optim.schedule=constant", "ppo.lr=1e-4").ppo
+    assert (other.critic_optim.schedule, other.critic_optim.lr) == (config.Schedule.constant, 1e-3)
+    assert (other.schedule, other.lr) == (config.Schedule.linear, 1e-4)
+
+
+def test_keys_that_follow_another_do_so_until_they_are_set() -> None:
+    cfg = composed("ppo.clip=0.3", "rollout.temperature=0.7", "data.max_response_tokens=33")
+    assert (cfg.ppo.clip_high, cfg.ppo.evaluation.temperature, cfg.rollout.max_new_tokens) == (0.3, 0.7, 33)
+    cfg = composed("ppo.clip_high=0.28", "ppo.evaluation.temperature=0.5", "rollout.max_new_tokens=20")
+    assert (cfg.ppo.clip, cfg.rollout.temperature, cfg.data.max_response_tokens) == (0.2, 1.0, 64)
+
+
 def test_every_key_is_documented_and_has_its_value_in_yaml_only() -> None:
     nodes = [node for node in vars(config).values() if dataclasses.is_dataclass(node)]
     source = (CONF.parent / "rlhf" / "config.py").read_text()
     for node in nodes:
         hints = typing.get_type_hints(node)
         for f in dataclasses.fields(node):
-            named_by_user = node is config.Source and f.name != "path"  # a source has no file of its own in conf/
+            # a source has no file of its own in conf/
+            named_by_user = (node is config.Source and f.name != "path") or node is config.RewardSource
             assert named_by_user or f.default == "???", f"{node.__name__}.{f.name} has a default in Python"
             is_node = dataclasses.is_dataclass(config._node_type(hints[f.name]))
             documented = re.search(rf"^    {f.name}: .*#", source, re.MULTILINE)
@@ -93,6 +111,9 @@ def test_fields_without_effect_on_results() -> None:
         "Model.arch",
         "Data.workers",
         "Sft.packing",
+        "Evaluation.every",
+        "Evaluation.best_by",
+        "Rollout.log_answers",
         *(f"Wandb.{name}" for name in ("mode", "project", "entity", "tags")),
     }
 
@@ -154,6 +175,60 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         (["data.workers=0"], "data.workers=0: must be above 0"),
         (["sft.betas=[0.9]"], "sft.betas=[0.9]: give two numbers"),
         (["ppo.missing_eos_penalty=-1"], "ppo.missing_eos_penalty=-1.0: it is subtracted"),
+        (["ppo.length_penalty=-0.01"], "ppo.length_penalty=-0.01: it is subtracted, must not be negative"),
+        (["ppo.length_penalty=inf"], "ppo.length_penalty=inf: it is subtracted"),
+        (["ppo.kl.estimator=k1", "ppo.kl.place=loss"], "ppo.kl.estimator=k1 with ppo.kl.place=loss: the gradient of log pi - log ref is zero"),
+        (["ppo.kl.controller=adaptive", "ppo.kl.coef=0"], "ppo.kl.coef=0 with ppo.kl.controller=adaptive: it multiplies the coefficient"),
+        (["ppo.kl.coef=-0.1"], "ppo.kl.coef=-0.1: must not be negative"),
+        (["ppo.kl.final_coef=-0.1"], "ppo.kl.final_coef=-0.1: must not be negative"),
+        (["ppo.kl.target=0"], "ppo.kl.target=0.0: must be above 0"),
+        (["ppo.kl.horizon=0"], "ppo.kl.horizon=0.0: must be above 0"),
+        (["ppo.critic_optim.lr=0"], "ppo.critic_optim.lr=0.0: must be above 0"),
+        (["ppo.critic_optim.betas=[0.9,1]"], "ppo.critic_optim.betas=[0.9, 1.0]: give two numbers"),
+        (["ppo.critic_optim.final_lr=2"], "ppo.critic_optim.final_lr=2.0: must be between 0 and 1"),
+        (["ppo.critic_warmup=-1"], "ppo.critic_warmup=-1: must not be negative"),
+        (["sft.warmup_steps=-1"], "sft.warmup_steps=-1: must not be negative"),
+        (["ppo.warmup_steps=-1"], "ppo.critic_optim.warmup_steps=-1: must not be negative"),
+        (["ppo.clip_high=0"], "ppo.clip_high=0.0: must be above 0"),
+        (["ppo.value_clip=0"], "ppo.value_clip=0.0: must be above 0"),
+        (["ppo.score_clip=0"], "ppo.score_clip=0.0: must be above 0"),
+        (["ppo.target_kl=0"], "ppo.target_kl=0.0: must be above 0"),
+        (["ppo.entropy_coef=-1"], "ppo.entropy_coef=-1.0: must not be negative"),
+        (["ppo.ptx.coef=-1"], "ppo.ptx.coef=-1.0: must not be negative"),
+        (["ppo.ptx.max_tokens=0"], "ppo.ptx.max_tokens=0: must be above 0"),
+        (["ppo.lam=-0.1"], "ppo.lam=-0.1: must be between 0 and 1"),
+        (["ppo.ema=1"], "ppo.ema=1.0: must be above 0 and below 1, or null for none"),
+        (["ppo.ema=0"], "ppo.ema=0.0: must be above 0 and below 1"),
+        (["ppo.dschat.dropout=1"], "ppo.dschat.dropout=1.0: must be at least 0 and below 1"),
+        (["ppo.evaluation.every=0"], "ppo.evaluation.every=0: must be above 0"),
+        (["ppo.evaluation.temperature=0"], "ppo.evaluation.temperature=0.0: must be above 0"),
+        (["ppo.evaluation.top_p=0"], "ppo.evaluation.top_p=0.0: must be above 0 and at most 1"),
+        (["ppo.evaluation.top_p=1.1"], "ppo.evaluation.top_p=1.1: must be above 0 and at most 1"),
+        (["ppo.evaluation.top_k=-1"], "ppo.evaluation.top_k=-1: must not be negative"),
+        (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training, the log-probabilities that PPO learns from would not be those"),
+        (["stage=ppo", "rollout.top_p=0.9"], "it can be set for evaluations and chat: ppo.evaluation.top_p, chat.py --top-p"),
+        (["rollout.top_k=50"], "rollout.top_k=50: must be 0 in training, the log-probabilities"),
+        (["rollout.top_k=50"], "ppo.evaluation.top_k, chat.py --top-k"),
+        (["rollout.responses_per_prompt=0"], "rollout.responses_per_prompt=0: must be above 0"),
+        (["rollout.log_answers=-2"], "rollout.log_answers=-2: give a number of answers, or -1 for all"),
+        (["~ppo.rewards.model"], "ppo.rewards is empty: there is nothing to learn"),
+        (["ppo.rewards.model.weight=0"], "ppo.rewards: all weights are 0"),
+        (["ppo.rewards.model.weight=inf"], "ppo.rewards.model.weight=inf: must be a number"),
+        (["ppo.rewards.model.weight=nan"], "ppo.rewards.model.weight=nan: must be a number"),
+        (["ppo.rewards.model.path=/m", "ppo.rewards.model.function='a:b'"], "ppo.rewards.model: path and function are both given"),
+        (["+ppo.rewards={gold: {function: gold}}"], "ppo.rewards.gold.function=gold: give module:function, for instance rlhf.data.sandbox:gold"),
+        (['+ppo.rewards={gold: {function: "mine.py:f"}}', "+ppo.rewards={b: {function: 'a:b c'}}"], "ppo.rewards.b.function=a:b c: give module:"),
+        (['+ppo.rewards={gold: {function: ":gold"}}'], "ppo.rewards.gold.function=:gold: give module:function"),
+        (["+ppo.rewards={second: {weight: 0.5}}"], "ppo.rewards: model and second are both the reward model of this configuration"),
+        (
+            ["ppo.batch_size=5", "rollout.responses_per_prompt=2"],
+            "ppo.batch_size=5 x rollout.responses_per_prompt=2 is not divisible by ppo.minibatches=4 x deploy.gpus=1 = 4: "
+            "try ppo.batch_size=4",
+        ),
+        (
+            ["stage=ppo", "ppo.batch_size=50", "rollout.responses_per_prompt=3", "deploy.gpus=2", "deploy.nodes=2"],
+            "ppo.minibatches=4 x deploy.gpus=2 x deploy.nodes=2 = 16: try ppo.batch_size=48",
+        ),
     ],
 )
 def test_bad_values_are_named_with_numbers_and_fix(overrides: list[str], expected: str) -> None:
@@ -166,6 +241,32 @@ def test_all_problems_at_once() -> None:
 
 def test_only_chosen_stages_are_checked_for_divisibility() -> None:
     assert checks.check(composed("stage=sft", "ppo.batch_size=7")) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stage=sft", "rollout.top_p=0.9", "rollout.top_k=50"],  # which sample nothing that is learnt from
+        ["stage=rm", "rollout.top_p=0.9", "rollout.top_k=50"],
+        ["ppo.evaluation.top_p=0.9", "ppo.evaluation.top_k=50", "ppo.evaluation.every=1"],
+        ["ppo.kl.estimator=k1", "ppo.kl.place=reward"],
+        ["ppo.kl.estimator=k2", "ppo.kl.place=loss"],
+        ["ppo.kl.estimator=k3", "ppo.kl.place=loss", "ppo.kl.coef=0"],
+        ["ppo.kl.controller=linear", "ppo.kl.coef=0", "ppo.kl.final_coef=0.1"],
+        ["ppo.batch_size=2", "rollout.responses_per_prompt=4"],
+        ["ppo.batch_size=2", "rollout.responses_per_prompt=4", "ppo.minibatches=2", "deploy.gpus=4", "stage=ppo"],
+        ['+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}}'],
+        ['+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}, other: {path: /m, weight: -1}}', "ppo.rewards.model.weight=0"],
+        ["~ppo.rewards.model", '+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}}'],
+        ["ppo.value_clip=null", "ppo.score_clip=null", "ppo.target_kl=null", "ppo.ema=null", "ppo.evaluation.every=null"],
+        ["ppo.ema=0.992", "ppo.ptx.coef=1", "ppo.entropy_coef=0.01", "ppo.critic_warmup=3", "ppo.target_kl=0.03", "ppo.loss_over=constant"],
+        ["rollout.log_answers=-1"],
+        ["rollout.log_answers=0", "ppo.warmup_steps=0"],
+    ],
+    ids=" ".join,
+)
+def test_what_may_be_chosen_together(overrides: list[str]) -> None:
+    assert checks.check(composed(*overrides)) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------- naming
@@ -191,6 +292,28 @@ def test_stages_are_shared_where_nothing_they_read_differs() -> None:
     for free in ("exp=other", "deploy.threads=1", "wandb.mode=offline", "deploy.micro_batch=4", "deploy.gpus=2", "root=/x"):
         assert name("ppo", free) == name("ppo"), free
     assert name("sft", "deploy.precision=bf16") != name("sft")
+
+
+def test_what_does_not_change_the_policy_does_not_change_the_name() -> None:
+    for free in ("ppo.evaluation.every=4", "ppo.evaluation.best_by=gold", "rollout.log_answers=-1"):
+        assert name("ppo", free) == name("ppo"), free
+    for key in ("ppo.evaluation.top_k=4", "ppo.kl.place=loss", "rollout.responses_per_prompt=2", "ppo.ema=0.9", "ppo.rewards.model.weight=2"):
+        assert name("ppo", key) != name("ppo"), key
+    means = "ppo.dschat.micro_batch_means=true"  # then a micro-batch is more than a matter of memory
+    assert name("ppo", means, "deploy.micro_batch=4") != name("ppo", means) != name("ppo", means, "deploy.gpus=2")
+    means = "sft.micro_batch_means=true"
+    assert name("sft", means, "deploy.micro_batch=4") != name("sft", means) != name("ppo", means, "deploy.micro_batch=4")
+    assert name("rm", means, "deploy.micro_batch=4") == name("rm")
+
+
+def test_ppo_stands_on_a_reward_model_only_where_its_score_has_one() -> None:
+    gold = ["~ppo.rewards.model", '+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}}']
+    assert name("ppo", *gold, "rm.lr=1e-4", "reward=opt125m", "data=sandbox") == name("ppo", *gold)
+    assert name("ppo", *gold).startswith("ppo-tiny+ppo.rewards.gold.function-")
+    assert config.parents(composed(*gold), config.Stage.ppo) == [config.Stage.sft]
+    both = gold[1]
+    assert name("ppo", both, "rm.lr=1e-4") != name("ppo", both)
+    assert config.parents(composed(both), config.Stage.ppo) == [config.Stage.sft, config.Stage.rm]
 
 
 def test_given_inputs_replace_the_stages_that_would_make_them() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import Demo, runs_in, summary, train
 
-from rlhf.config import load
+from rlhf.config import RmLoss, load
 from rlhf.data import template
 from rlhf.data.load import load_data
 from rlhf.models import load_scorer, load_tokenizer
-from rlhf.stages.rm import correct, score_pairs
+from rlhf.stages.rm import compare, correct
 
 
 def check(sft: Path, rm: Path, ppo: Path) -> dict[str, float]:
@@ -61,7 +61,8 @@ def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
     own, *foreign = (template.encode_responses(tokenizer, some, 256) for some in (answers, *shuffled))
     pairs = [(prompt + a, prompt + b) for others in foreign for prompt, a, b in zip(encoded, own, others)]
     with torch.no_grad():
-        better = correct(*score_pairs(scorer, pairs, tokenizer.pad_token_id))
+        chosen, rejected, _ = compare(scorer, pairs, tokenizer, RmLoss.sequence)
+        better = correct(chosen, rejected)
     print(f"gold {right:.2f}, of others' answers {mixed:.2f}; the reward model prefers the own one in {better:.0%}")
     assert mixed < right - 1
     assert better > 0.75  # of a perfect judge 0.94: some of the others are as good

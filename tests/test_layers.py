@@ -10,10 +10,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rlhf"
 LAYERS = [  # imports run downwards only; a module may import those of the lines above its own
     ["config"],
-    ["ds", "layout", "launch", "report", "comm", "objectives", "lora", "data.records", "data.batches", "data.packing"],
-    ["plan", "engines", "track", "data.template", "data.formats"],
-    ["models", "data.sandbox", "data.sources"],
+    ["ds", "layout", "checks", "launch", "report", "comm", "objectives", "lora", "data.records", "data.batches", "data.packing"],
+    ["plan", "engines", "controllers", "track", "data.template", "data.formats"],
+    ["models", "likelihood", "data.sandbox", "data.sources"],
     ["data.load", "data.build_tiny", "rollout", "data.page"],
+    ["rewards", "guards"],
     ["stages.sft", "stages.rm", "stages.ppo", "stages.inspect"],
     ["worker", "cli"],
 ]

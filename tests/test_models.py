@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import config, engines, models
-from rlhf.config import Config, Precision
+from rlhf.config import Config, Precision, RmLoss
 from rlhf.data.batches import pad_left, pad_right
-from rlhf.objectives import pairwise_loss, token_logp
+from rlhf.likelihood import answer_sums
+from rlhf.objectives import token_logp
+from rlhf.rewards import score_rows
 from rlhf.stages import rm, sft
 
 REPO = Path(__file__).parents[1]
@@ -310,7 +312,7 @@ def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     """T2, D10: whatever the padding, the order and the company; perplexity is the mean over tokens, not over batches."""
     engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path)
     rows = [([5, 6, 7], [40, 41, EOS]), ([8], [42, 43, 44, 45, 46]), ([9, 10, 11, 12, 13], [EOS]), ([14, 15], [])]
-    nll, correct, entropy = sft.answer_sums(engine, rows, PAD)
+    nll, correct, entropy = answer_sums(engine, rows, PAD)
     expected_nll, expected_correct, expected_entropy = 0.0, 0, 0.0
     for prompt, answer in rows:
         for i, token in enumerate(answer):
@@ -323,7 +325,7 @@ def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     assert float(nll) == pytest.approx(expected_nll, rel=1e-5) and int(correct) == expected_correct
     assert float(entropy) == pytest.approx(expected_entropy, rel=1e-5)
     # rows one by one, in another order: the sum is the same
-    assert sum(float(sft.answer_sums(engine, [row], PAD)[0].detach()) for row in reversed(rows)) == pytest.approx(float(nll), rel=1e-5)
+    assert sum(float(answer_sums(engine, [row], PAD)[0].detach()) for row in reversed(rows)) == pytest.approx(float(nll), rel=1e-5)
     assert sft.perplexity(engine, rows, PAD, cfg) == pytest.approx(math.exp(expected_nll / 9), rel=1e-5)
 
 
@@ -331,12 +333,51 @@ def test_scores_of_pairs_and_rows_are_those_of_each_alone(tmp_path: Path, tokeni
     """T3: whatever the padding and the company; two equal answers cost log 2."""
     engine = engines.build_engine(lambda: models.load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path)
     pairs = [(ROWS[0], ROWS[1]), (ROWS[2], ROWS[0]), (ROWS[1], ROWS[1])]
-    chosen, rejected = rm.score_pairs(engine, pairs, PAD)
+    chosen, rejected, loss = rm.compare(engine, pairs, tokenizer, RmLoss.sequence)
     assert chosen.tolist() == pytest.approx([score_of(engine.module, row) for row, _ in pairs], abs=1e-5)
     assert rejected.tolist() == pytest.approx([score_of(engine.module, row) for _, row in pairs], abs=1e-5)
-    assert pairwise_loss(chosen[2:], rejected[2:]).item() == pytest.approx(math.log(2), abs=1e-6)
+    margins = [score_of(engine.module, one) - score_of(engine.module, other) for one, other in pairs]
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in margins), abs=1e-5)
+    assert rm.compare(engine, pairs[2:], tokenizer, RmLoss.sequence)[2].item() == pytest.approx(math.log(2), abs=1e-6)
     rows = [ROWS[i % 3] + list(range(20, 20 + i)) for i in range(7)]
-    assert rm.score(engine, rows, PAD, cfg) == pytest.approx([score_of(engine.module, row) for row in rows], abs=1e-5)
+    for size in (1, 3, 64):
+        assert score_rows(engine, rows, tokenizer, size) == pytest.approx([score_of(engine.module, row) for row in rows], abs=1e-5)
+
+
+def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(
+    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
+) -> None:
+    """Its loop over pairs (dschat/utils/model/reward_model.py), on the scores that the same rows get here. Where it finds its padding,
+    which is EOS, is where an answer has ended."""
+    engine = engines.build_engine(lambda: models.load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path)
+    prompt = [5, 6, 7]
+    answers = [
+        ([40, 41, 42, EOS], [40, 50, EOS]),  # differ at the second token; the longer one was chosen
+        ([60, EOS], [61, 62, 63, 64, EOS]),
+        ([40, 41, EOS], [40, 41, 42, EOS]),  # one goes on where the other ends
+        ([40, 41, 42], [40, 41, 43, 44, EOS]),  # one was cut, and carries no EOS
+        ([40, 41, EOS], [40, 41, EOS]),  # all the same
+    ]
+    pairs = [(prompt + chosen, prompt + rejected) for chosen, rejected in answers]
+    chosen, rejected, loss = rm.compare(engine, pairs, tokenizer, RmLoss.per_token)
+    width = max(len(row) for pair in pairs for row in pair)
+    expected = 0.0
+    for i, (one, other) in enumerate(pairs):
+        at_one, at_other = (engine(*padded(row, 0, width - len(row)))[0].tolist() for row in (one, other))
+        one, other = (row + [EOS] * (width - len(row)) for row in (one, other))
+        ends = [row.index(EOS) if EOS in row else width for row in (one, other)]
+        differ = [t for t in range(width) if one[t] != other[t]]
+        start, end = (differ[0], max(ends)) if differ else (width - 1, width)
+        if differ:
+            expected += sum(math.log1p(math.exp(at_other[t] - at_one[t])) for t in range(start, end)) / (end - start)
+        else:
+            expected += math.log(2)
+        assert chosen[i].item() == pytest.approx(at_one[ends[0] - 1], abs=1e-5)
+        assert rejected[i].item() == pytest.approx(at_other[ends[1] - 1], abs=1e-5)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    rows = [row for pair in pairs for row in pair]
+    flat = [float(x) for both in zip(chosen, rejected) for x in both]
+    assert score_rows(engine, rows, tokenizer, 3, before_eos=True) == pytest.approx(flat, abs=1e-5)
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:

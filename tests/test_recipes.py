@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from test_config import CONF, STAGES, composed
 
 from rlhf import checks, config
@@ -95,6 +97,48 @@ def test_recipes_set_what_is_theirs_and_name_their_source(group: str) -> None:
         assert keys <= own, path
         if not path.stem.startswith("tiny"):
             assert "DeepSpeed-Chat, step" in path.read_text(), path
+
+
+# ---------------------------------------------------------------------------------------------------------- bug for bug, ppo=dschat
+
+DSCHAT = ["ppo=dschat", "rm=dschat", "sft=dschat"]
+
+
+def leaves(node: dict, prefix: str = "") -> set[str]:
+    """Dotted keys of all values of a file."""
+    nodes = {key: value for key, value in node.items() if isinstance(value, dict)}
+    below = (leaves(value, f"{prefix}{key}.") for key, value in nodes.items())
+    return {f"{prefix}{key}" for key in node if key not in nodes and key != "defaults"}.union(*below)
+
+
+def keys_of(path: Path) -> set[str]:
+    return leaves(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+
+
+def test_no_recipe_sets_what_the_dschat_options_set() -> None:
+    """Recipes are read last: they would undo the comparison unseen."""
+    taken = {f"{stage}.{key}" for stage in ("sft", "rm", "ppo") for key in keys_of(CONF / stage / "dschat.yaml")}
+    assert {"ppo.kl.coef", "ppo.dschat.greedy", "ppo.epochs", "rm.loss", "sft.micro_batch_means"} <= taken
+    for group in ("recipe", "reward_recipe"):
+        for path in (CONF / group).glob("*.yaml"):
+            assert not keys_of(path) & taken, path
+
+
+@pytest.mark.parametrize("actor, deploy", sorted(path.stem.rsplit("-", 1) for path in (CONF / "recipe").glob("*.yaml")))
+def test_the_dschat_options_hold_with_every_recipe(actor: str, deploy: str) -> None:
+    chosen = [f"actor={actor}", f"deploy={deploy}"]
+    plain, cfg = composed(*chosen), composed(*chosen, *DSCHAT)
+    assert checks.check(cfg) == []
+    assert cfg.ppo.dschat == config.DsChat(greedy=True, pad_is_eos=True, dropout=0.1, train_mode_logp=True, micro_batch_means=True)
+    assert (cfg.sft.micro_batch_means, cfg.sft.train_on_prompt, cfg.rm.loss) == (True, True, config.RmLoss.per_token)
+    ppo = cfg.ppo
+    assert (ppo.kl.coef, ppo.score_clip, ppo.clip, ppo.clip_high, ppo.value_clip) == (0.1, 5, 0.2, 0.2, 0.2)
+    assert (ppo.gamma, ppo.lam, ppo.epochs, ppo.minibatches) == (1, 0.95, 1, 1)
+    assert (ppo.adam_eps, ppo.critic_optim.adam_eps, ppo.missing_eos_penalty, ppo.length_penalty) == (1e-8, 1e-8, 0, 0)
+    assert not (ppo.normalize_score or ppo.whiten_advantages or ppo.whiten_rewards or ppo.scale_score)
+    assert ppo.kl == dataclasses.replace(plain.ppo.kl, coef=0.1) and ppo.kl.controller == config.KlController.fixed
+    for key in ("ppo.lr", "ppo.schedule", "ppo.batch_size", "ppo.critic_optim.lr", "sft.lr", "sft.batch_size", "rm.lr", "rm.batch_size"):
+        assert config.lookup(cfg, key) == config.lookup(plain, key), f"{key} is the recipe's"
 
 
 def test_lora_experiments_choose_their_machine() -> None:

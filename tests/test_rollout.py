@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from rlhf import config, engines, models, rollout
-from rlhf.config import Config, Precision
+from rlhf.config import Config, KlEstimator, Precision
 from rlhf.data import template
 from rlhf.data.batches import pad_left, pad_right, uniforms
 from rlhf.data.records import Dataset, Turn
-from rlhf.objectives import gae, policy_loss, token_logp, token_rewards, value_loss
+from rlhf.guards import Guards
+from rlhf.objectives import gae, kl_estimate, policy_loss, token_logp, token_rewards, value_loss
+from rlhf.rewards import Rewards, Source
+from rlhf.rollout import Sampling
 from rlhf.stages import ppo
 
 REPO = Path(__file__).parents[1]
@@ -79,14 +83,16 @@ def draws_for(hf: Any, prompt: Sequence[int], tokens: Sequence[int], width: int,
     return draws + [0.7] * (width - len(tokens))
 
 
-def sample(hf: Any, prompts: Sequence[Sequence[int]], draws: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    return rollout.sample(hf, *pad_left(prompts, PAD, CPU), draws, EOS, temperature)
+def sample(
+    hf: Any, prompts: Sequence[Sequence[int]], draws: Tensor, temperature: float = 1.0, **choice: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rollout.sample(hf, *pad_left(prompts, PAD, CPU), draws, EOS, Sampling(temperature, **choice))
 
 
 def experience_of(prompts: Sequence[Sequence[int]], response: Tensor, mask: Tensor) -> rollout.Experience:
     zeros = torch.zeros_like(mask)
     ended = ((response == EOS) * mask).amax(1)
-    return rollout.Experience(*pad_left(prompts, PAD, CPU), response, mask, zeros, zeros, zeros, zeros[:, 0], ended)
+    return rollout.Experience(*pad_left(prompts, PAD, CPU), response, mask, mask, zeros, zeros, zeros, zeros, zeros[:, :1], ended)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- sample
@@ -96,7 +102,7 @@ def experience_of(prompts: Sequence[Sequence[int]], response: Tensor, mask: Tens
 def test_samples_and_their_log_probabilities_equal_a_loop_without_batch_and_cache(small: Any, temperature: float) -> None:
     prompts = PROMPTS * 6
     draws = uniforms("test", range(len(prompts)), 0, 0, 10)
-    response, mask = sample(small, prompts, draws, temperature)
+    response, mask, sampled_logp = sample(small, prompts, draws, temperature)
     experience = experience_of(prompts, response, mask)
     logp = rollout.response_logp(models.Policy(small), experience, temperature)
     lengths = set()
@@ -106,25 +112,27 @@ def test_samples_and_their_log_probabilities_equal_a_loop_without_batch_and_cach
         lengths.add(n)
         assert response[i].tolist() == tokens + [EOS] * (10 - n)  # what stands behind the end is EOS ...
         assert mask[i].tolist() == [1.0] * n + [0.0] * (10 - n)  # ... and masked; the EOS that was sampled is not
-        assert logp[i].tolist() == pytest.approx(expected + [0.0] * (10 - n), abs=1e-5)
+        for found in (sampled_logp, logp):  # as the loop saw them, and as the training forward does
+            assert found[i].tolist() == pytest.approx(expected + [0.0] * (10 - n), abs=1e-5)
     assert len(lengths) >= 4  # rows that end at different times are what this is about
 
 
 def test_a_sample_does_not_depend_on_its_company(small: Any) -> None:
     draws = uniforms("test", range(4), 0, 1, 8)
-    together, mask = sample(small, PROMPTS, draws)
+    together, mask, logp = sample(small, PROMPTS, draws)
     for i, prompt in enumerate(PROMPTS):
-        alone, alone_mask = sample(small, [prompt], draws[i : i + 1])
+        alone, alone_mask, alone_logp = sample(small, [prompt], draws[i : i + 1])
         assert torch.equal(alone[0], together[i]) and torch.equal(alone_mask[0], mask[i])
+        assert torch.allclose(alone_logp[0], logp[i], atol=1e-5)
     order = [2, 0, 3, 1]
-    shuffled, _ = sample(small, [PROMPTS[i] for i in order], draws[order])
+    shuffled, *_ = sample(small, [PROMPTS[i] for i in order], draws[order])
     assert torch.equal(shuffled, together[order])
 
 
 def test_answers_end_where_eos_is_drawn_and_nowhere_else(small: Any) -> None:
     wanted = [[EOS], [5, 6, EOS], [7, 7, 7, 7, 7], [4, 5, 6, 7, EOS], [3, PAD, EOS]]  # a pad token that was sampled is a token
     draws = torch.tensor([draws_for(small, [3, 4], tokens, 5) for tokens in wanted])
-    response, mask = sample(small, [[3, 4]] * 5, draws)
+    response, mask, _ = sample(small, [[3, 4]] * 5, draws)
     assert response.tolist() == [tokens + [EOS] * (5 - len(tokens)) for tokens in wanted]
     assert mask.tolist() == [[1.0] * len(tokens) + [0.0] * (5 - len(tokens)) for tokens in wanted]
     assert experience_of([[3, 4]] * 5, response, mask).ended.tolist() == [1, 1, 0, 1, 1]
@@ -156,7 +164,7 @@ def test_the_first_token_follows_the_softmax_at_its_temperature(small: Any, temp
 
 def test_later_tokens_follow_their_own_distribution(small: Any) -> None:
     n = 4000
-    response, mask = sample(small, [PROMPTS[0]] * n, uniforms("test", range(n), 0, 3, 2))
+    response, mask, _ = sample(small, [PROMPTS[0]] * n, uniforms("test", range(n), 0, 3, 2))
     first = int(torch.bincount(response[:, 0][response[:, 0] != EOS]).argmax())
     seconds = response[response[:, 0] == first, 1]
     expected = len(seconds) * next_probabilities(small, [*PROMPTS[0], first])
@@ -167,7 +175,7 @@ def test_later_tokens_follow_their_own_distribution(small: Any) -> None:
 
 
 def test_a_low_temperature_takes_the_likeliest_token(small: Any) -> None:
-    response, mask = sample(small, PROMPTS, uniforms("test", range(4), 0, 4, 6), temperature=1e-4)
+    response, mask, _ = sample(small, PROMPTS, uniforms("test", range(4), 0, 4, 6), temperature=1e-4)
     for i, prompt in enumerate(PROMPTS):
         ids = list(prompt)
         for token, m in zip(response[i].tolist(), mask[i].tolist()):
@@ -188,6 +196,80 @@ def test_other_draws_give_other_answers(small: Any) -> None:
     first = answers(0, 0, range(4))
     assert first == answers(0, 0, range(4))
     assert first not in (answers(1, 0, range(4)), answers(0, 1, range(4)), answers(0, 0, range(4, 8)))
+
+
+# ------------------------------------------------------------------------------------------------ a choice among the likeliest
+
+CHOICES: list[dict[str, Any]] = [
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_k": FEW + 5},
+    {"top_p": 0.05},
+    {"top_p": 0.6},
+    {"top_p": 0.95},
+    {"top_p": 0.8, "top_k": 3},
+    {"top_p": 0.3, "top_k": 5},
+    {"greedy": True},
+    {"greedy": True, "top_p": 0.9, "top_k": 4},
+]
+
+
+def allowed(p: Sequence[float], top_p: float = 1.0, top_k: int = 0, greedy: bool = False) -> set[int]:
+    """The tokens that may be chosen: one after the other from the likeliest, as long as those before it have less than top_p."""
+    kept: list[int] = []
+    for token in sorted(range(len(p)), key=lambda i: -p[i]):  # of equals the first
+        full = len(kept) == (1 if greedy else top_k or len(p)) or (top_p < 1 and sum(p[i] for i in kept) >= top_p)
+        kept += [] if full else [token]
+    return set(kept)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_the_likeliest_are_chosen_as_often_as_their_share_of_what_may_be_chosen(choice: dict[str, Any]) -> None:
+    n = 2000
+    rows = (3 * torch.randn(5, FEW, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    draws = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]  # evenly spread: every token has its share, to one
+    for p in rows:
+        kept = allowed(p.tolist(), **choice)
+        counts = torch.bincount(rollout.choose(p.repeat(n, 1), draws, Sampling(**choice))[:, 0], minlength=FEW)
+        share = torch.tensor([float(p[i]) if i in kept else 0.0 for i in range(FEW)], dtype=torch.float64)
+        assert set(counts.nonzero()[:, 0].tolist()) <= kept
+        assert (counts - n * share / share.sum()).abs().max() <= 1.01
+        edge = torch.tensor([[0.0], [1.0 - 2**-53]], dtype=torch.float64)
+        assert rollout.choose(p.repeat(2, 1), edge, Sampling(**choice))[:, 0].tolist() == [min(kept), max(kept)]
+    together = rollout.choose(rows, draws[[3, 400, 900, 1400, 1999]], Sampling(**choice))
+    alone = [rollout.choose(row[None], draws[[i]], Sampling(**choice)) for row, i in zip(rows, (3, 400, 900, 1400, 1999))]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_the_token_that_reaches_top_p_may_be_chosen_and_of_equals_the_first() -> None:
+    p = torch.tensor([[0.125, 0.25, 0.5, 0.125]], dtype=torch.float64)
+    draws = torch.linspace(0, 0.999, 50, dtype=torch.float64)[:, None]
+
+    def chosen(**choice: Any) -> set[int]:
+        return set(rollout.choose(p.repeat(50, 1), draws, Sampling(**choice))[:, 0].tolist())
+
+    assert chosen(top_p=0.5) == {2} and chosen(top_p=0.51) == chosen(top_p=0.75) == {1, 2}
+    assert chosen(top_p=0.76) == chosen(top_k=3) == chosen(top_p=0.875) == {0, 1, 2} and chosen(top_p=0.88) == {0, 1, 2, 3}
+    assert chosen(top_k=4) == chosen(top_k=9) == chosen(top_k=0) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_log_probabilities_stay_those_of_the_full_distribution(small: Any, temperature: float, choice: dict[str, Any]) -> None:
+    """PPO learns from the policy's own probabilities; what an evaluation leaves out does not make the rest likelier."""
+    prompts = PROMPTS * 3
+    response, mask, logp = sample(small, prompts, uniforms("test", range(len(prompts)), 0, 5, 6), temperature, **choice)
+    for i, prompt in enumerate(prompts):
+        for t in range(int(mask[i].sum())):
+            p = next_probabilities(small, [*prompt, *response[i, :t].tolist()], temperature)
+            token = int(response[i, t])
+            assert token in allowed(p.tolist(), **choice)
+            assert float(logp[i, t]) == pytest.approx(math.log(p[token]), abs=1e-5)
+
+
+def test_greedy_answers_do_not_depend_on_the_draws(small: Any) -> None:
+    one, two = (sample(small, PROMPTS, uniforms("test", range(4), 0, step, 6), greedy=True) for step in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
 # ------------------------------------------------------------------------------------------------------------------- experience
@@ -213,9 +295,10 @@ def random_experience(generator: torch.Generator) -> rollout.Experience:
     prompts, lengths = [[3] * n for n in (2, 5, 1)], torch.tensor([3, 1, 2])
     mask = (torch.arange(4) < lengths[:, None]).float()
     e = experience_of(prompts, torch.randint(3, FEW, (3, 4), generator=generator), mask)
-    for name in ("old_logp", "ref_logp", "old_values"):
+    for name in ("sampler_logp", "old_logp", "ref_logp", "old_values"):
         setattr(e, name, torch.randn(3, 4, generator=generator) * mask)
-    e.score, e.ended = torch.randn(3, generator=generator), torch.tensor([1.0, 0.0, 1.0])
+    e.scores, e.ended = torch.randn(3, 2, generator=generator), torch.tensor([1.0, 0.0, 1.0])
+    e.learnt = mask * torch.tensor([1.0, 1.0, 0.0, 1.0])  # not the mask, so that the two are told apart
     return e
 
 
@@ -226,10 +309,10 @@ def test_picking_rows_trims_their_padding_and_keeps_their_content() -> None:
     assert picked.ids.shape == picked.full_mask.shape == (2, 5)
     for new, old in enumerate([2, 0]):
         assert picked.prompt_ids[new][picked.prompt_mask[new] > 0].tolist() == e.prompt_ids[old][e.prompt_mask[old] > 0].tolist()
-        for name in ("response_ids", "old_logp", "ref_logp", "old_values"):
+        for name in ("response_ids", "learnt", "sampler_logp", "old_logp", "ref_logp", "old_values"):
             before, after = getattr(e, name)[old], getattr(picked, name)[new]
             assert torch.equal(after[picked.mask[new] > 0], before[e.mask[old] > 0])
-        assert picked.score[new] == e.score[old] and picked.ended[new] == e.ended[old]
+        assert torch.equal(picked.scores[new], e.scores[old]) and picked.ended[new] == e.ended[old]
     again = e.rows([0, 1, 2])  # nothing is lost when nothing can be trimmed but the last column, which no row uses
     assert torch.equal(again.mask, e.mask[:, :3]) and torch.equal(again.prompt_ids, e.prompt_ids)
     assert e.response_ids.shape == (3, 4)  # the whole is left as it was
@@ -241,41 +324,47 @@ def test_rows_without_an_answer_keep_one_column() -> None:
     assert e.rows([0, 1]).mask.shape == (2, 1)
 
 
-def test_rollout_metrics_equal_loops_and_do_not_see_padding(cfg: Config) -> None:
+def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
     e = random_experience(torch.Generator().manual_seed(1))
-    returns = torch.randn(3, 4, generator=torch.Generator().manual_seed(2)) * e.mask
-    score = e.score - 1.0 * (1 - e.ended)
-    found = ppo.rollout_metrics(e, score, returns, cfg)
+    returns, penalty = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) * e.mask for seed in (2, 3))
+    raw_score, beta = e.scores[:, 0], 0.05
+    score = raw_score - 1.0 * (1 - e.ended)
+    found = ppo.rollout_metrics(e, raw_score, score, penalty, returns, beta)
+    tokens = [(i, j) for i in range(3) for j in range(4) if e.mask[i, j]]
     kl = [sum(float(e.old_logp[i, j] - e.ref_logp[i, j]) for j in range(4) if e.mask[i, j]) for i in range(3)]
     k3 = [
         sum(math.exp(d) - 1 - d for j in range(4) if e.mask[i, j] for d in [float(e.ref_logp[i, j] - e.old_logp[i, j])]) for i in range(3)
     ]
-    beta = cfg.ppo.kl.coef
     expected = {
         "objective/kl": sum(kl) / 3,
         "objective/kl_per_token": sum(kl) / 6,
         "objective/kl_k3": sum(k3) / 3,
+        "objective/kl_coef": beta,
         "objective/entropy": -sum(float(e.old_logp[i].sum()) for i in range(3)) / 3,
-        "objective/non_score_reward": -beta * sum(kl) / 3,
+        "objective/non_score_reward": -sum(float(penalty[i, j]) for i, j in tokens) / 3,
         "objective/rlhf_reward": sum(float(s) for s in score) / 3 - beta * sum(kl) / 3,
-        "objective/scores": sum(e.score.tolist()) / 3,
+        "objective/scores": sum(raw_score.tolist()) / 3,
+        "objective/scores_std": statistics.pstdev(raw_score.tolist()),
+        "objective/scores_min": min(raw_score.tolist()),
+        "objective/scores_max": max(raw_score.tolist()),
         "objective/eos_rate": 2 / 3,
         "val/num_eos_tokens": 2,
+        "val/sampler_logp_diff": sum(abs(float(e.sampler_logp[i, j] - e.old_logp[i, j])) for i, j in tokens) / 6,
         "val/value_mean": float(e.old_values.sum()) / 6,
         "val/return_mean": float(returns.sum()) / 6,
+        "val/return_std": statistics.pstdev(float(returns[i, j]) for i, j in tokens),
         "tokens/response_mean": 2,
         "tokens/response_max": 3,
         "tokens/truncated_frac": 1 / 3,
         "tokens/prompt_mean": 8 / 3,
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
-    wide = {
-        name: torch.cat([getattr(e, name), torch.full((3, 5), fill)], 1)
-        for name, fill in (("response_ids", EOS), ("mask", 0.0), ("old_logp", 9.0), ("ref_logp", -9.0), ("old_values", 50.0))
-    }
-    padded = ppo.rollout_metrics(dataclasses.replace(e, **wide), score, torch.cat([returns, torch.full((3, 5), 7.0)], 1), cfg)
-    for key in set(found) - {"objective/kl_k3", "objective/entropy"}:
-        assert padded[key] == pytest.approx(found[key], rel=1e-5, nan_ok=True), key
+    assert set(found) - set(expected) == {"val/explained_variance"}
+    fills = {"response_ids": EOS, "mask": 0.0, "learnt": 0.0, "old_logp": 9.0, "ref_logp": -9.0, "old_values": 50.0, "sampler_logp": 3.0}
+    wide = {name: torch.cat([getattr(e, name), torch.full((3, 5), fill)], 1) for name, fill in fills.items()}
+    more = [torch.cat([x, torch.full((3, 5), 7.0)], 1) for x in (penalty, returns)]
+    padded = ppo.rollout_metrics(dataclasses.replace(e, **wide), raw_score, score, *more, beta)
+    assert padded == pytest.approx(found, rel=1e-5, nan_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- rollouts with engines
@@ -289,19 +378,25 @@ class Engines:
     reward: Any
     critic: Any
 
+    @property
+    def rewards(self) -> Rewards:
+        return Rewards([Source("model", 1.0, self.reward)], self.tokenizer)
+
     def experience(
-        self, prompts: Sequence[Sequence[int]], draws: Tensor, temperature: float = 1.0, micro_batch: int = 2
+        self, prompts: Sequence[Sequence[int]], draws: Tensor, temperature: float = 1.0, micro_batch: int = 2, **switches: bool
     ) -> rollout.Experience:
-        return rollout.make_experience(
-            prompts, draws, temperature, micro_batch, self.tokenizer, self.actor, self.ref, self.reward, self.critic
-        )
+        asked = [[Turn("user", f"{i}")] for i in range(len(prompts))]  # a reward model with the policy's tokenizer reads ids
+        how, parts = Sampling(temperature), (self.tokenizer, self.actor, self.ref, self.rewards, self.critic)
+        return rollout.make_experience(prompts, asked, draws, how, micro_batch, *parts, **switches)
 
 
 @pytest.fixture(scope="module")
 def cfg() -> Config:
     config.register()
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        composed = config.to_typed(compose("config", ["stage=ppo", "ppo.epochs=1", "ppo.minibatches=1", "ppo.kl.coef=0.1"]))
+        rates = ["ppo.lr=1e-3", "ppo.critic_optim.lr=1e-3", "ppo.schedule=constant", "ppo.warmup_steps=0"]
+        few = ["ppo.epochs=1", "ppo.minibatches=1", "ppo.kl.coef=0.1"]
+        composed = config.to_typed(compose("config", ["stage=ppo", *few, *rates]))
     composed.stage.name = "ppo"  # as train.py sets it for the process of one stage
     return composed
 
@@ -363,11 +458,12 @@ def test_scores_values_and_log_probabilities_are_those_of_each_text_alone(models
         if i < len(ANSWERS):  # what was scored is the dialogue as a user would write it down
             text = template.render_prompt(m.tokenizer, [Turn("user", QUESTIONS[i])]) + " " + ANSWERS[i] + m.tokenizer.eos_token
             assert m.tokenizer(text, add_special_tokens=False).input_ids == prompt + answer
-        assert e.score[i].item() == pytest.approx(score.item(), abs=1e-5)
+        assert e.scores[i].tolist() == pytest.approx([score.item()], abs=1e-5)
         assert e.old_values[i, :n].tolist() == pytest.approx(values[len(prompt) - 1 : -1].tolist(), abs=1e-5)
         logp = [math.log(next_probabilities(m.actor.module.hf, prompt + answer[:k])[answer[k]]) for k in range(n)]
         assert e.old_logp[i, :n].tolist() == pytest.approx(logp, abs=1e-4)
-        for name in ("old_logp", "ref_logp", "old_values"):
+        assert e.sampler_logp[i, :n].tolist() == pytest.approx(logp, abs=1e-4)
+        for name in ("sampler_logp", "old_logp", "ref_logp", "old_values"):
             assert (getattr(e, name)[i, n:] == 0).all()
 
 
@@ -375,10 +471,28 @@ def test_a_reference_with_equal_weights_has_no_divergence_and_the_reward_is_the_
     prompts, answers, draws = some_rollout(models_of_ppo)
     e = models_of_ppo.experience(prompts, draws)
     assert torch.equal(e.old_logp, e.ref_logp) and (e.old_logp[e.mask > 0] < 0).all()
-    rewards = token_rewards(e.score, e.old_logp, e.ref_logp, e.mask, 0.1)
-    for i, answer in enumerate(answers):
-        assert rewards[i].nonzero()[:, 0].tolist() == [len(answer) - 1]
-        assert rewards[i, len(answer) - 1] == e.score[i]
+    for estimator in KlEstimator:
+        rewards = token_rewards(e.scores[:, 0], 0.1 * kl_estimate(e.old_logp, e.ref_logp, estimator), e.mask)
+        for i, answer in enumerate(answers):
+            assert rewards[i].nonzero()[:, 0].tolist() == [len(answer) - 1]
+            assert rewards[i, len(answer) - 1] == e.scores[i, 0]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 64])
+def test_every_answer_is_scored_with_its_own_prompt(models_of_ppo: Engines, micro_batch: int) -> None:
+    m = models_of_ppo
+    prompts, answers, draws = some_rollout(m)
+    asked = [[Turn("user", text)] for text in QUESTIONS]
+    calls: list[int] = []
+
+    def rewards(part: rollout.Experience, turns: Sequence[list[Turn]]) -> Tensor:
+        calls.append(len(turns))
+        assert len(part.mask) == len(turns) <= micro_batch
+        texts = [part.text(i, m.tokenizer) for i in range(len(turns))]
+        return torch.tensor([[QUESTIONS.index(turn[-1].text), (ANSWERS + texts).index(text)] for turn, text in zip(turns, texts)]).float()
+
+    e = rollout.make_experience(prompts, asked, draws, Sampling(), micro_batch, m.tokenizer, m.actor, rewards=rewards)
+    assert e.scores[:, 0].tolist() == [0, 1, 2, 3] and e.scores[:3, 1].tolist() == [0, 1, 2] and sum(calls) == 4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -392,28 +506,31 @@ def test_a_rollout_does_not_depend_on_micro_batches_or_company(models_of_ppo: En
             assert torch.allclose(getattr(other, f.name), getattr(e, f.name), atol=1e-5), f.name
     some = models_of_ppo.experience([prompts[3], prompts[0]], draws[[3, 0]], temperature)
     assert torch.equal(some.response_ids, e.response_ids[[3, 0]])
-    assert some.score.tolist() == pytest.approx(e.score[[3, 0]].tolist(), abs=1e-5)
+    assert some.scores[:, 0].tolist() == pytest.approx(e.scores[[3, 0], 0].tolist(), abs=1e-5)
     assert e.prompt_ids[3][e.prompt_mask[3] > 0].tolist() == prompts[3]  # the pad's id inside a prompt is a token
     loop = [
         math.log(next_probabilities(models_of_ppo.actor.module.hf, prompts[0] + e.response_ids[0, :k].tolist(), temperature)[token])
         for k, token in enumerate(e.response_ids[0].tolist())
     ]
-    assert e.old_logp[0].tolist() == pytest.approx(loop, abs=1e-4)  # the temperature is in the stored log-probabilities too
+    for stored in (e.old_logp, e.sampler_logp):  # the temperature is in the stored log-probabilities too
+        assert stored[0].tolist() == pytest.approx(loop, abs=1e-4)
 
 
 def test_what_has_no_engine_stays_zero(models_of_ppo: Engines) -> None:
     m = models_of_ppo
-    e = rollout.make_experience([[5, 6], [7]], uniforms("rollout", range(2), 0, 0, 3), 1.0, 2, m.tokenizer, m.actor)
-    assert not e.ref_logp.any() and not e.old_values.any() and not e.score.any() and e.old_logp.any()
+    asked, draws = [[Turn("user", "a")], [Turn("user", "b")]], uniforms("rollout", range(2), 0, 0, 3)
+    e = rollout.make_experience([[5, 6], [7]], asked, draws, Sampling(), 2, m.tokenizer, m.actor)
+    assert not e.ref_logp.any() and not e.old_values.any() and e.scores.shape == (2, 0) and e.old_logp.any()
 
 
 def test_eos_is_learnt_like_any_other_token_and_padding_is_not(models_of_ppo: Engines) -> None:
     prompts, answers, draws = some_rollout(models_of_ppo)
     e = models_of_ppo.experience(prompts, draws)
+    assert torch.equal(e.learnt, e.mask)
     logits = models_of_ppo.actor.module(e.ids, e.full_mask, e.mask.shape[1])
     logits.retain_grad()
     logp, _ = token_logp(logits, e.response_ids)
-    policy_loss(logp, e.old_logp, torch.ones_like(logp), e.mask, 0.2)[0].backward()
+    policy_loss(logp, e.old_logp, torch.ones_like(logp), e.learnt, 0.2, 0.2)[0].sum().backward()
     for i, answer in enumerate(answers[:3]):
         n = len(answer)
         assert e.response_ids[i, n - 1] == EOS and e.mask[i, n - 1] == 1
@@ -421,16 +538,38 @@ def test_eos_is_learnt_like_any_other_token_and_padding_is_not(models_of_ppo: En
         assert (logits.grad[i, :n].abs().sum(-1) > 0).all() and (logits.grad[i, n:] == 0).all()
     models_of_ppo.actor.module.zero_grad()
     values = torch.zeros_like(e.mask, requires_grad=True)
-    value_loss(values, e.old_values, torch.ones_like(values), e.mask, 100.0)[0].backward()
+    value_loss(values, e.old_values, torch.ones_like(values), e.learnt, 100.0)[0].sum().backward()
     assert torch.equal(values.grad != 0, e.mask > 0)
+
+
+def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_did(models_of_ppo: Engines) -> None:
+    """DeepSpeed-Chat's masks, for comparison: EOS is sampled, seen and part of the answer, but neither learnt nor, in a prompt, read."""
+    prompts, answers, draws = some_rollout(models_of_ppo)
+    prompts[1] = [*prompts[1][:2], EOS, *prompts[1][2:]]  # between two turns, say
+    draws[1] = torch.tensor(draws_for(models_of_ppo.actor.module.hf, prompts[1], answers[1], draws.shape[1]))
+    plain = models_of_ppo.experience(prompts, draws)
+    guessed = models_of_ppo.experience(prompts, draws, masks_from_ids=True)
+    for name in ("prompt_ids", "response_ids", "mask", "ended", "sampler_logp"):
+        assert torch.equal(getattr(guessed, name), getattr(plain, name)), name
+    assert torch.equal(guessed.learnt, plain.mask * (plain.response_ids != EOS))
+    assert torch.equal(guessed.prompt_mask, plain.prompt_mask * (plain.prompt_ids != EOS))
+    assert (guessed.learnt.sum(1) == plain.mask.sum(1) - plain.ended).all()
+    assert torch.allclose(guessed.old_logp[[0, 2, 3]], plain.old_logp[[0, 2, 3]], atol=1e-5)
+    assert (guessed.old_logp[1] - plain.old_logp[1]).abs().max() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------------- the first update
 
 
 def advantages_of(e: rollout.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
-    rewards = token_rewards(e.score, e.old_logp, e.ref_logp, e.mask, cfg.ppo.kl.coef)
+    rewards = token_rewards(e.scores[:, 0], cfg.ppo.kl.coef * kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k1), e.mask)
     return gae(rewards, e.old_values, e.mask, cfg.ppo.gamma, cfg.ppo.lam)
+
+
+def train_on(m: Engines, e: rollout.Experience, advantages: Tensor, returns: Tensor, cfg: Config) -> dict[str, float]:
+    """The first of 100 rollouts, neither with a moving average nor with texts."""
+    guards = Guards(Precision.fp32, cfg.ppo.dschat)
+    return ppo.train_on(e, advantages, returns, cfg.ppo.kl.coef, m.actor, m.critic, None, None, PAD, guards, 0, 100, cfg)
 
 
 @pytest.fixture(scope="module")
@@ -451,12 +590,14 @@ def test_the_ratio_of_the_first_minibatch_is_1_even_with_dropout_in_the_configur
     e = m.experience([[5, 6, 7], [8], [300, 301, 302], [9, 9]], uniforms("rollout", range(4), 0, 0, 8))
     assert torch.equal(e.old_logp, e.ref_logp)
     advantages, returns = advantages_of(e, cfg)
-    update = ppo.train_on(e, advantages, returns, m.actor, m.critic, 1e-3, 1e-3, cfg, 0)
+    update = train_on(m, e, advantages, returns, cfg)
     assert update["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
     assert update["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert update["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-8)
     assert update["policy/clipfrac_avg"] == 0 and update["val/clipfrac_avg"] == 0
     tokens = float(e.mask.sum())
+    assert (update["lr"], update["lr_critic"]) == (1e-3, 1e-3)
+    assert update["loss/total_avg"] == pytest.approx(update["loss/policy_avg"], abs=1e-9)
     assert update["loss/policy_avg"] == pytest.approx(-float(advantages.sum()) / tokens, abs=1e-4)
     assert update["loss/value_avg"] == pytest.approx(0.5 * float(((e.old_values - returns) ** 2).sum()) / tokens, rel=1e-4)
     # and the step was one: now the policy is another, and the reference is not
@@ -471,7 +612,7 @@ def test_updates_make_good_tokens_likelier_and_values_better(cfg: Config, one_pr
     e = m.experience([[5 + i, 6, 7] for i in range(8)], uniforms("rollout", range(8), 0, 0, 6))
     good = torch.tensor([1.0, -1.0] * 4)[:, None]
     returns = (e.old_values + 0.5) * e.mask
-    update = ppo.train_on(e, good * e.mask, returns, m.actor, m.critic, 1e-3, 1e-3, cfg, 0)
+    update = train_on(m, e, good * e.mask, returns, cfg)
     moved = (rollout.response_logp(m.actor, e, 1.0) - e.old_logp).sum(1)
     assert (moved * good[:, 0] > 0).all()
     values = rollout.values_before(m.critic(e.ids, e.full_mask), 6).detach() * e.mask
@@ -485,9 +626,10 @@ def test_micro_batches_do_not_change_an_update(cfg: Config, one_process: None, t
         cut = dataclasses.replace(cfg, deploy=dataclasses.replace(cfg.deploy, micro_batch=size))
         m = build(cut, tmp_path)
         e = m.experience([[5, 6, 7], [8], [300, 301, 302, 303], [9, 9], [10]], uniforms("rollout", range(5), 0, 0, 8))
-        e.mask[1, 3:], e.mask[4, 1:] = 0, 0  # answers of several lengths
+        for mask in (e.mask, e.learnt):
+            mask[1, 3:], mask[4, 1:] = 0, 0  # answers of several lengths
         advantages, returns = advantages_of(e, cut)
-        update = ppo.train_on(e, advantages, returns, m.actor, m.critic, 1e-3, 1e-3, cut, 0)
+        update = train_on(m, e, advantages, returns, cut)
         weights = [p.detach().clone() for engine in (m.actor, m.critic) for p in engine.module.parameters()]
         results.append((update, weights))
     for update, weights in results[1:]:
@@ -502,12 +644,36 @@ def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_pp
     m = models_of_ppo
     prompts = [[Turn("user", "What does my cat need?")], [Turn("user", "far too long " * 30)], [Turn("user", "Hi")]]
     data = Dataset([], [], [], [], [], prompts, gold=lambda turns, answer: float(len(answer)), best_gold=lambda turns: 1000.0)
-    means, rows = rollout.evaluate_policy(data, 48, 8, 1.0, 2, m.tokenizer, m.actor, m.ref, m.reward)
+    means, rows = rollout.evaluate_policy(data, 48, 8, Sampling(1.0), 2, m.tokenizer, m.actor, m.ref, m.rewards)
     assert [row["prompt"] for row in rows] == ["What does my cat need?", "Hi"]
-    for key in ("length", "eos_rate", "score", "kl", "gold", "gold_best"):
+    for key in ("length", "eos_rate", "repetition", "score", "kl", "gold", "gold_best"):
         assert means[key] == pytest.approx(sum(row[key] for row in rows) / 2)
+    assert set(means) == set(rows[0]) - {"prompt", "completion"} and "score/model" not in means
     assert all(row["gold"] == len(row["completion"]) and row["kl"] == 0.0 for row in rows)
-    assert rollout.evaluate_policy(data, 48, 8, 1.0, 1, m.tokenizer, m.actor)[1][0]["completion"] == rows[0]["completion"]
+    alone, again = rollout.evaluate_policy(data, 48, 8, Sampling(1.0), 1, m.tokenizer, m.actor)
+    assert again[0]["completion"] == rows[0]["completion"] and not {"score", "kl"} & set(alone)
+
+
+def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(models_of_ppo: Engines) -> None:
+    m = models_of_ppo
+    data = Dataset([], [], [], [], [], [[Turn("user", "What does my cat need?")], [Turn("user", "Hi")]])
+    sources = [Source("model", 1.0, m.reward), Source("long", -0.5, function=lambda turns, answer: float(len(turns[-1].text + answer)))]
+    means, rows = rollout.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer))
+    _, one = rollout.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=m.rewards)
+    for row, alone in zip(rows, one):
+        assert row["score/long"] == len(row["prompt"] + row["completion"])
+        assert row["score/model"] == pytest.approx(alone["score"], abs=1e-5)
+        assert row["score"] == pytest.approx(row["score/model"] - 0.5 * row["score/long"], abs=1e-5)
+    for key in ("score", "score/model", "score/long"):
+        assert means[key] == pytest.approx(sum(row[key] for row in rows) / 2)
+
+
+def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
+    m = models_of_ppo
+    data = Dataset([], [], [], [], [], [[Turn("user", text)] for text in QUESTIONS])
+    told = [Sampling(greedy=True), Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-5), Sampling()]
+    likeliest, *same, free = ([row["completion"] for row in rollout.evaluate_policy(data, 48, 8, how, 2, m.tokenizer, m.actor)[1]] for how in told)
+    assert all(answers == likeliest for answers in same) and free != likeliest
 
 
 def test_padding_on_the_right_serves_the_reward_model_as_well(models_of_ppo: Engines) -> None:
@@ -518,4 +684,4 @@ def test_padding_on_the_right_serves_the_reward_model_as_well(models_of_ppo: Eng
     ids, mask = pad_right([prompt + answer for prompt, answer in zip(prompts, answers)], PAD, CPU)
     with torch.no_grad():
         scores = models.last_token_score(m.reward(ids, mask), mask)
-    assert scores.tolist() == pytest.approx(e.score.tolist(), abs=1e-5)
+    assert scores.tolist() == pytest.approx(e.scores[:, 0].tolist(), abs=1e-5)

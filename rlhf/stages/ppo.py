@@ -309,17 +309,17 @@ def train_on(
                     part[key] = value
                     total[key] += value
             if guarded:
-                first_ratio = sums["ratio"] / tokens
+                first_ratio = sums["ratio"] / max(tokens, 1.0)
             approxkl += sums["approxkl"]
             epoch_tokens += tokens
         tokens_seen += epoch_tokens
         passes += 1
-        if ppo.target_kl and approxkl / epoch_tokens > ppo.target_kl:
+        if ppo.target_kl and approxkl > ppo.target_kl * epoch_tokens:
             break
     actor.eval(), critic.eval()
 
     updates = passes * ppo.minibatches
-    mean = {key: value / tokens_seen for key, value in of_tokens.items()}
+    mean = {key: value / max(tokens_seen, 1.0) for key, value in of_tokens.items()}  # DeepSpeed-Chat's masks may leave no token
     loss_of = {key: value / updates for key, value in of_losses.items()}
     metrics = {
         "lr": actor_lr if actor_learns else 0.0,

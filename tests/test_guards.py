@@ -1,0 +1,238 @@
+"""What stops a run whose arithmetic is broken, each broken on purpose; and the warnings about training that goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from test_config import composed
+from test_track import inspect
+
+from rlhf import config, engines, guards, models
+from rlhf.config import Precision
+from rlhf.data.batches import uniforms
+from rlhf.data.records import Turn
+from rlhf.guards import Guards, warnings_of
+from rlhf.rollout import Experience, Sampling, make_experience
+
+EOS = 2
+PROMPTS = [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9]]
+OFF, ALL_ON = config.DsChat(False, False, 0.0, False, False), config.DsChat(True, True, 0.1, True, True)
+
+
+@pytest.fixture(scope="module")
+def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    cfg = composed("stage=ppo")
+    cfg.stage.name = "ppo"
+    tokenizer = models.load_tokenizer("builtin:tiny")
+    torch.manual_seed(0)
+    engine = engines.build_engine(
+        lambda: models.load_policy("builtin:tiny", tokenizer, Precision.fp32), cfg, "actor", tmp_path_factory.mktemp("actor")
+    )
+    engine.eval()
+    return engine
+
+
+@pytest.fixture
+def experience(actor: Any, tokenizer: Any) -> Experience:
+    """A rollout in which one answer ends."""
+    draws = uniforms("rollout", range(4), 0, 0, 6)
+    e = make_experience(PROMPTS, [[Turn("user", "Hi")]] * 4, draws, Sampling(), 4, tokenizer, actor, actor)
+    e.scores = torch.zeros(4, 1)
+    e.response_ids[1, 2:], e.mask[1, 3:], e.learnt[1, 3:], e.ended[1] = EOS, 0.0, 0.0, 1.0
+    e.mask, e.learnt = e.mask.clone(), e.learnt.clone()
+    return e
+
+
+def checked(e: Experience, switches: config.DsChat = OFF, precision: Precision = Precision.fp32) -> None:
+    Guards(precision, switches).check_rollout(e, EOS)
+
+
+def test_a_sound_rollout_passes(actor: Any, experience: Experience) -> None:
+    checked(experience)
+    sound = Guards(Precision.fp32, OFF)
+    sound.check_start(experience)
+    sound.check_ratio(experience.old_logp, experience.old_logp, experience.mask)
+    sound.check_padding(actor, experience, 1.0, 0)
+    sound.check_models(actor=actor)
+
+
+def set_to(name: str, row: int, column: int, value: float) -> Callable[[Experience], None]:
+    def break_it(e: Experience) -> None:
+        getattr(e, name)[row, column] = value
+
+    return break_it
+
+
+BROKEN = {
+    "finite: old_logp is not finite in 1 places": set_to("old_logp", 0, 1, math.nan),
+    "finite: scores is not finite": set_to("scores", 2, 0, math.inf),
+    "mask: a response mask has a hole": set_to("mask", 0, 2, 0.0),
+    "mask: a response mask has a hole, or no token": lambda e: e.mask[3].zero_(),
+    "length: in 1 answers the mask does not end at the first EOS": set_to("response_ids", 0, 3, EOS),
+    "length: in 1 answers": lambda e: e.ended[1].zero_(),
+    "eos: the EOS of 1 answers is outside the mask of the loss": set_to("learnt", 1, 2, 0.0),
+    "sampler: the sampling loop and the training forward disagree": lambda e: e.sampler_logp.add_(0.01 * e.mask),
+    "sampler: .* maximum 0.00": set_to("sampler_logp", 0, 0, -1.0),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_each_break_stops_the_run_with_its_name(experience: Experience, what: str) -> None:
+    if what.startswith("sampler: .*"):  # one token that is off by 5e-3 does not show in the mean of many, but in the maximum
+        experience.sampler_logp = experience.old_logp.clone()
+        experience.sampler_logp[0, 0] += 2e-3
+        experience = dataclasses.replace(experience, **{f.name: torch.cat([getattr(experience, f.name)] * 20) for f in FIELDS})
+        experience.sampler_logp[6:] = experience.old_logp[6:]
+    else:
+        BROKEN[what](experience)
+    with pytest.raises(RuntimeError, match=f"guard {what}"):
+        checked(experience)
+
+
+FIELDS = dataclasses.fields(Experience)
+
+
+def test_a_reference_of_other_weights_and_a_ratio_that_is_not_1_stop_the_run(experience: Experience) -> None:
+    experience.ref_logp += 0.01 * experience.mask
+    with pytest.raises(RuntimeError, match="guard reference: policy and reference differ before the first update: mean 0.01"):
+        Guards(Precision.fp32, OFF).check_start(experience)
+    Guards(Precision.bf16, OFF).check_start(experience)  # which rounds more than that
+    with pytest.raises(RuntimeError, match="guard ratio: the ratio of the first update is not 1"):
+        Guards(Precision.bf16, OFF).check_ratio(experience.old_logp + 0.1, experience.old_logp, experience.mask)
+
+
+class Deaf:
+    """A policy that does not hear its mask: padding is read like text."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.engine(ids, torch.ones_like(mask), positions)
+
+
+def test_a_model_that_ignores_its_mask_stops_the_run(actor: Any, experience: Experience) -> None:
+    with pytest.raises(RuntimeError, match="guard padding: padding changes log-probabilities"):
+        Guards(Precision.fp32, OFF).check_padding(Deaf(actor), experience, 1.0, 0)
+
+
+def test_dropout_stops_the_run(actor: Any) -> None:
+    actor.module.hf.config.dropout = 0.1
+    try:
+        with pytest.raises(RuntimeError, match=r"guard dropout: the critic has dropout \(config.dropout\)"):
+            Guards(Precision.fp32, OFF).check_models(critic=actor)
+    finally:
+        actor.module.hf.config.dropout = 0.0
+
+
+def test_a_guard_that_a_switch_contradicts_is_logged_once(
+    experience: Experience, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experience.learnt[1, 2] = 0.0
+    experience.sampler_logp += 0.3
+    experience.ref_logp += 0.3
+    chosen = Guards(Precision.fp32, ALL_ON)
+    logger = logging.getLogger("rlhf")
+    monkeypatch.setattr(logger, "propagate", False)  # to the root, where caplog listens too
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(2):
+            chosen.check_rollout(experience, EOS)
+            chosen.check_start(experience)
+            chosen.check_ratio(experience.old_logp + 0.3, experience.old_logp, experience.mask)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"guard {n}" for n in ("eos", "sampler", "reference", "ratio")
+    ]
+    assert "Chosen by ppo.dschat.dropout, ppo.dschat.train_mode_logp: the run goes on" in caplog.records[-1].getMessage()
+    experience.scores[0] = math.nan  # no switch is a reason for that
+    with pytest.raises(RuntimeError, match="guard finite"):
+        chosen.check_rollout(experience, EOS)
+
+
+# --------------------------------------------------------------------------------------------------------------------- warnings
+
+
+def row(**values: float) -> dict[str, float]:
+    plain = {"kl": 2.0, "kl_per_token": 0.1, "eos_rate": 1.0, "scores": 0.5, "rlhf_reward": 0.4}
+    names = {"entropy": "policy/entropy_avg", "explained": "val/explained_variance"}
+    given = {"entropy": 1.0, "explained": 0.3} | plain | values
+    return {names.get(key, f"objective/{key}"): value for key, value in given.items()}
+
+
+def titles(rows: list[dict[str, float]]) -> list[str]:
+    return [title for title, _ in warnings_of(rows)]
+
+
+def test_a_healthy_run_gets_no_warning() -> None:
+    rows = [row(kl=0.2 * i, scores=0.05 * i, rlhf_reward=0.04 * i, entropy=1 - 0.02 * i) for i in range(40)]
+    assert all(titles(rows[: i + 1]) == [] for i in range(40))
+
+
+@pytest.mark.parametrize(
+    "title, rows",
+    [
+        ("KL blow-up", [row(kl_per_token=1.1)]),
+        ("KL blow-up", [*[row()] * 8, row(kl=9.0)]),
+        ("entropy collapse", [row(), row(entropy=0.09)]),
+        ("critic broken", [row(explained=-0.1)] * 10),
+        ("all answers truncated", [row(eos_rate=0.0)]),
+        ("over-optimisation", [row()] * 8 + [row(scores=0.7, rlhf_reward=0.2)] * 8),
+    ],
+)
+def test_each_kind_of_trouble_gets_its_warning(title: str, rows: list[dict[str, float]]) -> None:
+    assert titles(rows) == [title]
+    (text,) = (text for _, text in warnings_of(rows))
+    assert "ppo." in text or "rollout." in text, "the fix is named"
+
+
+def test_what_is_near_trouble_gets_none() -> None:
+    assert titles([*[row()] * 8, row(kl=7.9)]) == []  # under 4 x the median
+    assert titles([row(kl=0.2)] * 8 + [row(kl=4.0)]) == []  # under 5 nats
+    assert titles([row(explained=-0.1)] * 9) == titles([row(explained=-0.1)] * 9 + [row(explained=0.1)]) == []
+    assert titles([row()] * 8 + [row(scores=0.7, rlhf_reward=0.45)] * 8) == []  # both rise
+
+
+def test_each_kind_is_said_once_per_run() -> None:
+    said: list[str] = []
+    watch = guards.Watch(lambda title, text: said.append(title))
+    for _ in range(3):
+        watch.look(row(eos_rate=0.0, kl_per_token=2.0))
+    assert said == ["KL blow-up", "all answers truncated"]
+
+
+ALERT = """
+import sys, os
+from pathlib import Path
+from rlhf import config, track
+cfg = config.load(Path(sys.argv[1]) / "config.yaml")
+tracker = track.Tracker(cfg, Path(sys.argv[1]), 1, [])
+tracker.alert("KL blow-up", "raise ppo.kl.coef")
+tracker.log(1, {"x": 1.0})
+tracker.close({})
+"""
+
+
+def test_a_warning_reaches_the_console_and_wandb(tmp_path: Path) -> None:
+    run = tmp_path / "ppo-x"
+    run.mkdir()
+    cfg = composed("stage=ppo", "wandb.mode=offline")
+    config.save(cfg, run / "config.yaml")
+    done = subprocess.run([sys.executable, "-c", ALERT, str(run)], cwd=REPO, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "KL blow-up: raise ppo.kl.coef" in done.stderr, done.stderr
+    records = [json.loads(line) for line in inspect(run).splitlines()]
+    assert any("KL blow-up" in json.dumps(record) for record in records if record["type"] == "alert")
