@@ -17,7 +17,7 @@ import yaml
 
 from rlhf import models
 from rlhf.config import Precision, Sandbox, Template
-from rlhf.data import batches, build_tiny, sandbox, template
+from rlhf.data import batches, build_tiny, load, sandbox, template
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 
 REPO = Path(__file__).parents[1]
@@ -239,6 +239,51 @@ def test_random_numbers_are_uniform_in_0_to_1() -> None:
     assert float(((counts - 2000) ** 2 / 2000).sum()) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
     neighbours = torch.corrcoef(x.reshape(200, 100)[:, :2].T)[0, 1]
     assert abs(float(neighbours)) < 0.25
+
+
+# ------------------------------------------------------------------------------------------- plain text for the pretraining loss
+
+
+@pytest.fixture
+def texts_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., load.Rows[tuple[list[int], list[int]]]]:
+    """Token ids of some texts, with a cache of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return lambda texts, max_tokens: load.texts(tokenizer(), datasets.Dataset.from_dict({"text": texts}), max_tokens, 1)
+
+
+TEXTS = ["Once upon a time there was a rose.", "Größe ☃", "The cat, the cat, and the cat again, all day long. " * 3]
+
+
+def test_a_text_predicts_all_but_its_first_token(texts_of: Any) -> None:
+    rows = texts_of(TEXTS, 500)
+    assert [first + rest for first, rest in rows] == [encode(text) for text in TEXTS]
+    assert all(len(first) == 1 and rest for first, rest in rows)
+    assert list(rows.lengths) == [len(encode(text)) for text in TEXTS] and (rows.cut, rows.dropped) == (0, 0)
+    assert tokenizer().eos_token_id not in sum((first + rest for first, rest in rows), [])  # nothing is put in that is not there
+    assert texts_of(TEXTS, 500)[1] == rows[1]  # from the cache
+
+
+def test_a_text_is_cut_at_the_limit_that_counts_its_first_token_too(texts_of: Any) -> None:
+    whole = [encode(text) for text in TEXTS]
+    for limit in (2, len(whole[0]) - 1, len(whole[0]), len(whole[0]) + 1):
+        rows = texts_of(TEXTS, limit)
+        assert [first + rest for first, rest in rows] == [ids[:limit] for ids in whole]
+        assert list(rows.lengths) == [min(len(ids), limit) for ids in whole]
+        assert rows.cut == sum(len(ids) > limit for ids in whole) and rows.dropped == 0
+
+
+def test_a_text_of_one_token_predicts_nothing_and_is_left_out(texts_of: Any) -> None:
+    one = next(text for text in ("a", "e", ".", "x") if len(encode(text)) == 1)
+    rows = texts_of([one, TEXTS[0], one, ""], 500)
+    assert [first + rest for first, rest in rows] == [encode(TEXTS[0])] and rows.dropped == 3
+    assert not len(texts_of([one, ""], 500))
+
+
+def test_a_text_that_is_cut_to_one_token_is_left_out_too(texts_of: Any) -> None:
+    """Its loss would be 0 / 0."""
+    assert not len(texts_of(TEXTS, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------- sandbox: its truth

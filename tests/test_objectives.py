@@ -883,6 +883,7 @@ def test_the_last_step_has_the_final_rate_and_the_first_is_not_zero(
 def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
     assert rates(20, 1.0, "constant", ratio=0.25)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert rates(20, 1.0, "constant")[0] == 1.0
+    assert rates(30, 1.0, "constant", ratio=0.05)[:3] == pytest.approx([0.5, 1.0, 1.0])  # one and a half steps are two
 
 
 def test_steps_of_warm_up_override_the_ratio() -> None:
@@ -896,3 +897,9 @@ def test_a_warm_up_longer_than_the_run_goes_on_to_its_end(schedule: str) -> None
     assert rates(4, 1.0, schedule, 0.1, steps=10) == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert rates(4, 1.0, schedule, 0.1, steps=4) == rates(4, 1.0, schedule, 0.1, ratio=1.0) == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates(1, 1.0, schedule, 0.1, steps=3) == pytest.approx([1 / 3])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("total, steps", [(1, 0), (2, 1), (10, 9)])
+def test_a_run_without_room_for_a_decay_has_rates_all_the_same(schedule: str, total: int, steps: int) -> None:
+    assert all(0 < x <= 1 for x in rates(total, 1.0, schedule, 0.1, steps=steps))
