@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callabl
 
     Args: loss_of: the micro-batch's summed loss, already divided by the count over the whole step and all processes.
     Returns: the gradient norm before clipping.
-    Raises: RuntimeError when the loss is not finite.
+    Raises: RuntimeError when the loss or the gradient is not finite.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -72,7 +73,10 @@ def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callabl
     gradients = [] if hasattr(engine.optimizer, "_global_grad_norm") else [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    value = float(engine.get_global_grad_norm() if norm is None else norm)
+    if not math.isfinite(value) and not engine.fp16_enabled():  # whose loss scaling leaves such steps out by itself
+        raise RuntimeError(f"the norm of the gradient is {value}, though the loss is finite: lower the learning rate")
+    return value
 
 
 @contextlib.contextmanager

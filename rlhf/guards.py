@@ -32,6 +32,7 @@ class Guards:
     def __init__(self, precision: Precision, switches: DsChat):
         self.precision, self.switches = precision, switches
         self.logged: set[str] = set()
+        self.measured: dict[str, tuple[float, float]] = {}
 
     def require(self, name: str, ok: bool, line: str, because: str = "") -> None:
         """Raises: RuntimeError with the line, unless it is fine; where a chosen switch is the reason, it is logged, once."""
@@ -71,7 +72,7 @@ class Guards:
         unlearnt = int((is_eos & (e.learnt == 0)).any(1).sum())
         line = f"the EOS of {unlearnt} answers is outside the mask of the loss: the policy cannot learn when to stop"
         self.require("eos", not unlearnt, line, self.switch("pad_is_eos"))
-        mean, worst = difference(e.sampler_logp, e.old_logp, e.mask)
+        mean, worst = self.measured["sampler"] = difference(e.sampler_logp, e.old_logp, e.mask)
         limit, limit_worst = TOLERANCE[self.precision]
         line = f"the sampling loop and the training forward disagree: {gap(mean, worst)}, allowed {limit:g}: "
         line += "cache, positions, masks or temperature of one of them are wrong"
@@ -80,7 +81,7 @@ class Guards:
 
     def check_start(self, e: Experience) -> None:
         """Before its first update the policy is its reference: KL = 0."""
-        mean, worst = difference(e.old_logp, e.ref_logp, e.mask)
+        mean, worst = self.measured["reference"] = difference(e.old_logp, e.ref_logp, e.mask)
         line = f"policy and reference differ before the first update: {gap(mean, worst)}: "
         line += "they were not loaded from the same weights, or one of them has dropout on"
         self.require("reference", mean <= TOLERANCE[self.precision][0], line, self.switch("train_mode_logp"))
@@ -88,6 +89,7 @@ class Guards:
     def check_ratio(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> None:
         """At the first minibatch of a run the ratio is 1."""
         mean, worst = difference(logp, old_logp, mask)
+        self.measured["ratio"] = max(self.measured.get("ratio", (0.0, 0.0)), (mean, worst))  # of several micro-batches
         line = f"the ratio of the first update is not 1: {gap(mean, worst)}: old log-probabilities come from another forward than the one "
         line += "that trains (dropout, precision, temperature, padding)"
         self.require("ratio", mean <= TOLERANCE[self.precision][0], line, self.switch("dropout", "train_mode_logp"))
@@ -99,9 +101,15 @@ class Guards:
         front = {"prompt_ids": F.pad(some.prompt_ids, (3, 0), value=pad_id), "prompt_mask": F.pad(some.prompt_mask, (3, 0))}
         behind = {"response_ids": F.pad(some.response_ids, (0, 2), value=pad_id), "mask": F.pad(some.mask, (0, 2))}
         wide = replace(some, **front, **behind)
-        mean, worst = difference(response_logp(actor, wide, temperature)[:, :n], response_logp(actor, some, temperature), some.mask)
+        padded, plain = response_logp(actor, wide, temperature)[:, :n], response_logp(actor, some, temperature)
+        mean, worst = self.measured["padding"] = difference(padded, plain, some.mask)
         line = f"padding changes log-probabilities: {gap(mean, worst)}: this architecture ignores its mask or position ids"
         self.require("padding", mean <= TOLERANCE[self.precision][0], line)
+
+    def report(self) -> None:
+        """Say what was measured."""
+        parts = [f"{name} {mean:.1g} / {worst:.1g}" for name, (mean, worst) in self.measured.items()]
+        log.info(f"guards: log-probabilities differ by (mean / maximum, nats) {', '.join(parts)}")
 
 
 def gap(mean: float, worst: float) -> str:

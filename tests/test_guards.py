@@ -236,3 +236,12 @@ def test_a_warning_reaches_the_console_and_wandb(tmp_path: Path) -> None:
     assert done.returncode == 0 and "KL blow-up: raise ppo.kl.coef" in done.stderr, done.stderr
     records = [json.loads(line) for line in inspect(run).splitlines()]
     assert any("KL blow-up" in json.dumps(record) for record in records if record["type"] == "alert")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(actor: Any) -> None:
+    """The last test: it leaves the actor broken."""
+    weight = next(actor.module.parameters())
+    with pytest.raises(RuntimeError, match="the norm of the gradient is (inf|nan), though the loss is finite"):
+        engines.optimizer_step(actor, [0], lambda _: (weight[0, 0] - weight[0, 0].detach()).abs().sqrt(), 0.0)
+    with pytest.raises(RuntimeError, match="the loss is nan"):
+        engines.optimizer_step(actor, [0], lambda _: weight[0, 0] * math.nan, 0.0)

@@ -901,5 +901,5 @@ def test_a_warm_up_longer_than_the_run_goes_on_to_its_end(schedule: str) -> None
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("total, steps", [(1, 0), (2, 1), (10, 9)])
-def test_a_run_without_room_for_a_decay_has_rates_all_the_same(schedule: str, total: int, steps: int) -> None:
+def test_a_run_without_room_for_a_decay_still_has_rates(schedule: str, total: int, steps: int) -> None:
     assert all(0 < x <= 1 for x in rates(total, 1.0, schedule, 0.1, steps=steps))

@@ -162,6 +162,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
         update = train_on(e, advantages, returns, beta.value, actor, critic, ema, texts, tokenizer.pad_token_id, guards, step, steps, cfg)
 
+        if step == ppo.critic_warmup:
+            guards.report()
         metrics = rollout_metrics(e, raw_score, score, penalty, returns, beta.value)
         if data.gold:
             gold = [data.gold(turns, e.text(row, tokenizer)) for row, turns in enumerate(asked)]
