@@ -147,6 +147,11 @@ def check_ppo(cfg: Config) -> list[str]:
         not (kl.controller == KlController.adaptive and kl.coef == 0),
         "ppo.kl.coef=0 with ppo.kl.controller=adaptive: it multiplies the coefficient, which would stay 0; start above 0",
     )
+    answers = ppo.batch_size * rollout.responses_per_prompt
+    need(
+        not (kl.controller == KlController.adaptive and answers > 5 * kl.horizon > 0),
+        f"ppo.kl.horizon={kl.horizon:g}: the coefficient could fall below 0 in one rollout of {answers} answers; give at least {answers}",
+    )
     need(bool(ppo.rewards), "ppo.rewards is empty: there is nothing to learn; give a source, see conf/ppo/default.yaml")
     need(
         not ppo.rewards or any(source.weight for source in ppo.rewards.values()),
@@ -171,7 +176,7 @@ def check_ppo(cfg: Config) -> list[str]:
     need(rollout.top_k == 0, f"rollout.top_k={rollout.top_k}: must be 0 in training, {why} ppo.evaluation.top_k, chat.py --top-k")
     world = world_size(cfg)
     if world > 0 and ppo.minibatches > 0 and ppo.batch_size > 0 and rollout.responses_per_prompt > 0:
-        answers, parts = ppo.batch_size * rollout.responses_per_prompt, ppo.minibatches * world
+        parts = ppo.minibatches * world
         each = f" x rollout.responses_per_prompt={rollout.responses_per_prompt}" if rollout.responses_per_prompt > 1 else ""
         fitting = nearest(ppo.batch_size, parts // math.gcd(parts, rollout.responses_per_prompt))
         need(

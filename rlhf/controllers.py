@@ -53,14 +53,14 @@ class RunningScale:
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
     def __call__(self, score: Tensor) -> Tensor:
-        """Take the scores (B,) into account, then divide them by the standard deviation of all so far (1 while that is 0)."""
+        """Take the scores (B,) into account, then divide them by the standard deviation of all so far, where they have any."""
         batch = score.double()
         n, mean = len(batch), float(batch.mean())
         delta, total = mean - self.mean, self.count + n
         self.m2 += float(((batch - mean) ** 2).sum()) + delta**2 * self.count * n / total
         self.mean += delta * n / total
         self.count = total
-        return score / (self.std or 1.0)
+        return score / self.std if self.std > 1e-6 * abs(self.mean) else score  # else they differ by rounding only
 
     @property
     def std(self) -> float:

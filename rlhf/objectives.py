@@ -74,7 +74,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tenso
     d = logp - ref_logp
     if estimator == KlEstimator.k1:
         return d
-    return 0.5 * d**2 if estimator == KlEstimator.k2 else torch.exp(-d) - 1 + d
+    return 0.5 * d**2 if estimator == KlEstimator.k2 else torch.exp((-d).clamp(max=20)) - 1 + d  # e^20 keeps float32 finite
 
 
 def token_rewards(score: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def policy_loss(
         `ratio_max` is a maximum.
     """
     log_ratio = (logp - old_logp) * mask
-    ratio = log_ratio.clamp(-20, 20).exp()  # beyond e^20 the clip decides anyway; keeps float32 finite
+    ratio = log_ratio.clamp(-20, 20).exp()  # keeps float32 finite; a policy that is e^20 away learns nothing there
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped) * mask
     with torch.no_grad():
@@ -201,7 +201,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 def learning_rate(step: int, total: int, optim: Optim) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total` (PPO: of a rollout): linear warm-up, then constant, linear or
-    cosine decay to `final_lr` * lr, which the last step has."""
+    cosine decay to `final_lr` * lr, which the last step has where the warm-up leaves it room."""
     warmup = math.ceil(optim.warmup_ratio * total) if optim.warmup_steps is None else optim.warmup_steps
     if step < warmup:
         return optim.lr * (step + 1) / warmup

@@ -270,7 +270,7 @@ def train_on(
                 if ppo.entropy_coef:
                     terms["entropy"] = -ppo.entropy_coef * (weight * entropy).sum()
                 if in_loss:
-                    terms["kl"] = in_loss * (weight * kl_estimate(logp, part.ref_logp, ppo.kl.estimator)).sum()
+                    terms["kl"] = in_loss * (weight * kl_estimate(logp * part.mask, part.ref_logp, ppo.kl.estimator)).sum()
                 for key, term in terms.items():
                     losses[key] += float(term.detach())
                 return sum(terms.values(), torch.zeros((), device=logp.device))
