@@ -4,6 +4,7 @@ training that goes wrong although the arithmetic is right. All of it costs one s
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,17 +21,19 @@ from rlhf.track import log
 
 # how far two computations of the same log-probability may differ: mean, maximum over tokens; nats. Below fp32 the maximum is
 # reported only: one token of many may lie on an edge of the number format
-TOLERANCE = {Precision.fp32: (1e-4, 1e-3), Precision.bf16: (0.05, None), Precision.autocast: (0.05, None), Precision.fp16: (0.05, None)}
+TOLERANCE = {p: (1e-4, 1e-3) if p == Precision.fp32 else (0.05, math.inf) for p in Precision}
 
 
 class Guards:
     """Checks of one run.
 
     Args: precision: of the models.  switches: a check that one of them contradicts is logged instead of stopping the run.
+        temperature: of the rollouts; one below 1 enlarges the logits, and their rounding with them.
     """
 
-    def __init__(self, precision: Precision, switches: DsChat):
-        self.precision, self.switches = precision, switches
+    def __init__(self, precision: Precision, switches: DsChat, temperature: float = 1.0):
+        self.switches = switches
+        self.limit, self.limit_worst = (limit / min(1.0, temperature) for limit in TOLERANCE[precision])
         self.logged: set[str] = set()
         self.measured: dict[str, tuple[float, float]] = {}
 
@@ -73,10 +76,9 @@ class Guards:
         line = f"the EOS of {unlearnt} answers is outside the mask of the loss: the policy cannot learn when to stop"
         self.require("eos", not unlearnt, line, self.switch("pad_is_eos"))
         mean, worst = self.measured["sampler"] = difference(e.sampler_logp, e.old_logp, e.mask)
-        limit, limit_worst = TOLERANCE[self.precision]
-        line = f"the sampling loop and the training forward disagree: {gap(mean, worst)}, allowed {limit:g}: "
+        line = f"the sampling loop and the training forward disagree: {gap(mean, worst)}, allowed {self.limit:g}: "
         line += "cache, positions, masks or temperature of one of them are wrong"
-        fine = mean <= limit and (limit_worst is None or worst <= limit_worst)
+        fine = mean <= self.limit and worst <= self.limit_worst
         self.require("sampler", fine, line, self.switch("train_mode_logp", "pad_is_eos"))
 
     def check_start(self, e: Experience) -> None:
@@ -84,7 +86,7 @@ class Guards:
         mean, worst = self.measured["reference"] = difference(e.old_logp, e.ref_logp, e.mask)
         line = f"policy and reference differ before the first update: {gap(mean, worst)}: "
         line += "they were not loaded from the same weights, or one of them has dropout on"
-        self.require("reference", mean <= TOLERANCE[self.precision][0], line, self.switch("train_mode_logp"))
+        self.require("reference", mean <= self.limit, line, self.switch("train_mode_logp"))
 
     def check_ratio(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> None:
         """At the first minibatch of a run the ratio is 1."""
@@ -92,7 +94,7 @@ class Guards:
         self.measured["ratio"] = max(self.measured.get("ratio", (0.0, 0.0)), (mean, worst))  # of several micro-batches
         line = f"the ratio of the first update is not 1: {gap(mean, worst)}: old log-probabilities come from another forward than the one "
         line += "that trains (dropout, precision, temperature, padding)"
-        self.require("ratio", mean <= TOLERANCE[self.precision][0], line, self.switch("dropout", "train_mode_logp"))
+        self.require("ratio", mean <= self.limit, line, self.switch("dropout", "train_mode_logp"))
 
     def check_padding(self, actor: Any, e: Experience, temperature: float, pad_id: int) -> None:
         """More padding on both sides of some rows changes no log-probability. Two forwards of at most 4 rows."""
@@ -104,7 +106,7 @@ class Guards:
         padded, plain = response_logp(actor, wide, temperature)[:, :n], response_logp(actor, some, temperature)
         mean, worst = self.measured["padding"] = difference(padded, plain, some.mask)
         line = f"padding changes log-probabilities: {gap(mean, worst)}: this architecture ignores its mask or position ids"
-        self.require("padding", mean <= TOLERANCE[self.precision][0], line)
+        self.require("padding", mean <= self.limit, line)
 
     def report(self) -> None:
         """Say what was measured."""

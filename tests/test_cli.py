@@ -39,6 +39,10 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["ppo.lr=[1"], "cannot read 'ppo.lr=[1'"),
         (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
         (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
+        (["ppo.rewards.model.path=./nowhere"], "ppo.rewards.model.path=./nowhere: no model there"),
+        (["+ppo.rewards={mine: {function: 'nowhere:f'}}"], "ppo.rewards.mine.function=nowhere:f: there is no module nowhere, neither here ("),
+        (["+ppo.rewards={mine: {weigth: 1}}"], "ppo.rewards.mine.weigth"),
+        (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training"),
         (["actor.path=builtin:huge"], "actor.path=builtin:huge: there is no such built-in model"),
         (["ppo.batch_size=30"], "ppo.batch_size=30 is not divisible by ppo.minibatches=4 x deploy.gpus=1 = 4: try ppo.batch_size=32"),
         (["deploy.gpus=3"], "rm.batch_size=8 is not divisible by deploy.gpus=3: try 9"),
@@ -130,6 +134,8 @@ def test_the_table_and_where_things_lie(demo: Demo) -> None:
         log = (run / "train.log").read_text()
         assert "left" in log and "loss" in log or "scores" in log
     assert (demo.ppo / "critic" / "model.safetensors").exists()
+    assert (demo.ppo / "rollouts.jsonl").exists() and (demo.ppo / "frontier.png").exists()
+    assert not (demo.ppo / "model_ema").exists() and not (demo.ppo / "model_best").exists(), "not asked for"
 
 
 def test_finished_stages_are_recognised_at_once(demo: Demo) -> None:

@@ -39,6 +39,15 @@ FIVE_STEPS = [
     "ppo.clip=5",
     "ppo.value_clip=5",
 ]
+# what PPO can do besides, and would do otherwise on another deployment if it were wrong
+MORE = [
+    "ppo.ema=0.5",
+    "ppo.ptx.coef=0.1",
+    "ppo.entropy_coef=0.01",
+    "ppo.evaluation.every=1",
+    "ppo.batch_size=8",
+    "rollout.responses_per_prompt=2",
+]
 NO, OPTIMIZER, FROZEN, ALL = (
     {},
     {"optimizer": True},
@@ -106,8 +115,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The three stages in one process, ZeRO 0."""
     root = tmp_path_factory.mktemp("plain")
     sft, rm = prepare(root, "plain", "sft", {}, []), prepare(root, "plain", "rm", {}, [])
-    ppo = prepare(root, "plain", "ppo", {"sft": str(sft / "model"), "rm": str(rm / "model")}, [])
+    ppo = prepare(root, "plain", "ppo", {"sft": str(sft / "model"), "rm": str(rm / "model")}, MORE)
     work([sft, rm, ppo], 1)
+    saved = [load_file(ppo / part / "model.safetensors") for part in ("model", "model_ema", "model_best")]
+    assert not all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0]), "the average lags behind"
     return {"sft": sft, "rm": rm, "ppo": ppo}
 
 
@@ -120,7 +131,8 @@ def test_a_deployment_changes_no_result(plain: dict[str, Path], tmp_path: Path, 
         for stage in ("sft", "rm", "ppo") if n == processes else ():
             name = f"zero{zero}-micro{micro}-{'+'.join(offload) or 'none'}"
             placed = {"gpus": n, "zero_stage": zero, "micro_batch": micro, "eval_micro_batch": micro, **offload}
-            runs[name, stage] = prepare(tmp_path, name, stage, inputs if stage == "ppo" else {}, [], **placed)
+            given, more = (inputs, MORE) if stage == "ppo" else ({}, [])
+            runs[name, stage] = prepare(tmp_path, name, stage, given, more, **placed)
     work(list(runs.values()), processes)
     for (name, stage), run in runs.items():
         compare(plain[stage], run, f"{name} x {processes}, {stage}")
@@ -129,7 +141,8 @@ def test_a_deployment_changes_no_result(plain: dict[str, Path], tmp_path: Path, 
 @pytest.mark.parametrize("precision", [config.Precision.bf16, pytest.param(config.Precision.autocast, marks=pytest.mark.full)])
 def test_low_precision_learns_about_the_same(plain: dict[str, Path], tmp_path: Path, precision: config.Precision) -> None:
     inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
-    runs = {stage: prepare(tmp_path, "low", stage, inputs if stage == "ppo" else {}, [], precision=precision) for stage in plain}
+    given = {stage: (inputs, MORE) if stage == "ppo" else ({}, []) for stage in plain}
+    runs = {stage: prepare(tmp_path, "low", stage, *given[stage], precision=precision) for stage in plain}
     work(list(runs.values()), 1)
     for stage, run in runs.items():
         key = "loss" if stage != "ppo" else "objective/scores"
@@ -150,7 +163,8 @@ def compare(one: Path, two: Path, what: str) -> None:
     for row, other in zip(rows, others):
         for key in (k for k in row if "loss" in k or k in ("objective/scores", "objective/kl", "tokens/response_mean", "grad_norm")):
             assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5), (what, row["step"], key)
-    for part in ("model", "critic"):
+    for part in ("model", "critic", "model_ema", "model_best"):
+        assert (one / part).exists() == (two / part).exists(), (what, part)
         if (one / part).exists():
             weights, same = (load_file(run / part / "model.safetensors") for run in (one, two))
             assert weights.keys() == same.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from conftest import REPO, SMALL, Demo, train
 from test_config import composed
 from test_sweep import SWEEP  # runs there
 
-from rlhf import config, plan
+from rlhf import checks, config, plan
 from rlhf.config import Stage
 
 SLURM = "sbatch docs/slurm.sh"
@@ -114,8 +115,31 @@ def test_links_and_named_files_exist() -> None:
             assert "NAME" in path or list(REPO.glob(path.rstrip("/"))), f"{page.name}: {path}"
 
 
+def test_the_details_of_ppo_stand_as_quoted() -> None:
+    """docs/ppo.md, section 3: every quoted line stands in its file as it is, and every test named is there."""
+    page = (REPO / "docs" / "ppo.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .+ \| `(.+)` \[.+\]\(\.\./(.+)\) \| `(.+)::(.+)` \|$", page, re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1)) and len(rows) > 40
+    assert len(re.findall(r"^\| \d+ \|", page, re.MULTILINE)) == len(rows)
+    for number, line, file, test_file, test in rows:
+        assert line in [each.strip() for each in (REPO / file).read_text().splitlines()], f"{number}: {file}: {line}"
+        assert f"def {test}(" in (REPO / "tests" / test_file).read_text(), f"{number}: {test_file}::{test}"
+
+
+def test_the_ablation_page_names_the_arms_of_its_script() -> None:
+    spec = importlib.util.spec_from_file_location("ablation", REPO / "bench" / "ablation.py")
+    assert spec and spec.loader
+    ablation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablation)
+    named = re.findall(r"^\| ([^|*]+) \| \d of \d \|", (REPO / "docs" / "ablation.md").read_text(), re.MULTILINE)
+    assert named == [arm for arms in ablation.ARMS.values() for arm in arms]
+    for arms in ablation.ARMS.values():
+        for overrides in arms.values():
+            assert checks.check(composed("stage=ppo", *ablation.ALWAYS, *overrides)) == []
+
+
 def test_every_logged_metric_is_documented(demo: Demo) -> None:
-    page = (REPO / "docs" / "wandb.md").read_text()
+    page = "".join((REPO / "docs" / name).read_text() for name in ("wandb.md", "ppo.md"))
     for run in (demo.sft, demo.rm, demo.ppo):
         logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
         final = json.loads((run / "summary.json").read_text())["metrics"]

@@ -44,6 +44,8 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(alone: Path, tmp_path:
     assert one.name == two.name
     assert without_time(metrics(one)) == without_time(metrics(two))
     assert summary(one)["metrics"] == summary(two)["metrics"]
+    if stage == "ppo":
+        assert (one / "rollouts.jsonl").read_text() == (two / "rollouts.jsonl").read_text()
     first, second = weights(one), weights(two)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
@@ -76,7 +78,8 @@ def test_metrics_and_summary_have_the_promised_names(alone: Path) -> None:
         "ppo": (
             {f"eval/{k}" for k in ("score_before", "score", "kl", "eos_rate", "gold_before", "gold", "gold_best")},
             {"objective/kl", "objective/scores", "objective/entropy", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg"}
-            | {"loss/value_avg", "val/ratio", "val/num_eos_tokens", "val/explained_variance", "lr", "eps", "episode", "reward/gold/mean"},
+            | {"loss/value_avg", "val/ratio", "val/num_eos_tokens", "val/explained_variance", "lr", "eps", "episode", "reward/gold/mean"}
+            | {"lr_critic", "objective/kl_coef", "policy/epochs", "val/sampler_logp_diff", "reward/model/mean", "reward/model/std"},
         ),
     }
     for stage, (final, per_step) in promised.items():
@@ -101,6 +104,21 @@ def test_ppo_starts_on_policy_at_its_reference(alone: Path) -> None:
     assert first["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
     assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
     assert first["policy/grad_norm"] > 0 and first["val/grad_norm"] > 0
+
+
+def test_answers_are_kept_token_by_token(alone: Path) -> None:
+    (run,) = runs_in(alone)["ppo"]
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 1, 2, 2]  # rollout.log_answers of each of ppo.max_steps rollouts
+    for row in rows:
+        lists = [row[key] for key in ("tokens", "logp", "kl", "value", "reward", "advantage", "return")]
+        assert {len(values) for values in lists} == {len(row["tokens"])} and 0 < len(row["tokens"]) <= 16
+        assert row["ended"] == (row["tokens"][-1] == "</s>") and row["score"] == pytest.approx(row["score_model"], abs=1e-6)
+        paid = 1.0 * (not row["ended"]) + 0.05 * sum(row["kl"])  # ppo.missing_eos_penalty, ppo.kl.coef
+        assert sum(row["reward"]) == pytest.approx(row["score"] - paid, abs=1e-3)
+        # undiscounted: with the value before the last token as baseline, what is left to get is the last reward
+        assert row["return"][-1] == pytest.approx(row["reward"][-1], abs=1e-4)
+    assert all(row["kl"] == pytest.approx([0.0] * len(row["kl"]), abs=1e-4) for row in rows[:2])
 
 
 def test_preference_files_train_all_stages(tmp_path: Path) -> None:

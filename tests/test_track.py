@@ -54,8 +54,9 @@ def test_run_ids_are_random(demo: Demo) -> None:
 def test_curves_are_pictures_with_ink(demo: Demo) -> None:
     from matplotlib import image
 
-    for run in (demo.sft, demo.rm, demo.ppo):
-        pixels = image.imread(run / "curves.png")
+    pictures = [*(run / "curves.png" for run in (demo.sft, demo.rm, demo.ppo)), demo.ppo / "frontier.png"]
+    for picture in pictures:
+        pixels = image.imread(picture)
         assert pixels.shape[1] > 600 and pixels.std() > 0.05
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf import comm, config, plan
-from rlhf.config import Config, KlEstimator, KlPlace
+from rlhf.config import BestBy, Config, KlEstimator, KlPlace
 from rlhf.controllers import KlCoefficient, MovingAverage, RunningScale
 from rlhf.data import load
 from rlhf.data.batches import global_batches, micro_batches, uniforms
@@ -59,6 +59,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         check_context(model, max_prompt, max_new, "rollout.max_new_tokens")
     tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
     data = open_data(cfg, run_dir)
+    if ppo.evaluation.best_by == BestBy.gold and not data.gold:
+        raise ValueError("ppo.evaluation.best_by=gold: these data do not know the truth; choose score or objective")
     prompts = load.prompts(tokenizer, data.ppo, max_prompt, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if ppo.ptx.coef else None
     log.info(f"PPO: {prompts} prompts, {len(data.eval_prompts)} held out")
@@ -91,7 +93,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     critic = build_engine(load_critic, cfg, "critic", run_dir)
     actor.eval(), critic.eval()
     gather = plan.gather_for_rollout(cfg)
-    guards = Guards(precision, ppo.dschat)
+    guards = Guards(precision, ppo.dschat, cfg.rollout.temperature)
     guards.check_models(actor=actor, critic=critic, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
     ema = MovingAverage(actor, ppo.ema) if ppo.ema else None
     beta, scale = KlCoefficient(ppo.kl, steps), RunningScale()
@@ -107,8 +109,6 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         how = Sampling(e.temperature, e.top_p, e.top_k)
         found, rows = evaluate_policy(data, max_prompt, max_new, how, micro_batch, tokenizer, actor, ref, rewards, gather)
         found["objective"] = found["score"] - beta.value * found["kl"]
-        if e.best_by.name not in found:
-            raise ValueError(f"ppo.evaluation.best_by={e.best_by.name}: these data do not know it; choose score or objective")
         if e.every and found[e.best_by.name] > best:
             best = found[e.best_by.name]
             log.info(f"step {step}: best {e.best_by.name} so far, {best:.3f}")
