@@ -64,7 +64,7 @@ def plot_frontier(run_dir: Path) -> None:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
     for color, label, name, held_out in (
-        ("#1f77b4", "score (reward model)", "objective/scores", "eval/score"),
+        ("#1f77b4", "score", "objective/scores", "eval/score"),
         ("#d62728", "gold reward", "reward/gold/mean", "eval/gold"),
     ):
         if name not in rows[0]:

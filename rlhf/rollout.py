@@ -1,4 +1,4 @@
-"""From prompts to answers: the sampling loop, the experience that PPO learns from, and the evaluation of a policy."""
+"""From prompts to answers: the sampling loop, and the experience that PPO learns from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from rlhf import comm
 from rlhf.data import template
-from rlhf.data.batches import chunks, pad_left, uniforms
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.batches import chunks, pad_left
+from rlhf.data.records import Turn
 from rlhf.engines import autocast, whole
 from rlhf.models import model_inputs, without_eos
-from rlhf.objectives import repetition, token_logp
+from rlhf.objectives import token_logp
 
 
 @dataclass(frozen=True)
@@ -211,46 +211,3 @@ def make_experience(
     experience = Experience(*(comm.all_rows(getattr(experience, f.name)) for f in fields(Experience)))
     place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
     return experience.rows([place[i] for i in range(len(prompts))])
-
-
-def evaluate_policy(
-    data: Dataset,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    micro_batch: int,
-    tokenizer: Any,
-    actor: Any,
-    ref: Any = None,
-    rewards: Any = None,
-    gather: bool = True,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Sample one answer to each held-out prompt, with a fixed random stream per prompt, and measure.
-
-    Args: rewards: a rlhf.rewards.Rewards.  gather: see make_experience.
-    Returns: means over the answers, `eos_rate`, `length` (tokens), `repetition` (objectives.repetition), and where they are known
-        `gold`, `gold_best`, `score` (weighted sum), `score/NAME` of each of several sources, `kl` (nats per answer, the sum over
-        tokens of log pi - log ref); and one row per answer for the tables.
-    """
-    encoded = template.encode_prompts(tokenizer, data.eval_prompts, max_prompt_tokens)
-    kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
-    asked, prompts = [turns for turns, _ in kept], [ids for _, ids in kept]
-    draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    e = make_experience(prompts, asked, draws, sampling, micro_batch, tokenizer, actor, ref, rewards, gather=gather)
-    kl = (e.old_logp - e.ref_logp).sum(1)
-    rows: list[dict[str, Any]] = []
-    for i, turns in enumerate(asked):
-        answer = e.text(i, tokenizer)
-        tokens = e.response_ids[i][e.mask[i] > 0].tolist()
-        row: dict[str, Any] = {"prompt": turns[-1].text, "completion": answer}
-        row |= {"length": len(tokens), "eos_rate": float(e.ended[i]), "repetition": repetition(tokens)}
-        if rewards is not None:
-            row["score"] = float(e.scores[i].cpu() @ rewards.weights)
-            if len(rewards.sources) > 1:
-                row |= {f"score/{name}": float(score) for name, score in zip(rewards.names, e.scores[i])}
-        row |= {"kl": float(kl[i])} if ref is not None else {}
-        row |= {"gold": data.gold(turns, answer)} if data.gold else {}
-        row |= {"gold_best": data.best_gold(turns)} if data.best_gold else {}
-        rows.append(row)
-    numbers = [key for key in rows[0] if key not in ("prompt", "completion")]
-    return {key: sum(row[key] for row in rows) / len(rows) for key in numbers}, rows

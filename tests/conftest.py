@@ -159,7 +159,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def cost(item: pytest.Item) -> int:
         names = getattr(item, "fixturenames", [])
-        slow = item.path.name in ("test_stages.py", "test_deployments.py", "test_sweep.py", "test_docs.py", "test_gold.py", "test_learning.py")
+        slow = item.path.name in (
+            "test_stages.py",
+            "test_deployments.py",
+            "test_sweep.py",
+            "test_docs.py",
+            "test_gold.py",
+            "test_learning.py",
+        )
         return 2 * ("demo" in names) + slow
 
     items.sort(key=cost)

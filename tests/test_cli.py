@@ -40,7 +40,10 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
         (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
         (["ppo.rewards.model.path=./nowhere"], "ppo.rewards.model.path=./nowhere: no model there"),
-        (["+ppo.rewards={mine: {function: 'nowhere:f'}}"], "ppo.rewards.mine.function=nowhere:f: there is no module nowhere, neither here ("),
+        (
+            ["+ppo.rewards={mine: {function: 'nowhere:f'}}"],
+            "ppo.rewards.mine.function=nowhere:f: there is no module nowhere, neither here (",
+        ),
         (["+ppo.rewards={mine: {weigth: 1}}"], "ppo.rewards.mine.weigth"),
         (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training"),
         (["actor.path=builtin:huge"], "actor.path=builtin:huge: there is no such built-in model"),

@@ -177,7 +177,10 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         (["ppo.missing_eos_penalty=-1"], "ppo.missing_eos_penalty=-1.0: it is subtracted"),
         (["ppo.length_penalty=-0.01"], "ppo.length_penalty=-0.01: it is subtracted, must not be negative"),
         (["ppo.length_penalty=inf"], "ppo.length_penalty=inf: it is subtracted"),
-        (["ppo.kl.estimator=k1", "ppo.kl.place=loss"], "ppo.kl.estimator=k1 with ppo.kl.place=loss: the gradient of log pi - log ref is zero"),
+        (
+            ["ppo.kl.estimator=k1", "ppo.kl.place=loss"],
+            "ppo.kl.estimator=k1 with ppo.kl.place=loss: the gradient of log pi - log ref is zero",
+        ),
         (["ppo.kl.controller=adaptive", "ppo.kl.coef=0"], "ppo.kl.coef=0 with ppo.kl.controller=adaptive: it multiplies the coefficient"),
         (["ppo.kl.coef=-0.1"], "ppo.kl.coef=-0.1: must not be negative"),
         (["ppo.kl.final_coef=-0.1"], "ppo.kl.final_coef=-0.1: must not be negative"),
@@ -216,8 +219,14 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         (["ppo.rewards.model.weight=inf"], "ppo.rewards.model.weight=inf: must be a number"),
         (["ppo.rewards.model.weight=nan"], "ppo.rewards.model.weight=nan: must be a number"),
         (["ppo.rewards.model.path=/m", "ppo.rewards.model.function='a:b'"], "ppo.rewards.model: path and function are both given"),
-        (["+ppo.rewards={gold: {function: gold}}"], "ppo.rewards.gold.function=gold: give module:function, for instance rlhf.data.sandbox:gold"),
-        (['+ppo.rewards={gold: {function: "mine.py:f"}}', "+ppo.rewards={b: {function: 'a:b c'}}"], "ppo.rewards.b.function=a:b c: give module:"),
+        (
+            ["+ppo.rewards={gold: {function: gold}}"],
+            "ppo.rewards.gold.function=gold: give module:function, for instance rlhf.data.sandbox:gold",
+        ),
+        (
+            ['+ppo.rewards={gold: {function: "mine.py:f"}}', "+ppo.rewards={b: {function: 'a:b c'}}"],
+            "ppo.rewards.b.function=a:b c: give module:",
+        ),
         (['+ppo.rewards={gold: {function: ":gold"}}'], "ppo.rewards.gold.function=:gold: give module:function"),
         (["+ppo.rewards={second: {weight: 0.5}}"], "ppo.rewards: model and second are both the reward model of this configuration"),
         (
@@ -297,7 +306,13 @@ def test_stages_are_shared_where_nothing_they_read_differs() -> None:
 def test_what_does_not_change_the_policy_does_not_change_the_name() -> None:
     for free in ("ppo.evaluation.every=4", "ppo.evaluation.best_by=gold", "rollout.log_answers=-1"):
         assert name("ppo", free) == name("ppo"), free
-    for key in ("ppo.evaluation.top_k=4", "ppo.kl.place=loss", "rollout.responses_per_prompt=2", "ppo.ema=0.9", "ppo.rewards.model.weight=2"):
+    for key in (
+        "ppo.evaluation.top_k=4",
+        "ppo.kl.place=loss",
+        "rollout.responses_per_prompt=2",
+        "ppo.ema=0.9",
+        "ppo.rewards.model.weight=2",
+    ):
         assert name("ppo", key) != name("ppo"), key
     means = "ppo.dschat.micro_batch_means=true"  # then a micro-batch is more than a matter of memory
     assert name("ppo", means, "deploy.micro_batch=4") != name("ppo", means) != name("ppo", means, "deploy.gpus=2")

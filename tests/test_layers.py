@@ -15,6 +15,7 @@ LAYERS = [  # imports run downwards only; a module may import those of the lines
     ["models", "likelihood", "data.sandbox", "data.sources"],
     ["data.load", "data.build_tiny", "rollout", "data.page"],
     ["rewards", "guards"],
+    ["evaluation"],
     ["stages.sft", "stages.rm", "stages.ppo", "stages.inspect"],
     ["worker", "cli"],
 ]

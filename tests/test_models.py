@@ -344,9 +344,7 @@ def test_scores_of_pairs_and_rows_are_those_of_each_alone(tmp_path: Path, tokeni
         assert score_rows(engine, rows, tokenizer, size) == pytest.approx([score_of(engine.module, row) for row in rows], abs=1e-5)
 
 
-def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(
-    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
-) -> None:
+def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config) -> None:
     """Its loop over pairs (dschat/utils/model/reward_model.py), on the scores that the same rows get here. Where it finds its padding,
     which is EOS, is where an answer has ended."""
     engine = engines.build_engine(lambda: models.load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path)

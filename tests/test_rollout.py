@@ -15,7 +15,7 @@ import transformers
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from rlhf import config, engines, models, rollout
+from rlhf import config, engines, evaluation, models, rollout
 from rlhf.config import Config, KlEstimator, Precision
 from rlhf.data import template
 from rlhf.data.batches import pad_left, pad_right, uniforms
@@ -329,7 +329,7 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
     returns, penalty = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) * e.mask for seed in (2, 3))
     raw_score, beta = e.scores[:, 0], 0.05
     score = raw_score - 1.0 * (1 - e.ended)
-    found = ppo.rollout_metrics(e, raw_score, score, penalty, returns, beta)
+    found = evaluation.rollout_metrics(e, raw_score, score, penalty, returns, beta)
     tokens = [(i, j) for i in range(3) for j in range(4) if e.mask[i, j]]
     kl = [sum(float(e.old_logp[i, j] - e.ref_logp[i, j]) for j in range(4) if e.mask[i, j]) for i in range(3)]
     k3 = [
@@ -363,7 +363,7 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
     fills = {"response_ids": EOS, "mask": 0.0, "learnt": 0.0, "old_logp": 9.0, "ref_logp": -9.0, "old_values": 50.0, "sampler_logp": 3.0}
     wide = {name: torch.cat([getattr(e, name), torch.full((3, 5), fill)], 1) for name, fill in fills.items()}
     more = [torch.cat([x, torch.full((3, 5), 7.0)], 1) for x in (penalty, returns)]
-    padded = ppo.rollout_metrics(dataclasses.replace(e, **wide), raw_score, score, *more, beta)
+    padded = evaluation.rollout_metrics(dataclasses.replace(e, **wide), raw_score, score, *more, beta)
     assert padded == pytest.approx(found, rel=1e-5, nan_ok=True)
 
 
@@ -644,13 +644,13 @@ def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_pp
     m = models_of_ppo
     prompts = [[Turn("user", "What does my cat need?")], [Turn("user", "far too long " * 30)], [Turn("user", "Hi")]]
     data = Dataset([], [], [], [], [], prompts, gold=lambda turns, answer: float(len(answer)), best_gold=lambda turns: 1000.0)
-    means, rows = rollout.evaluate_policy(data, 48, 8, Sampling(1.0), 2, m.tokenizer, m.actor, m.ref, m.rewards)
+    means, rows = evaluation.evaluate_policy(data, 48, 8, Sampling(1.0), 2, m.tokenizer, m.actor, m.ref, m.rewards)
     assert [row["prompt"] for row in rows] == ["What does my cat need?", "Hi"]
     for key in ("length", "eos_rate", "repetition", "score", "kl", "gold", "gold_best"):
         assert means[key] == pytest.approx(sum(row[key] for row in rows) / 2)
     assert set(means) == set(rows[0]) - {"prompt", "completion"} and "score/model" not in means
     assert all(row["gold"] == len(row["completion"]) and row["kl"] == 0.0 for row in rows)
-    alone, again = rollout.evaluate_policy(data, 48, 8, Sampling(1.0), 1, m.tokenizer, m.actor)
+    alone, again = evaluation.evaluate_policy(data, 48, 8, Sampling(1.0), 1, m.tokenizer, m.actor)
     assert again[0]["completion"] == rows[0]["completion"] and not {"score", "kl"} & set(alone)
 
 
@@ -658,8 +658,8 @@ def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(mode
     m = models_of_ppo
     data = Dataset([], [], [], [], [], [[Turn("user", "What does my cat need?")], [Turn("user", "Hi")]])
     sources = [Source("model", 1.0, m.reward), Source("long", -0.5, function=lambda turns, answer: float(len(turns[-1].text + answer)))]
-    means, rows = rollout.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer))
-    _, one = rollout.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=m.rewards)
+    means, rows = evaluation.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer))
+    _, one = evaluation.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=m.rewards)
     for row, alone in zip(rows, one):
         assert row["score/long"] == len(row["prompt"] + row["completion"])
         assert row["score/model"] == pytest.approx(alone["score"], abs=1e-5)
@@ -672,7 +672,9 @@ def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
     m = models_of_ppo
     data = Dataset([], [], [], [], [], [[Turn("user", text)] for text in QUESTIONS])
     told = [Sampling(greedy=True), Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-5), Sampling()]
-    likeliest, *same, free = ([row["completion"] for row in rollout.evaluate_policy(data, 48, 8, how, 2, m.tokenizer, m.actor)[1]] for how in told)
+    likeliest, *same, free = (
+        [row["completion"] for row in evaluation.evaluate_policy(data, 48, 8, how, 2, m.tokenizer, m.actor)[1]] for how in told
+    )
     assert all(answers == likeliest for answers in same) and free != likeliest
 
 

@@ -18,23 +18,22 @@ import torch
 from torch import Tensor
 
 from rlhf import comm, config, plan
-from rlhf.config import BestBy, Config, KlEstimator, KlPlace
+from rlhf.config import BestBy, Config, KlPlace
 from rlhf.controllers import KlCoefficient, MovingAverage, RunningScale
 from rlhf.data import load
 from rlhf.data.batches import global_batches, micro_batches, uniforms
 from rlhf.data.load import open_data
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset
 from rlhf.engines import build_engine, optimizer_step
+from rlhf.evaluation import answer_rows, evaluate_policy, rollout_metrics
 from rlhf.guards import Guards, Watch
 from rlhf.likelihood import answer_sums
 from rlhf.lora import AdapterOff
 from rlhf.models import check_context, load_policy, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import (
-    explained_variance,
     gae,
     kl_estimate,
     learning_rate,
-    masked_mean,
     policy_loss,
     token_logp,
     token_rewards,
@@ -42,8 +41,8 @@ from rlhf.objectives import (
     value_loss,
     whiten,
 )
-from rlhf.rewards import Rewards, build_rewards, load_functions
-from rlhf.rollout import Experience, Sampling, evaluate_policy, make_experience, values_before
+from rlhf.rewards import build_rewards, load_functions
+from rlhf.rollout import Experience, Sampling, make_experience, values_before
 from rlhf.track import Tracker, log
 
 Texts = load.Rows[tuple[list[int], list[int]]]
@@ -347,56 +346,6 @@ def train_on(
         if first_ratio:
             metrics["policy/ratio_first_minibatch"] = first_ratio
     return metrics
-
-
-def rollout_metrics(e: Experience, raw_score: Tensor, score: Tensor, penalty: Tensor, returns: Tensor, beta: float) -> dict[str, float]:
-    """What the sampled answers look like. KL in nats per answer; `score` is what is learnt, with penalties, scale and clip."""
-    kl = (kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k1) * e.mask).sum(1)
-    k3 = (kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k3) * e.mask).sum(1)
-    paid = (penalty * e.mask).sum(1)
-    length = e.mask.sum(1)
-    metrics: dict[str, Any] = {
-        "objective/kl": kl.mean(),
-        "objective/kl_per_token": kl.sum() / length.sum(),
-        "objective/kl_k3": k3.mean(),
-        "objective/kl_coef": beta,
-        "objective/entropy": -(e.old_logp * e.mask).sum(1).mean(),
-        "objective/non_score_reward": -paid.mean(),
-        "objective/rlhf_reward": (score - beta * kl).mean(),
-        "objective/scores": raw_score.mean(),
-        "objective/scores_std": raw_score.std(correction=0),
-        "objective/scores_min": raw_score.min(),
-        "objective/scores_max": raw_score.max(),
-        "objective/eos_rate": e.ended.mean(),
-        "val/num_eos_tokens": e.ended.sum(),
-        "val/sampler_logp_diff": masked_mean((e.sampler_logp - e.old_logp).abs(), e.mask),
-        "val/explained_variance": explained_variance(e.old_values, returns, e.mask),
-        "val/value_mean": masked_mean(e.old_values, e.mask),
-        "val/return_mean": masked_mean(returns, e.mask),
-        "val/return_std": masked_mean((returns - masked_mean(returns, e.mask)) ** 2, e.mask) ** 0.5,
-        "tokens/response_mean": length.mean(),
-        "tokens/response_max": length.max(),
-        "tokens/truncated_frac": 1 - e.ended.mean(),
-        "tokens/prompt_mean": e.prompt_mask.sum(1).float().mean(),
-    }
-    return {key: float(value) for key, value in metrics.items()}
-
-
-def answer_rows(
-    e: Experience, asked: Sequence[list[Turn]], reward: Tensor, advantages: Tensor, returns: Tensor, rewards: Rewards, count: int
-) -> list[dict[str, Any]]:
-    """The first `count` answers of a rollout (-1: all) as rows for rollouts.jsonl, with what every token was given."""
-    rows = []
-    kl = e.old_logp - e.ref_logp
-    per_token = {"logp": e.old_logp, "kl": kl, "value": e.old_values, "reward": reward, "advantage": advantages, "return": returns}
-    for i in range(len(asked) if count < 0 else min(count, len(asked))):
-        n = int(e.mask[i].sum())
-        row: dict[str, Any] = {"prompt": asked[i][-1].text, "answer": e.text(i, rewards.tokenizer), "ended": bool(e.ended[i])}
-        row |= {"score": float(e.scores[i].cpu() @ rewards.weights)}
-        row |= {f"score_{name}": float(value) for name, value in zip(rewards.names, e.scores[i])}
-        row["tokens"] = rewards.tokenizer.convert_ids_to_tokens(e.response_ids[i, :n].tolist())
-        rows.append(row | {key: [round(x, 5) + 0.0 for x in value[i, :n].tolist()] for key, value in per_token.items()})
-    return rows
 
 
 def pretraining_texts(cfg: Config, data: Dataset, tokenizer: Any) -> Texts:

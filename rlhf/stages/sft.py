@@ -16,10 +16,11 @@ from rlhf.data.batches import chunks, global_batches, micro_batches
 from rlhf.data.load import open_data
 from rlhf.data.packing import can_pack, first_learnt
 from rlhf.engines import build_engine, optimizer_step
+from rlhf.evaluation import evaluate_policy
 from rlhf.likelihood import answer_sums
 from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate
-from rlhf.rollout import Sampling, evaluate_policy
+from rlhf.rollout import Sampling
 from rlhf.track import Tracker, log
 
 Taken = dict[int, tuple[list[int], list[int]]]  # rows by their number: ids of prompt and answer
