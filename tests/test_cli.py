@@ -44,7 +44,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
             ["+ppo.rewards={mine: {function: 'nowhere:f'}}"],
             "ppo.rewards.mine.function=nowhere:f: there is no module nowhere, neither here (",
         ),
-        (["+ppo.rewards={mine: {weigth: 1}}"], "ppo.rewards.mine.weigth"),
+        (["+ppo.rewards={mine: {weigth: 1}}"], "Key 'weigth' not in 'RewardSource'"),
         (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training"),
         (["actor.path=builtin:huge"], "actor.path=builtin:huge: there is no such built-in model"),
         (["ppo.batch_size=30"], "ppo.batch_size=30 is not divisible by ppo.minibatches=4 x deploy.gpus=1 = 4: try ppo.batch_size=32"),
@@ -175,3 +175,16 @@ def test_given_inputs_are_used(demo: Demo, tmp_path: Path) -> None:
     (run,) = (tmp_path / "outputs").iterdir()
     parents = json.loads((run / "summary.json").read_text())["parents"]
     assert parents == {"sft": json.loads((demo.sft / "summary.json").read_text())["id"], "rm": str(demo.rm / "model")}
+
+
+def test_texts_longer_than_the_context_are_refused_with_the_numbers(demo: Demo, tmp_path: Path) -> None:
+    """Those of PPO's pretraining loss; the built-in model has 512 positions."""
+    words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish", "plum", "leek", "oats", "beef"]
+    pairs = [{"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."} for a in words for b in words]
+    for name, rows in (("pairs", pairs), ("texts", [{"text": f"{a}, {b}. " * 200} for a in words for b in words])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data=jsonl", "data.sources.mine.path=pairs.jsonl", "data.eval_share=0.2", "+data.sources={texts: {path: texts.jsonl}}"]
+    small = [o for o in SMALL if "sandbox" not in o]
+    ptx = ["ppo.ptx.coef=1", "ppo.ptx.max_tokens=600"]
+    done = train("stage=ppo", f"ppo.actor={demo.sft}", f"ppo.reward={demo.rm}", *data, *small, *ptx, cwd=tmp_path)
+    assert done.returncode == 1 and any("ppo.ptx.max_tokens=600" in line and "512 positions" in line for line in lines(done)), done.stderr

@@ -236,6 +236,13 @@ def test_raw_scores_are_those_of_the_model_before_its_unit(runs: dict[str, Path]
     assert raw == pytest.approx(normal * unit["eval/score_std"] + unit["eval/score_mean"], abs=1e-4)
 
 
+def test_answers_per_second_are_counted_answers_over_the_step_s_time(runs: dict[str, Path]) -> None:
+    """DeepSpeed-Chat's samples per second divide a constant 2 by it, by a precedence of operators."""
+    for row in metrics(runs["several_answers"]):
+        assert row["eps"] == pytest.approx(32 / row["timing_s/step"])
+        assert row["timing_s/rollout"] + row["timing_s/update"] == pytest.approx(row["timing_s/step"], rel=0.05, abs=0.05)
+
+
 def test_actor_and_critic_have_schedules_of_their_own(runs: dict[str, Path]) -> None:
     cfg = config.load(runs["critic_optim"] / "config.yaml").ppo
     rows = metrics(runs["critic_optim"])
