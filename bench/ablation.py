@@ -2,7 +2,7 @@
 
     python bench/ablation.py [--root DIR] [--seeds 1 2 3] [--jobs 2] [--only NAME ...] [--docs]
 
-Each arm is a run of train.py with 4 passes of 4 minibatches over each of 43 rollouts (1 and 1 where said). Finished runs are reused, so
+Each arm is a run of train.py with 4 passes of 4 minibatches over each of 44 rollouts (1 and 1 where said). Finished runs are reused, so
 it can be interrupted. Writes ablation.json below DIR, the table to standard output, and with --docs the pictures and the table to docs/.
 """
 

@@ -149,8 +149,8 @@ def check_ppo(cfg: Config) -> list[str]:
     )
     answers = ppo.batch_size * rollout.responses_per_prompt
     need(
-        not (kl.controller == KlController.adaptive and answers > 5 * kl.horizon > 0),
-        f"ppo.kl.horizon={kl.horizon:g}: the coefficient could fall below 0 in one rollout of {answers} answers; give at least {answers}",
+        not (kl.controller == KlController.adaptive and answers >= 5 * kl.horizon > 0),
+        f"ppo.kl.horizon={kl.horizon:g}: the coefficient could fall to 0 in one rollout of {answers} answers; give at least {answers}",
     )
     need(bool(ppo.rewards), "ppo.rewards is empty: there is nothing to learn; give a source, see conf/ppo/default.yaml")
     need(

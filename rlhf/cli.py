@@ -174,6 +174,9 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     for model, before in ((cfg.actor, baseline.actor), (cfg.reward, baseline.reward)):
         if model.path != before.path and model.arch == before.arch:
             model.arch = None  # the numbers are those of another model
+    if Stage.ppo in cfg.stage.runs and Stage.rm in cfg.stage.runs and not config.uses_own_reward_model(cfg):
+        say("rm: no part of ppo.rewards is the reward model of this configuration, so none is trained")
+        cfg.stage.runs = [stage for stage in cfg.stage.runs if stage != Stage.rm]
     if cfg.plan:
         plans = [plan.make_plan(cfg, stage) for stage in cfg.stage.runs if stage != Stage.inspect]
         if Stage.inspect in cfg.stage.runs:
@@ -188,9 +191,6 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
             if stage != Stage.inspect:
                 help_node_0(cfg, stage, baseline)
         return cfg, []
-    if Stage.ppo in cfg.stage.runs and Stage.rm in cfg.stage.runs and not config.uses_own_reward_model(cfg):
-        say("rm: no part of ppo.rewards is the reward model of this configuration, so none is trained")
-        cfg.stage.runs = [stage for stage in cfg.stage.runs if stage != Stage.rm]
     started = time.time()
     runs = []
     for stage in cfg.stage.runs:

@@ -91,7 +91,8 @@ class Guards:
     def check_ratio(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> None:
         """At the first minibatch of a run the ratio is 1."""
         mean, worst = difference(logp, old_logp, mask)
-        self.measured["ratio"] = max(self.measured.get("ratio", (0.0, 0.0)), (mean, worst))  # of several micro-batches
+        before = self.measured.get("ratio", (0.0, 0.0))
+        self.measured["ratio"] = max(before[0], mean), max(before[1], worst)  # of several micro-batches
         line = f"the ratio of the first update is not 1: {gap(mean, worst)}: old log-probabilities come from another forward than the one "
         line += "that trains (dropout, precision, temperature, padding)"
         self.require("ratio", mean <= self.limit, line, self.switch("dropout", "train_mode_logp"))

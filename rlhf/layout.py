@@ -40,8 +40,13 @@ def identity(cfg: Config, stage: Stage) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for node in nodes:
         flatten(getattr(cfg, node), node, flat)
-    if ("sft" in nodes and cfg.sft.micro_batch_means) or (stage == Stage.ppo and cfg.ppo.dschat.micro_batch_means):
+    if stage == Stage.ppo and "reward" not in nodes:  # the critic's adapter is set there
+        flatten(cfg.reward.lora, "reward.lora", flat)
+    switches = cfg.ppo.dschat
+    if ("sft" in nodes and cfg.sft.micro_batch_means) or (stage == Stage.ppo and (switches.micro_batch_means or switches.dropout)):
         flat |= {"deploy.micro_batch": cfg.deploy.micro_batch, "processes": world_size(cfg)}  # then they do change the result
+    if stage == Stage.ppo and switches.dropout:
+        flat["deploy.eval_micro_batch"] = cfg.deploy.eval_micro_batch
     return flat
 
 

@@ -48,7 +48,8 @@ class Experience:
     def rows(self, index: Sequence[int]) -> Experience:
         """Some of the rows, without the columns that only pad them."""
         picked = Experience(*(getattr(self, f.name)[list(index)] for f in fields(self)))
-        p, r = int(picked.prompt_mask.sum(1).max()), max(1, int(picked.mask.sum(1).max()))
+        p = int((picked.prompt_mask.cumsum(1) > 0).sum(1).max())  # a mask guessed from ids may have holes
+        r = max(1, int(picked.mask.sum(1).max()))
         for name in ("prompt_ids", "prompt_mask"):
             setattr(picked, name, getattr(picked, name)[:, -p:])
         for name in ("response_ids", "mask", "learnt", "sampler_logp", "old_logp", "ref_logp", "old_values"):

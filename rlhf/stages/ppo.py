@@ -67,12 +67,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     if not steps:
         raise ValueError(f"ppo.batch_size={ppo.batch_size}: there are only {len(prompts)} prompts")
     steps = min(steps, ppo.max_steps or steps)
+    if ppo.critic_warmup >= steps:
+        raise ValueError(f"ppo.critic_warmup={ppo.critic_warmup}: there are only {steps} rollouts, the policy would never learn")
 
     # ---- models: the policy and its frozen start, what scores answers, and the critic, which starts from the reward model
     precision, dropout = cfg.deploy.precision, ppo.dschat.dropout
     cfg.actor.lora.dropout = cfg.reward.lora.dropout = 0.0  # the ratio of the first update must be 1
     actor = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision, dropout), cfg, "actor", run_dir)
-    if config.adapter_only(cfg.actor) and not dropout:
+    if config.adapter_only(cfg.actor):
         log.info("reference: the actor with its adapter off, one model less in memory")
         ref: Any = AdapterOff(actor)
     else:
@@ -170,7 +172,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         for name, column in zip(rewards.names, e.scores.unbind(1)):
             metrics |= {f"reward/{name}/mean": float(column.mean()), f"reward/{name}/std": float(column.std(correction=0))}
         tracker.answers(step + 1, answer_rows(e, asked, token_reward, advantages, returns, rewards, cfg.rollout.log_answers))
-        beta.update(metrics["objective/kl"], len(asked))
+        if step >= ppo.critic_warmup:  # before, there is no KL to steer
+            beta.update(metrics["objective/kl"], len(asked))
         if ppo.evaluation.every and (step + 1) % ppo.evaluation.every == 0 and step + 1 < steps:
             found, rows = evaluate(step + 1)
             metrics |= {f"eval/{key}": value for key, value in found.items()}
