@@ -155,7 +155,7 @@ def encode_texts(batch: dict[str, list[Any]], tokenizer: Any, max_tokens: int) -
     ids = tokenizer(batch["text"], add_special_tokens=False).input_ids
     return {
         "ids": [row[:max_tokens] for row in ids],
-        "kept": [len(row) > 1 for row in ids],
+        "kept": [min(len(row), max_tokens) > 1 for row in ids],
         "cut": [len(row) > max_tokens for row in ids],
         "length": [min(len(row), max_tokens) for row in ids],
     }

@@ -354,9 +354,11 @@ def train_on(
 def pretraining_texts(cfg: Config, data: Dataset, tokenizer: Any) -> Texts:
     """What the pretraining loss reads: the sources of plain text, or without any, the SFT demonstrations (their answers)."""
     if data.texts is not None:
+        check_context(cfg.inputs["sft"], 0, cfg.ppo.ptx.max_tokens, "ppo.ptx.max_tokens")
         texts = load.texts(tokenizer, data.texts, cfg.ppo.ptx.max_tokens, cfg.data.workers)
     else:
-        texts = load.demonstrations(tokenizer, data.sft, cfg.data.max_prompt_tokens, cfg.ppo.ptx.max_tokens, cfg.data.workers)
+        longest = min(cfg.ppo.ptx.max_tokens, cfg.data.max_response_tokens)  # which SFT has had room for
+        texts = load.demonstrations(tokenizer, data.sft, cfg.data.max_prompt_tokens, longest, cfg.data.workers)
     if not len(texts):
         raise ValueError(f"ppo.ptx.coef={cfg.ppo.ptx.coef}: there are neither texts (a source of format text) nor demonstrations")
     log.info(f"pretraining loss: {texts} {'texts' if data.texts is not None else 'SFT demonstrations, as no source has plain text'}")
