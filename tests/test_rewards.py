@@ -124,7 +124,9 @@ def test_without_the_own_reward_model_none_is_needed() -> None:
     )
     assert config.parents(plain, Stage.ppo) == [Stage.sft, Stage.rm] and config.parents(own, Stage.ppo) == [Stage.sft]
     keys = layout.identity(own, Stage.ppo)
-    assert not any(key.startswith(("rm.", "reward.")) for key in keys) and keys["ppo.rewards.g.weight"] == 1.0
+    assert keys["ppo.rewards.g.weight"] == 1.0 and not any(key.startswith("rm.") for key in keys)
+    read = {key.rsplit(".", 1)[0] for key in keys if key.startswith("reward.")}
+    assert read == {"reward.lora"}  # the critic's adapter
     assert layout.run_name(own, Stage.ppo, plain).startswith("ppo-tiny+ppo.rewards.g")
 
 
