@@ -148,7 +148,7 @@ def picture(results: list[dict[str, Any]], file: Path) -> None:
         axes[0][column].set_title(group)
         axes[1][column].set_yscale("log")
         axes[1][column].set_xlabel("rollout")
-        axes[0][column].legend(fontsize=6, loc="lower left", framealpha=0.5)
+        axes[0][column].legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=3)
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("gold reward on held-out prompts")

@@ -165,6 +165,11 @@ def check_ppo(cfg: Config) -> list[str]:
             source.function is None or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.function) is not None,
             f"{key}.function={source.function}: give module:function, for instance rlhf.data.sandbox:gold",
         )
+    truth = ppo.rewards.get("gold")
+    need(
+        truth is None or truth.function == "rlhf.data.sandbox:gold",
+        "ppo.rewards.gold: reward/gold/mean is the name of the sandbox's truth; give your source another name",
+    )
     plain = [name for name, source in ppo.rewards.items() if source.path is None and source.function is None]
     need(len(plain) < 2, f"ppo.rewards: {' and '.join(plain)} are both the reward model of this configuration: give one a path or function")
     positive("rollout.max_new_tokens", "rollout.responses_per_prompt", "rollout.temperature")

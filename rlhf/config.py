@@ -100,14 +100,14 @@ class LossOver(Enum):
 
 class RmLoss(Enum):
     sequence = "sequence"  # one score per answer, at its last token (InstructGPT)
-    per_token = "per_token"  # mean over tokens from the first difference on (DeepSpeed-Chat)
+    per_token = "per_token"  # mean over tokens from the first difference on, and scores read before the EOS (DeepSpeed-Chat)
 
 
 class BestBy(Enum):
     """What an evaluation ranks policies by; higher is better."""
 
     score = "score"  # of the reward model
-    objective = "objective"  # score - beta KL
+    objective = "objective"  # score - kl.coef x KL
     gold = "gold"  # the truth, where it is known
 
 
@@ -258,6 +258,7 @@ class Ptx:
 
 @dataclass
 class Evaluation:
+    # what a run keeps, not what it learns: a finished run is returned as it is; fresh=true makes it anew
     every: Optional[int] = no_effect()  # rollouts between evaluations on held-out prompts; null = before and after training only
     best_by: BestBy = no_effect()  # model_best/ is the policy of the evaluation where this was highest
     temperature: float = MISSING  # of the answers in evaluations, > 0
@@ -270,7 +271,7 @@ class DsChat:
     """What DeepSpeed-Chat does differently, as switches for comparison only; `ppo=dschat` turns them all on. docs/ppo.md, section 5."""
 
     greedy: bool = MISSING  # answers are the likeliest tokens, not samples
-    pad_is_eos: bool = MISSING  # masks guessed from ids: EOS counts as padding, so it is never learnt, and the score is read before it
+    pad_is_eos: bool = MISSING  # masks guessed from ids: EOS counts as padding, so it is never learnt
     dropout: float = MISSING  # probability, in actor and critic while they train, in [0, 1)
     train_mode_logp: bool = MISSING  # old log-probabilities and values with that dropout on
     micro_batch_means: bool = MISSING  # losses are the mean of the micro-batches' means: deploy.micro_batch then changes results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from rlhf.config import KlEstimator
 from rlhf.data import template
 from rlhf.data.batches import uniforms
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset
 from rlhf.objectives import explained_variance, kl_estimate, masked_mean, repetition
 from rlhf.rewards import Rewards
 from rlhf.rollout import Experience, Sampling, make_experience
@@ -37,6 +36,8 @@ def evaluate_policy(
     """
     encoded = template.encode_prompts(tokenizer, data.eval_prompts, max_prompt_tokens)
     kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
+    if not kept:
+        raise ValueError(f"data.max_prompt_tokens={max_prompt_tokens}: all held-out prompts are longer")
     asked, prompts = [turns for turns, _ in kept], [ids for _, ids in kept]
     draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
     e = make_experience(prompts, asked, draws, sampling, micro_batch, tokenizer, actor, ref, rewards, gather=gather)
@@ -48,7 +49,7 @@ def evaluate_policy(
         row: dict[str, Any] = {"prompt": turns[-1].text, "completion": answer}
         row |= {"length": len(tokens), "eos_rate": float(e.ended[i]), "repetition": repetition(tokens)}
         if rewards is not None:
-            row["score"] = float(e.scores[i].cpu() @ rewards.weights)
+            row["score"] = float(rewards.total(e.scores[i]))
             if len(rewards.sources) > 1:
                 row |= {f"score/{name}": float(score) for name, score in zip(rewards.names, e.scores[i])}
         row |= {"kl": float(kl[i])} if ref is not None else {}
@@ -93,16 +94,18 @@ def rollout_metrics(e: Experience, raw_score: Tensor, score: Tensor, penalty: Te
 
 
 def answer_rows(
-    e: Experience, asked: Sequence[list[Turn]], reward: Tensor, advantages: Tensor, returns: Tensor, rewards: Rewards, count: int
+    e: Experience, score: Tensor, reward: Tensor, advantages: Tensor, returns: Tensor, rewards: Rewards, count: int
 ) -> list[dict[str, Any]]:
-    """The first `count` answers of a rollout (-1: all) as rows for rollouts.jsonl, with what every token was given."""
+    """The first `count` of the answers of a rollout (-1: all) as rows for rollouts.jsonl, with what every token was given. `score` is
+    the weighted sum of the sources, `score_learnt` what penalties, scale and clip made of it."""
     rows = []
     kl = e.old_logp - e.ref_logp
     per_token = {"logp": e.old_logp, "kl": kl, "value": e.old_values, "reward": reward, "advantage": advantages, "return": returns}
-    for i in range(len(asked) if count < 0 else min(count, len(asked))):
+    for i in range(len(e.mask))[: count if count >= 0 else None]:
         n = int(e.mask[i].sum())
-        row: dict[str, Any] = {"prompt": asked[i][-1].text, "answer": e.text(i, rewards.tokenizer), "ended": bool(e.ended[i])}
-        row |= {"score": float(e.scores[i].cpu() @ rewards.weights)}
+        prompt = rewards.tokenizer.decode(e.prompt_ids[i][e.prompt_mask[i] > 0])  # all turns, as the policy reads them
+        row: dict[str, Any] = {"prompt": prompt, "answer": e.text(i, rewards.tokenizer), "ended": bool(e.ended[i])}
+        row |= {"score": float(rewards.total(e.scores[i])), "score_learnt": float(score[i])}
         row |= {f"score_{name}": float(value) for name, value in zip(rewards.names, e.scores[i])}
         row["tokens"] = rewards.tokenizer.convert_ids_to_tokens(e.response_ids[i, :n].tolist())
         rows.append(row | {key: [round(x, 5) + 0.0 for x in value[i, :n].tolist()] for key, value in per_token.items()})

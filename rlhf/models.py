@@ -67,6 +67,18 @@ def last_token_score(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.gather(1, last[:, None])[:, 0]
 
 
+def answer_scores(scorer: Any, ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:
+    """Scores of whole sequences, (B,), read where the model has learnt to be read: at the last token, or with `score_before_eos` in its
+    configuration (rm.loss=per_token) before the EOS. Args: scorer: module or engine.  ids, mask (B, T)."""
+    at_tokens = scorer(ids, mask)
+    return last_token_score(at_tokens, without_eos(ids, mask, eos_id) if reads_before_eos(scorer) else mask)
+
+
+def reads_before_eos(scorer: Any) -> bool:
+    """Whether a reward model (module or engine) gives its score at the token before the EOS."""
+    return bool(getattr(getattr(scorer, "module", scorer).hf.config, "score_before_eos", False))
+
+
 def without_eos(ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:
     """A mask as DeepSpeed-Chat guesses it from ids, where EOS is the padding. Shapes (B, T)."""
     return mask * (ids != eos_id)
@@ -144,10 +156,9 @@ def load_policy(path: str, tokenizer: Any, precision: Precision, dropout: float 
 
 def load_scorer(path: str, tokenizer: Any, precision: Precision, zero_head: bool = False, dropout: float = 0.0) -> Scorer:
     """A one-label sequence-classification model; from a base model its head is new: N(0, 1/sqrt(d + 1)) (Stiennon 2020), or zero."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    where = location(path)
-    new_head = "ForSequenceClassification" not in str(AutoConfig.from_pretrained(where).architectures)
+    new_head = not is_reward_model(path)
     hf = _load(AutoModelForSequenceClassification, path, tokenizer, precision, dropout, num_labels=1)
     if new_head or zero_head:
         random = torch.Generator().manual_seed(torch.initial_seed())  # not what loading has left of torch's own stream
@@ -156,6 +167,13 @@ def load_scorer(path: str, tokenizer: Any, precision: Precision, zero_head: bool
             head = torch.randn(1, width, generator=random) * (width + 1) ** -0.5
             hf.score.weight.data.copy_(head * (not zero_head))
     return Scorer(hf)
+
+
+def is_reward_model(path: str) -> bool:
+    """Whether a model has a head that gives scores."""
+    from transformers import AutoConfig
+
+    return "ForSequenceClassification" in str(AutoConfig.from_pretrained(location(path)).architectures)
 
 
 def _load(auto_class: Any, path: str, tokenizer: Any, precision: Precision, dropout: float, **options: Any) -> Any:

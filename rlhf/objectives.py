@@ -27,13 +27,13 @@ from torch import Tensor
 from rlhf.config import KlEstimator, LossOver, Optim, Schedule
 
 
-def token_logp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_logp(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of the target tokens, and the entropy of the whole distribution at each position.
 
-    Args: logits (B, R, V), already divided by the temperature.  targets (B, R) token ids.
+    Args: logits (B, R, V).  targets (B, R) token ids.  temperature: divides the logits, in float32 whatever they come in.
     Returns: logp (B, R) and entropy (B, R), float32, nats.
     """
-    logits = logits.float()
+    logits = logits.float() / temperature
     logp_all = logits.log_softmax(-1)
     entropy = -(logp_all.exp() * logp_all).sum(-1)
     return logp_all.gather(-1, targets[..., None])[..., 0], entropy

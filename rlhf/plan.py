@@ -326,8 +326,9 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             "logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2),
             "gathered weights": max(map(live_weights, roles)),
         }
-        longest = max(prompt + answer, cfg.ppo.ptx.max_tokens if cfg.ppo.ptx.coef else 0)
-        read = max(answer, cfg.ppo.ptx.max_tokens if cfg.ppo.ptx.coef else 0)  # positions with logits
+        # a text of the pretraining loss, or a demonstration with its prompt; it has logits at all its positions
+        text = max(cfg.ppo.ptx.max_tokens, prompt + min(cfg.ppo.ptx.max_tokens, cfg.data.max_response_tokens)) if cfg.ppo.ptx.coef else 0
+        longest, read = max(prompt + answer, text), max(answer, text)
         phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, longest, read, 2)
         phases["critic's update"] = update(critic, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
         policies = 1 + bool(cfg.ppo.ema) + bool(cfg.ppo.evaluation.every)

@@ -53,9 +53,9 @@ def plot_curves(run_dir: Path) -> None:
     plt.close(figure)
 
 
-def plot_frontier(run_dir: Path) -> None:
+def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
     """Draw run_dir/frontier.png: what was reached at which distance from the SFT policy (Gao 2022, arXiv:2210.10760: score and truth
-    against the root of the KL). Dots are rollouts, larger ones evaluations on held-out prompts."""
+    against the root of the KL). Dots are rollouts, circles evaluations on held-out prompts, of start and end (`final`) too."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,9 +72,10 @@ def plot_frontier(run_dir: Path) -> None:
         kl = [max(0.0, row["objective/kl"]) ** 0.5 for row in rows]
         axis.plot(kl, [row[name] for row in rows], color=color, linewidth=0.6, alpha=0.4)
         axis.scatter(kl, [row[name] for row in rows], color=color, s=12, label=label)
-        seen = [row for row in rows if held_out in row]
+        start = {"eval/kl": 0.0, held_out: final[f"{held_out}_before"]}
+        seen = [start, *(row for row in rows if held_out in row), final]
         points = [[max(0.0, row["eval/kl"]) ** 0.5 for row in seen], [row[held_out] for row in seen]]
-        axis.scatter(*points, s=60, facecolors="none", edgecolors=color, linewidths=1.5, label="on held-out prompts" if seen else None)
+        axis.scatter(*points, s=60, facecolors="none", edgecolors=color, linewidths=1.5, label=f"{label}, held-out prompts")
     axis.set_xlabel("root of the KL to the SFT policy, nats per answer")
     axis.set_ylabel("standard deviations; points")
     axis.set_title("Reward against KL")

@@ -22,7 +22,7 @@ from rlhf.data import template
 from rlhf.data.batches import chunks, pad_right
 from rlhf.data.records import Dataset, Turn
 from rlhf.engines import build_engine
-from rlhf.models import last_token_score, load_scorer, load_tokenizer, without_eos
+from rlhf.models import answer_scores, check_context, load_scorer, load_tokenizer
 from rlhf.rollout import Experience
 from rlhf.track import log
 
@@ -46,15 +46,14 @@ class Rewards:
 
     sources: list[Source]
     tokenizer: Any  # the policy's
-    before_eos: bool = False  # DeepSpeed-Chat, whose padding is EOS: read the score at the token before it
 
     @property
     def names(self) -> list[str]:
         return [source.name for source in self.sources]
 
-    @property
-    def weights(self) -> Tensor:
-        return torch.tensor([source.weight for source in self.sources])
+    def total(self, scores: Tensor) -> Tensor:
+        """The weighted sum. Args: scores (..., sources). Returns: (...)."""
+        return scores @ torch.tensor([source.weight for source in self.sources], device=scores.device)
 
     @torch.no_grad()
     def __call__(self, part: Experience, turns: Sequence[list[Turn]]) -> Tensor:
@@ -70,12 +69,10 @@ class Rewards:
                 continue
             ids, mask = part.ids, part.full_mask
             if source.tokenizer:
-                ended = [bool(end) and not self.before_eos for end in part.ended]
-                rows = [as_text(source, *row) for row in zip(turns, answers, ended)]
+                rows = [as_text(source, *row) for row in zip(turns, answers, part.ended)]
                 ids, mask = pad_right(rows, 0, source.engine.device)  # any id will do behind a mask; the policy's may not exist here
-            elif self.before_eos:
-                mask = without_eos(ids, mask, self.tokenizer.eos_token_id)
-            columns.append(last_token_score(source.engine(ids, mask), mask))
+            eos_id = (source.tokenizer or self.tokenizer).eos_token_id
+            columns.append(answer_scores(source.engine, ids, mask, eos_id))
         return torch.stack(columns, 1)
 
     def ask(self, source: Source, turns: list[Turn], answer: str) -> float:
@@ -90,12 +87,16 @@ class Rewards:
         return value
 
 
-def as_text(source: Source, turns: list[Turn], answer: str, ended: bool) -> list[int]:
+def as_text(source: Source, turns: list[Turn], answer: str, ended: Any) -> list[int]:
     """What a reward model with a tokenizer of its own reads: prompt and answer in its own template. What is too long for it loses
     its beginning."""
-    context = getattr(source.engine.module.hf.config, "max_position_embeddings", None) or 10**9
     ids = template.encode_prompts(source.tokenizer, [turns], 10**9)[0] or []
-    return (ids + template.encode_response(source.tokenizer, answer, ended))[-context:]
+    return (ids + template.encode_response(source.tokenizer, answer, bool(ended)))[-context_of(source.engine) :]
+
+
+def context_of(engine: Any) -> int:
+    """Tokens that a model can read at once."""
+    return getattr(engine.module.hf.config, "max_position_embeddings", None) or 10**9
 
 
 # --------------------------------------------------------------------------------------------------------------------- building
@@ -104,17 +105,17 @@ def as_text(source: Source, turns: list[Turn], answer: str, ended: bool) -> list
 def load_functions(cfg: Config) -> dict[str, Function]:
     """The python functions among the sources, by the sources' names; before a model is loaded. Raises: ValueError naming the key."""
     sys.path.insert(0, os.getcwd())  # where the command is run; a function may lie there
-    found = {}
+    found: dict[str, Any] = {}
     for name, source in cfg.ppo.rewards.items():
         if source.function:
             key = f"ppo.rewards.{name}.function={source.function}"
             module, function = source.function.split(":")
             try:
-                found[name] = getattr(importlib.import_module(module), function)
-            except AttributeError:
-                raise ValueError(f"{key}: there is no {function} in {module}") from None
+                found[name] = getattr(importlib.import_module(module), function, None)
             except Exception as error:
                 raise ValueError(f"{key}: cannot import {module}: {type(error).__name__}: {error}") from error
+            if found[name] is None:
+                raise ValueError(f"{key}: there is no {function} in {module}")
             if not callable(found[name]):
                 raise ValueError(f"{key}: {function} is no function")
     return found
@@ -122,7 +123,8 @@ def load_functions(cfg: Config) -> dict[str, Function]:
 
 def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], tokenizer: Any, run_dir: Path) -> Rewards:
     """Load the reward models of all sources, and settle the unit of their scores: with `ppo.normalize_score` that which stage=rm
-    has stored in a model, or, where a model comes from elsewhere, the one measured here on SFT answers; else raw."""
+    has stored in a model, or, where a model comes from elsewhere, the one measured here on SFT answers; else raw.
+    Raises: ValueError for a model that cannot read the answers, or without SFT answers to measure on."""
     sources = []
     for name, source in cfg.ppo.rewards.items():
         if source.function:
@@ -130,10 +132,12 @@ def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], to
             continue
         path = cfg.inputs[f"rewards/{name}" if source.path else "rm"]
         own = load_tokenizer(path, cfg.data.template)
-        engine = build_engine(functools.partial(load_scorer, path, own, cfg.deploy.precision), cfg, "reward", run_dir)
         foreign = not template.same_tokens(tokenizer, own)
         if foreign:
             log.info(f"ppo.rewards.{name}: the reward model has another tokenizer, it reads the answers as text")
+        else:
+            check_context(path, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, "rollout.max_new_tokens")
+        engine = build_engine(functools.partial(load_scorer, path, own, cfg.deploy.precision), cfg, "reward", run_dir)
         settings = engine.module.hf.config
         if not cfg.ppo.normalize_score:
             settings.score_mean, settings.score_std = 0.0, 1.0
@@ -141,15 +145,15 @@ def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], to
             rows = template.encode_demonstrations(own, data.eval_sft, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
             if not rows:
                 raise ValueError(f"ppo.normalize_score=true: there are no SFT answers to measure ppo.rewards.{name} on; set it to false")
-            mean, std = unit_of(engine, [p + a for p, a in rows], own, cfg.deploy.eval_micro_batch, cfg.ppo.dschat.pad_is_eos)
+            mean, std = unit_of(engine, [(p + a)[-context_of(engine) :] for p, a in rows], own, cfg.deploy.eval_micro_batch)
             settings.score_mean, settings.score_std = mean, max(std, 1e-6)
             log.info(f"ppo.rewards.{name}: raw scores of {len(rows)} SFT answers: mean {mean:.3g}, standard deviation {std:.3g}")
         sources.append(Source(name, source.weight, engine, own if foreign else None))
-    return Rewards(sources, tokenizer, cfg.ppo.dschat.pad_is_eos)
+    return Rewards(sources, tokenizer)
 
 
 @torch.no_grad()
-def score_rows(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int, before_eos: bool = False) -> list[float]:
+def score_rows(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int) -> list[float]:
     """The score of each whole sequence of token ids, in order; the work is shared by all processes."""
     rank, world = comm.rank(), comm.world_size()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -157,15 +161,14 @@ def score_rows(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_bat
     parts = []
     for chunk in chunks(order[rank::world], micro_batch):
         ids, mask = pad_right([rows[i] for i in chunk], tokenizer.pad_token_id, engine.device)
-        read = without_eos(ids, mask, tokenizer.eos_token_id) if before_eos else mask
-        parts.append(last_token_score(engine(ids, mask), read))
+        parts.append(answer_scores(engine, ids, mask, tokenizer.eos_token_id))
     scores = comm.all_rows(torch.cat(parts)).tolist()
     by_row = dict(zip((row for r in range(world) for row in order[r::world]), scores))
     return [by_row[i] for i in range(len(rows))]
 
 
-def unit_of(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int, before_eos: bool = False) -> tuple[float, float]:
+def unit_of(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int) -> tuple[float, float]:
     """Mean and standard deviation of a reward model's raw scores over given answers: with them as unit those have mean 0 and
     deviation 1 (Stiennon 2020, arXiv:2009.01325; InstructGPT, arXiv:2203.02155, section 3.5)."""
-    scores = score_rows(engine, rows, tokenizer, micro_batch, before_eos)
+    scores = score_rows(engine, rows, tokenizer, micro_batch)
     return statistics.fmean(scores), statistics.pstdev(scores)

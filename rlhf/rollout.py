@@ -133,7 +133,7 @@ def choose(probabilities: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
 def response_logp(policy: Any, experience: Experience, temperature: float) -> Tensor:
     """Log-probabilities of the sampled tokens under a policy (module or engine), (B, R)."""
     logits = policy(experience.ids, experience.full_mask, experience.mask.shape[1])
-    return token_logp(logits / temperature, experience.response_ids)[0] * experience.mask
+    return token_logp(logits, experience.response_ids, temperature)[0] * experience.mask
 
 
 def values_before(scores: Tensor, r: int) -> Tensor:

@@ -152,10 +152,10 @@ def wandb_reachable(base_url: str) -> bool:
 
     if not (os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=base_url)):
         return False
-    return answers(base_url)
+    return is_listening(base_url)
 
 
-def answers(url: str) -> bool:
+def is_listening(url: str) -> bool:
     """Whether somebody listens at a URL, within 2 s."""
     where = urlsplit(url)
     try:

@@ -52,7 +52,7 @@ def main(run_dir: Path) -> None:
             if stage != config.Stage.inspect:
                 report.plot_curves(run_dir)
             if stage == config.Stage.ppo:
-                report.plot_frontier(run_dir)
+                report.plot_frontier(run_dir, metrics)
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
         comm.barrier()  # all end together: another node's next workers must not find those of this stage
     except Exception as error:

@@ -164,11 +164,23 @@ def test_a_guard_that_a_switch_contradicts_is_logged_once(
         chosen.check_rollout(experience, EOS)
 
 
+def test_in_bf16_only_the_first_rollout_must_keep_the_sampler_s_limit(experience: Experience) -> None:
+    """Later a sharp policy has logits whose rounding alone is that large."""
+    experience.sampler_logp += 0.06
+    with pytest.raises(RuntimeError, match="guard sampler"):
+        checked(experience, precision=Precision.bf16)
+    later = Guards(Precision.bf16, OFF)
+    later.check_rollout(experience, EOS, first=False)
+    assert later.logged == {"sampler"}
+    with pytest.raises(RuntimeError, match="guard sampler"):
+        Guards(Precision.fp32, OFF).check_rollout(experience, EOS, first=False)
+
+
 # --------------------------------------------------------------------------------------------------------------------- warnings
 
 
 def row(**values: float) -> dict[str, float]:
-    plain = {"kl": 2.0, "kl_per_token": 0.1, "eos_rate": 1.0, "scores": 0.5, "rlhf_reward": 0.4}
+    plain = {"kl": 2.0, "kl_per_token": 0.1, "kl_coef": 0.05, "eos_rate": 1.0, "scores": 0.5}
     names = {"entropy": "policy/entropy_avg", "explained": "val/explained_variance"}
     given = {"entropy": 1.0, "explained": 0.3} | plain | values
     return {names.get(key, f"objective/{key}"): value for key, value in given.items()}
@@ -179,7 +191,7 @@ def titles(rows: list[dict[str, float]]) -> list[str]:
 
 
 def test_a_healthy_run_gets_no_warning() -> None:
-    rows = [row(kl=0.2 * i, scores=0.05 * i, rlhf_reward=0.04 * i, entropy=1 - 0.02 * i) for i in range(40)]
+    rows = [row(kl=0.2 * i, scores=0.05 * i, entropy=1 - 0.02 * i) for i in range(40)]
     assert all(titles(rows[: i + 1]) == [] for i in range(40))
 
 
@@ -191,7 +203,7 @@ def test_a_healthy_run_gets_no_warning() -> None:
         ("entropy collapse", [row(), row(entropy=0.09)]),
         ("critic broken", [row(explained=-0.1)] * 10),
         ("all answers truncated", [row(eos_rate=0.0)]),
-        ("over-optimisation", [row()] * 8 + [row(scores=0.7, rlhf_reward=0.2)] * 8),
+        ("over-optimisation", [row()] * 8 + [row(scores=0.7, kl=4.9, kl_coef=0.2)] * 8),  # -0.38 in units of now
     ],
 )
 def test_each_kind_of_trouble_gets_its_warning(title: str, rows: list[dict[str, float]]) -> None:
@@ -204,7 +216,7 @@ def test_what_is_near_trouble_gets_none() -> None:
     assert titles([*[row()] * 8, row(kl=7.9)]) == []  # under 4 x the median
     assert titles([row(kl=0.2)] * 8 + [row(kl=4.0)]) == []  # under 5 nats
     assert titles([row(explained=-0.1)] * 9) == titles([row(explained=-0.1)] * 9 + [row(explained=0.1)]) == []
-    assert titles([row()] * 8 + [row(scores=0.7, rlhf_reward=0.45)] * 8) == []  # both rise
+    assert titles([row()] * 8 + [row(scores=0.7, kl=4.9)] * 8) == []  # both rise
 
 
 def test_each_kind_is_said_once_per_run() -> None:

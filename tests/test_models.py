@@ -375,7 +375,8 @@ def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(tmp_path: Path
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     rows = [row for pair in pairs for row in pair]
     flat = [float(x) for both in zip(chosen, rejected) for x in both]
-    assert score_rows(engine, rows, tokenizer, 3, before_eos=True) == pytest.approx(flat, abs=1e-5)
+    engine.module.hf.config.score_before_eos = True  # as stage=rm stores it
+    assert score_rows(engine, rows, tokenizer, 3) == pytest.approx(flat, abs=1e-5)
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:

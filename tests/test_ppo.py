@@ -116,8 +116,10 @@ def test_logged_rewards_are_score_minus_penalties_minus_kl(runs: dict[str, Path]
         estimate = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: math.exp(-d) - 1 + d}[cfg.kl.estimator.name]
         parts = [row[f"score_{source}"] * settings.weight for source, settings in cfg.rewards.items()]
         assert row.score == pytest.approx(sum(parts), abs=1e-4)
+        assert row.prompt.startswith("\n\nHuman:") and row.prompt.endswith("Assistant:")
         score = row.score - cfg.missing_eos_penalty * (not row.ended) - cfg.length_penalty * len(row.tokens)
         score = score if cfg.score_clip is None else max(-cfg.score_clip, min(cfg.score_clip, score))
+        assert row.score_learnt == pytest.approx(score, abs=1e-4)
         expected = [-beta * estimate(d) for d in row.kl]
         expected[-1] += score
         assert row.reward == pytest.approx(expected, abs=2e-4)
@@ -163,6 +165,8 @@ def test_while_the_critic_warms_up_the_policy_stays(runs: dict[str, Path]) -> No
     assert first["lr"] == 0 and "policy/grad_norm" not in first and first["val/grad_norm"] > 0
     assert second["objective/kl"] == pytest.approx(0, abs=1e-5) and second["policy/grad_norm"] > 0
     assert abs(third["objective/kl"]) > 1e-4
+    peak = config.load(runs["critic_warmup"] / "config.yaml").ppo.lr
+    assert second["lr"] == pytest.approx(peak)  # its own warm-up begins with its first rollout
 
 
 def test_a_pass_that_moves_too_far_is_the_last_one(runs: dict[str, Path]) -> None:
@@ -240,7 +244,7 @@ def test_answers_per_second_are_counted_answers_over_the_step_s_time(runs: dict[
     """DeepSpeed-Chat's samples per second divide a constant 2 by it, by a precedence of operators."""
     for row in metrics(runs["several_answers"]):
         assert row["eps"] == pytest.approx(32 / row["timing_s/step"])
-        assert row["timing_s/rollout"] + row["timing_s/update"] == pytest.approx(row["timing_s/step"], rel=0.05, abs=0.05)
+        assert row["timing_s/rollout"] + row["timing_s/update"] == pytest.approx(row["timing_s/step"])
 
 
 def test_actor_and_critic_have_schedules_of_their_own(runs: dict[str, Path]) -> None:

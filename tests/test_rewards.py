@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conftest import Demo, runs_in, summary, train
 from test_config import composed
 from test_guards import actor, experience  # noqa: F401  fixtures
 
-from rlhf import config, layout, rewards
+from rlhf import checks, config, layout, rewards
 from rlhf.config import Stage
 from rlhf.data.records import Turn
 from rlhf.rewards import Rewards, Source
@@ -94,13 +95,17 @@ class Fixed:
 
     device = torch.device("cpu")
 
+    def __init__(self, before_eos: bool = False):
+        settings = types.SimpleNamespace(score_before_eos=before_eos)
+        self.module = types.SimpleNamespace(hf=types.SimpleNamespace(config=settings))
+
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return ids.float()
 
 
 def test_the_score_is_read_at_the_last_token_or_before_its_eos(experience: Experience, tokenizer: Any) -> None:  # noqa: F811
     at_end = Rewards([Source("m", engine=Fixed())], tokenizer)(experience, ASKED)[:, 0]
-    before = Rewards([Source("m", engine=Fixed())], tokenizer, before_eos=True)(experience, ASKED)[:, 0]
+    before = Rewards([Source("m", engine=Fixed(before_eos=True))], tokenizer)(experience, ASKED)[:, 0]
     for i in range(4):
         tokens = experience.response_ids[i][experience.mask[i] > 0].tolist()
         assert at_end[i] == tokens[-1]
@@ -112,6 +117,14 @@ def test_the_unit_of_rows_is_their_mean_and_deviation(tokenizer: Any) -> None:
     rows = [[5, 7], [9], [4, 4, 11, 13]]
     mean, std = rewards.unit_of(Fixed(), rows, tokenizer, 2)
     assert (mean, std) == pytest.approx((29 / 3, math.sqrt(((7 - 29 / 3) ** 2 + (9 - 29 / 3) ** 2 + (13 - 29 / 3) ** 2) / 3)))
+
+
+def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
+    both = Rewards([Source("a", 2.0), Source("b", -0.5)], None)
+    assert both.total(torch.tensor([[1.0, 4.0], [3.0, 2.0]])).tolist() == [0.0, 5.0] and both.total(torch.tensor([1.0, 0.0])) == 2.0
+    (line,) = checks.check(sources(gold={"function": "my_rewards:thanks"}))
+    assert line.startswith("ppo.rewards.gold: reward/gold/mean is the name of the sandbox's truth")
+    assert checks.check(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 
 # --------------------------------------------------------------------------------------------------------- as a user sets them
@@ -177,3 +190,7 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(demo: Demo
     assert final["eval/score"] == pytest.approx(1.5 * final["eval/score/model"], abs=1e-4)
     wrong = train("stage=ppo", *given[:2], f"+ppo.rewards={{other: {{path: '{demo.sft}'}}}}", cwd=tmp_path)
     assert wrong.returncode == 2 and f"ppo.rewards.other.path={demo.sft}: this is OPTForCausalLM, not a reward model" in wrong.stderr
+    untrained = train("stage=ppo", *given[:2], "+ppo.rewards={other: {path: 'builtin:tiny'}}", *sizes, cwd=tmp_path)
+    assert untrained.returncode == 1 and "ppo.rewards.other.path: builtin:tiny is no reward model" in untrained.stderr
+    long = train("stage=ppo", *given, *sizes, "rollout.max_new_tokens=500", cwd=tmp_path)
+    assert long.returncode == 1 and "rollout.max_new_tokens=500 is more than the" in long.stderr

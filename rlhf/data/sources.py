@@ -19,7 +19,7 @@ import numpy as np
 from rlhf.config import BadRow, Data, Format, Source
 from rlhf.data import formats
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
-from rlhf.track import answers
+from rlhf.track import is_listening
 
 BUILDERS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # a .jsonl line by line: one may be broken
 SFT, RM, PPO, EVAL = range(4)  # the parts
@@ -417,7 +417,7 @@ def open_hub(name: str, source: Source, split: str) -> Any:
 def hub_answers() -> bool:
     """Whether the hub is there; where a proxy is set, whether that is."""
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    return answers(proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    return is_listening(proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 def show_progress(wanted: bool) -> None:

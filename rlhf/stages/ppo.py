@@ -29,7 +29,7 @@ from rlhf.evaluation import answer_rows, evaluate_policy, rollout_metrics
 from rlhf.guards import Guards, Watch
 from rlhf.likelihood import answer_sums
 from rlhf.lora import AdapterOff
-from rlhf.models import check_context, load_policy, load_scorer, load_tokenizer, save_engine
+from rlhf.models import check_context, is_reward_model, load_policy, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import (
     gae,
     kl_estimate,
@@ -54,11 +54,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- data
     ppo, max_prompt, max_new = cfg.ppo, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
     functions = load_functions(cfg)
-    for model in {cfg.inputs[name] for name in ("sft", "rm") if name in cfg.inputs}:
-        check_context(model, max_prompt, max_new, "rollout.max_new_tokens")
+    check_context(cfg.inputs["sft"], max_prompt, max_new, "rollout.max_new_tokens")
+    for name in cfg.inputs:
+        if name != "sft" and not is_reward_model(cfg.inputs[name]):
+            key = "ppo.reward" if name == "rm" else f"ppo.{name.replace('/', '.')}.path"
+            raise ValueError(f"{key}: {cfg.inputs[name]} is no reward model (*ForSequenceClassification): it has no head that gives scores")
     tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
     data = open_data(cfg, run_dir)
-    if ppo.evaluation.best_by == BestBy.gold and not data.gold:
+    if ppo.evaluation.every and ppo.evaluation.best_by == BestBy.gold and not data.gold:
         raise ValueError("ppo.evaluation.best_by=gold: these data do not know the truth; choose score or objective")
     prompts = load.prompts(tokenizer, data.ppo, max_prompt, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if ppo.ptx.coef else None
@@ -80,15 +83,16 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     else:
         ref = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
     rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
-    teacher = next((s for s in rewards.sources if s.engine and not s.tokenizer and not ppo.rewards[s.name].path), None)
+    own = (s for s in rewards.sources if s.engine and not s.tokenizer and not ppo.rewards[s.name].path and s.weight)
+    teacher = next(own, None)
     if teacher is None:
         log.info("critic: no reward model of this configuration shares the policy's tokenizer, so it starts from the SFT policy")
 
     def load_critic() -> Any:
         critic = load_scorer(cfg.inputs["rm" if teacher else "sft"], tokenizer, precision, zero_head=not teacher, dropout=dropout)
-        if teacher:  # values have the unit of the scores
+        if teacher:  # values have the unit of the scores, as they count in the sum
             unit = teacher.engine.module.hf.config
-            critic.hf.config.score_mean, critic.hf.config.score_std = unit.score_mean, unit.score_std
+            critic.hf.config.score_mean, critic.hf.config.score_std = unit.score_mean, unit.score_std / teacher.weight
         return critic
 
     critic = build_engine(load_critic, cfg, "critic", run_dir)
@@ -97,7 +101,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     guards = Guards(precision, ppo.dschat, cfg.rollout.temperature)
     guards.check_models(actor=actor, critic=critic, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
     ema = MovingAverage(actor, ppo.ema) if ppo.ema else None
-    beta, scale = KlCoefficient(ppo.kl, steps), RunningScale()
+    beta, scale = KlCoefficient(ppo.kl, steps - ppo.critic_warmup), RunningScale()
     sampling = Sampling(cfg.rollout.temperature, greedy=ppo.dschat.greedy)
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
     watch = Watch(tracker.alert)
@@ -109,7 +113,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         e, micro_batch = ppo.evaluation, cfg.deploy.eval_micro_batch
         how = Sampling(e.temperature, e.top_p, e.top_k)
         found, rows = evaluate_policy(data, max_prompt, max_new, how, micro_batch, tokenizer, actor, ref, rewards, gather)
-        found["objective"] = found["score"] - beta.value * found["kl"]
+        found["objective"] = found["score"] - ppo.kl.coef * found["kl"]  # not by the present beta: evaluations are compared
         if e.every and found[e.best_by.name] > best:
             best = found[e.best_by.name]
             log.info(f"step {step}: best {e.best_by.name} so far, {best:.3f}")
@@ -140,13 +144,13 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
             ppo.dschat.train_mode_logp,
         )
         made = time.time()
-        guards.check_rollout(e, tokenizer.eos_token_id)
+        guards.check_rollout(e, tokenizer.eos_token_id, first=step == 0)
         if step == 0:
             guards.check_start(e)
             guards.check_padding(actor, e, cfg.rollout.temperature, tokenizer.pad_token_id)
 
         # from scores to the reward of each token, and on to advantages
-        raw_score = e.scores @ rewards.weights.to(e.scores.device)
+        raw_score = rewards.total(e.scores)
         score = raw_score - ppo.missing_eos_penalty * (1 - e.ended) - ppo.length_penalty * e.mask.sum(1)
         if ppo.scale_score:
             score = scale(score)
@@ -162,6 +166,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
             advantages = whiten(advantages, e.mask)
 
         update = train_on(e, advantages, returns, beta.value, actor, critic, ema, texts, tokenizer.pad_token_id, guards, step, steps, cfg)
+        trained = time.time()
 
         if step == ppo.critic_warmup:
             guards.report()
@@ -171,21 +176,20 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
             metrics |= {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
         for name, column in zip(rewards.names, e.scores.unbind(1)):
             metrics |= {f"reward/{name}/mean": float(column.mean()), f"reward/{name}/std": float(column.std(correction=0))}
-        tracker.answers(step + 1, answer_rows(e, asked, token_reward, advantages, returns, rewards, cfg.rollout.log_answers))
+        tracker.answers(step + 1, answer_rows(e, score, token_reward, advantages, returns, rewards, cfg.rollout.log_answers))
         if step >= ppo.critic_warmup:  # before, there is no KL to steer
             beta.update(metrics["objective/kl"], len(asked))
         if ppo.evaluation.every and (step + 1) % ppo.evaluation.every == 0 and step + 1 < steps:
             found, rows = evaluate(step + 1)
             metrics |= {f"eval/{key}": value for key, value in found.items()}
             tracker.samples(step + 1, rows)
-        seconds = time.time() - started
         metrics |= update
         metrics |= {
             "episode": (step + 1) * len(asked),
-            "eps": len(asked) / seconds,
+            "eps": len(asked) / (trained - started),
             "timing_s/rollout": made - started,
-            "timing_s/update": time.time() - made,
-            "timing_s/step": seconds,
+            "timing_s/update": trained - made,
+            "timing_s/step": trained - started,
         }
         tracker.log(step + 1, metrics)
         watch.look(metrics)
@@ -234,7 +238,8 @@ def train_on(
     ppo, rank, world, temperature = cfg.ppo, comm.rank(), comm.world_size(), cfg.rollout.temperature
     actor_learns = step >= ppo.critic_warmup
     in_loss = beta if ppo.kl.place == KlPlace.loss else 0.0
-    actor_lr, critic_lr = learning_rate(step, steps, ppo), learning_rate(step, steps, ppo.critic_optim)
+    actor_lr = learning_rate(step - ppo.critic_warmup, steps - ppo.critic_warmup, ppo)  # its warm-up begins when it begins
+    critic_lr = learning_rate(step, steps, ppo.critic_optim)
     actor.train(), critic.train()  # nothing drops out; activation checkpointing works only so
     n, lengths = len(e.mask), e.full_mask.sum(1).tolist()
     of_tokens: dict[str, float] = defaultdict(float)  # sums over tokens of the whole rollout
@@ -261,7 +266,7 @@ def train_on(
             ) -> Tensor:
                 part = e.rows(rows)
                 r, weight = part.mask.shape[1], weights(part)
-                logp, entropy = token_logp(actor(part.ids, part.full_mask, r) / temperature, part.response_ids)
+                logp, entropy = token_logp(actor(part.ids, part.full_mask, r), part.response_ids, temperature)
                 if guarded:
                     guards.check_ratio(logp.detach(), part.old_logp, part.mask)
                 loss, counts = policy_loss(logp, part.old_logp, advantages[rows, :r], part.learnt, ppo.clip, ppo.clip_high)

@@ -40,6 +40,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- model
     engine = build_engine(lambda: load_scorer(cfg.reward.path, tokenizer, cfg.deploy.precision), cfg, "reward_trained", run_dir)
+    engine.module.hf.config.score_before_eos = cfg.rm.loss == RmLoss.per_token  # whoever reads the scores later finds it there
     engine.train()
     tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
 
@@ -82,13 +83,13 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- evaluation
     engine.eval()
-    micro_batch, before_eos = cfg.deploy.eval_micro_batch, cfg.rm.loss == RmLoss.per_token
     metrics, samples = evaluate(engine, held_out, data.eval_probe, tokenizer, cfg)
     tracker.samples(steps, samples)
 
     # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations
     demonstrations = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
-    mean, std = unit_of(engine, [prompt + answer for prompt, answer in demonstrations], tokenizer, micro_batch, before_eos)
+    rows = [prompt + answer for prompt, answer in demonstrations]
+    mean, std = unit_of(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
     metrics |= {"eval/score_mean": mean, "eval/score_std": std}
     engine.module.hf.config.score_mean, engine.module.hf.config.score_std = mean, max(std, 1e-6)
     save_engine(engine, tokenizer, run_dir / "model")
@@ -136,7 +137,7 @@ def evaluate(
     def scores_of(some: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = template.encode_pairs(tokenizer, some, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
         rows = [row for pair in encoded for row in pair]
-        flat = score_rows(engine, rows, tokenizer, cfg.deploy.eval_micro_batch, cfg.rm.loss == RmLoss.per_token)
+        flat = score_rows(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
         return torch.tensor(flat[::2], dtype=torch.float64), torch.tensor(flat[1::2], dtype=torch.float64)
 
     chosen, rejected = scores_of(pairs)
