@@ -108,6 +108,7 @@ def check(cfg: Config) -> list[str]:
         positive("data.sandbox.demonstrations", "data.sandbox.pairs")
         noise = sandbox.label_noise
         need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
+    positive("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep")
     for node in ("sft", "rm", "ppo", "ppo.critic_optim"):
         positive(*(f"{node}.{key}" for key in ("lr", "grad_clip", "adam_eps")))
         within(f"{node}.warmup_ratio", 0, 1)

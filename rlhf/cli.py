@@ -55,7 +55,7 @@ def main() -> int:
         if single_error:
             raise single_error[0]
     except KeyboardInterrupt:
-        say("interrupted; the same command starts the unfinished stage anew")
+        say("stopped; the same command goes on from the last checkpoint, or starts the unfinished stage anew where there is none")
         return 130
     except RuntimeError as error:
         if not failed_jobs:
@@ -197,16 +197,71 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
         if stage == Stage.inspect:
             inspect_data(cfg, baseline)
         else:
-            runs.append(run_stage(cfg, stage, baseline, overrides))
+            runs.append(run_stage(cfg, stage, baseline, overrides, upstream=stage != cfg.stage.runs[-1]))
     if runs:
         report.print_runs(runs, time.time() - started)
     return cfg, runs
 
 
-def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str]) -> Path:
-    """Run one stage unless it is finished; returns its directory."""
+def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str], upstream: bool) -> Path:
+    """Run one stage unless it is finished, from its last checkpoint where it has one; returns its directory.
+
+    Args: upstream: another stage of this command stands on it: where another process trains it, that is waited for.
+    """
+    for parent in config.parents(cfg, stage):
+        wait_for(layout.home(cfg, parent, baseline))
     inputs, parents = layout.find_inputs(cfg, stage, baseline, overrides)
     directory = layout.home(cfg, stage, baseline)
+    if finished(cfg, stage, directory, parents) and not cfg.fresh:
+        return directory
+    check_machines(cfg)
+    own = layout.config_of_stage(cfg, stage, inputs)
+    with contextlib.suppress(ValueError, OSError):  # no formula for this model: it trains without a plan
+        say(plan.short(plan.make_plan(own, stage)))
+    before = layout.read_summary(directory)
+    with layout.owned(directory, wait=upstream):
+        if layout.read_summary(directory) != before:  # by the process that was waited for
+            finished(cfg, stage, directory, parents)
+            return directory
+        whole, _ = layout.checkpoints(directory)
+        if whole and not before and not cfg.fresh:
+            for line in layout.check_resumable(directory, whole[0][1], cfg, parents):
+                say(f"{stage.name}: {line}")
+            for left in (directory / "result.json", *directory.glob("error-rank*.txt")):
+                left.unlink(missing_ok=True)
+        elif aside := layout.set_aside(directory):
+            say(f"{stage.name}: an earlier attempt is kept in {aside}")
+        say(f"{stage.name}: {directory}")
+        config.save(own, directory / "config.yaml")
+        layout.write_json(directory / "parents.json", parents)
+        layout.write_json(directory / "env.json", layout.environment())
+        try:
+            asked_to_stop = run_workers(directory, own)
+        except RuntimeError as error:
+            whole, _ = layout.checkpoints(directory)
+            raise RuntimeError(f"{error}; the last good checkpoint is {whole[0][0]}" if whole else str(error)) from None
+        result = json.loads((directory / "result.json").read_text())
+        result["data"] = json.loads((directory / "data.json").read_text())
+        layout.write_json(
+            directory / "summary.json",
+            {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result},
+        )
+        if not cfg.checkpoint.keep_optimizer:
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    if asked_to_stop:
+        raise KeyboardInterrupt
+    return directory
+
+
+def wait_for(directory: Path) -> None:
+    """Until no other process trains a run that is not finished."""
+    if directory.exists() and not layout.read_summary(directory):
+        with layout.owned(directory, wait=True):
+            pass
+
+
+def finished(cfg: Config, stage: Stage, directory: Path, parents: dict[str, str]) -> bool:
+    """Whether a run is done. Raises: RuntimeError when it stands on other runs than there are now."""
     summary = layout.read_summary(directory)
     if summary and not cfg.fresh:
         if summary["parents"] != parents:
@@ -215,26 +270,7 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str])
                 "add fresh=true to train it anew; the old one is kept in its attempts/"
             )
         say(f"{stage.name}: finished, {directory}")
-        return directory
-    check_machines(cfg)
-    own = layout.config_of_stage(cfg, stage, inputs)
-    with contextlib.suppress(ValueError, OSError):  # no formula for this model: it trains without a plan
-        say(plan.short(plan.make_plan(own, stage)))
-    with layout.owned(directory):
-        aside = layout.set_aside(directory)
-        if aside:
-            say(f"{stage.name}: an earlier attempt is kept in {aside}")
-        say(f"{stage.name}: {directory}")
-        config.save(own, directory / "config.yaml")
-        layout.write_json(directory / "env.json", layout.environment())
-        run_workers(directory, own)
-        result = json.loads((directory / "result.json").read_text())
-        result["data"] = json.loads((directory / "data.json").read_text())
-        layout.write_json(
-            directory / "summary.json",
-            {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result},
-        )
-    return directory
+    return bool(summary)
 
 
 def inspect_data(cfg: Config, baseline: Config) -> None:

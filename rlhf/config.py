@@ -350,6 +350,14 @@ class Deploy:
 
 
 @dataclass
+class Checkpoint:
+    every_steps: Optional[int] = no_effect()  # optimizer steps (PPO: rollouts) between checkpoints, > 0; null = by time only
+    every_minutes: Optional[float] = no_effect()  # minutes between checkpoints, > 0; null = by steps only
+    keep: int = no_effect()  # the newest so many, > 0; older ones are deleted
+    keep_optimizer: bool = no_effect()  # a finished run keeps its last checkpoint, optimizer states included; else its models only
+
+
+@dataclass
 class Wandb:
     mode: WandbMode = no_effect()  # auto: online if there is a key and the server answers, else offline
     project: str = no_effect()  # where the runs appear
@@ -368,6 +376,7 @@ class Config:
     ppo: Ppo = MISSING
     rollout: Rollout = MISSING
     deploy: Deploy = MISSING
+    checkpoint: Checkpoint = no_effect()
     wandb: Wandb = no_effect()
     seed: int = MISSING  # initialisation, order, sampling
     exp: str = no_effect()  # label of the experiment: W&B group, folder of a sweep
@@ -487,6 +496,19 @@ def adapter_only(model: Model) -> bool:
 def world_size(cfg: Config) -> int:
     """Processes on all nodes."""
     return cfg.deploy.gpus * cfg.deploy.nodes
+
+
+def threads(cfg: Config) -> int:
+    """CPU threads of each process."""
+    return cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus)
+
+
+def placement(cfg: Config) -> dict[str, Any]:
+    """Where and how a run computes: what must stay for it to go on bit for bit."""
+    deploy = cfg.deploy
+    counted: dict[str, Any] = {"deploy.gpus": deploy.gpus, "deploy.nodes": deploy.nodes, "deploy.zero_stage": deploy.zero_stage}
+    counted |= {"deploy.device": deploy.device.name, "deploy.offload.optimizer": deploy.offload.optimizer}
+    return counted | ({"deploy.threads": threads(cfg)} if deploy.device == Device.cpu else {})
 
 
 def processes(cfg: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -50,7 +51,9 @@ def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path)
         {"params": [p for p, vector in zip(trained, is_vector) if not vector], "weight_decay": optim.weight_decay},
         {"params": [p for p, vector in zip(trained, is_vector) if vector], "weight_decay": 0.0},
     ]
-    return deepspeed.initialize(model=module, config=ds_config, model_parameters=[g for g in groups if g["params"]])[0]
+    engine = deepspeed.initialize(model=module, config=ds_config, model_parameters=[g for g in groups if g["params"]])[0]
+    engine.gradient_notes = note_gradients(module)
+    return engine
 
 
 def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callable[[Batch], Tensor], lr: float) -> float:
@@ -58,15 +61,17 @@ def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callabl
 
     Args: loss_of: the micro-batch's summed loss, already divided by the count over the whole step and all processes.
     Returns: the gradient norm before clipping.
-    Raises: RuntimeError when the loss or the gradient is not finite.
+    Raises: RuntimeError when the loss or the gradient is not finite, with the first tensor that is not.
     """
+    engine.gradient_notes.clear()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     for i, batch in enumerate(micro_batches):
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
         loss = loss_of(batch)
         if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss.item()}: lower the learning rate, or look at the last samples in samples.jsonl")
+            where = first_bad_output(engine, functools.partial(loss_of, batch))
+            raise RuntimeError(f"the loss is {loss.item()}{where}: lower the learning rate, or look at the last samples in samples.jsonl")
         # DeepSpeed averages gradients over processes; ours must be summed
         engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
     # DeepSpeed's optimizers measure the norm themselves; with plain AdamW (ZeRO 0, fp32) the gradients lie open
@@ -75,8 +80,48 @@ def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callabl
     engine.step()
     value = float(engine.get_global_grad_norm() if norm is None else norm)
     if not math.isfinite(value) and not engine.fp16_enabled():  # whose loss scaling leaves such steps out by itself
-        raise RuntimeError(f"the norm of the gradient is {value}, though the loss is finite: lower the learning rate")
+        bad = [name for name, note in engine.gradient_notes.items() if not torch.isfinite(note)]
+        first = next((name for name, _ in engine.module.named_parameters() if name in bad), "")
+        where = f"; the first gradient that is not finite is that of {first}" if first else ""
+        raise RuntimeError(f"the norm of the gradient is {value}, though the loss is finite{where}: lower the learning rate")
     return value
+
+
+def note_gradients(module: Any) -> dict[str, Tensor]:
+    """A note for each trained weight, made in the backward pass: 0, or NaN where its gradient was not finite. Nobody waits for it."""
+    notes: dict[str, Tensor] = {}
+
+    def note(gradient: Tensor, name: str) -> None:
+        notes[name] = notes.get(name, 0) + gradient.detach().sum(dtype=torch.float32) * 0
+
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            p.register_hook(functools.partial(note, name=name))
+    return notes
+
+
+def first_bad_output(engine: Any, again: Callable[[], Any]) -> str:
+    """Where a forward that is computed again first gives something that is not finite, as a part of a sentence."""
+    if comm.world_size() > 1 and any(hasattr(p, "ds_id") for p in engine.module.parameters()):
+        return ""  # a forward of one process alone would wait for the others' weights
+    found: list[str] = []
+
+    def look(module: Any, inputs: Any, output: Any, name: str) -> None:
+        outputs = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, Tensor) and x.is_floating_point()]
+        if not found and not all(bool(torch.isfinite(x).all()) for x in outputs):
+            found.append(name)
+
+    weights = (name for name, p in engine.module.named_parameters() if not torch.isfinite(p).all())
+    if weight := next(weights, ""):
+        return f"; the first weight that is not finite is {weight}"
+    leaves = [(name, module) for name, module in engine.module.named_modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(functools.partial(look, name=name)) for name, module in leaves]
+    try:
+        again()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"; the first output that is not finite is that of {found[0]}" if found else ""
 
 
 @contextlib.contextmanager

@@ -140,6 +140,12 @@ class Watch:
         self.rows: list[dict[str, float]] = []
         self.said: set[str] = set()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "said": sorted(self.said)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.said = list(state["rows"]), set(state["said"])
+
     def look(self, metrics: dict[str, float]) -> None:
         self.rows.append(metrics)
         for title, text in warnings_of(self.rows):

@@ -19,15 +19,17 @@ from typing import Any
 from rlhf.config import Config, Device, world_size
 
 WORKER = "rlhf.worker"
+STOPPED = 75  # exit code of a worker that was asked to stop, and has saved (EX_TEMPFAIL: try again later)
 
 
-def run_workers(run_dir: Path, cfg: Config) -> None:
+def run_workers(run_dir: Path, cfg: Config) -> bool:
     """Run `python -m rlhf.worker run_dir` in `deploy.gpus` processes on each of `deploy.nodes` nodes, until all are done.
 
     With deploy.hostfile DeepSpeed's launcher starts them, on all nodes; else this process starts those of its own node. When one fails
-    the others are stopped. Ctrl-C and SIGTERM stop all; should this process be killed, its workers die with it.
+    the others are stopped. At Ctrl-C or SIGTERM they save a checkpoint and end; at a second one they are stopped at once. Should this
+    process be killed, its workers die with it. Returns: whether it was asked to stop, but the run was done by then.
 
-    Raises: RuntimeError with the first failed worker's rank, cause and log.
+    Raises: RuntimeError with the first failed worker's rank, cause and log; KeyboardInterrupt when asked to stop.
     """
     commands: dict[str, tuple[list[str], dict[str, str]]]
     if cfg.deploy.hostfile:
@@ -36,21 +38,30 @@ def run_workers(run_dir: Path, cfg: Config) -> None:
         commands = {f"rank {env['RANK']}": ([sys.executable, "-m", WORKER, str(run_dir)], env) for env in places(cfg)}
     started: dict[str, subprocess.Popen[bytes]] = {}
     failed: dict[str, int] = {}
-    with terminate_as_interrupt():
+    with two_signals() as asked:
         try:
             for name, (command, env) in commands.items():
                 # a session of its own: Ctrl-C reaches this process only, which then stops the workers
                 options: dict[str, Any] = {"start_new_session": True, "stdin": subprocess.DEVNULL, "preexec_fn": end_with_parent}
                 started[name] = subprocess.Popen(command, env=os.environ | env, **options)
+            told = False
             while not failed and any(worker.poll() is None for worker in started.values()):
                 time.sleep(0.05)
-                failed = {name: worker.returncode for name, worker in started.items() if worker.poll()}
+                if asked and not told:
+                    told = True
+                    print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+                    for worker in started.values():
+                        worker.terminate()
+                failed = {name: worker.returncode for name, worker in started.items() if worker.poll() and worker.returncode != STOPPED}
         finally:
             stop(list(started.values()))
+    if asked and any(worker.returncode for worker in started.values()):
+        raise KeyboardInterrupt
     if failed:
         raise RuntimeError(f"{cfg.stage.name} failed, {cause_of(failed, run_dir)}; more in {run_dir / 'train.log'}")
     if not cfg.deploy.node_rank and not (run_dir / "result.json").exists():  # DeepSpeed's launcher hides some failures
         raise RuntimeError(f"{cfg.stage.name} ended without a result; look into {run_dir / 'train.log'}")
+    return bool(asked)
 
 
 def end_with_parent() -> None:
@@ -127,17 +138,21 @@ def stop(workers: list[subprocess.Popen[bytes]]) -> None:
 
 
 @contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Within this context SIGTERM ends the work as Ctrl-C does, so that workers are stopped."""
+def two_signals() -> Iterator[list[int]]:
+    """Within this context a first Ctrl-C or SIGTERM is noted in the list that it gives, and a second one ends the work."""
+    asked: list[int] = []
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def note(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_machines(cfg: Config) -> None:

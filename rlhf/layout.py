@@ -22,7 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import READS, Config, Stage, StageChoice, parents, uses_own_reward_model, world_size
+from rlhf.config import READS, Config, Stage, StageChoice, parents, placement, uses_own_reward_model, world_size
 
 BUILTIN = "builtin:"
 
@@ -207,25 +207,71 @@ def config_of_stage(cfg: Config, stage: Stage, inputs: dict[str, str]) -> Config
 
 
 @contextlib.contextmanager
-def owned(directory: Path) -> Iterator[None]:
+def owned(directory: Path, wait: bool = False) -> Iterator[None]:
     """Hold the run directory: two processes never train the same run. The lock ends with its process, however that ends.
 
+    Args: wait: for another process that has it, with a line now and then; else that is refused.
     Raises: RuntimeError naming the owner when another process has it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".owner", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RuntimeError(
-                f"{directory} is being trained by another process ({lock.read().strip()}): wait for it, or stop it"
-            ) from None
+        since, said = time.monotonic(), 0.0
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                who = f"{directory} is being trained by another process ({lock.read().strip()})"
+                if not wait:
+                    raise RuntimeError(f"{who}: wait for it, or stop it") from None
+            waited = time.monotonic() - since
+            if not said or waited - said > 30:
+                said = waited or 1e-9
+                print(f"waiting for {waited:.0f} s: {who}", file=sys.stderr, flush=True)
+            time.sleep(0.2)
         lock.seek(0)
         lock.truncate()
         lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
         yield
+
+
+def checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Path]]:
+    """The checkpoints of a run: the whole ones, newest first, with what each says of itself; and those that are not whole."""
+    whole, torn = [], []
+    for path in (directory / "checkpoints").glob("step-*"):
+        if path.suffix == ".tmp":  # the process died while it wrote
+            continue
+        try:
+            about = json.loads((path / "checkpoint.json").read_text())
+            sizes = {name: (path / name).stat().st_size for name in about["files"]}
+        except (OSError, ValueError, KeyError):
+            torn.append(path)
+            continue
+        whole.append((path, about)) if sizes == about["files"] else torn.append(path)
+    return sorted(whole, key=lambda found: -found[1]["step"]), torn
+
+
+def check_resumable(directory: Path, about: dict[str, Any], cfg: Config, parents: dict[str, str]) -> list[str]:
+    """Whether a run can go on from its checkpoint. Returns: what to warn of.
+
+    Args: about: what the checkpoint says of itself.  parents: ids of the runs that it now stands on.
+    Raises: RuntimeError with the difference and the way on.
+    """
+    anew = "or add fresh=true to train it anew (this attempt is then kept in its attempts/)"
+    now = placement(cfg)
+    differ = [key for key, then in about["placement"].items() if now.get(key) != then]
+    if differ:
+        then = " ".join(f"{key}={about['placement'][key]}" for key in differ)
+        instead = " ".join(f"{key}={now.get(key)}" for key in differ)
+        raise RuntimeError(f"{directory} is at step {about['step']}, made with {then}, not {instead}: go on with {then}, {anew}")
+    before = json.loads((directory / "parents.json").read_text())
+    if before != parents:
+        raise RuntimeError(f"{directory} stands on other runs than there are now ({before} -> {parents}): bring them back, {anew}")
+    then, now = (env["packages"] for env in (json.loads((directory / "env.json").read_text()), environment()))
+    changed = [f"{name} {version} -> {now.get(name)}" for name, version in then.items() if now.get(name) != version]
+    return [f"going on with other versions than before: {', '.join(changed)}"] if changed else []
 
 
 def set_aside(directory: Path) -> Path | None:

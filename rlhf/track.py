@@ -25,6 +25,9 @@ from rlhf.config import Config, WandbMode
 log = logging.getLogger("rlhf")
 
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
+
+
 class Tracker:
     """Writes the metrics of one run.
 
@@ -34,10 +37,10 @@ class Tracker:
     def __init__(self, cfg: Config, run_dir: Path, total: int, shown: list[str]):
         self.run_dir, self.shown, self.total = run_dir, shown, total
         self.main = comm.rank() == 0
-        self.start = time.time()
+        self.start, self.first = time.time(), 0
         if not self.main:
             return
-        self.file = open(run_dir / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  one line per step, flushed at once
+        self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  one line per step, flushed at once
         self.wandb = start_wandb(cfg, run_dir)
         # a terminal shows a bar; anything else gets a line now and then
         self.bar = tqdm(total=total, desc=cfg.stage.name, unit="step", disable=None, dynamic_ncols=True, leave=True)
@@ -54,9 +57,9 @@ class Tracker:
         shown = {key.rsplit("/", 1)[-1]: f"{metrics[key]:.3g}" for key in self.shown if key in metrics}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n if not self.bar.disable else 0)
-        elapsed = time.time() - self.start
+        elapsed, done = time.time() - self.start, step - self.first
         line = f"step {step}/{self.total}  " + "  ".join(f"{key} {value}" for key, value in shown.items())
-        line += f"  {elapsed:.0f} s, {elapsed / step * (self.total - step):.0f} s left"
+        line += f"  {elapsed:.0f} s, {elapsed / done * (self.total - step):.0f} s left"
         log.debug(line)  # train.log has every step
         if self.bar.disable and (time.time() - self.last_line > 10 or step == self.total):
             self.last_line = time.time()
@@ -89,6 +92,20 @@ class Tracker:
         log.warning(f"{title}: {text}")
         if self.wandb:
             self.wandb.alert(title=title, text=text, level="WARN")
+
+    def state_dict(self) -> dict[str, int]:
+        """How much has been written to each file."""
+        files = {name: self.run_dir / name for name in LOGS if self.main}
+        return {name: path.stat().st_size for name, path in files.items() if path.exists()}
+
+    def load_state_dict(self, sizes: dict[str, int]) -> None:
+        """Cut off what was written after that: those steps are made again."""
+        for name in LOGS if self.main else ():
+            if (self.run_dir / name).exists():
+                os.truncate(self.run_dir / name, sizes.get(name, 0))
+        if self.main and sizes:
+            self.first = sum(1 for _ in open(self.run_dir / "metrics.jsonl"))  # noqa: SIM115
+            self.bar.initial = self.bar.n = self.first
 
     def close(self, summary: dict[str, Any]) -> None:
         """End the run; `summary` holds its final metrics."""

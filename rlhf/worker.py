@@ -24,7 +24,7 @@ def main(run_dir: Path) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from rlhf import comm, config, engines, layout, report, track
+    from rlhf import checkpoint, comm, config, engines, launch, layout, report, track
     from rlhf.stages import inspect, ppo, rm, sft
 
     transformers_logging.disable_progress_bar()
@@ -39,7 +39,7 @@ def main(run_dir: Path) -> None:
             raise RuntimeError("deploy.device=gpu, but this torch finds none: it may be built without CUDA, or not fit the driver")
         if cfg.deploy.device == config.Device.cpu and device.type != "cpu":
             raise RuntimeError("deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu")
-        torch.set_num_threads(cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus))
+        torch.set_num_threads(config.threads(cfg))
         torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
         stages: dict[config.Stage, Any] = {
             config.Stage.sft: sft.run,
@@ -55,6 +55,11 @@ def main(run_dir: Path) -> None:
                 report.plot_frontier(run_dir, metrics)
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
         comm.barrier()  # all end together: another node's next workers must not find those of this stage
+    except checkpoint.Stopped as asked:
+        track.log.info(str(asked))
+        comm.barrier()
+        logging.shutdown()
+        os._exit(launch.STOPPED)
     except Exception as error:
         track.log.debug("failed", exc_info=True)  # the traceback is for the log and the file, their first line for the user
         first_line = (str(error) or repr(error)).splitlines()[0]

@@ -12,7 +12,7 @@ LAYERS = [  # imports run downwards only; a module may import those of the lines
     ["config"],
     ["ds", "layout", "checks", "launch", "report", "comm", "objectives", "lora", "data.records", "data.batches", "data.packing"],
     ["plan", "engines", "controllers", "track", "data.template", "data.formats"],
-    ["models", "likelihood", "data.sandbox", "data.sources"],
+    ["models", "likelihood", "checkpoint", "data.sandbox", "data.sources"],
     ["data.load", "data.build_tiny", "rollout", "data.page"],
     ["rewards", "guards"],
     ["evaluation"],

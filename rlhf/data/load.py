@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -27,7 +28,10 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
     data = load_data(cfg.data)
     log.info(summarize(data))
     if comm.rank() == 0:
-        layout.write_json(run_dir / "data.json", data.report)
+        known = run_dir / "data.json"  # of the attempt that this one goes on from
+        if known.exists() and json.loads(known.read_text()) != json.loads(json.dumps(data.report)):
+            raise ValueError("the data are not those that this run has learnt from so far; add fresh=true to train it anew")
+        layout.write_json(known, data.report)
     needed = {"sft": (data.sft, data.eval_sft), "rm": (data.rm, data.eval_rm), "ppo": (data.ppo, data.eval_prompts)}[cfg.stage.name]
     for part, what in zip(needed, ("", " to evaluate on")):
         if not len(part):

@@ -195,6 +195,8 @@ def read(name: str, source: Source, split: str, cfg: Data) -> tuple[Any, dict[st
     def column(of: str) -> np.ndarray:
         return table.data.column(of).to_numpy()[fine]
 
+    report["content"] = hashlib.sha256(column("key").tobytes()).hexdigest()[:16]  # a run that goes on asks for the same
+
     if text:
         every = len(fine)
         fine = fine[np.sort(np.unique(column("key"), return_index=True)[1])]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf import comm, config, plan
+from rlhf.checkpoint import Checkpoints
 from rlhf.config import BestBy, Config, KlPlace
 from rlhf.controllers import KlCoefficient, MovingAverage, RunningScale
 from rlhf.data import load
@@ -105,26 +107,29 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     sampling = Sampling(cfg.rollout.temperature, greedy=ppo.dschat.greedy)
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
     watch = Watch(tracker.alert)
-    best = -float("inf")
+    so_far: dict[str, Any] = {"best": -float("inf"), "before": {}, "samples_before": []}
+    memory = {"beta": beta, "scale": scale, "tracker": tracker, "watch": watch, "so_far": so_far} | ({"ema": ema} if ema else {})
+    checkpoints = Checkpoints(cfg, run_dir, steps, {"actor": actor, "critic": critic}, memory)
 
     def evaluate(step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """On the held-out prompts; keeps the policy in model_best where it is the best so far."""
-        nonlocal best
         e, micro_batch = ppo.evaluation, cfg.deploy.eval_micro_batch
         how = Sampling(e.temperature, e.top_p, e.top_k)
         found, rows = evaluate_policy(data, max_prompt, max_new, how, micro_batch, tokenizer, actor, ref, rewards, gather)
         found["objective"] = found["score"] - ppo.kl.coef * found["kl"]  # not by the present beta: evaluations are compared
-        if e.every and found[e.best_by.name] > best:
-            best = found[e.best_by.name]
-            log.info(f"step {step}: best {e.best_by.name} so far, {best:.3f}")
+        if e.every and found[e.best_by.name] > so_far["best"]:
+            so_far["best"] = found[e.best_by.name]
+            log.info(f"step {step}: best {e.best_by.name} so far, {so_far['best']:.3f}")
             save_engine(actor, tokenizer, run_dir / "model_best")
         return found, rows
 
-    before, samples_before = evaluate(0)
+    done = checkpoints.resume()
+    if not done:
+        so_far["before"], so_far["samples_before"] = evaluate(0)
 
     # ---- training
     answers = cfg.rollout.responses_per_prompt
-    for step, batch in zip(range(steps), global_batches(len(prompts), ppo.batch_size, ppo.prompt_epochs, cfg.seed)):
+    for step, batch in islice(enumerate(global_batches(len(prompts), ppo.batch_size, ppo.prompt_epochs, cfg.seed)), done, steps):
         started = time.time()
         draws = uniforms("rollout", [i + k * len(prompts) for i in batch for k in range(answers)], cfg.seed, step, max_new)
         asked, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(answers)))
@@ -193,9 +198,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         }
         tracker.log(step + 1, metrics)
         watch.look(metrics)
+        checkpoints.after(step + 1)
 
     # ---- evaluation
     after, samples = evaluate(steps)
+    before, samples_before = so_far["before"], so_far["samples_before"]
     metrics = {f"eval/{key}": value for key, value in after.items()}
     metrics |= {f"eval/{key}_before": before[key] for key in ("score", "gold", "length", "eos_rate", "repetition") if key in before}
     compared = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf import comm
+from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, RmLoss
 from rlhf.data import load, template
 from rlhf.data.batches import global_batches, micro_batches, pad_right
@@ -45,11 +47,13 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
 
     # ---- training
-    seen_tokens = 0
-    for step, batch in zip(range(steps), global_batches(len(pairs), cfg.rm.batch_size, cfg.rm.epochs, cfg.seed)):
+    seen = {"tokens": 0}
+    checkpoints = Checkpoints(cfg, run_dir, steps, {"reward_trained": engine}, {"tracker": tracker, "seen": seen})
+    batches = enumerate(global_batches(len(pairs), cfg.rm.batch_size, cfg.rm.epochs, cfg.seed))
+    for step, batch in islice(batches, checkpoints.resume(), steps):
         n = len(batch)
         taken = {i: pairs[i] for i in batch}
-        seen_tokens += sum(len(chosen) + len(rejected) for chosen, rejected in taken.values())
+        seen["tokens"] += sum(len(chosen) + len(rejected) for chosen, rejected in taken.values())
         losses: list[torch.Tensor] = []  # of the micro-batches: the summed loss, and the scores (pairs, 2)
         scores: list[torch.Tensor] = []
 
@@ -77,9 +81,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
                 "rejected_reward": float(rejected.mean()),
                 "grad_norm": grad_norm,
                 "learning_rate": lr,
-                "num_tokens": seen_tokens,
+                "num_tokens": seen["tokens"],
             },
         )
+        checkpoints.after(step + 1)
 
     # ---- evaluation
     engine.eval()

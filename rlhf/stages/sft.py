@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf import comm, plan
+from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.data import load, template
 from rlhf.data.batches import chunks, global_batches, micro_batches
@@ -53,12 +55,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- training
     rank, world = comm.rank(), comm.world_size()
-    seen_tokens = 0
-    for step, batch in zip(range(steps), global_batches(len(rows), cfg.sft.batch_size, cfg.sft.epochs, cfg.seed)):
+    seen = {"tokens": 0}
+    checkpoints = Checkpoints(cfg, run_dir, steps, {"actor": engine}, {"tracker": tracker, "seen": seen})
+    batches = enumerate(global_batches(len(rows), cfg.sft.batch_size, cfg.sft.epochs, cfg.seed))
+    for step, batch in islice(batches, checkpoints.resume(), steps):
         taken = {i: rows[i] for i in batch}
         learnt = {i: len(prompt) + len(answer) - first_learnt(prompt, cfg.sft.train_on_prompt) for i, (prompt, answer) in taken.items()}
         tokens = sum(learnt.values())  # of the whole step, over all processes
-        seen_tokens += tokens
+        seen["tokens"] += tokens
         micros = micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world)
         # each with the count that its sum is divided by
         parts = [(m, sum(learnt[i] for i in m) * len(micros) * world if cfg.sft.micro_batch_means else tokens) for m in micros]
@@ -83,9 +87,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
                 "entropy": entropy,
                 "grad_norm": grad_norm,
                 "learning_rate": lr,
-                "num_tokens": seen_tokens,
+                "num_tokens": seen["tokens"],
             },
         )
+        checkpoints.after(step + 1)
 
     # ---- evaluation
     engine.eval()

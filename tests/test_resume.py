@@ -1,0 +1,293 @@
+"""A run that dies goes on where it was, bit for bit: real processes, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, SMALL, metrics, runs_in, summary, train
+from safetensors.torch import load_file
+from test_deployments import prepare, work
+
+from rlhf import config, layout
+
+TEN_STEPS = ["sft.max_steps=10", "rm.max_steps=10", "sft.batch_size=8", "rm.batch_size=8", "checkpoint.every_steps=5"]
+# all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy, warnings
+MEMORY = [
+    "ppo.max_steps=6",
+    "ppo.batch_size=8",
+    "ppo.kl.controller=adaptive",
+    "ppo.kl.horizon=100",
+    "ppo.scale_score=true",
+    "ppo.ema=0.5",
+    "ppo.critic_warmup=1",
+    "ppo.ptx.coef=0.1",
+    "ppo.evaluation.every=2",
+    "ppo.dschat.dropout=0.1",
+    "rollout.log_answers=2",
+    "checkpoint.every_steps=3",
+]
+NOT_REPEATED = ("time", "eps", "timing_s/rollout", "timing_s/update", "timing_s/step")  # clocks
+FILES = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What PPO stands on."""
+    root = tmp_path_factory.mktemp("inputs")
+    sft, rm = prepare(root, "up", "sft", {}, []), prepare(root, "up", "rm", {}, [])
+    work([sft, rm], 1)
+    return {"sft": str(sft / "model"), "rm": str(rm / "model")}
+
+
+def make(root: Path, name: str, stage: str, inputs: dict[str, str], processes: int, zero: int, *more: str) -> Path:
+    given, options = (inputs, MEMORY) if stage == "ppo" else ({}, [])
+    return prepare(root, name, stage, given, [*TEN_STEPS, *options, *more], gpus=processes, zero_stage=zero, micro_batch=3)
+
+
+def begin(run: Path, processes: int) -> list[subprocess.Popen]:
+    """The workers of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": REPO, "DS_ACCELERATOR": "cpu"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "rlhf.worker", str(run)],
+            env=os.environ | {k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(processes)
+    ]
+
+
+def kill_when(run: Path, processes: int, ready: Callable[[], bool]) -> None:
+    """Start a run, and kill all its processes at that moment."""
+    workers = begin(run, processes)
+    deadline = time.time() + 120
+    while not ready():
+        assert time.time() < deadline and all(worker.poll() is None for worker in workers), "it ended before that"
+        time.sleep(0.005)
+    for worker in workers:
+        worker.kill()
+        worker.wait()
+
+
+def lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def rows_of(run: Path, name: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / name).read_text().splitlines()] if (run / name).exists() else []
+    return [{key: value for key, value in row.items() if key not in NOT_REPEATED} for row in rows]
+
+
+def same(one: Path, two: Path) -> None:
+    """Identical: every logged number of every step, every sample, and every bit of all weights."""
+    for name in FILES:
+        assert rows_of(one, name) == rows_of(two, name), name
+    assert [row["step"] for row in metrics(two)] == list(range(1, len(metrics(one)) + 1))
+    final, also = (json.loads((run / "result.json").read_text())["metrics"] for run in (one, two))
+    assert final == also
+    for part in ("model", "critic", "model_ema", "model_best"):
+        assert (one / part).exists() == (two / part).exists(), part
+        if (one / part).exists():
+            weights, others = (load_file(run / part / "model.safetensors") for run in (one, two))
+            assert weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights), part
+
+
+# stage, processes, ZeRO
+PAIRWISE = [(stage, n, zero) for stage in ("sft", "rm", "ppo") for n in (1, 2) for zero in (0, 2, 3)]
+DIAGONAL = [("sft", 1, 0), ("rm", 1, 2), ("ppo", 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "stage, processes, zero", [pytest.param(*case, marks=() if case in DIAGONAL else (pytest.mark.full,)) for case in PAIRWISE]
+)
+def test_a_killed_run_goes_on_bit_for_bit(inputs: dict[str, str], tmp_path: Path, stage: str, processes: int, zero: int) -> None:
+    """10 steps = 5 + kill -9 + 5 (PPO: 6 rollouts = 3 + 3), between two checkpoints."""
+    whole, killed = (make(tmp_path, name, stage, inputs, processes, zero) for name in ("whole", "killed"))
+    work([whole], processes)
+    at = 4 if stage == "ppo" else 7
+    kill_when(killed, processes, lambda: lines(killed / "metrics.jsonl") >= at)
+    assert [about["step"] for _, about in layout.checkpoints(killed)[0]] == [3 if stage == "ppo" else 5]
+    work([killed], processes)
+    same(whole, killed)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PPO that nobody disturbs, with a checkpoint after each rollout."""
+    run = make(tmp_path_factory.mktemp("whole"), "whole", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
+    work([run], 1)
+    return run
+
+
+def rollout_seconds(run: Path) -> float:
+    return metrics(run)[3]["timing_s/rollout"]
+
+
+@pytest.mark.parametrize("moment", ["in the rollout", "in training", "while saving"])
+def test_ppo_killed_at_any_moment_goes_on(inputs: dict[str, str], whole: Path, tmp_path: Path, moment: str) -> None:
+    run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
+    log, saved = run / "metrics.jsonl", run / "checkpoints"
+    if moment == "while saving":
+        kill_when(run, 1, lambda: lines(log) >= 3 and (saved / "step-3.tmp").exists())
+        assert not (saved / "step-3").exists() and (saved / "step-2").exists()
+    else:
+        wait = rollout_seconds(whole) * (0.5 if moment == "in the rollout" else 1.3)
+        kill_when(run, 1, lambda: (saved / "step-3").exists() and (time.sleep(wait) or True))
+        assert lines(log) == 3, "the fourth rollout was not finished"
+    work([run], 1)
+    same(whole, run)
+
+
+@pytest.mark.full
+def test_thirty_kills_at_random_moments(inputs: dict[str, str], whole: Path, tmp_path: Path) -> None:
+    run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
+    moments, kills, started = random.Random(5), 0, time.time()
+    while kills < 30:
+        workers = begin(run, 1)
+        before = lines(run / "metrics.jsonl")
+        deadline = time.time() + moments.uniform(1.0, 6.0)
+        while time.time() < deadline and workers[0].poll() is None:
+            time.sleep(0.01)
+            if lines(run / "metrics.jsonl") > before + 1:
+                break
+        if workers[0].poll() is not None:  # it was done: begin again, killed differently
+            assert workers[0].returncode == 0
+            same(whole, run)
+            for path in [path for path in run.iterdir() if path.name != "config.yaml"]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            continue
+        workers[0].kill()
+        workers[0].wait()
+        kills += 1
+    work([run], 1)
+    same(whole, run)
+    print(f"30 kills, {time.time() - started:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------------------------ as a user sees it
+
+SLOW = ["stage=sft", *SMALL, "sft.max_steps=30", "sft.epochs=100", "sft.batch_size=8", "checkpoint.every_steps=2"]
+
+
+def running(*args: str, cwd: Path, until: int = 3, **options: object) -> tuple[subprocess.Popen, Path]:
+    """train.py, when its SFT has made some steps; and the run's directory."""
+    parent = subprocess.Popen(
+        [sys.executable, str(REPO / "train.py"), *args], cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
+    )
+    deadline = time.time() + 120
+    while True:
+        found = [path for path in cwd.glob("outputs/sft-*/metrics.jsonl") if lines(path) >= until]
+        if found:
+            return parent, found[0].parent
+        assert time.time() < deadline and parent.poll() is None, parent.stderr
+        time.sleep(0.01)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_path: Path) -> None:
+    parent, run = running(*SLOW, "checkpoint.every_steps=null", cwd=tmp_path)
+    second = train(*SLOW, cwd=tmp_path)  # one run, one owner
+    assert second.returncode == 1 and f"pid {parent.pid} on" in second.stderr and "being trained by another process" in second.stderr
+    parent.send_signal(signal.SIGTERM)
+    said = parent.communicate(timeout=60)[1]
+    assert parent.returncode == 130 and "asked to stop after step" in said and "the same command goes on" in said, said
+    step = layout.checkpoints(run)[0][0][1]["step"]
+    assert lines(run / "metrics.jsonl") == step < 30
+    refused = train(*SLOW, "deploy.gpus=2", cwd=tmp_path)
+    assert refused.returncode == 1 and "made with deploy.gpus=1, not deploy.gpus=2: go on with deploy.gpus=1" in refused.stderr
+    assert "fresh=true" in refused.stderr
+    done = train(*SLOW, cwd=tmp_path)
+    assert done.returncode == 0 and f"going on after step {step} of 30" in done.stderr, done.stderr
+    assert [row["step"] for row in metrics(run)] == list(range(1, 31))
+    assert not (run / "checkpoints").exists(), "a finished run keeps its models, not its optimizer states"
+    again = train(*SLOW, "fresh=true", "sft.max_steps=30", cwd=tmp_path)
+    assert again.returncode == 0 and (run / "attempts" / "1" / "summary.json").exists()
+    assert rows_of(run, "metrics.jsonl") == rows_of(run / "attempts" / "1", "metrics.jsonl")
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    parent, run = running(*SLOW, cwd=tmp_path)
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    parent.send_signal(signal.SIGINT)
+    parent.communicate(timeout=20)
+    assert parent.returncode == 130 and not (run / "summary.json").exists()
+
+
+def test_a_torn_checkpoint_is_left_out_and_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
+    parent, run = running(*SLOW, cwd=tmp_path, until=7)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    (newest, _), (before, about) = layout.checkpoints(run)[0]
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    limit = largest.stat().st_size // 2
+    # files larger than that cannot be written any more: the next checkpoint fails half-way
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    done = subprocess.run([sys.executable, str(REPO / "train.py"), *SLOW], cwd=tmp_path, capture_output=True, text=True, **full)
+    assert done.returncode == 1 and f"{newest.name} is not whole, it is left out" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "is the disk full?" in line and line.endswith(f"the last good checkpoint is {before.relative_to(tmp_path)}"), line
+    assert [a["step"] for _, a in layout.checkpoints(run)[0]] == [about["step"]]
+    done = train(*SLOW, cwd=tmp_path)
+    assert done.returncode == 0 and f"going on after step {about['step']} of 30" in done.stderr
+    assert [row["step"] for row in metrics(run)] == list(range(1, 31)) and summary(run)["status"] == "finished"
+
+
+def test_what_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_path: Path) -> None:
+    done = train(*SLOW, "sft.lr=1e30", "sft.warmup_steps=10", "checkpoint.every_steps=1", cwd=tmp_path)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1 and "that is not finite is" in line and "lower the learning rate" in line
+    assert "hf.model" in line or "hf.lm_head" in line
+
+
+def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_path: Path) -> None:
+    """Two pipelines at the same moment over the same SFT: one trains it and is killed, the other one takes over and finishes."""
+    pipeline = [arg for arg in SLOW if arg != "stage=sft"]
+    first, run = running(*pipeline, cwd=tmp_path, until=5)
+    second = subprocess.Popen(
+        [sys.executable, str(REPO / "train.py"), *pipeline, "ppo.kl.coef=0.1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    said, deadline = "", time.time() + 60
+    while "waiting for" not in said and time.time() < deadline:
+        said += os.read(second.stderr.fileno(), 65536).decode() if select.select([second.stderr], [], [], 0.05)[0] else ""
+        time.sleep(0.01)
+    assert f"waiting for 0 s: {run.relative_to(tmp_path)} is being trained by another process (pid {first.pid} on" in said, said
+    first.kill()
+    first.wait()
+    said += second.communicate(timeout=300)[1]
+    assert second.returncode == 0 and "going on after step" in said, said
+    done = train(*pipeline, cwd=tmp_path)
+    assert done.returncode == 0 and "sft: finished" in done.stderr and "rm: finished" in done.stderr
+    runs = runs_in(tmp_path)
+    assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 2)
+    assert {summary(ppo)["parents"]["sft"] for ppo in runs["ppo"]} == {summary(runs["sft"][0])["id"]}
+
+
+def test_placement_names_all_that_bits_depend_on() -> None:
+    from test_config import composed
+
+    assert config.placement(composed("deploy.threads=2")) == {
+        "deploy.gpus": 1,
+        "deploy.nodes": 1,
+        "deploy.zero_stage": 0,
+        "deploy.device": "cpu",
+        "deploy.offload.optimizer": False,
+        "deploy.threads": 2,
+    }
