@@ -11,9 +11,9 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra import compose
@@ -24,16 +24,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import checks, config, layout, plan, report
+from rlhf import checks, config, layout, plan, report, runs
 from rlhf.config import Config, Device, Stage
-from rlhf.launch import check_machines, run_workers
+from rlhf.launch import SWEEP_LOG, check_machines, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "model"}  # a model is chosen as actor or as reward
 
-finished_jobs: list[tuple[str, dict[str, Any]]] = []  # of a sweep: overrides and summary of each job's last stage
 single_error: list[Exception] = []  # of a command that is no sweep
-failed_jobs: list[tuple[str, str]] = []  # of a sweep: overrides and the line that says why
 
 
 def main() -> int:
@@ -51,6 +49,7 @@ def main() -> int:
             if any(arg.startswith("deploy.node_rank=") for arg in args.overrides):
                 raise ValueError("-m with deploy.node_rank: the nodes would lose each other after a job that fails; use deploy.hostfile")
             check_sweep(args.overrides)
+            os.environ[SWEEP_LOG] = tempfile.mkstemp(prefix="rlhf-sweep-")[1]
         run_command()
         if single_error:
             raise single_error[0]
@@ -58,7 +57,7 @@ def main() -> int:
         say("stopped; the same command goes on from the last checkpoint, or starts the unfinished stage anew where there is none")
         return 130
     except RuntimeError as error:
-        if not failed_jobs:
+        if not jobs_of_sweep():
             say(f"error: {error}")
             return 1
     except AssertionError as error:
@@ -68,15 +67,24 @@ def main() -> int:
         say(f"error: {', '.join(inside)}: is null here, nothing can be set in it (data.sandbox.* is there with data=sandbox only)")
         return 2
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        if not failed_jobs:
+        if not jobs_of_sweep():
             for line in one_line_each(error):
                 say(f"error: {line}")
             return 2
-    if finished_jobs:
-        report.print_sweep(finished_jobs)
-    for job, line in failed_jobs:
-        say(f"failed: {job}: {line}")
-    return 1 if failed_jobs else 0
+    jobs = jobs_of_sweep()
+    for folder in sorted({Path(job["folder"]) for job in jobs}):
+        found = runs.find([folder])
+        report.print_comparison(found, report.write_page(found, folder / "report.html", f"Sweep {folder.name}"))
+    for job in jobs:
+        if job["error"]:
+            say(f"failed: {job['job']}: {job['error']}")
+    return 1 if any(job["error"] for job in jobs) else 0
+
+
+def jobs_of_sweep() -> list[dict[str, str]]:
+    """How the jobs of this sweep have ended so far, in order of their ends; none where it is no sweep."""
+    log = os.environ.get(SWEEP_LOG)
+    return [json.loads(line) for line in Path(log).read_text().splitlines()] if log else []
 
 
 def say(line: str) -> None:
@@ -122,7 +130,8 @@ def check_sweep(overrides: list[str]) -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        params = compose("config", [], return_hydra_config=True).hydra.sweeper.params or {}
+        chosen = [arg for arg in overrides if arg.split("=")[0] == "sweep"]
+        params = compose("config", chosen, return_hydra_config=True).hydra.sweeper.params or {}
         swept = [f"{key}={value}" for key, value in params.items()] + overrides
         problems: dict[str, None] = {}
         for job in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)[0]:
@@ -148,17 +157,21 @@ def run_command(composed: DictConfig) -> None:
             single_error.append(error)
         return
     say(f"\n--- job {HydraConfig.get().job.num + 1}: {job}")
+    folder = Path(composed.root).expanduser() / "multirun" / composed.exp
+    line = ""
     try:
-        cfg, runs = run_stages(composed, overrides)
+        _, paths = run_stages(composed, overrides)
+        if not paths:
+            return
+        collect(folder, overrides, paths[-1])
     except Exception as error:
         line = one_line_each(error)[0]
         say(f"error: {line}")
-        failed_jobs.append((job, line))
+        collect(folder, overrides, None, line)
         raise
-    if not runs:
-        return
-    collect(cfg, overrides, runs[-1])
-    finished_jobs.append((job, layout.read_summary(runs[-1]) or {}))
+    finally:
+        with open(os.environ[SWEEP_LOG], "a") as log:
+            log.write(json.dumps({"job": job, "folder": str(folder), "error": line}) + "\n")
 
 
 def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list[Path]]:
@@ -192,15 +205,15 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
                 help_node_0(cfg, stage, baseline)
         return cfg, []
     started = time.time()
-    runs = []
+    done = []
     for stage in cfg.stage.runs:
         if stage == Stage.inspect:
             inspect_data(cfg, baseline)
         else:
-            runs.append(run_stage(cfg, stage, baseline, overrides, upstream=stage != cfg.stage.runs[-1]))
-    if runs:
-        report.print_runs(runs, time.time() - started)
-    return cfg, runs
+            done.append(run_stage(cfg, stage, baseline, overrides, upstream=stage != cfg.stage.runs[-1]))
+    if done:
+        report.print_runs(done, time.time() - started)
+    return cfg, done
 
 
 def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str], upstream: bool) -> Path:
@@ -299,13 +312,17 @@ def help_node_0(cfg: Config, stage: Stage, baseline: Config) -> None:
     run_workers(directory, layout.config_of_stage(cfg, stage, {}))
 
 
-def collect(cfg: Config, overrides: list[str], run: Path) -> None:
-    """The folder of a sweep's job: copies of what its last stage wrote, and a link to the run."""
+def collect(folder: Path, overrides: list[str], run: Path | None, error: str = "") -> None:
+    """A job's own folder below that of its sweep: copies of what its last stage wrote and a link to the run; or why it failed."""
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(sorted(arg.replace("=", "-") for arg in overrides)))[:100] or "default"
     name += "-" + hashlib.sha256(" ".join(sorted(overrides)).encode()).hexdigest()[:8]  # tells cut names apart
-    folder = Path(cfg.root).expanduser() / "multirun" / cfg.exp / name
+    folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
+    (folder / "error.txt").unlink(missing_ok=True)
+    if run is None:
+        (folder / "error.txt").write_text(error + "\n")
+        return
     for file in ("config.yaml", "summary.json", "metrics.jsonl", "curves.png"):
         if (run / file).exists():
             shutil.copyfile(run / file, folder / file)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 from rlhf.config import Config, Device, world_size
 
 WORKER = "rlhf.worker"
+SWEEP_LOG = "RLHF_SWEEP_LOG"  # names the file where the jobs of a sweep, which may be processes of their own, say how they ended
 STOPPED = 75  # exit code of a worker that was asked to stop, and has saved (EX_TEMPFAIL: try again later)
 
 
@@ -31,6 +35,11 @@ def run_workers(run_dir: Path, cfg: Config) -> bool:
 
     Raises: RuntimeError with the first failed worker's rank, cause and log; KeyboardInterrupt when asked to stop.
     """
+    with own_gpus(cfg):
+        return _run_workers(run_dir, cfg)
+
+
+def _run_workers(run_dir: Path, cfg: Config) -> bool:
     commands: dict[str, tuple[list[str], dict[str, str]]]
     if cfg.deploy.hostfile:
         commands = {f"on {cfg.deploy.hostfile}": (launcher_command(run_dir, cfg), {})}
@@ -62,6 +71,37 @@ def run_workers(run_dir: Path, cfg: Config) -> bool:
     if not cfg.deploy.node_rank and not (run_dir / "result.json").exists():  # DeepSpeed's launcher hides some failures
         raise RuntimeError(f"{cfg.stage.name} ended without a result; look into {run_dir / 'train.log'}")
     return bool(asked)
+
+
+@contextlib.contextmanager
+def own_gpus(cfg: Config) -> Iterator[None]:
+    """Within this context a job of a sweep has GPUs for itself: jobs side by side take different ones, and wait until enough are free.
+    The locks end with their process, however that ends."""
+    if SWEEP_LOG not in os.environ or cfg.deploy.device == Device.cpu or cfg.deploy.hostfile:
+        yield
+        return
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = before.split(",") if before else [str(i) for i in range(count_gpus())]
+    folder = Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    while True:
+        with contextlib.ExitStack() as held:
+            mine = []
+            for gpu in visible:
+                lock = held.enter_context(open(folder / gpu, "w"))
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    mine.append(gpu)
+                if len(mine) == cfg.deploy.gpus:
+                    break
+            if len(mine) == cfg.deploy.gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+                try:
+                    yield
+                finally:
+                    os.environ.pop("CUDA_VISIBLE_DEVICES") if before is None else os.environ.update(CUDA_VISIBLE_DEVICES=before)
+                return
+        time.sleep(random.uniform(0.5, 1.5))  # two that each hold half of what they need must not meet for ever
 
 
 def end_with_parent() -> None:

@@ -223,18 +223,28 @@ def owned(directory: Path, wait: bool = False) -> Iterator[None]:
             except BlockingIOError:
                 lock.seek(0)
                 who = f"{directory} is being trained by another process ({lock.read().strip()})"
-                if not wait:
+                if not wait and time.monotonic() - since > 0.3:  # not somebody who only looks (is_owned)
                     raise RuntimeError(f"{who}: wait for it, or stop it") from None
             waited = time.monotonic() - since
-            if not said or waited - said > 30:
+            if wait and (not said or waited - said > 30):
                 said = waited or 1e-9
                 print(f"waiting for {waited:.0f} s: {who}", file=sys.stderr, flush=True)
-            time.sleep(0.2)
+            time.sleep(0.1)
         lock.seek(0)
         lock.truncate()
         lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
         yield
+
+
+def is_owned(directory: Path) -> bool:
+    """Whether a process holds the run directory."""
+    with contextlib.suppress(FileNotFoundError), open(directory / ".owner") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Path]]:

@@ -1,8 +1,18 @@
-"""Tables of runs for the terminal, and the picture of a run's curves."""
+"""What runs have achieved, as tables in the terminal and one HTML page.
+
+    python -m rlhf.report [RUN, SWEEP or FOLDER ...] [--list] [--out FILE]
+
+A RUN is a directory below outputs/, a SWEEP one below multirun/, a FOLDER one that has outputs/ (default: the present one).
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
+import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,105 +21,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# the panels of curves.png: title, y label, and the metrics drawn in it
-CURVES = {
-    "sft": [("Loss", "nats per token", ["loss"]), ("Accuracy", "share of tokens", ["mean_token_accuracy"])],
-    "rm": [("Loss", "nats per pair", ["loss"]), ("Accuracy", "share of pairs", ["accuracy"])],
-    "ppo": [
-        ("Score of the reward model", "standard deviations", ["objective/scores"]),
-        ("Gold reward", "points", ["reward/gold/mean"]),
-        ("KL to the SFT policy", "nats per sequence", ["objective/kl"]),
-        ("Loss", "", ["loss/policy_avg", "loss/value_avg"]),
-    ],
-}
+from rlhf import runs
+from rlhf.runs import Run
+
 TEXTS = ("prompt", "chosen", "rejected")
 
 
-def plot_curves(run_dir: Path) -> None:
-    """Draw run_dir/curves.png (loss, reward, KL over steps) from its metrics.jsonl: raw values faint, their running mean strong."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    logged = {name for row in rows for name in row}
-    panels = [(t, label, [n for n in names if n in logged]) for t, label, names in CURVES[run_dir.name.split("-")[0]]]
-    panels = [panel for panel in panels if panel[2]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
-    for axis, (title, label, names) in zip(axes[0], panels):
-        for color, name in zip(("#1f77b4", "#ff7f0e"), names):
-            steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
-            axis.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-            axis.plot(steps, smooth(values), color=color, linewidth=2, label=name)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
-    figure.suptitle(run_dir.name, fontsize=9, color="gray")
-    figure.savefig(run_dir / "curves.png", dpi=110)
-    plt.close(figure)
-
-
-def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
-    """Draw run_dir/frontier.png: what was reached at which distance from the SFT policy (Gao 2022, arXiv:2210.10760: score and truth
-    against the root of the KL). Dots are rollouts, circles evaluations on held-out prompts, of start and end (`final`) too."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
-    for color, label, name, held_out in (
-        ("#1f77b4", "score", "objective/scores", "eval/score"),
-        ("#d62728", "gold reward", "reward/gold/mean", "eval/gold"),
-    ):
-        if name not in rows[0]:
-            continue
-        kl = [max(0.0, row["objective/kl"]) ** 0.5 for row in rows]
-        axis.plot(kl, [row[name] for row in rows], color=color, linewidth=0.6, alpha=0.4)
-        axis.scatter(kl, [row[name] for row in rows], color=color, s=12, label=label)
-        start = {"eval/kl": 0.0, held_out: final[f"{held_out}_before"]}
-        seen = [start, *(row for row in rows if held_out in row), final]
-        points = [[max(0.0, row["eval/kl"]) ** 0.5 for row in seen], [row[held_out] for row in seen]]
-        axis.scatter(*points, s=60, facecolors="none", edgecolors=color, linewidths=1.5, label=f"{label}, held-out prompts")
-    axis.set_xlabel("root of the KL to the SFT policy, nats per answer")
-    axis.set_ylabel("standard deviations; points")
-    axis.set_title("Reward against KL")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.suptitle(run_dir.name, fontsize=9, color="gray")
-    figure.savefig(run_dir / "frontier.png", dpi=110)
-    plt.close(figure)
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Running mean over a twentieth of the curve, at least 3 values (fewer at the ends)."""
-    half = max(1, len(values) // 40)
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def print_runs(runs: list[Path], seconds: float) -> None:
+def print_runs(paths: list[Path], seconds: float) -> None:
     """What a command achieved: the final metrics of its stages, and where everything lies."""
     table = Table(title=f"Finished in {seconds:.0f} s", title_justify="left")
     for column in ("stage", "result", "before", "after"):
         table.add_column(column)
-    for run in runs:
+    for run in paths:
         summary = json.loads((run / "summary.json").read_text())
         for label, before, after in lines_of(summary["stage"], summary["metrics"]):
             table.add_row(summary["stage"], label, before, after)
         table.add_section()
     console = Console()
     console.print(table)
-    for run in runs:
+    for run in paths:
         pictures = "curves.png, frontier.png" if run.name.startswith("ppo-") else "curves.png"
         console.print(f"{run}  ({pictures}, metrics.jsonl, model/)", soft_wrap=True, highlight=False)
-    if (runs[-1].name.split("-")[0]) in ("sft", "ppo"):
-        console.print(f"Talk to it:  python chat.py --path {runs[-1]}", soft_wrap=True, highlight=False)
+    if (paths[-1].name.split("-")[0]) in ("sft", "ppo"):
+        console.print(f"Talk to it:  python chat.py --path {paths[-1]}", soft_wrap=True, highlight=False)
 
 
 def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]]:
@@ -142,16 +76,62 @@ def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]
     return [(label, show(before, form), show(after, form)) for label, before, after, form in wanted if f"eval/{after}" in metrics]
 
 
-def print_sweep(jobs: list[tuple[str, dict[str, Any]]]) -> None:
-    """One row per job of a sweep, with the metrics that its last stage has."""
-    names = ["score", "gold", "kl", "length", "perplexity", "accuracy"]
-    names = [name for name in names if any(f"eval/{name}" in summary["metrics"] for _, summary in jobs)]
-    table = Table(title="Sweep", title_justify="left")
-    for column in ("job", *names):
-        table.add_column(column)
-    for job, summary in jobs:
-        table.add_row(job, *(f"{summary['metrics'][f'eval/{name}']:.3f}" if f"eval/{name}" in summary["metrics"] else "" for name in names))
-    Console().print(table)
+def print_comparison(found: Sequence[Run], page: Path | None = None) -> None:
+    """Runs against each other: a row each; the same over seeds; whether the best setting is better by more than chance."""
+    console = wide_console()
+    for stage in ("sft", "rm", "ppo"):
+        some = [run for run in found if run.stage == stage]
+        if not some:
+            continue
+        keys = runs.differing(some)
+        some = sorted(some, key=functools.partial(runs.label, keys=keys))
+        metrics = [name for name in runs.SHOWN[stage] if any(name in run.metrics for run in some)]
+        table = Table(title=f"{stage}: {len(some)} run(s)", title_justify="left")
+        for column in ("run", "status", "steps", *(name.removeprefix("eval/") for name in metrics)):
+            table.add_column(column, justify="left" if column in ("run", "status") else "right", overflow="fold")
+        for run in some:
+            numbers = (f"{run.metrics[name]:.3f}" if name in run.metrics else "" for name in metrics)
+            table.add_row(escape(runs.label(run, keys)), escape(run.status), str(len(run.rows)), *numbers)
+        console.print(table)
+        cells = runs.cells(some)
+        if any(len(cell.runs) > 1 for cell in cells):
+            table = Table(title="over seeds: mean ± 95 % confidence interval", title_justify="left")
+            for column in ("settings", "seeds", *(name.removeprefix("eval/") for name in metrics)):
+                table.add_column(column, justify="left" if column == "settings" else "right", overflow="fold")
+            for cell in cells:
+                table.add_row(escape(cell.label), str(len(cell.runs)), *(runs.mean_text(cell.values(name)) for name in metrics))
+            console.print(table)
+        if line := runs.verdict(cells, runs.judged_by(some)[0]):
+            console.print(line, markup=False, soft_wrap=True)
+    if page:
+        console.print(f"{page}", markup=False, soft_wrap=True)
+
+
+def print_list(found: Sequence[Run]) -> None:
+    """The runs there are."""
+    table = Table(title=f"{len(found)} run(s)", title_justify="left")
+    for column in ("run", "status", "steps", "last written"):
+        table.add_column(column, overflow="fold")
+    for run in found:
+        log = run.path / "metrics.jsonl"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(log.stat().st_mtime)) if log.exists() else ""
+        table.add_row(escape(run.name), escape(run.status), str(len(run.rows)), when)
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """The terminal; a file or a pipe, which has no width, gets lines that need not be broken."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def write_page(found: Sequence[Run], file: Path, title: str) -> Path:
+    """The comparison as one HTML page; plotly is loaded only here."""
+    from rlhf.report_page import page
+
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(page(found, title))
+    os.replace(temporary, file)
+    return file
 
 
 def print_inspection(found: dict[str, Any], page: Path) -> None:
@@ -183,3 +163,29 @@ def print_inspection(found: dict[str, Any], page: Path) -> None:
     for line in found["verdicts"] or ["nothing to worry about"]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(f"{page}", markup=False, soft_wrap=True)
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf.report", description="Compare runs: tables here, and one HTML page.")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="RUN|SWEEP|FOLDER", help="default: the folder where outputs/ lies")
+    parser.add_argument("--list", action="store_true", help="only list the runs")
+    parser.add_argument("--out", type=Path, help="the page (default: report.html in a single run, sweep or folder, else here)")
+    args = parser.parse_args()
+    paths = args.paths or [Path(".")]
+    try:
+        found = runs.find(paths)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        print_list(found)
+        return 0
+    file = args.out or (paths[0] if len(paths) == 1 else Path(".")) / "report.html"
+    title = f"Runs of {', '.join(path.resolve().name for path in paths)}"
+    print_comparison(found, write_page(found, file, title))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

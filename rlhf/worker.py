@@ -24,7 +24,7 @@ def main(run_dir: Path) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from rlhf import checkpoint, comm, config, engines, launch, layout, report, track
+    from rlhf import checkpoint, comm, config, curves, engines, launch, layout, track
     from rlhf.stages import inspect, ppo, rm, sft
 
     transformers_logging.disable_progress_bar()
@@ -50,9 +50,9 @@ def main(run_dir: Path) -> None:
         metrics = stages[stage](cfg, run_dir)
         if comm.rank() == 0:
             if stage != config.Stage.inspect:
-                report.plot_curves(run_dir)
+                curves.plot_curves(run_dir)
             if stage == config.Stage.ppo:
-                report.plot_frontier(run_dir, metrics)
+                curves.plot_frontier(run_dir, metrics)
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
         comm.barrier()  # all end together: another node's next workers must not find those of this stage
     except checkpoint.Stopped as asked:

@@ -10,10 +10,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rlhf"
 LAYERS = [  # imports run downwards only; a module may import those of the lines above its own
     ["config"],
-    ["ds", "layout", "checks", "launch", "report", "comm", "objectives", "lora", "data.records", "data.batches", "data.packing"],
-    ["plan", "engines", "controllers", "track", "data.template", "data.formats"],
-    ["models", "likelihood", "checkpoint", "data.sandbox", "data.sources"],
-    ["data.load", "data.build_tiny", "rollout", "data.page"],
+    ["ds", "layout", "checks", "launch", "curves", "html", "comm", "objectives", "lora", "data.records", "data.batches", "data.packing"],
+    ["runs", "plan", "engines", "controllers", "track", "data.template", "data.formats"],
+    ["report_page", "models", "likelihood", "checkpoint", "data.sandbox", "data.sources"],
+    ["report", "data.load", "data.build_tiny", "rollout", "data.page"],
     ["rewards", "guards"],
     ["evaluation"],
     ["stages.sft", "stages.rm", "stages.ppo", "stages.inspect"],

@@ -45,13 +45,11 @@ def test_all_jobs_are_checked_before_the_first_starts(tmp_path: Path) -> None:
 
 def test_jobs_with_long_overrides_keep_folders_of_their_own(tmp_path: Path) -> None:
     """Also where only deploy.* differs, which is no part of the run's name."""
-    from test_config import composed
-
     from rlhf import cli
 
     run = tmp_path / "outputs" / "sft-tiny-0"
     run.mkdir(parents=True)
     long = ["stage=sft", "data.max_prompt_tokens=40", "data.max_response_tokens=40", "deploy.offload.optimizer=false"]
     for stage in (2, 3):
-        cli.collect(composed(f"root={tmp_path}", "exp=deep"), [*long, f"deploy.zero_stage={stage}"], run)
+        cli.collect(tmp_path / "multirun" / "deep", [*long, f"deploy.zero_stage={stage}"], run)
     assert len([*(tmp_path / "multirun" / "deep").iterdir()]) == 2

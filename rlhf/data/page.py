@@ -13,6 +13,7 @@ from rlhf.data import template
 from rlhf.data.packing import first_learnt
 from rlhf.data.records import Turn
 from rlhf.data.sources import PARTS
+from rlhf.html import document, html_table
 
 SAMPLES = 3  # rows of a stage that are shown
 SHOWN = 200  # tokens shown of each end of a long prompt or answer
@@ -32,13 +33,6 @@ def by_length(numbers: dict[str, Any]) -> float:
 # ----------------------------------------------------------------------------------------------------------------------- the page
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
-h2 { margin-top: 2em; border-bottom: 1px solid #ddd; } h3 { margin: 1.5em 0 .3em; }
-table { border-collapse: collapse; margin: .8em 0; font-size: 14px; } th, td { padding: .2em .8em; border-bottom: 1px solid #e4e4e4; }
-th { text-align: left; font-weight: 600; } td { text-align: right; white-space: nowrap; }
-td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
-.fine { color: #1a7f37; } .warning { color: #9a3412; } .note { color: #666; font-size: 14px; } figure { margin: 0; }
-svg { max-width: 100%; height: auto; }
 .sample { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: #fafafa;
           border: 1px solid #e4e4e4; padding: .6em; margin: .4em 0; max-height: 30em; overflow: auto; }
 .t { border-left: 1px solid #999; padding: 1px 0; unicode-bidi: isolate; }
@@ -63,7 +57,7 @@ def page(found: dict[str, Any], lengths: dict[str, Lengths], parts: dict[str, An
     body += ["<h2>Sources</h2>", html_table(COLUMNS_OF_SOURCES, [row_of_source(entry) for entry in found["sources"]])]
     reasons = [[name_of(entry), reason, f"{count:,}"] for entry in found["sources"] for reason, count in entry["left_out"].items()]
     if reasons:
-        body += ["<h3>Left out</h3>", html_table(["source", "reason", "rows"], reasons)]
+        body += ["<h3>Left out</h3>", html_table(["source", "reason", "rows"], reasons, ["reason"])]
     body += ["<h2>Stages</h2>", html_table(COLUMNS_OF_PARTS, [row_of_part(name, numbers) for name, numbers in found["stages"].items()])]
     body.append('<p class="note">Tokens: median / 95 % / longest, before anything is cut. Of eval only what is evaluated on.</p>')
 
@@ -89,9 +83,7 @@ def page(found: dict[str, Any], lengths: dict[str, Lengths], parts: dict[str, An
     for name in ("sft", "rm", "ppo"):
         body.append(f"<h3>{name}</h3>")
         body += samples(tokenizer, name, parts[name][0], cfg) or ['<p class="note">no rows</p>']
-    policy = "default-src 'none'; style-src 'unsafe-inline'"  # should a text of the data slip through, it is not run
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><title>Data</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+    return document("Data", body, STYLE)
 
 
 COLUMNS_OF_SOURCES = ["source", "rows", "left out", "chosen = rejected", "duplicates", "sft", "rm", "ppo", "held out"]
@@ -136,16 +128,6 @@ def meaning_of_bias(numbers: dict[str, Any]) -> str:
         f"“The {which} answer is the better one” is right on {guessed:.1%} of rm's pairs. The nearer to 50 %, the less a reward model can "
         "gain from length alone, and the less PPO is pulled towards it."
     )
-
-
-def html_table(header: list[str], rows: list[list[str]]) -> str:
-    """Escapes all cells; those of the column "reason" are texts."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = [
-        "".join(f"<td{' class=text' if column == 'reason' else ''}>{escape(cell)}</td>" for column, cell in zip(header, row))
-        for row in rows
-    ]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def histogram(lengths: Lengths, max_prompt: int, max_response: int) -> str:

@@ -1,0 +1,201 @@
+"""Runs side by side as one HTML page: curves, frontier, settings, answers, lineage. Plotly draws; no script here is ours."""
+
+from __future__ import annotations
+
+import functools
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf.html import document, html_table
+from rlhf.runs import SHOWN, Cell, Run, cells, differing, judged_by, label, mean_text, read_lines, shown, upstream, verdict
+
+# the curves of each stage: metric, title, unit
+CURVES = {
+    "sft": [("loss", "Loss", "nats per token"), ("mean_token_accuracy", "Accuracy", "share of tokens")],
+    "rm": [("loss", "Loss", "nats per pair"), ("accuracy", "Accuracy", "share of pairs"), ("margin", "Margin", "raw score")],
+    "ppo": [
+        ("objective/scores", "Score", "standard deviations"),
+        ("reward/gold/mean", "Gold reward", "points"),
+        ("objective/kl", "KL to the SFT policy", "nats per answer"),
+        ("loss/policy_avg", "Policy loss", ""),
+        ("loss/value_avg", "Value loss", ""),
+        ("tokens/response_mean", "Length", "tokens"),
+    ],
+}
+SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
+COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
+PROMPTS = 8  # whose answers are shown
+
+
+def page(runs: Sequence[Run], title: str) -> str:
+    """The page. Args: runs: of any stages; those of one stage are compared with each other."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    plotly = True  # its library goes with the first figure
+    for stage in ("ppo", "rm", "sft"):
+        some = [run for run in runs if run.stage == stage]
+        if not some:
+            continue
+        keys = differing(some)
+        some = sorted(some, key=functools.partial(label, keys=keys))
+        names = unique([label(run, keys) for run in some])
+        body += [f"<h2>{stage}</h2>", runs_table(some, names)]
+        found = cells(some)
+        if any(len(cell.runs) > 1 for cell in found):
+            body += ["<h3>Over seeds: mean ± 95 % confidence interval</h3>", cells_table(found, stage)]
+        if line := verdict(found, judged_by(some)[0]):
+            body.append(f'<p class="note">{html.escape(line)}</p>')
+        drawn = [(name, run) for name, run in zip(names, some) if run.rows]
+        if drawn:
+            body += ["<h3>Curves</h3>", '<p class="note">A click on a name hides or shows a run, a double click leaves it alone.</p>']
+            body.append(as_html(curves(drawn, stage), plotly))
+            plotly = False
+        if stage == "ppo" and drawn:
+            body += ["<h3>Reward against KL</h3>", as_html(frontier(drawn), False)]
+        if keys:
+            rows = [[key, *(shown(run.settings.get(key)) for run in some)] for key in keys]
+            body += ["<h3>Settings that differ</h3>", html_table(["", *names], rows)]
+        if stage == "ppo":
+            body += answers(some, names)
+    body += [f'<p class="warning">{html.escape(run.name)}: {html.escape(run.status)}</p>' for run in runs if not run.stage]
+    body += lineage([run for run in runs if run.stage == "ppo"])
+    return document(title, body, "body { max-width: 1400px; }", scripts=True)
+
+
+def unique(names: list[str]) -> list[str]:
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def runs_table(runs: Sequence[Run], names: Sequence[str]) -> str:
+    metrics = [name for name in SHOWN[runs[0].stage] if any(name in run.metrics for run in runs)]
+    rows = [
+        [name, run.status, str(len(run.rows)), *(f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in metrics), run.name]
+        for name, run in zip(names, runs)
+    ]
+    return html_table(["run", "status", "steps", *metrics, "directory"], rows, ["status", "directory"])
+
+
+def cells_table(found: Sequence[Cell], stage: str) -> str:
+    metrics = [name for name in SHOWN[stage] if any(cell.values(name) for cell in found)]
+    rows = [[cell.label, str(len(cell.runs)), *(mean_text(cell.values(name)) for name in metrics)] for cell in found]
+    return html_table(["settings", "seeds", *metrics], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- figures
+
+
+def as_html(figure: Any, with_library: bool) -> str:
+    import plotly.io
+
+    return plotly.io.to_html(figure, include_plotlyjs=with_library, full_html=False, config={"displaylogo": False})
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred running mean over at most `window` values, fewer at the ends."""
+    half = window // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def curves(drawn: Sequence[tuple[str, Run]], stage: str) -> Any:
+    """All metrics of a stage over its steps, a colour a run; the slider smoothes."""
+    from plotly import graph_objects
+    from plotly.subplots import make_subplots
+
+    panels = [panel for panel in CURVES[stage] if any(panel[0] in row for _, run in drawn for row in run.rows)]
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = make_subplots(rows=lines, cols=columns, subplot_titles=[title for _, title, _ in panels], vertical_spacing=0.3 / lines)
+    raw: list[list[float]] = []
+    for i, (metric, _, unit) in enumerate(panels):
+        row, column = i // columns + 1, i % columns + 1
+        for n, (name, run) in enumerate(drawn):
+            points = [(r["step"], r[metric]) for r in run.rows if metric in r and math.isfinite(r[metric])]
+            raw.append([value for _, value in points])
+            style = {"color": COLORS[n % len(COLORS)], "width": 2, "dash": ["solid", "dash", "dot"][n // len(COLORS) % 3]}
+            trace = graph_objects.Scatter(
+                x=[step for step, _ in points], y=raw[-1], name=name, legendgroup=name, showlegend=i == 0, mode="lines", line=style
+            )
+            figure.add_trace(trace, row=row, col=column)
+        figure.update_yaxes(title_text=unit, row=row, col=column)
+        figure.update_xaxes(title_text="step", row=row, col=column)
+    steps = [{"label": str(w), "method": "restyle", "args": [{"y": [smooth(values, w) for values in raw]}]} for w in SMOOTHING]
+    slider = {"active": 0, "steps": steps, "currentvalue": {"prefix": "running mean over "}, "pad": {"t": 50}}
+    figure.update_layout(template="plotly_white", height=340 * lines + 160, sliders=[slider], legend={"groupclick": "togglegroup"})
+    return figure
+
+
+def frontier(drawn: Sequence[tuple[str, Run]]) -> Any:
+    """What each run reached at which distance from its SFT policy (Gao 2022, arXiv:2210.10760): the truth where it is known, else the
+    score; rollouts as dots, held-out evaluations as circles."""
+    from plotly import graph_objects
+
+    known = all("eval/gold" in run.metrics for _, run in drawn if run.metrics)
+    online, held_out = ("reward/gold/mean", "eval/gold") if known else ("objective/scores", "eval/score")
+    figure = graph_objects.Figure()
+
+    def root(row: dict[str, float], key: str) -> float:
+        return max(0.0, row[key]) ** 0.5
+
+    for n, (name, run) in enumerate(drawn):
+        color = COLORS[n % len(COLORS)]
+        rows = [row for row in run.rows if online in row]
+        x, y = [root(row, "objective/kl") for row in rows], [row[online] for row in rows]
+        figure.add_scatter(x=x, y=y, mode="markers", marker={"color": color, "size": 4, "opacity": 0.5}, name=name, legendgroup=name)
+        seen = [row for row in [*run.rows, run.metrics] if held_out in row and "eval/kl" in row]
+        points = [(root(row, "eval/kl"), row[held_out]) for row in seen]
+        if f"{held_out}_before" in run.metrics:
+            points.insert(0, (0.0, run.metrics[f"{held_out}_before"]))
+        marker = {"color": color, "size": 12, "symbol": "circle-open", "line": {"width": 2}}
+        figure.add_scatter(
+            x=[p[0] for p in points], y=[p[1] for p in points], mode="lines+markers", marker=marker, line={"width": 1, "color": color},
+            name=f"{name}, held out", legendgroup=name, showlegend=False,
+        )  # fmt: skip
+    title = "gold reward, points" if known else "score, standard deviations"
+    figure.update_layout(template="plotly_white", height=520, xaxis_title="root of the KL to the SFT policy, nats per answer")
+    figure.update_layout(yaxis_title=title, legend={"groupclick": "togglegroup"})
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------- texts
+
+
+def answers(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """What the runs answer to the same held-out prompts, beside the first one's SFT policy."""
+    by_run = []
+    for name, run in zip(names, runs):
+        rows = {row["prompt"]: row for row in read_lines(run.path / "samples.jsonl") if "after" in row}
+        if rows:
+            by_run.append((name, rows))
+    prompts = [p for p in by_run[0][1] if all(p in rows for _, rows in by_run)][:PROMPTS] if by_run else []
+    if not prompts:
+        return []
+
+    def scored(text: str, row: dict[str, Any], when: str) -> str:
+        marks = [f"{key} {row[f'{key}_{when}']:.2f}" for key in ("score", "gold") if f"{key}_{when}" in row]
+        return f"{text}  [{', '.join(marks)}]"
+
+    header = ["prompt", "SFT policy", *(name for name, _ in by_run)]
+    first = by_run[0][1]
+    lines = [
+        [p, scored(first[p]["before"], first[p], "before"), *(scored(r[p]["after"], r[p], "after") for _, r in by_run)] for p in prompts
+    ]
+    return ["<h3>Answers to the same held-out prompts</h3>", html_table(header, lines, header)]
+
+
+def lineage(runs: Sequence[Run]) -> list[str]:
+    """Which runs stand on which."""
+    near = upstream(runs)
+    lines = []
+    for run in runs:
+        parents = []
+        for role, id in sorted(run.parents.items(), key=lambda item: item[0] != "sft"):
+            parent = near.get(id)
+            if parent is None:
+                parents.append(f"{role} {id}")
+                continue
+            metric = judged_by([parent])[0]
+            parents.append(parent.name + (f" ({metric} {parent.metrics[metric]:.3f})" if metric in parent.metrics else ""))
+        lines.append([run.name, " + ".join(parents)])
+    return ["<h2>Lineage</h2>", html_table(["run", "stands on"], lines, ["stands on"])] if lines else []

@@ -1,0 +1,199 @@
+"""Runs read back from the disk, to be compared: status, settings, metrics, and what they say over seeds. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf import config, layout
+from rlhf.config import Stage
+
+# what a stage is judged by: metric, and whether more is better; the first one that all runs have
+JUDGED = {
+    "sft": [("eval/perplexity", False)],
+    "rm": [("eval/accuracy", True)],
+    "ppo": [("eval/gold", True), ("eval/score", True)],
+}
+# final metrics that are shown
+SHOWN = {
+    "sft": ["eval/perplexity", "eval/gold", "eval/eos_rate"],
+    "rm": ["eval/accuracy", "eval/accuracy_gold"],
+    "ppo": ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/eos_rate"],
+}
+
+
+@dataclass
+class Run:
+    """One run as it lies on the disk."""
+
+    path: Path
+    stage: str
+    status: str  # finished, running, stopped, failed: why
+    settings: dict[str, Any] = field(default_factory=dict)  # all that decides its result, by dotted key
+    metrics: dict[str, float] = field(default_factory=dict)  # final ones
+    rows: list[dict[str, float]] = field(default_factory=list)  # of each step
+    parents: dict[str, str] = field(default_factory=dict)
+    id: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def read_run(path: Path) -> Run:
+    """A run of a run directory. Raises: FileNotFoundError when there is none."""
+    stage = path.name.split("-")[0]
+    summary = layout.read_summary(path) or {}
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # of a version with other keys: its numbers can be compared all the same
+        settings = layout.identity(config.load(path / "config.yaml"), Stage[stage])
+    rows = read_lines(path / "metrics.jsonl")
+    parents = path / "parents.json"
+    given = summary.get("parents") or (json.loads(parents.read_text()) if parents.exists() else {})
+    return Run(path, stage, status_of(path), settings, summary.get("metrics", {}), rows, given, summary.get("id", ""))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; a last one that is not whole yet is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def status_of(path: Path) -> str:
+    """Whether a run is finished, running (another process holds it), failed, or stopped, and where."""
+    if layout.read_summary(path):
+        return "finished"
+    if layout.is_owned(path):
+        return "running"
+    messages = sorted(path.glob("error-rank*.txt"), key=lambda file: file.stat().st_mtime_ns)
+    if messages:
+        return f"failed: {messages[0].read_text().splitlines()[0].split(': ', 1)[-1]}"
+    whole, _ = layout.checkpoints(path)
+    return f"stopped, goes on after step {whole[0][1]['step']}" if whole else "stopped"
+
+
+def find(paths: Sequence[Path]) -> list[Run]:
+    """The runs that are meant: run directories, sweeps (multirun/NAME), or folders with outputs/.
+
+    Raises: FileNotFoundError naming a path where there is none."""
+    found: dict[Path, Run] = {}
+    for path in paths:
+        if (path / "config.yaml").exists() and not (path / "run").exists():
+            some = [path]
+        elif (path / "outputs").is_dir() or path.name == "outputs":
+            folder = path / "outputs" if (path / "outputs").is_dir() else path
+            some = sorted((p for p in folder.iterdir() if is_run(p)), key=lambda p: (p / "config.yaml").stat().st_mtime)
+        else:
+            some = sorted(job / "run" for job in path.glob("*") if (job / "overrides.txt").exists())
+        for one in some:
+            if one.name == "run" and not one.exists():  # a job of a sweep that failed before it had a run
+                why = (one.parent / "error.txt").read_text().strip() if (one.parent / "error.txt").exists() else "no run"
+                found[one] = Run(one.parent, "", f"failed: {why}")
+            else:
+                found.setdefault(one.resolve(), read_run(one.resolve()))
+        if not some:
+            raise FileNotFoundError(f"{path}: no run there; give a run (outputs/...), a sweep (multirun/...) or the folder with outputs/")
+    return list(found.values())
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").exists() and path.name.split("-")[0] in SHOWN
+
+
+def upstream(runs: Sequence[Run]) -> dict[str, Run]:
+    """The runs that the given ones stand on, by id, looked for where they lie."""
+    wanted = {id for run in runs for id in run.parents.values()}
+    folders = {run.path.parent for run in runs if run.stage}
+    near = [read_run(path) for folder in folders for path in folder.iterdir() if is_run(path) and layout.read_summary(path)]
+    return {run.id: run for run in near if run.id in wanted}
+
+
+# ------------------------------------------------------------------------------------------------------------------- comparison
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Settings in which the runs differ, sorted."""
+    keys = sorted({key for run in runs for key in run.settings})
+    return [key for key in keys if len({json.dumps(run.settings.get(key)) for run in runs if run.settings}) > 1]
+
+
+def shown(value: Any) -> str:
+    """A setting as text."""
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def label(run: Run, keys: Sequence[str]) -> str:
+    """A run by what tells it apart; its own stage's settings without the stage's name."""
+    return " ".join(f"{key.removeprefix(run.stage + '.')}={shown(run.settings.get(key))}" for key in keys) or run.name
+
+
+def judged_by(runs: Sequence[Run]) -> tuple[str, bool]:
+    """The metric that these runs of one stage are compared by, and whether more is better."""
+    known = [(name, more) for name, more in JUDGED[runs[0].stage] if all(name in run.metrics for run in runs if run.metrics)]
+    return known[0] if known else JUDGED[runs[0].stage][-1]
+
+
+@dataclass
+class Cell:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    runs: list[Run]
+
+    def values(self, metric: str) -> list[float]:
+        return [run.metrics[metric] for run in self.runs if metric in run.metrics]
+
+
+def cells(runs: Sequence[Run]) -> list[Cell]:
+    """The finished runs of one stage, grouped over seeds; the best one first."""
+    keys = [key for key in differing(runs) if key not in ("seed", "data.seed")]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.status == "finished":
+            groups.setdefault(label(run, keys) if keys else "all", []).append(run)
+    metric, more = judged_by(runs)
+    found = [Cell(name, some) for name, some in groups.items()]
+    return sorted(found, key=lambda cell: (-1 if more else 1) * statistics.fmean(cell.values(metric) or [-math.inf if more else math.inf]))
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of a mean, by Student's t; NaN for a single value."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return math.nan
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """Mean +- half the confidence interval, as text."""
+    if not values:
+        return ""
+    half = interval(values)
+    return f"{statistics.fmean(values):.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
+def verdict(found: Sequence[Cell], metric: str) -> str:
+    """Whether the best cell is better than the next one by more than its seeds differ (Welch's t-test, two-sided)."""
+    from scipy import stats
+
+    if len(found) < 2:
+        return ""
+    best, second = found[0].values(metric), found[1].values(metric)
+    line = f"best by {metric}: {found[0].label} ({mean_text(best)}), then {found[1].label} ({mean_text(second)}): "
+    if len(best) < 2 or len(second) < 2:
+        return line + "one seed says nothing of chance; add seed=1,2,3"
+    if len({*best, *second}) == 1:
+        return line + "all the same"
+    p = float(stats.ttest_ind(best, second, equal_var=False).pvalue)
+    verdict = "significant" if p < 0.05 else "not significant"
+    return line + f"p = {p:.2g}, {verdict} at 5 % (Welch's t-test, {len(best)} and {len(second)} seeds, not corrected for choosing)"
