@@ -363,6 +363,7 @@ class Wandb:
     project: str = no_effect()  # where the runs appear
     entity: Optional[str] = no_effect()  # user or team; null = your default one
     tags: list[str] = no_effect()  # besides actor, deployment and data
+    notes: Optional[str] = no_effect()  # a sentence about the run
 
 
 @dataclass

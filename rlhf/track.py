@@ -5,6 +5,7 @@ Metric names are those of TRL where it has one, so that existing dashboards load
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,8 +54,7 @@ class Tracker:
             return
         metrics = {key: float(value) for key, value in metrics.items()}
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
-        if self.wandb:
-            self.wandb.log({"step": step, **metrics})
+        self.tell_wandb(lambda run: run.log({"step": step, **metrics}))
         shown = {key.rsplit("/", 1)[-1]: f"{metrics[key]:.3g}" for key in self.shown if key in metrics}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n if not self.bar.disable else 0)
@@ -72,11 +73,14 @@ class Tracker:
         with open(self.run_dir / "samples.jsonl", "a") as file:
             for row in rows:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
-        if self.wandb:
+
+        def send(run: Any) -> None:
             import wandb
 
             table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows[:32]])
-            self.wandb.log({"step": step, "completions": table})
+            run.log({"step": step, "completions": table})
+
+        self.tell_wandb(send)
 
     def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append answers of a rollout, token by token, to rollouts.jsonl; pandas.read_json(..., lines=True) reads it."""
@@ -90,8 +94,15 @@ class Tracker:
         if not self.main:
             return
         log.warning(f"{title}: {text}")
+        self.tell_wandb(lambda run: run.alert(title=title, text=text, level="WARN"))
+
+    def tell_wandb(self, send: Callable[[Any], None]) -> None:
+        """Whatever happens to W&B does not happen to the run: all is in the run's own files."""
         if self.wandb:
-            self.wandb.alert(title=title, text=text, level="WARN")
+            try:
+                send(self.wandb)
+            except Exception as error:  # its client raises many kinds when the server goes away
+                log.warning("W&B: %s: %s; going on, the run's own files have everything", type(error).__name__, first_line(error))
 
     def state_dict(self) -> dict[str, int]:
         """How much has been written to each file."""
@@ -113,9 +124,12 @@ class Tracker:
             return
         self.bar.close()
         self.file.close()
-        if self.wandb:
-            self.wandb.summary.update(summary)
-            self.wandb.finish()
+
+        def send(run: Any) -> None:
+            run.summary.update(summary)
+            run.finish()
+
+        self.tell_wandb(send)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- W&B
@@ -145,6 +159,7 @@ def start_wandb(cfg: Config, run_dir: Path) -> Any:
         job_type=cfg.stage.name,
         name=run_dir.name,
         tags=[cfg.actor.name, cfg.deploy.device.name, *cfg.data.sources, *cfg.wandb.tags],
+        notes=cfg.wandb.notes,
         config=OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True),
         resume="allow",
         settings=settings,
@@ -153,14 +168,23 @@ def start_wandb(cfg: Config, run_dir: Path) -> Any:
         run = wandb.init(mode=mode, **options)
     except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         if cfg.wandb.mode == WandbMode.online:
-            raise RuntimeError(
-                f"wandb.mode=online: {str(error).splitlines()[0]}; log in with `wandb login`, or set wandb.mode=auto"
-            ) from None
-        log.warning("W&B is not reachable, going on offline: %s", str(error).splitlines()[0])
+            raise RuntimeError(f"wandb.mode=online: {first_line(error)}; log in with `wandb login`, or set wandb.mode=auto") from None
+        log.warning("W&B is not reachable, going on offline: %s", first_line(error))
         run = wandb.init(mode="offline", **options)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def finish_wandb() -> None:
+    """Send what this process has logged, where it has; a run that goes on later continues it."""
+    if (wandb := sys.modules.get("wandb")) and wandb.run:
+        with contextlib.suppress(Exception):
+            wandb.finish()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def wandb_reachable(base_url: str) -> bool:

@@ -57,6 +57,7 @@ def main(run_dir: Path) -> None:
         comm.barrier()  # all end together: another node's next workers must not find those of this stage
     except checkpoint.Stopped as asked:
         track.log.info(str(asked))
+        track.finish_wandb()
         comm.barrier()
         logging.shutdown()
         os._exit(launch.STOPPED)
