@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import checks, config, layout, plan, report, runs
+from rlhf.card import write_card
 from rlhf.config import Config, Device, Stage
 from rlhf.launch import SWEEP_LOG, check_machines, run_workers
 
@@ -255,10 +256,11 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
             raise RuntimeError(f"{error}; the last good checkpoint is {whole[0][0]}" if whole else str(error)) from None
         result = json.loads((directory / "result.json").read_text())
         result["data"] = json.loads((directory / "data.json").read_text())
-        layout.write_json(
-            directory / "summary.json",
-            {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result},
-        )
+        environment = json.loads((directory / "env.json").read_text())
+        result |= {"settings": layout.identity(cfg, stage), "versions": environment["packages"] | {"git": environment["git"]}}
+        summary = {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result}
+        write_card(directory, own, summary)
+        layout.write_json(directory / "summary.json", summary)  # last: it means finished
         if not cfg.checkpoint.keep_optimizer:
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     if asked_to_stop:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, runs_in, summary, train
+from conftest import REPO, SMALL, runs_in, summary, train
+from test_config import composed
+from test_resume import SLOW
+
+from rlhf import launch
 
 SWEEP = "python train.py -m ppo.kl.coef=0.02,0.1 seed=1,2 exp=kl_study"  # as the README has it
 
@@ -20,12 +30,14 @@ def test_ppo_jobs_share_the_sft_and_the_reward_run_of_their_seed(seeds: str, tmp
     ids = {stage: {summary(run)["id"] for run in paths} for stage, paths in runs.items()}
     parents = [summary(run)["parents"] for run in runs["ppo"]]
     assert {p["sft"] for p in parents} == ids["sft"] and {p["rm"] for p in parents} == ids["rm"]
-    jobs = sorted((tmp_path / "multirun" / "kl_study").iterdir())
+    jobs = sorted(path for path in (tmp_path / "multirun" / "kl_study").iterdir() if path.is_dir())
     assert len(jobs) == 2 * n
     for job in jobs:
         assert {"overrides.txt", "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "run"} <= {p.name for p in job.iterdir()}
         assert summary(job / "run") == summary(job)
-    assert done.stdout.count("ppo.kl.coef=0.02 seed=1") == 1, "one row of the final table per job"
+    label = "kl.coef=0.02 seed=1" if n > 1 else "kl.coef=0.02"
+    assert re.search(rf"{label} +│ finished", done.stdout), "a row of the final table per job"
+    assert (tmp_path / "multirun" / "kl_study" / "report.html").exists()
 
 
 def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -53,3 +65,87 @@ def test_jobs_with_long_overrides_keep_folders_of_their_own(tmp_path: Path) -> N
     for stage in (2, 3):
         cli.collect(tmp_path / "multirun" / "deep", [*long, f"deploy.zero_stage={stage}"], run)
     assert len([*(tmp_path / "multirun" / "deep").iterdir()]) == 2
+
+
+def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_only(tmp_path: Path) -> None:
+    """Two at once; the job that fails is one whose function is not there yet."""
+    own = "~ppo.rewards.model", "+ppo.rewards={mine: {function: 'mine:f'}}"
+    (tmp_path / "mine.py").write_text("def f(turns, answer):\n    raise KeyError('not yet')\n")
+    sweep = ["-m", "sweep=seeds", "seed=1,2", "exp=both", "hydra/launcher=parallel", *SMALL, *own]
+    first = train(*sweep, cwd=tmp_path)
+    assert first.returncode == 1 and first.stderr.count("failed: ") == 2 and "KeyError: 'not yet'" in first.stderr, first.stderr
+    assert [path.read_text().count("not yet") for path in (tmp_path / "multirun" / "both").glob("*/error.txt")] == [1, 1]
+    (tmp_path / "mine.py").write_text("def f(turns, answer):\n    return len(answer)\n")
+    second = train(*sweep, cwd=tmp_path)
+    assert second.returncode == 0 and second.stderr.count("sft: finished") == 2, second.stderr
+    third = train(*sweep, cwd=tmp_path)
+    assert third.returncode == 0 and third.stderr.count("ppo: finished") == 2 and "multirun/both/report.html" in third.stdout
+    assert not [*(tmp_path / "multirun" / "both").glob("*/error.txt")]
+
+
+def test_two_sweeps_at_the_same_moment_train_their_upstream_once(tmp_path: Path) -> None:
+    upstream = [arg for arg in SLOW if arg != "stage=sft"]
+    command = [sys.executable, str(REPO / "train.py"), "-m", *upstream]
+    sweeps = [
+        subprocess.Popen([*command, f"ppo.kl.coef={coef}", f"exp={name}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for name, coef in (("one", "0.02"), ("two", "0.2"))
+    ]
+    said = [sweep.communicate(timeout=300)[1] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0], said
+    assert sum("waiting for 0 s" in text for text in said) >= 1 and all("is being trained" in t for t in said if "waiting" in t)
+    runs = runs_in(tmp_path)
+    assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 2) and not (runs["sft"][0] / "attempts").exists()
+    assert {summary(run)["parents"]["sft"] for run in runs["ppo"]} == {summary(runs["sft"][0])["id"]}
+
+
+HOLD = """
+import sys, time
+from test_config import composed
+from rlhf import launch
+with launch.own_gpus(composed("deploy=single_node", "deploy.gpus=2")):
+    import os
+    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_jobs_side_by_side_take_gpus_of_their_own(tmp_path: Path) -> None:
+    """Four GPUs, two a job: the first two jobs get two each, a third one waits until one is done."""
+    place = {
+        "CUDA_VISIBLE_DEVICES": "4,5,6,7",
+        launch.SWEEP_LOG: "there",
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
+    }
+    options = {"env": os.environ | place, "stdout": subprocess.PIPE, "text": True}
+
+    def job(seconds: float) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", HOLD, str(seconds)], **options)
+
+    one = job(60)
+    assert one.stdout.readline().strip() == "4,5"
+    two = job(60)
+    assert two.stdout.readline().strip() == "6,7"
+    three = job(0)
+    time.sleep(2)
+    assert three.poll() is None
+    one.kill()  # a lock ends with its process
+    assert three.stdout.readline().strip() == "4,5" and three.wait(20) == 0
+    two.kill()
+    for process in (one, two):
+        process.wait()
+    before = dict(os.environ)
+    with launch.own_gpus(composed()):
+        assert dict(os.environ) == before  # no sweep
+
+
+def test_a_finished_run_says_what_it_is(tmp_path: Path) -> None:
+    done = train("stage=sft", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs_in(tmp_path)["sft"]
+    about = summary(run)
+    assert about["settings"]["sft.max_steps"] == 3 and about["versions"]["torch"] and about["data"][0]["rows"] and about["parents"] == {}
+    card = (run / "model" / "README.md").read_text()
+    for word in (run.name, "library_name: transformers", "eval/perplexity", "sandbox", "sft.max_steps: 3", about["id"], "builtin:tiny"):
+        assert word in card, word
+    assert json.loads((run / "env.json").read_text())["packages"].keys() <= about["versions"].keys()

@@ -1,0 +1,33 @@
+"""The model card: what a saved model is, where it comes from and what was measured. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import Config
+
+WHAT = {
+    "sft": "A policy: a causal language model, fine-tuned on demonstrations.",
+    "rm": "A reward model: it scores whole answers. Scores are raw; `score_mean` and `score_std` in config.json are their unit.",
+    "ppo": "A policy: a causal language model, trained by PPO against a reward, near its SFT policy.",
+}
+
+
+def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
+    """README.md in the model's directory. Args: directory: of the run.  summary: as in summary.json."""
+    stage, model = summary["stage"], cfg.reward if summary["stage"] == "rm" else cfg.actor
+    base = [] if model.path.startswith("builtin:") or model.path[:1] in "/.~" else [f"base_model: {model.path}"]
+    lines = ["---", "library_name: transformers", f"tags: [rlhf, {stage}]", *base, "---", "", f"# {directory.name}", "", WHAT[stage], ""]
+    lines += [f"Base model: `{model.path}`. Template of the dialogues: `{cfg.data.template.name}`, saved with the tokenizer.", ""]
+    lines += ["## Measured", "", "| metric | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.4g} |" for name, value in summary["metrics"].items()]
+    lines += ["", "## Data", "", "| source | split | rows |", "|---|---|---|"]
+    lines += [f"| {entry['source']} | {entry['split']} | {entry['rows']} |" for entry in summary["data"]]
+    lines += ["", "## Stands on", ""]
+    lines += [f"- {role}: run `{id}`" for role, id in summary["parents"].items()] or ["- nothing but the base model"]
+    lines += ["", "## Settings", "", "All that decides the result; with them the same run is made again.", "", "```yaml"]
+    lines += [f"{key}: {value}" for key, value in sorted(summary["settings"].items())]
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version)
+    lines += ["```", "", f"Run `{summary['id']}`. Made with {versions}.", ""]
+    (directory / "model" / "README.md").write_text("\n".join(lines))
