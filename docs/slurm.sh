@@ -5,7 +5,10 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=48:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@600
+# Ten minutes before the time is up (or when the job is preempted) SIGTERM makes it save a checkpoint; queued again, it goes on from there.
 # One task per node: train.py starts a worker for each GPU of its node. This script runs on the first node, where the workers meet.
 export MEET="$(hostname):29500"
 srun --kill-on-bad-exit=1 bash -c \
-  'python train.py "$@" deploy.nodes=$SLURM_NNODES deploy.node_rank=$SLURM_NODEID deploy.master=$MEET' train "$@"
+  'exec python train.py "$@" deploy.nodes=$SLURM_NNODES deploy.node_rank=$SLURM_NODEID deploy.master=$MEET' train "$@"

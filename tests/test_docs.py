@@ -30,7 +30,8 @@ FAR = re.compile(r"opt\d|_gpu|_node|data='?\[|data=(?!jsonl)")  # needs a GPU, o
 def test_the_readme_is_short_and_has_commands() -> None:
     assert len((REPO / "README.md").read_text().splitlines()) <= 250
     assert len(COMMANDS) >= 15 and SWEEP in COMMANDS
-    assert all(command.startswith(("python train.py", "python chat.py", "make ", SLURM)) for command in COMMANDS)
+    known = ("python train.py", "python chat.py", "python -m rlhf.report", "python docs/optuna_search.py", "make ", SLURM)
+    assert all(command.startswith(known) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
@@ -44,7 +45,8 @@ TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEE
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=pytest.mark.full if re.search("experiment|deploy.gpus|epochs", c) else []) for c in TRAINING]
+    "command",
+    [pytest.param(c, marks=pytest.mark.full if re.search("experiment|deploy.gpus|epochs|every_minutes|-m ", c) else []) for c in TRAINING],
 )
 def test_training_commands(command: str, tmp_path: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
@@ -104,6 +106,27 @@ def test_chat_commands(command: str, demo: Demo) -> None:
     args = [sys.executable, str(REPO / "chat.py"), *shlex.split(command)[2:]]
     done = subprocess.run(args, cwd=demo.root, env=os.environ, input="Hello there\n/quit\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m rlhf.report")])
+def test_report_commands(command: str, demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "outputs").symlink_to(demo.root / "outputs")
+    job = tmp_path / "multirun" / "kl_study" / "job"
+    job.mkdir(parents=True)
+    (job / "overrides.txt").write_text("")
+    (job / "run").symlink_to(demo.ppo)
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+
+
+@pytest.mark.full
+def test_the_search(tmp_path: Path) -> None:
+    (command,) = [c for c in COMMANDS if "optuna" in c]
+    script, *args = shlex.split(command.replace("20", "2"))[1:]
+    search = [sys.executable, str(REPO / script), *args, *SMALL]
+    done = subprocess.run(search, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "'ppo.kl.coef'" in done.stdout, done.stderr
+    assert len([*(tmp_path / "outputs").glob("ppo-*")]) == 2 and len([*(tmp_path / "outputs").glob("sft-*")]) == 1
 
 
 def test_links_and_named_files_exist() -> None:

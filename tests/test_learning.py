@@ -1,5 +1,5 @@
 """PPO learns what it is asked for: to stop, to find the best arm, to hold a KL, to please the truth with few and with many passes.
-One seed each in the quick tests, three in all of them; each in one thread in less than a minute."""
+One seed each in the quick tests (8 passes: none), three in all of them; each in one thread in less than a minute."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
     rows, final = learn(demo, tmp_path, f"seed={seed}", *settings)
     print(f"{final['eval/score_before']:.3f} -> {final['eval/score']:.3f} of 1, KL {final['eval/kl']:.2f}")
     assert rows[0]["objective/scores"] < 0.3 and final["eval/score"] >= 0.95
-    assert final["eval/kl"] < 6  # to say it always costs ln 7 = 2.0
+    assert final["eval/kl"] < 6  # to say it always costs ln 7 = 1.9
 
 
 @pytest.mark.parametrize("seed", SEEDS)

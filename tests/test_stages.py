@@ -132,6 +132,7 @@ def test_preference_files_train_all_stages(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = ["sft.max_steps=1", "rm.max_steps=1", "ppo.max_steps=1", "ppo.batch_size=8", "rollout.max_new_tokens=8", "wandb.mode=disabled"]
+    sizes += ["deploy.threads=1"]  # other tests run beside it
     source = ["data=rm_static", f"data.sources.rm_static.path={file}", "data.eval_share=0.2", "sft.batch_size=4", "rm.batch_size=4"]
     done = train(*source, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
