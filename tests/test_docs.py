@@ -41,14 +41,18 @@ def test_make_targets(command: str) -> None:
     assert done.returncode == 0 and {"make demo": "train.py", "make test": "pytest"}[command] in done.stdout
 
 
+LONG = re.compile("experiment|deploy.gpus|epochs|every_minutes|-m ")
 TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param(c, marks=pytest.mark.full if re.search("experiment|deploy.gpus|epochs|every_minutes|-m ", c) else []) for c in TRAINING],
-)
-def test_training_commands(command: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands' runs lie: those that share SFT and reward model train them once."""
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.full if LONG.search(c) else []) for c in TRAINING])
+def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
     words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish", "plum", "leek", "oats", "beef", "kale", "lime"]
     rows = [{"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."} for a in words for b in words]
@@ -61,7 +65,8 @@ def test_training_commands(command: str, tmp_path: Path) -> None:
     else:
         other_data = "data=jsonl" in args  # has no sizes of the sandbox
         small = [o for o in SMALL if o.split("=")[0] not in command and not (other_data and "sandbox" in o)]
-        done = train(*args, *small, *["data.eval_share=0.2"] * other_data, cwd=tmp_path)
+        root = tmp_path if other_data else shared
+        done = train(*args, *small, *["data.eval_share=0.2"] * other_data, cwd=tmp_path, RLHF_ROOT=str(root))
     assert done.returncode == 0, done.stderr
 
 

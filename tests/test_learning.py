@@ -56,7 +56,7 @@ def test_an_adaptive_coefficient_holds_its_target(demo: Demo, tmp_path: Path, se
 
 @pytest.mark.parametrize(
     "passes, settings",
-    [(8, ["ppo.epochs=8"]), (1, ["ppo.epochs=1", "ppo.prompt_epochs=2", "ppo.lr=5e-4"])],
+    [pytest.param(8, ["ppo.epochs=8"], marks=pytest.mark.full), (1, ["ppo.epochs=1", "ppo.prompt_epochs=2", "ppo.lr=5e-4"])],
     ids=["8 passes", "1 pass"],
 )
 @pytest.mark.parametrize("seed", SEEDS)

@@ -140,7 +140,10 @@ def rollout_seconds(run: Path) -> float:
     return metrics(run)[3]["timing_s/rollout"]
 
 
-@pytest.mark.parametrize("moment", ["in the rollout", "in training", "while saving"])
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize("moment", [pytest.param("in the rollout", marks=FULL), pytest.param("in training", marks=FULL), "while saving"])
 def test_ppo_killed_at_any_moment_goes_on(inputs: dict[str, str], whole: Path, tmp_path: Path, moment: str) -> None:
     run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
     log, saved = run / "metrics.jsonl", run / "checkpoints"
