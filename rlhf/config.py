@@ -380,6 +380,7 @@ class Config:
     checkpoint: Checkpoint = no_effect()
     wandb: Wandb = no_effect()
     seed: int = MISSING  # initialisation, order, sampling
+    deterministic: bool = no_effect()  # on GPUs: kernels that add in a fixed order, where there are any, slower; on CPU it is so anyway
     exp: str = no_effect()  # label of the experiment: W&B group, folder of a sweep
     root: str = no_effect()  # where outputs/ and multirun/ are made
     plan: bool = no_effect()  # print memory, steps and tokens, and end; exit code 2 when it does not fit

@@ -168,6 +168,7 @@ class Plan:
     steps: int | None
     tokens: int | None  # at most
     files: float  # of the saved models
+    checkpoints: float  # at most, while it trains: those that are kept and the one that is written
     notes: list[str]
     gathers: bool  # while sampling, weights that ZeRO-3 partitions are whole
 
@@ -341,7 +342,9 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         moved = size * roles[0].parameters / GIB
         notes.append(f"sampling fetches all {moved:.1f} GiB of the actor's weights from the other processes for every token")
     batch, steps, tokens = arithmetic(cfg, stage)
-    return Plan(stage.name, roles, phases, libraries, deploy.gpu_memory_gb * GIB, batch, steps, tokens, files, notes, gathers)
+    one = sum(role.trained for role in roles if role.optimizer) * (size + (12 if size == 2 else 8))  # Adam's two moments, fp32 weights
+    saved = (cfg.checkpoint.keep + 1) * one
+    return Plan(stage.name, roles, phases, libraries, deploy.gpu_memory_gb * GIB, batch, steps, tokens, files, saved, notes, gathers)
 
 
 # ------------------------------------------------------------------------------------------------------------------- arithmetic
@@ -497,7 +500,7 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     console.print(f"  batch    {plan.batch}")
     console.print(f"  steps    {unknown if plan.steps is None else format(plan.steps, ',')}")
     console.print(f"  tokens   {unknown if plan.tokens is None else f'at most {plan.tokens:,}'}")
-    console.print(f"  on disk  {gib(plan.files)} GiB of models")
+    console.print(f"  on disk  {gib(plan.files)} GiB of models, {gib(plan.checkpoints)} of checkpoints while it trains")
     for note in plan.notes:
         console.print(f"  note     {note}")
     size = f"{gib(plan.peak)} of {plan.limit / GIB:g} GiB (deploy.gpu_memory_gb)"

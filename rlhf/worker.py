@@ -39,6 +39,9 @@ def main(run_dir: Path) -> None:
             raise RuntimeError("deploy.device=gpu, but this torch finds none: it may be built without CUDA, or not fit the driver")
         if cfg.deploy.device == config.Device.cpu and device.type != "cpu":
             raise RuntimeError("deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu")
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            torch.use_deterministic_algorithms(True, warn_only=True)
         torch.set_num_threads(config.threads(cfg))
         torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
         stages: dict[config.Stage, Any] = {

@@ -105,7 +105,7 @@ def test_fields_without_effect_on_results() -> None:
     nodes = [node for node in vars(config).values() if dataclasses.is_dataclass(node)]
     free = {f"{node.__name__}.{f.name}" for node in nodes for f in dataclasses.fields(node) if not f.metadata.get("identity", True)}
     assert free == {
-        *(f"Config.{name}" for name in ("stage", "checkpoint", "wandb", "exp", "root", "plan", "fresh", "inputs")),
+        *(f"Config.{name}" for name in ("stage", "checkpoint", "wandb", "exp", "root", "plan", "fresh", "inputs", "deterministic")),
         *(f"Checkpoint.{f.name}" for f in dataclasses.fields(config.Checkpoint)),
         *(f"Deploy.{f.name}" for f in dataclasses.fields(config.Deploy) if f.name != "precision"),
         *(f"Offload.{f.name}" for f in dataclasses.fields(config.Offload)),

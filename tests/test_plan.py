@@ -281,3 +281,12 @@ def test_a_local_file_is_counted(tmp_path: Path) -> None:
     p = plan.make_plan(cfg, Stage.sft)
     assert p.steps is None and "known when the data are read" in plan.short(p)
     assert checks.check(cfg) == []
+
+
+def test_checkpoints_on_disk_are_counted_by_hand(tmp_path: Path) -> None:
+    """fp32: weights and Adam's two moments, 12 bytes a weight, of actor and critic; the kept ones and the one that is written."""
+    kept = plan.make_plan(composed("stage=ppo", "checkpoint.keep=1"), Stage.ppo)
+    trained = sum(role.trained for role in kept.roles if role.name in ("actor", "critic"))
+    assert kept.checkpoints == 2 * 12 * trained
+    low = plan.make_plan(composed("stage=ppo", "checkpoint.keep=3", "deploy.precision=bf16"), Stage.ppo)
+    assert low.checkpoints == 4 * 14 * trained

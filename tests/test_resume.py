@@ -186,7 +186,7 @@ def test_thirty_kills_at_random_moments(inputs: dict[str, str], whole: Path, tmp
 
 # ------------------------------------------------------------------------------------------------------------ as a user sees it
 
-SLOW = ["stage=sft", *SMALL, "sft.max_steps=30", "sft.epochs=100", "sft.batch_size=8", "checkpoint.every_steps=2"]
+SLOW = ["stage=sft", "deterministic=true", *SMALL, "sft.max_steps=30", "sft.epochs=100", "sft.batch_size=8", "checkpoint.every_steps=2"]
 
 
 def running(*args: str, cwd: Path, until: int = 3, **options: object) -> tuple[subprocess.Popen, Path]:
