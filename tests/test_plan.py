@@ -283,7 +283,7 @@ def test_a_local_file_is_counted(tmp_path: Path) -> None:
     assert checks.check(cfg) == []
 
 
-def test_checkpoints_on_disk_are_counted_by_hand(tmp_path: Path) -> None:
+def test_checkpoints_on_disk_are_counted_by_hand() -> None:
     """fp32: weights and Adam's two moments, 12 bytes a weight, of actor and critic; the kept ones and the one that is written."""
     kept = plan.make_plan(composed("stage=ppo", "checkpoint.keep=1"), Stage.ppo)
     trained = sum(role.trained for role in kept.roles if role.name in ("actor", "critic"))
