@@ -7,8 +7,12 @@
 #SBATCH --time=48:00:00
 #SBATCH --requeue
 #SBATCH --signal=TERM@600
-# Ten minutes before the time is up (or when the job is preempted) SIGTERM makes it save a checkpoint; queued again, it goes on from there.
+# Ten minutes before the time is up, or when the job is preempted, SIGTERM makes train.py save a checkpoint and end with exit code 130;
+# the job is then queued again, and goes on from there.
 # One task per node: train.py starts a worker for each GPU of its node. This script runs on the first node, where the workers meet.
 export MEET="$(hostname):29500"
 srun --kill-on-bad-exit=1 bash -c \
   'exec python train.py "$@" deploy.nodes=$SLURM_NNODES deploy.node_rank=$SLURM_NODEID deploy.master=$MEET' train "$@"
+code=$?
+if [ $code = 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code

@@ -16,10 +16,11 @@ WHAT = {
 
 def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
     """README.md in the model's directory. Args: directory: of the run.  summary: as in summary.json."""
-    stage, model = summary["stage"], cfg.reward if summary["stage"] == "rm" else cfg.actor
-    base = [] if model.path.startswith("builtin:") or model.path[:1] in "/.~" else [f"base_model: {model.path}"]
+    stage = summary["stage"]
+    path = cfg.reward.path if stage == "rm" else cfg.ppo.actor if stage == "ppo" and cfg.ppo.actor else cfg.actor.path
+    base = [] if path.startswith("builtin:") or path[:1] in "/.~" else [f"base_model: {path}"]
     lines = ["---", "library_name: transformers", f"tags: [rlhf, {stage}]", *base, "---", "", f"# {directory.name}", "", WHAT[stage], ""]
-    lines += [f"Base model: `{model.path}`. Template of the dialogues: `{cfg.data.template.name}`, saved with the tokenizer.", ""]
+    lines += [f"Base model: `{path}`. Template of the dialogues: `{cfg.data.template.name}`, saved with the tokenizer.", ""]
     lines += ["## Measured", "", "| metric | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in summary["metrics"].items()]
     lines += ["", "## Data", "", "| source | split | rows |", "|---|---|---|"]

@@ -55,8 +55,10 @@ class Checkpoints:
         """Load the newest whole checkpoint. Returns: the steps that are done, 0 without any; what was logged after them is cut off
         (memory["tracker"])."""
         found, torn = layout.checkpoints(self.directory.parent)
-        for path in torn:
+        for path in torn if comm.rank() == 0 else ():
             log.warning(f"{path} is not whole, it is left out")
+        for path in self.directory.glob("*.tmp") if comm.rank() == 0 else ():
+            shutil.rmtree(path)
         if not found:
             if "tracker" in self.memory:
                 self.memory["tracker"].load_state_dict({})
@@ -82,17 +84,19 @@ class Checkpoints:
         every, minutes = self.settings.every_steps, self.settings.every_minutes
         late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         device = next(iter(self.engines.values())).device
-        asked = comm.all_max(2.0 * _asked_to_stop + late, device)  # one process's clock and signal are those of all
+        to_stop = _asked_to_stop or (comm.rank() == 0 and (self.directory.parent / "stop").exists())
+        asked = comm.all_max(2.0 * to_stop + late, device)  # one process's clock and signal are those of all
         last = step == self.total
         due = self.settings.keep_optimizer if last else asked >= 1 or (every is not None and step % every == 0)
-        if due:
-            self.save(step)
+        saved = self.save(step) if due else False
         if asked >= 2 and not last:
-            raise Stopped(f"asked to stop after step {step} of {self.total}; the same command goes on from there")
+            goes_on = "the same command goes on from there" if saved else "there is no checkpoint of it"
+            raise Stopped(f"asked to stop after step {step} of {self.total}; {goes_on}")
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> bool:
         """Write a checkpoint and drop the oldest ones. Without room on the disk for it, it is left out with a warning.
 
+        Returns: whether it is written.
         Raises: RuntimeError when writing fails half-way; the checkpoints before are whole."""
         target = self.directory / f"step-{step}"
         temporary = target.with_name(target.name + ".tmp")
@@ -102,9 +106,11 @@ class Checkpoints:
         comm.barrier()
         device = next(iter(self.engines.values())).device
         free = shutil.disk_usage(self.directory).free
+        self.saved_at = time.monotonic()  # where there is no room, the next try is as far away
         if comm.all_max(float(free < self.bytes), device):
-            log.warning(f"no checkpoint at step {step}: {free / 2**30:.1f} GiB are free, {self.bytes / 2**30:.1f} are needed")
-            return
+            if comm.rank() == 0:
+                log.warning(f"no checkpoint at step {step}: {free / 2**30:.1f} GiB are free, {self.bytes / 2**30:.1f} are needed")
+            return False
         memory = {name: dict(part) if isinstance(part, dict) else part.state_dict() for name, part in self.memory.items()}
         try:
             for role, engine in self.engines.items():
@@ -123,11 +129,13 @@ class Checkpoints:
                     os.fsync(written.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            for path, _ in layout.checkpoints(self.directory.parent)[0][self.settings.keep :]:
+            whole, torn = layout.checkpoints(self.directory.parent)
+            for path in [*torn, *(path for path, _ in whole[self.settings.keep :])]:
                 shutil.rmtree(path)
             log.debug(f"checkpoint {target}")
         comm.barrier()
         self.saved_at = time.monotonic()
+        return True
 
 
 def _ask_to_stop(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -10,8 +11,8 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,11 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf import checks, config, layout, plan, report, runs
 from rlhf.card import write_card
 from rlhf.config import Config, Device, Stage
-from rlhf.launch import SWEEP_LOG, check_machines, run_workers
+from rlhf.launch import SWEEP_LOG, check_machines, end_with_parent, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "model"}  # a model is chosen as actor or as reward
 
+SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
 single_error: list[Exception] = []  # of a command that is no sweep
 
 
@@ -50,7 +52,7 @@ def main() -> int:
             if any(arg.startswith("deploy.node_rank=") for arg in args.overrides):
                 raise ValueError("-m with deploy.node_rank: the nodes would lose each other after a job that fails; use deploy.hostfile")
             check_sweep(args.overrides)
-            os.environ[SWEEP_LOG] = tempfile.mkstemp(prefix="rlhf-sweep-")[1]
+            begin_sweep(args.overrides)
         run_command()
         if single_error:
             raise single_error[0]
@@ -74,12 +76,33 @@ def main() -> int:
             return 2
     jobs = jobs_of_sweep()
     for folder in sorted({Path(job["folder"]) for job in jobs}):
-        found = runs.find([folder])
-        report.print_comparison(found, report.write_page(found, folder / "report.html", f"Sweep {folder.name}"))
+        try:
+            found = runs.find([folder])
+            report.print_comparison(found, report.write_page(found, folder / "report.html", f"Sweep {folder.name}"))
+        except Exception as error:  # the runs themselves are done
+            say(f"error: no report of {folder}: {type(error).__name__}: {one_line_each(error)[0]}")
     for job in jobs:
         if job["error"]:
             say(f"failed: {job['job']}: {job['error']}")
     return 1 if any(job["error"] for job in jobs) else 0
+
+
+def begin_sweep(overrides: list[str]) -> None:
+    """Make ready for jobs that may be processes of their own, on other machines too: where they say how they ended; and leave a first
+    Ctrl-C to jobs side by side, which hear it as well and save (joblib would kill them)."""
+    root = next((arg.removeprefix("root=") for arg in overrides if arg.startswith("root=")), os.environ.get("RLHF_ROOT", "."))
+    log = Path(root).expanduser().resolve() / "multirun" / f".sweep-{secrets.token_hex(4)}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    atexit.register(log.unlink, missing_ok=True)
+    os.environ[SWEEP_LOG] = str(log)
+    os.environ[SWEEP_PROCESS] = str(os.getpid())
+    if any(arg.startswith("hydra/launcher=") for arg in overrides):
+
+        def leave_to_the_jobs(*_: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, leave_to_the_jobs)
 
 
 def jobs_of_sweep() -> list[dict[str, str]]:
@@ -158,21 +181,25 @@ def run_command(composed: DictConfig) -> None:
             single_error.append(error)
         return
     say(f"\n--- job {HydraConfig.get().job.num + 1}: {job}")
+    if os.environ[SWEEP_PROCESS] != str(os.getpid()):  # side by side: a job stops, and saves, when the sweep is gone
+        end_with_parent()
     folder = Path(composed.root).expanduser() / "multirun" / composed.exp
-    line = ""
+
+    def ended(error: str = "") -> None:
+        with open(os.environ[SWEEP_LOG], "a") as log:
+            log.write(json.dumps({"job": job, "folder": str(folder.resolve()), "error": error}) + "\n")
+
     try:
         _, paths = run_stages(composed, overrides)
-        if not paths:
-            return
-        collect(folder, overrides, paths[-1])
     except Exception as error:
         line = one_line_each(error)[0]
         say(f"error: {line}")
         collect(folder, overrides, None, line)
+        ended(line)
         raise
-    finally:
-        with open(os.environ[SWEEP_LOG], "a") as log:
-            log.write(json.dumps({"job": job, "folder": str(folder), "error": line}) + "\n")
+    if paths:
+        collect(folder, overrides, paths[-1])
+        ended()
 
 
 def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list[Path]]:
@@ -226,13 +253,13 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
         wait_for(layout.home(cfg, parent, baseline))
     inputs, parents = layout.find_inputs(cfg, stage, baseline, overrides)
     directory = layout.home(cfg, stage, baseline)
+    before = layout.read_summary(directory)
     if finished(cfg, stage, directory, parents) and not cfg.fresh:
         return directory
     check_machines(cfg)
     own = layout.config_of_stage(cfg, stage, inputs)
     with contextlib.suppress(ValueError, OSError):  # no formula for this model: it trains without a plan
         say(plan.short(plan.make_plan(own, stage)))
-    before = layout.read_summary(directory)
     with layout.owned(directory, wait=upstream):
         if layout.read_summary(directory) != before:  # by the process that was waited for
             finished(cfg, stage, directory, parents)
@@ -241,7 +268,7 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
         if whole and not before and not cfg.fresh:
             for line in layout.check_resumable(directory, whole[0][1], cfg, parents):
                 say(f"{stage.name}: {line}")
-            for left in (directory / "result.json", *directory.glob("error-rank*.txt")):
+            for left in (directory / "result.json", directory / "stop", *directory.glob("error-rank*.txt")):
                 left.unlink(missing_ok=True)
         elif aside := layout.set_aside(directory):
             say(f"{stage.name}: an earlier attempt is kept in {aside}")

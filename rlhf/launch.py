@@ -59,12 +59,16 @@ def _run_workers(run_dir: Path, cfg: Config) -> bool:
                 if asked and not told:
                     told = True
                     print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
-                    for worker in started.values():
+                    if cfg.deploy.hostfile:  # DeepSpeed's launcher would give the workers 30 s; they see this file on their own
+                        (run_dir / "stop").touch()
+                    for worker in started.values() if not cfg.deploy.hostfile else ():
                         worker.terminate()
                 failed = {name: worker.returncode for name, worker in started.items() if worker.poll() and worker.returncode != STOPPED}
         finally:
             stop(list(started.values()))
-    if asked and any(worker.returncode for worker in started.values()):
+    codes = [worker.returncode for worker in started.values()]
+    broken = any(code > 0 and code != STOPPED for code in codes) and not cfg.deploy.hostfile and not any(code < 0 for code in codes)
+    if not broken and (STOPPED in codes or (asked and any(codes))):  # asked for on this node, or on another one
         raise KeyboardInterrupt
     if failed:
         raise RuntimeError(f"{cfg.stage.name} failed, {cause_of(failed, run_dir)}; more in {run_dir / 'train.log'}")
@@ -77,7 +81,8 @@ def _run_workers(run_dir: Path, cfg: Config) -> bool:
 def own_gpus(cfg: Config) -> Iterator[None]:
     """Within this context a job of a sweep has GPUs for itself: jobs side by side take different ones, and wait until enough are free.
     The locks end with their process, however that ends."""
-    if SWEEP_LOG not in os.environ or cfg.deploy.device == Device.cpu or cfg.deploy.hostfile:
+    alone = SWEEP_LOG not in os.environ or "SLURM_JOB_ID" in os.environ  # SLURM has given this job its own
+    if alone or cfg.deploy.device == Device.cpu or cfg.deploy.hostfile:
         yield
         return
     before = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from rlhf import config, layout
 from rlhf.config import Stage
 
@@ -43,16 +46,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name if self.path.parent.name != "attempts" else "/".join(self.path.parts[-3:])
 
 
 def read_run(path: Path) -> Run:
     """A run of a run directory. Raises: FileNotFoundError when there is none."""
-    stage = path.name.split("-")[0]
     summary = layout.read_summary(path) or {}
-    settings: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):  # of a version with other keys: its numbers can be compared all the same
-        settings = layout.identity(config.load(path / "config.yaml"), Stage[stage])
+    stage = summary.get("stage") or OmegaConf.load(path / "config.yaml").stage.name
+    settings: dict[str, Any] = summary.get("settings", {})
+    if not settings:
+        with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):  # of a version with other keys
+            settings = layout.identity(config.load(path / "config.yaml"), Stage[stage])
     rows = read_lines(path / "metrics.jsonl")
     parents = path / "parents.json"
     given = summary.get("parents") or (json.loads(parents.read_text()) if parents.exists() else {})
@@ -62,7 +66,7 @@ def read_run(path: Path) -> Run:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last one that is not whole yet is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text().split("\n") if path.exists() else ():  # not splitlines: answers hold other line ends
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
@@ -94,12 +98,17 @@ def find(paths: Sequence[Path]) -> list[Run]:
             some = sorted((p for p in folder.iterdir() if is_run(p)), key=lambda p: (p / "config.yaml").stat().st_mtime)
         else:
             some = sorted(job / "run" for job in path.glob("*") if (job / "overrides.txt").exists())
-        for one in some:
+        homes = [one.resolve() for one in some]
+        for one, home in zip(some, homes):
             if one.name == "run" and not one.exists():  # a job of a sweep that failed before it had a run
                 why = (one.parent / "error.txt").read_text().strip() if (one.parent / "error.txt").exists() else "no run"
                 found[one] = Run(one.parent, "", f"failed: {why}")
+            elif one.name == "run" and homes.count(home) > 1:  # only where they ran differs: each job's own copies
+                run = found[one] = read_run(one.parent)
+                chosen = (arg.split("=", 1) for arg in (one.parent / "overrides.txt").read_text().split())
+                run.settings |= {key: value[0] for key, *value in chosen if key.startswith("deploy") and value}
             else:
-                found.setdefault(one.resolve(), read_run(one.resolve()))
+                found.setdefault(home, read_run(home))
         if not some:
             raise FileNotFoundError(f"{path}: no run there; give a run (outputs/...), a sweep (multirun/...) or the folder with outputs/")
     return list(found.values())
@@ -133,7 +142,8 @@ def shown(value: Any) -> str:
 
 def label(run: Run, keys: Sequence[str]) -> str:
     """A run by what tells it apart; its own stage's settings without the stage's name."""
-    return " ".join(f"{key.removeprefix(run.stage + '.')}={shown(run.settings.get(key))}" for key in keys) or run.name
+    parts = [f"{key.removeprefix(run.stage + '.')}={shown(run.settings.get(key))}" for key in keys if run.settings]
+    return " ".join(parts) or run.name
 
 
 def judged_by(runs: Sequence[Run]) -> tuple[str, bool]:
@@ -159,7 +169,8 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "finished":
-            groups.setdefault(label(run, keys) if keys else "all", []).append(run)
+            name = run.name if not run.settings else label(run, keys) if keys else "all"  # unknown settings are nobody's seeds
+            groups.setdefault(name, []).append(run)
     metric, more = judged_by(runs)
     found = [Cell(name, some) for name, some in groups.items()]
     return sorted(found, key=lambda cell: (-1 if more else 1) * statistics.fmean(cell.values(metric) or [-math.inf if more else math.inf]))

@@ -105,9 +105,13 @@ class Tracker:
                 log.warning("W&B: %s: %s; going on, the run's own files have everything", type(error).__name__, first_line(error))
 
     def state_dict(self) -> dict[str, int]:
-        """How much has been written to each file."""
-        files = {name: self.run_dir / name for name in LOGS if self.main}
-        return {name: path.stat().st_size for name, path in files.items() if path.exists()}
+        """How much has been written to each file, and is on the disk."""
+        sizes = {}
+        for name in LOGS if self.main else ():
+            with contextlib.suppress(FileNotFoundError), open(self.run_dir / name, "rb") as file:
+                os.fsync(file.fileno())
+                sizes[name] = os.fstat(file.fileno()).st_size
+        return sizes
 
     def load_state_dict(self, sizes: dict[str, int]) -> None:
         """Cut off what was written after that: those steps are made again."""

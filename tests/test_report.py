@@ -178,3 +178,42 @@ def test_a_browser_draws_the_page(sweep: Path, tmp_path: Path) -> None:
     pixels = image.imread(picture)
     blue = (abs(pixels[..., :3] - [0.12, 0.47, 0.71]).sum(-1) < 0.15).sum()
     assert pixels.shape[:2] == (2600, 1500) and blue > 500, "lines in the first run's colour"
+
+
+def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
+    """An old configuration has other keys; its seeds are unknown, so it is nobody's repetition. An attempt has its stage in its files."""
+    new, *old = (write_run(tmp_path, f"seed={seed}") for seed in (1, 2, 3))
+    for run in old:
+        config_file = run / "config.yaml"
+        config_file.write_text(config_file.read_text().replace("checkpoint:", "of_old:"))
+    attempt = new / "attempts" / "1"
+    attempt.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        shutil.copy(new / name, attempt / name)
+    found = runs.find([tmp_path, attempt])
+    assert [run.stage for run in found] == ["ppo"] * 4 and found[-1].name == f"{new.name}/attempts/1"
+    assert [bool(run.settings) for run in found] == [True, False, False, True]
+    assert sorted(len(cell.runs) for cell in runs.cells(found)) == [1, 1, 2]
+    report_page.page(found, "old and new")
+
+
+def test_answers_with_line_ends_of_their_own_are_read_whole(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\u2028b\u0085c", "after": "d\x1ce"}, {"prompt": "f"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(text + '{"prompt": "torn')
+    assert runs.read_lines(tmp_path / "samples.jsonl") == rows
+
+
+def test_jobs_that_differ_in_where_they_ran_keep_their_rows(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for zero, steps in ((0, 3), (2, 5)):
+        job = tmp_path / "multirun" / "places" / f"zero{zero}"
+        job.mkdir(parents=True)
+        (job / "overrides.txt").write_text(f"deploy.zero_stage={zero}\nfresh=true\n")
+        for name in ("config.yaml", "summary.json"):
+            shutil.copy(run / name, job / name)
+        (job / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 0.1}\n' * steps)
+        (job / "run").symlink_to(run)
+    found = runs.find([tmp_path / "multirun" / "places"])
+    assert [len(run.rows) for run in found] == [3, 5]
+    assert [runs.label(run, runs.differing(found)) for run in found] == ["deploy.zero_stage=0", "deploy.zero_stage=2"]

@@ -283,6 +283,21 @@ def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_pat
     assert {summary(ppo)["parents"]["sft"] for ppo in runs["ppo"]} == {summary(runs["sft"][0])["id"]}
 
 
+def test_a_run_that_another_process_finishes_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether it is finished and the lock."""
+    from test_config import composed
+
+    from rlhf import cli
+
+    cfg = composed("stage=sft", f"root={tmp_path}")
+    home = layout.home(cfg, config.Stage.sft, cfg)
+    home.mkdir(parents=True)
+    monkeypatch.setattr(cli.plan, "make_plan", lambda *_: layout.write_json(home / "summary.json", {"parents": {}, "id": "theirs"}))
+    monkeypatch.setattr(cli.plan, "short", str)
+    assert cli.run_stage(cfg, config.Stage.sft, cfg, [], upstream=True) == home
+    assert layout.read_summary(home) == {"parents": {}, "id": "theirs"} and not (home / "attempts").exists()
+
+
 def test_placement_names_all_that_bits_depend_on() -> None:
     from test_config import composed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from conftest import REPO, SMALL, runs_in, summary, train
 from test_config import composed
 from test_resume import SLOW
 
-from rlhf import launch
+from rlhf import launch, layout
 
 SWEEP = "python train.py -m ppo.kl.coef=0.02,0.1 seed=1,2 exp=kl_study"  # as the README has it
 
@@ -96,6 +97,31 @@ def test_two_sweeps_at_the_same_moment_train_their_upstream_once(tmp_path: Path)
     runs = runs_in(tmp_path)
     assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 2) and not (runs["sft"][0] / "attempts").exists()
     assert {summary(run)["parents"]["sft"] for run in runs["ppo"]} == {summary(runs["sft"][0])["id"]}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill -9 of the sweep"])
+def test_jobs_side_by_side_save_when_they_are_stopped(tmp_path: Path, how: str) -> None:
+    few = [arg for arg in SLOW if "max_steps=30" not in arg and "every_steps" not in arg]
+    command = [sys.executable, str(REPO / "train.py"), "-m", *few, "sft.max_steps=3000", "sft.epochs=2000", "seed=1,2"]
+    sweep = subprocess.Popen([*command, "hydra/launcher=parallel"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while len([p for p in tmp_path.glob("outputs/sft-*/metrics.jsonl") if p.stat().st_size > 500]) < 2:
+        assert time.time() < deadline and sweep.poll() is None
+        time.sleep(0.05)
+    os.killpg(sweep.pid, signal.SIGINT) if how == "Ctrl-C" else sweep.kill()  # a terminal sends it to the whole group
+    code = sweep.wait(60)
+    runs = [path.parent for path in tmp_path.glob("outputs/sft-*/metrics.jsonl")]
+    while not all(layout.checkpoints(run)[0] and not layout.is_owned(run) for run in runs) and time.time() < deadline:
+        time.sleep(0.1)
+    assert [len(layout.checkpoints(run)[0]) for run in runs] == [1, 1]
+    assert code == (130 if how == "Ctrl-C" else -signal.SIGKILL) and not any(layout.is_owned(run) for run in runs)
+
+
+def test_a_sweep_of_plans_has_no_report(tmp_path: Path) -> None:
+    done = train("-m", "stage=sft", "seed=1,2", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout.count("on disk") == 2
+    assert not [*(tmp_path / "multirun").glob("*/*")]
 
 
 HOLD = """
