@@ -27,7 +27,7 @@ from rlhf import config, layout
 TEN_STEPS = ["sft.max_steps=10", "rm.max_steps=10", "sft.batch_size=8", "rm.batch_size=8", "checkpoint.every_steps=5"]
 # all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy, warnings
 MEMORY = [
-    "ppo.max_steps=6",
+    "ppo.max_steps=4",
     "ppo.batch_size=8",
     "ppo.kl.controller=adaptive",
     "ppo.kl.horizon=100",
@@ -38,7 +38,7 @@ MEMORY = [
     "ppo.evaluation.every=2",
     "ppo.dschat.dropout=0.1",
     "rollout.log_answers=2",
-    "checkpoint.every_steps=3",
+    "checkpoint.every_steps=2",
 ]
 NOT_REPEATED = ("time", "eps", "timing_s/rollout", "timing_s/update", "timing_s/step")  # clocks
 FILES = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
@@ -118,12 +118,12 @@ DIAGONAL = [("sft", 1, 0), ("rm", 1, 2), ("ppo", 2, 3)]
     "stage, processes, zero", [pytest.param(*case, marks=() if case in DIAGONAL else (pytest.mark.full,)) for case in PAIRWISE]
 )
 def test_a_killed_run_goes_on_bit_for_bit(inputs: dict[str, str], tmp_path: Path, stage: str, processes: int, zero: int) -> None:
-    """10 steps = 5 + kill -9 + 5 (PPO: 6 rollouts = 3 + 3), between two checkpoints."""
+    """10 steps = 5 + kill -9 + 5 (PPO: 4 rollouts = 2 + 2), between two checkpoints."""
     whole, killed = (make(tmp_path, name, stage, inputs, processes, zero) for name in ("whole", "killed"))
     work([whole], processes)
-    at = 4 if stage == "ppo" else 7
+    at = 3 if stage == "ppo" else 7
     kill_when(killed, processes, lambda: lines(killed / "metrics.jsonl") >= at)
-    assert [about["step"] for _, about in layout.checkpoints(killed)[0]] == [3 if stage == "ppo" else 5]
+    assert [about["step"] for _, about in layout.checkpoints(killed)[0]] == [2 if stage == "ppo" else 5]
     work([killed], processes)
     same(whole, killed)
 
@@ -137,7 +137,7 @@ def whole(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def rollout_seconds(run: Path) -> float:
-    return metrics(run)[3]["timing_s/rollout"]
+    return metrics(run)[2]["timing_s/rollout"]
 
 
 FULL = pytest.mark.full
@@ -148,12 +148,12 @@ def test_ppo_killed_at_any_moment_goes_on(inputs: dict[str, str], whole: Path, t
     run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
     log, saved = run / "metrics.jsonl", run / "checkpoints"
     if moment == "while saving":
-        kill_when(run, 1, lambda: lines(log) >= 3 and (saved / "step-3.tmp").exists())
-        assert not (saved / "step-3").exists() and (saved / "step-2").exists()
+        kill_when(run, 1, lambda: lines(log) >= 2 and (saved / "step-2.tmp").exists())
+        assert not (saved / "step-2").exists() and (saved / "step-1").exists()
     else:
         wait = rollout_seconds(whole) * (0.5 if moment == "in the rollout" else 1.3)
-        kill_when(run, 1, lambda: (saved / "step-3").exists() and (time.sleep(wait) or True))
-        assert lines(log) == 3, "the fourth rollout was not finished"
+        kill_when(run, 1, lambda: (saved / "step-2").exists() and (time.sleep(wait) or True))
+        assert lines(log) == 2, "the third rollout was not finished"
     work([run], 1)
     same(whole, run)
 
@@ -204,22 +204,23 @@ def running(*args: str, cwd: Path, until: int = 3, **options: object) -> tuple[s
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_path: Path) -> None:
-    parent, run = running(*SLOW, "checkpoint.every_steps=null", cwd=tmp_path)
-    second = train(*SLOW, cwd=tmp_path)  # one run, one owner
+    long = [*SLOW, "sft.max_steps=150"]
+    parent, run = running(*long, "checkpoint.every_steps=null", cwd=tmp_path)
+    second = train(*long, cwd=tmp_path)  # one run, one owner
     assert second.returncode == 1 and f"pid {parent.pid} on" in second.stderr and "being trained by another process" in second.stderr
     parent.send_signal(signal.SIGTERM)
     said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 130 and "asked to stop after step" in said and "the same command goes on" in said, said
     step = layout.checkpoints(run)[0][0][1]["step"]
-    assert lines(run / "metrics.jsonl") == step < 30
-    refused = train(*SLOW, "deploy.gpus=2", cwd=tmp_path)
+    assert lines(run / "metrics.jsonl") == step < 150
+    refused = train(*long, "deploy.gpus=2", cwd=tmp_path)
     assert refused.returncode == 1 and "made with deploy.gpus=1, not deploy.gpus=2: go on with deploy.gpus=1" in refused.stderr
     assert "fresh=true" in refused.stderr
-    done = train(*SLOW, cwd=tmp_path)
-    assert done.returncode == 0 and f"going on after step {step} of 30" in done.stderr, done.stderr
-    assert [row["step"] for row in metrics(run)] == list(range(1, 31))
+    done = train(*long, cwd=tmp_path)
+    assert done.returncode == 0 and f"going on after step {step} of 150" in done.stderr, done.stderr
+    assert [row["step"] for row in metrics(run)] == list(range(1, 151))
     assert not (run / "checkpoints").exists(), "a finished run keeps its models, not its optimizer states"
-    again = train(*SLOW, "fresh=true", "sft.max_steps=30", cwd=tmp_path)
+    again = train(*long, "fresh=true", cwd=tmp_path)
     assert again.returncode == 0 and (run / "attempts" / "1" / "summary.json").exists()
     assert rows_of(run, "metrics.jsonl") == rows_of(run / "attempts" / "1", "metrics.jsonl")
 
@@ -276,10 +277,8 @@ def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_pat
     first.wait()
     said += second.communicate(timeout=300)[1]
     assert second.returncode == 0 and "going on after step" in said, said
-    done = train(*pipeline, cwd=tmp_path)
-    assert done.returncode == 0 and "sft: finished" in done.stderr and "rm: finished" in done.stderr
     runs = runs_in(tmp_path)
-    assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 2)
+    assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 1)
     assert {summary(ppo)["parents"]["sft"] for ppo in runs["ppo"]} == {summary(runs["sft"][0])["id"]}
 
 

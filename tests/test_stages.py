@@ -50,7 +50,8 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(alone: Path, tmp_path:
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.full  # test_deployments.py holds two processes to one in the quick tests
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage: int) -> None:
     """Same samples, same losses up to the order of additions, same weights. PPO here stands on models that differ by rounding, which
     it amplifies (a token on the very edge of a clip); test_deployments.py holds it to 1e-4 on the same ones."""

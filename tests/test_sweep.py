@@ -84,6 +84,7 @@ def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_onl
     assert not [*(tmp_path / "multirun" / "both").glob("*/error.txt")]
 
 
+@pytest.mark.full
 def test_two_sweeps_at_the_same_moment_train_their_upstream_once(tmp_path: Path) -> None:
     upstream = [arg for arg in SLOW if arg != "stage=sft"]
     command = [sys.executable, str(REPO / "train.py"), "-m", *upstream]

@@ -29,7 +29,7 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
     log.info(summarize(data))
     if comm.rank() == 0:
         known = run_dir / "data.json"  # of the attempt that this one goes on from
-        if known.exists() and json.loads(known.read_text()) != json.loads(json.dumps(data.report)):
+        if (run_dir / "checkpoints").exists() and json.loads(known.read_text()) != json.loads(json.dumps(data.report)):
             raise ValueError("the data are not those that this run has learnt from so far; add fresh=true to train it anew")
         layout.write_json(known, data.report)
     needed = {"sft": (data.sft, data.eval_sft), "rm": (data.rm, data.eval_rm), "ppo": (data.ppo, data.eval_prompts)}[cfg.stage.name]
