@@ -64,6 +64,7 @@ class Checkpoints:
                 self.memory["tracker"].load_state_dict({})
             return 0
         path, about = found[0]
+        self.bytes = float(sum(about["files"].values()))
         for role, engine in self.engines.items():
             loaded, _ = engine.load_checkpoint(path, tag=role, load_module_strict=False)  # frozen weights are not in it
             if loaded is None:
@@ -109,6 +110,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()  # where there is no room, the next try is as far away
         if comm.all_max(float(free < self.bytes), device):
             if comm.rank() == 0:
+                temporary.rmdir()
                 log.warning(f"no checkpoint at step {step}: {free / 2**30:.1f} GiB are free, {self.bytes / 2**30:.1f} are needed")
             return False
         memory = {name: dict(part) if isinstance(part, dict) else part.state_dict() for name, part in self.memory.items()}

@@ -128,6 +128,24 @@ def test_a_killed_run_goes_on_bit_for_bit(inputs: dict[str, str], tmp_path: Path
     same(whole, killed)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["actor.lora.rank=4", "actor.lora.embeddings=true", "reward.lora.rank=4", "ppo.dschat.dropout=0"],
+        ["deploy.precision=bf16", "deploy.offload.optimizer=true"],
+        ["deploy.precision=autocast", "ppo.kl.controller=linear", "ppo.target_kl=0.01"],
+    ],
+    ids=["adapters", "bf16", "autocast"],
+)
+def test_a_killed_run_with_other_weights_goes_on(inputs: dict[str, str], tmp_path: Path, more: list[str]) -> None:
+    whole, killed = (make(tmp_path, name, "ppo", inputs, 1, 2, *more) for name in ("whole", "killed"))
+    work([whole], 1)
+    kill_when(killed, 1, lambda: lines(killed / "metrics.jsonl") >= 3)
+    work([killed], 1)
+    same(whole, killed)
+
+
 @pytest.fixture(scope="module")
 def whole(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PPO that nobody disturbs, with a checkpoint after each rollout."""
