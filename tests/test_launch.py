@@ -199,3 +199,19 @@ def test_without_pdsh_a_hostfile_is_refused(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     with pytest.raises(ValueError, match="pdsh, which is not installed"):
         launch.check_machines(composed("deploy.nodes=2", f"deploy.hostfile={tmp_path}/hosts"))
+
+
+@pytest.mark.parametrize("codes, outcome", [((75, 75), KeyboardInterrupt), ((75, 1), RuntimeError), ((0, 1), RuntimeError), ((0, 0), None)])
+def test_workers_that_were_asked_to_stop_on_another_node_end_the_command(
+    codes: tuple[int, int], outcome: type[BaseException] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end with a code of their own; nobody asked this process. A failure beside it is told."""
+    (tmp_path / "a_worker.py").write_text(f"import os\nos._exit({list(codes)}[int(os.environ['RANK'])])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "WORKER", "a_worker")
+    (tmp_path / "result.json").write_text("{}")
+    if outcome is None:
+        assert launch.run_workers(tmp_path, composed("deploy.gpus=2")) is False
+    else:
+        with pytest.raises(outcome):
+            launch.run_workers(tmp_path, composed("deploy.gpus=2"))

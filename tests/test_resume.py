@@ -326,3 +326,35 @@ def test_placement_names_all_that_bits_depend_on() -> None:
         "deploy.offload.optimizer": False,
         "deploy.threads": 2,
     }
+
+
+def test_without_room_on_the_disk_a_checkpoint_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from test_config import composed
+
+    from rlhf import checkpoint
+
+    def write(directory: Path, tag: str, **_: object) -> None:
+        (directory / tag).mkdir()
+        (directory / tag / "weights").write_bytes(b"x" * 1000)
+
+    engine = SimpleNamespace(device=torch.device("cpu"), save_checkpoint=write)
+    before = signal.getsignal(signal.SIGTERM)
+    saving = checkpoint.Checkpoints(
+        composed("checkpoint.every_steps=1", "checkpoint.keep=2"), tmp_path, 9, {"actor": engine}, {"a": {"n": 1}}
+    )
+    signal.signal(signal.SIGTERM, before)
+    saving.after(1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=500))
+    saving.after(2)
+    assert [about["step"] for _, about in layout.checkpoints(tmp_path)[0]] == [1] and len([*(tmp_path / "checkpoints").iterdir()]) == 1
+    (tmp_path / "stop").touch()  # as on several nodes
+    with pytest.raises(checkpoint.Stopped, match="asked to stop after step 3 of 9; there is no checkpoint of it"):
+        saving.after(3)
+    monkeypatch.undo()
+    for step in (4, 5):
+        with pytest.raises(checkpoint.Stopped, match=f"after step {step} of 9; the same command goes on from there"):
+            saving.after(step)
+    assert [about["step"] for _, about in layout.checkpoints(tmp_path)[0]] == [5, 4]
