@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,35 +13,26 @@ from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset
 from rlhf.objectives import explained_variance, kl_estimate, masked_mean, repetition
 from rlhf.rewards import Rewards
-from rlhf.rollout import Experience, Sampling, make_experience
+from rlhf.rollout import Experience, Models, Sampling, make_experience
 
 
 def evaluate_policy(
-    data: Dataset,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    micro_batch: int,
-    tokenizer: Any,
-    actor: Any,
-    ref: Any = None,
-    rewards: Rewards | None = None,
-    gather: bool = True,
+    models: Models, data: Dataset, max_prompt_tokens: int, max_new_tokens: int, sampling: Sampling, micro_batch: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample one answer to each held-out prompt, with a fixed random stream per prompt, and measure.
 
-    Args: gather: see make_experience.
     Returns: means over the answers, `eos_rate`, `length` (tokens), `repetition` (objectives.repetition), and where they are known
         `gold`, `gold_best`, `score` (weighted sum), `score/NAME` of each of several sources, `kl` (nats per answer, the sum over
         tokens of log pi - log ref); and one row per answer for the tables.
     """
+    tokenizer, rewards = models.tokenizer, models.rewards
     encoded = template.encode_prompts(tokenizer, data.eval_prompts, max_prompt_tokens)
     kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
     if not kept:
         raise ValueError(f"data.max_prompt_tokens={max_prompt_tokens}: all held-out prompts are longer")
     asked, prompts = [turns for turns, _ in kept], [ids for _, ids in kept]
     draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    e = make_experience(prompts, asked, draws, sampling, micro_batch, tokenizer, actor, ref, rewards, gather=gather)
+    e = make_experience(replace(models, critic=None), prompts, asked, draws, sampling, micro_batch)
     kl = (e.old_logp - e.ref_logp).sum(1)
     rows: list[dict[str, Any]] = []
     for i, turns in enumerate(asked):
@@ -52,7 +44,7 @@ def evaluate_policy(
             row["score"] = float(rewards.total(e.scores[i]))
             if len(rewards.sources) > 1:
                 row |= {f"score/{name}": float(score) for name, score in zip(rewards.names, e.scores[i])}
-        row |= {"kl": float(kl[i])} if ref is not None else {}
+        row |= {"kl": float(kl[i])} if models.ref is not None else {}
         row |= {"gold": data.gold(turns, answer)} if data.gold else {}
         row |= {"gold_best": data.best_gold(turns)} if data.best_gold else {}
         rows.append(row)

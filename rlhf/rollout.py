@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -141,18 +141,25 @@ def values_before(scores: Tensor, r: int) -> Tensor:
     return scores[:, -r - 1 : -1]
 
 
+@dataclass
+class Models:
+    """The policy that samples, and whatever measures its answers."""
+
+    tokenizer: Any
+    actor: Any
+    ref: Any = None
+    rewards: Any = None  # from some rows and their prompts to scores (rows, sources): rlhf.rewards.Rewards
+    critic: Any = None
+    gather: bool = True  # where ZeRO-3 partitions the actor's weights, hold all of them while sampling; else fetch them for every token
+
+
 def make_experience(
+    models: Models,
     prompts: Sequence[Sequence[int]],
     asked: Sequence[list[Turn]],
     draws: Tensor,
     sampling: Sampling,
     micro_batch: int,
-    tokenizer: Any,
-    actor: Any,
-    ref: Any = None,
-    rewards: Callable[[Experience, Sequence[list[Turn]]], Tensor] | None = None,
-    critic: Any = None,
-    gather: bool = True,
     masks_from_ids: bool = False,
     train_mode: bool = False,
 ) -> Experience:
@@ -160,14 +167,13 @@ def make_experience(
 
     Args:
         prompts, asked: token ids and turns of each prompt.  draws (B, R): random numbers of each answer.
-        rewards: from some rows and their prompts to scores (rows, sources): rlhf.rewards.Rewards.
-        gather: where ZeRO-3 partitions the actor's weights, hold all of them while sampling; else they are fetched for every token.
         masks_from_ids, train_mode: as DeepSpeed-Chat (config.DsChat): EOS counts as padding once the answers are sampled; dropout is on
             while log-probabilities and values are measured.
 
     Every process gets all prompts and all `draws`, works on its part of the rows, and returns the experience of all of them in the
     order of `prompts`: what follows does not depend on the number of processes.
     """
+    tokenizer, actor, ref, rewards, critic = models.tokenizer, models.actor, models.ref, models.rewards, models.critic
     rank, world = comm.rank(), comm.world_size()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     order += order[:1] * (-len(order) % world)  # every process has the same number of rows; copies are dropped below
@@ -175,7 +181,7 @@ def make_experience(
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     parts = []
     synced = any(hasattr(p, "ds_id") for p in actor.module.parameters())
-    with whole(actor.module.parameters() if gather else []), autocast(actor):
+    with whole(actor.module.parameters() if models.gather else []), autocast(actor):
         for chunk in chunks(mine, micro_batch):
             ids, mask = pad_left([prompts[i] for i in chunk], pad_id, actor.device)
             response, response_mask, logp = sample(actor.module.hf, ids, mask, draws[chunk], eos_id, sampling, synced)

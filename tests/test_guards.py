@@ -24,7 +24,7 @@ from rlhf.config import Precision
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Turn
 from rlhf.guards import Guards, warnings_of
-from rlhf.rollout import Experience, Sampling, make_experience
+from rlhf.rollout import Experience, Models, Sampling, make_experience
 
 EOS = 2
 PROMPTS = [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9]]
@@ -48,7 +48,7 @@ def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def experience(actor: Any, tokenizer: Any) -> Experience:
     """A rollout in which one answer ends."""
     draws = uniforms("rollout", range(4), 0, 0, 6)
-    e = make_experience(PROMPTS, [[Turn("user", "Hi")]] * 4, draws, Sampling(), 4, tokenizer, actor, actor)
+    e = make_experience(Models(tokenizer, actor, actor), PROMPTS, [[Turn("user", "Hi")]] * 4, draws, Sampling(), 4)
     e.scores = torch.zeros(4, 1)
     e.response_ids[1, 2:], e.mask[1, 3:], e.learnt[1, 3:], e.ended[1] = EOS, 0.0, 0.0, 1.0
     e.mask, e.learnt = e.mask.clone(), e.learnt.clone()

@@ -23,7 +23,7 @@ from rlhf.data.records import Dataset, Turn
 from rlhf.guards import Guards
 from rlhf.objectives import gae, kl_estimate, policy_loss, token_logp, token_rewards, value_loss
 from rlhf.rewards import Rewards, Source
-from rlhf.rollout import Sampling
+from rlhf.rollout import Models, Sampling
 from rlhf.stages import ppo
 
 REPO = Path(__file__).parents[1]
@@ -382,12 +382,15 @@ class Engines:
     def rewards(self) -> Rewards:
         return Rewards([Source("model", 1.0, self.reward)], self.tokenizer)
 
+    @property
+    def models(self) -> rollout.Models:
+        return rollout.Models(self.tokenizer, self.actor, self.ref, self.rewards, self.critic)
+
     def experience(
         self, prompts: Sequence[Sequence[int]], draws: Tensor, temperature: float = 1.0, micro_batch: int = 2, **switches: bool
     ) -> rollout.Experience:
         asked = [[Turn("user", f"{i}")] for i in range(len(prompts))]  # a reward model with the policy's tokenizer reads ids
-        how, parts = Sampling(temperature), (self.tokenizer, self.actor, self.ref, self.rewards, self.critic)
-        return rollout.make_experience(prompts, asked, draws, how, micro_batch, *parts, **switches)
+        return rollout.make_experience(self.models, prompts, asked, draws, Sampling(temperature), micro_batch, **switches)
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +494,7 @@ def test_every_answer_is_scored_with_its_own_prompt(models_of_ppo: Engines, micr
         texts = [part.text(i, m.tokenizer) for i in range(len(turns))]
         return torch.tensor([[QUESTIONS.index(turn[-1].text), (ANSWERS + texts).index(text)] for turn, text in zip(turns, texts)]).float()
 
-    e = rollout.make_experience(prompts, asked, draws, Sampling(), micro_batch, m.tokenizer, m.actor, rewards=rewards)
+    e = rollout.make_experience(Models(m.tokenizer, m.actor, rewards=rewards), prompts, asked, draws, Sampling(), micro_batch)
     assert e.scores[:, 0].tolist() == [0, 1, 2, 3] and e.scores[:3, 1].tolist() == [0, 1, 2] and sum(calls) == 4
 
 
@@ -519,7 +522,7 @@ def test_a_rollout_does_not_depend_on_micro_batches_or_company(models_of_ppo: En
 def test_what_has_no_engine_stays_zero(models_of_ppo: Engines) -> None:
     m = models_of_ppo
     asked, draws = [[Turn("user", "a")], [Turn("user", "b")]], uniforms("rollout", range(2), 0, 0, 3)
-    e = rollout.make_experience([[5, 6], [7]], asked, draws, Sampling(), 2, m.tokenizer, m.actor)
+    e = rollout.make_experience(Models(m.tokenizer, m.actor), [[5, 6], [7]], asked, draws, Sampling(), 2)
     assert not e.ref_logp.any() and not e.old_values.any() and e.scores.shape == (2, 0) and e.old_logp.any()
 
 
@@ -569,7 +572,7 @@ def advantages_of(e: rollout.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
 def train_on(m: Engines, e: rollout.Experience, advantages: Tensor, returns: Tensor, cfg: Config) -> dict[str, float]:
     """The first of 100 rollouts, neither with a moving average nor with texts."""
     guards = Guards(Precision.fp32, cfg.ppo.dschat)
-    return ppo.train_on(e, advantages, returns, cfg.ppo.kl.coef, m.actor, m.critic, None, None, PAD, guards, 0, 100, cfg)
+    return ppo.train_on(m.models, e, advantages, returns, cfg.ppo.kl.coef, None, None, guards, 0, 100, cfg)
 
 
 @pytest.fixture(scope="module")
@@ -644,13 +647,13 @@ def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_pp
     m = models_of_ppo
     prompts = [[Turn("user", "What does my cat need?")], [Turn("user", "far too long " * 30)], [Turn("user", "Hi")]]
     data = Dataset([], [], [], [], [], prompts, gold=lambda turns, answer: float(len(answer)), best_gold=lambda turns: 1000.0)
-    means, rows = evaluation.evaluate_policy(data, 48, 8, Sampling(1.0), 2, m.tokenizer, m.actor, m.ref, m.rewards)
+    means, rows = evaluation.evaluate_policy(m.models, data, 48, 8, Sampling(1.0), 2)
     assert [row["prompt"] for row in rows] == ["What does my cat need?", "Hi"]
     for key in ("length", "eos_rate", "repetition", "score", "kl", "gold", "gold_best"):
         assert means[key] == pytest.approx(sum(row[key] for row in rows) / 2)
     assert set(means) == set(rows[0]) - {"prompt", "completion"} and "score/model" not in means
     assert all(row["gold"] == len(row["completion"]) and row["kl"] == 0.0 for row in rows)
-    alone, again = evaluation.evaluate_policy(data, 48, 8, Sampling(1.0), 1, m.tokenizer, m.actor)
+    alone, again = evaluation.evaluate_policy(Models(m.tokenizer, m.actor), data, 48, 8, Sampling(1.0), 1)
     assert again[0]["completion"] == rows[0]["completion"] and not {"score", "kl"} & set(alone)
 
 
@@ -658,8 +661,9 @@ def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(mode
     m = models_of_ppo
     data = Dataset([], [], [], [], [], [[Turn("user", "What does my cat need?")], [Turn("user", "Hi")]])
     sources = [Source("model", 1.0, m.reward), Source("long", -0.5, function=lambda turns, answer: float(len(turns[-1].text + answer)))]
-    means, rows = evaluation.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer))
-    _, one = evaluation.evaluate_policy(data, 48, 8, Sampling(), 2, m.tokenizer, m.actor, rewards=m.rewards)
+    several = Models(m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer))
+    means, rows = evaluation.evaluate_policy(several, data, 48, 8, Sampling(), 2)
+    _, one = evaluation.evaluate_policy(m.models, data, 48, 8, Sampling(), 2)
     for row, alone in zip(rows, one):
         assert row["score/long"] == len(row["prompt"] + row["completion"])
         assert row["score/model"] == pytest.approx(alone["score"], abs=1e-5)
@@ -673,7 +677,7 @@ def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
     data = Dataset([], [], [], [], [], [[Turn("user", text)] for text in QUESTIONS])
     told = [Sampling(greedy=True), Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-5), Sampling()]
     likeliest, *same, free = (
-        [row["completion"] for row in evaluation.evaluate_policy(data, 48, 8, how, 2, m.tokenizer, m.actor)[1]] for how in told
+        [row["completion"] for row in evaluation.evaluate_policy(Models(m.tokenizer, m.actor), data, 48, 8, how, 2)[1]] for how in told
     )
     assert all(answers == likeliest for answers in same) and free != likeliest
 

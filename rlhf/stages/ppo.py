@@ -44,7 +44,7 @@ from rlhf.objectives import (
     whiten,
 )
 from rlhf.rewards import build_rewards, load_functions
-from rlhf.rollout import Experience, Sampling, make_experience, values_before
+from rlhf.rollout import Experience, Models, Sampling, make_experience, values_before
 from rlhf.track import Tracker, log
 
 Texts = load.Rows[tuple[list[int], list[int]]]
@@ -99,7 +99,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     critic = build_engine(load_critic, cfg, "critic", run_dir)
     actor.eval(), critic.eval()
-    gather = plan.gather_for_rollout(cfg)
+    models = Models(tokenizer, actor, ref, rewards, critic, plan.gather_for_rollout(cfg))
     guards = Guards(precision, ppo.dschat, cfg.rollout.temperature)
     guards.check_models(actor=actor, critic=critic, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
     ema = MovingAverage(actor, ppo.ema) if ppo.ema else None
@@ -115,7 +115,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         """On the held-out prompts; keeps the policy in model_best where it is the best so far."""
         e, micro_batch = ppo.evaluation, cfg.deploy.eval_micro_batch
         how = Sampling(e.temperature, e.top_p, e.top_k)
-        found, rows = evaluate_policy(data, max_prompt, max_new, how, micro_batch, tokenizer, actor, ref, rewards, gather)
+        found, rows = evaluate_policy(models, data, max_prompt, max_new, how, micro_batch)
         found["objective"] = found["score"] - ppo.kl.coef * found["kl"]  # not by the present beta: evaluations are compared
         if e.every and found[e.best_by.name] > so_far["best"]:
             so_far["best"] = found[e.best_by.name]
@@ -133,21 +133,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         started = time.time()
         draws = uniforms("rollout", [i + k * len(prompts) for i in batch for k in range(answers)], cfg.seed, step, max_new)
         asked, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(answers)))
-        e = make_experience(
-            ids,
-            asked,
-            draws,
-            sampling,
-            cfg.deploy.eval_micro_batch,
-            tokenizer,
-            actor,
-            ref,
-            rewards,
-            critic,
-            gather,
-            ppo.dschat.pad_is_eos,
-            ppo.dschat.train_mode_logp,
-        )
+        masks = {"masks_from_ids": ppo.dschat.pad_is_eos, "train_mode": ppo.dschat.train_mode_logp}
+        e = make_experience(models, ids, asked, draws, sampling, cfg.deploy.eval_micro_batch, **masks)
         made = time.time()
         guards.check_rollout(e, tokenizer.eos_token_id, first=step == 0)
         if step == 0:
@@ -170,7 +157,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         if ppo.whiten_advantages:
             advantages = whiten(advantages, e.mask)
 
-        update = train_on(e, advantages, returns, beta.value, actor, critic, ema, texts, tokenizer.pad_token_id, guards, step, steps, cfg)
+        update = train_on(models, e, advantages, returns, beta.value, ema, texts, guards, step, steps, cfg)
         trained = time.time()
 
         if step == ppo.critic_warmup:
@@ -222,15 +209,13 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
 
 def train_on(
+    models: Models,
     e: Experience,
     advantages: Tensor,
     returns: Tensor,
     beta: float,
-    actor: Any,
-    critic: Any,
     ema: MovingAverage | None,
     texts: Texts | None,
-    pad_id: int,
     guards: Guards,
     step: int,
     steps: int,
@@ -242,6 +227,7 @@ def train_on(
         pretraining loss.
     Returns: means over all tokens of all minibatches and processes, of losses over the optimizer steps (`_max`: maxima).
     """
+    actor, critic, pad_id = models.actor, models.critic, models.tokenizer.pad_token_id
     ppo, rank, world, temperature = cfg.ppo, comm.rank(), comm.world_size(), cfg.rollout.temperature
     actor_learns = step >= ppo.critic_warmup
     in_loss = beta if ppo.kl.place == KlPlace.loss else 0.0

@@ -22,7 +22,7 @@ from rlhf.evaluation import evaluate_policy
 from rlhf.likelihood import answer_sums
 from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate
-from rlhf.rollout import Sampling
+from rlhf.rollout import Models, Sampling
 from rlhf.track import Tracker, log
 
 Taken = dict[int, tuple[list[int], list[int]]]  # rows by their number: ids of prompt and answer
@@ -95,9 +95,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- evaluation
     engine.eval()
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
-    gather = plan.gather_for_rollout(cfg)
-    micro_batch = cfg.deploy.eval_micro_batch
-    measured, samples = evaluate_policy(data, max_prompt, max_response, Sampling(1.0), micro_batch, tokenizer, engine, gather=gather)
+    models = Models(tokenizer, engine, gather=plan.gather_for_rollout(cfg))
+    measured, samples = evaluate_policy(models, data, max_prompt, max_response, Sampling(1.0), cfg.deploy.eval_micro_batch)
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)
     save_engine(engine, tokenizer, run_dir / "model")
