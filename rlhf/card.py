@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Config
+from rlhf.layout import BUILTIN, is_directory
 
 WHAT = {
     "sft": "A policy: a causal language model, fine-tuned on demonstrations.",
@@ -18,7 +19,7 @@ def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
     """README.md in the model's directory. Args: directory: of the run.  summary: as in summary.json."""
     stage = summary["stage"]
     path = cfg.reward.path if stage == "rm" else cfg.ppo.actor if stage == "ppo" and cfg.ppo.actor else cfg.actor.path
-    base = [] if path.startswith("builtin:") or path[:1] in "/.~" else [f"base_model: {path}"]
+    base = [] if path.startswith(BUILTIN) or is_directory(path) else [f"base_model: {path}"]  # only a hub id says something elsewhere
     lines = ["---", "library_name: transformers", f"tags: [rlhf, {stage}]", *base, "---", "", f"# {directory.name}", "", WHAT[stage], ""]
     lines += [f"Base model: `{path}`. Template of the dialogues: `{cfg.data.template.name}`, saved with the tokenizer.", ""]
     lines += ["## Measured", "", "| metric | value |", "|---|---|"]

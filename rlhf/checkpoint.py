@@ -22,7 +22,7 @@ import torch
 
 from rlhf import comm, layout
 from rlhf.config import Config, placement
-from rlhf.track import log
+from rlhf.track import first_line, log
 
 _asked_to_stop = False
 
@@ -107,7 +107,7 @@ class Checkpoints:
         comm.barrier()
         device = next(iter(self.engines.values())).device
         free = shutil.disk_usage(self.directory).free
-        self.saved_at = time.monotonic()  # where there is no room, the next try is as far away
+        self.saved_at = time.monotonic()  # also where there is no room: the next try is as far away
         if comm.all_max(float(free < self.bytes), device):
             if comm.rank() == 0:
                 temporary.rmdir()
@@ -119,8 +119,7 @@ class Checkpoints:
                 engine.save_checkpoint(temporary, tag=role, save_latest=False, exclude_frozen_parameters=True)
             torch.save({"memory": memory, "random": random_state()}, temporary / f"rank-{comm.rank()}.pt")
         except (OSError, RuntimeError) as error:
-            first_line = str(error).splitlines()[0]
-            raise RuntimeError(f"cannot write {temporary.parent.name}/{target.name} (is the disk full?): {first_line}") from error
+            raise RuntimeError(f"cannot write {temporary.parent.name}/{target.name} (is the disk full?): {first_line(error)}") from error
         comm.barrier()
         if comm.rank() == 0:
             files = {str(file.relative_to(temporary)): file.stat().st_size for file in sorted(temporary.rglob("*")) if file.is_file()}
@@ -136,7 +135,6 @@ class Checkpoints:
                 shutil.rmtree(path)
             log.debug(f"checkpoint {target}")
         comm.barrier()
-        self.saved_at = time.monotonic()
         return True
 
 

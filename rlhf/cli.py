@@ -254,7 +254,7 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
     inputs, parents = layout.find_inputs(cfg, stage, baseline, overrides)
     directory = layout.home(cfg, stage, baseline)
     before = layout.read_summary(directory)
-    if finished(cfg, stage, directory, parents) and not cfg.fresh:
+    if not cfg.fresh and finished(stage, directory, parents):
         return directory
     check_machines(cfg)
     own = layout.config_of_stage(cfg, stage, inputs)
@@ -262,7 +262,7 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
         say(plan.short(plan.make_plan(own, stage)))
     with layout.owned(directory, wait=upstream):
         if layout.read_summary(directory) != before:  # by the process that was waited for
-            finished(cfg, stage, directory, parents)
+            finished(stage, directory, parents)
             return directory
         whole, _ = layout.checkpoints(directory)
         if whole and not before and not cfg.fresh:
@@ -275,7 +275,8 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
         say(f"{stage.name}: {directory}")
         config.save(own, directory / "config.yaml")
         layout.write_json(directory / "parents.json", parents)
-        layout.write_json(directory / "env.json", layout.environment())
+        environment = layout.environment()
+        layout.write_json(directory / "env.json", environment)
         try:
             asked_to_stop = run_workers(directory, own)
         except RuntimeError as error:
@@ -283,7 +284,6 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
             raise RuntimeError(f"{error}; the last good checkpoint is {whole[0][0]}" if whole else str(error)) from None
         result = json.loads((directory / "result.json").read_text())
         result["data"] = json.loads((directory / "data.json").read_text())
-        environment = json.loads((directory / "env.json").read_text())
         result |= {"settings": layout.identity(cfg, stage), "versions": environment["packages"] | {"git": environment["git"]}}
         summary = {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result}
         write_card(directory, own, summary)
@@ -302,10 +302,10 @@ def wait_for(directory: Path) -> None:
             pass
 
 
-def finished(cfg: Config, stage: Stage, directory: Path, parents: dict[str, str]) -> bool:
+def finished(stage: Stage, directory: Path, parents: dict[str, str]) -> bool:
     """Whether a run is done. Raises: RuntimeError when it stands on other runs than there are now."""
     summary = layout.read_summary(directory)
-    if summary and not cfg.fresh:
+    if summary:
         if summary["parents"] != parents:
             raise RuntimeError(
                 f"{directory} stands on other runs than there are now ({summary['parents']} -> {parents}): "

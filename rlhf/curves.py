@@ -6,15 +6,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-# the panels of curves.png: title, y label, and the metrics drawn in it
-CURVES = {
+# the panels of a stage, here and on the page of a comparison: title, unit, and the metrics drawn in it
+PANELS = {
     "sft": [("Loss", "nats per token", ["loss"]), ("Accuracy", "share of tokens", ["mean_token_accuracy"])],
-    "rm": [("Loss", "nats per pair", ["loss"]), ("Accuracy", "share of pairs", ["accuracy"])],
+    "rm": [("Loss", "nats per pair", ["loss"]), ("Accuracy", "share of pairs", ["accuracy"]), ("Margin", "raw score", ["margin"])],
     "ppo": [
-        ("Score of the reward model", "standard deviations", ["objective/scores"]),
+        ("Score", "standard deviations", ["objective/scores"]),
         ("Gold reward", "points", ["reward/gold/mean"]),
-        ("KL to the SFT policy", "nats per sequence", ["objective/kl"]),
+        ("KL to the SFT policy", "nats per answer", ["objective/kl"]),
         ("Loss", "", ["loss/policy_avg", "loss/value_avg"]),
+        ("Length", "tokens", ["tokens/response_mean"]),
     ],
 }
 
@@ -28,14 +29,14 @@ def plot_curves(run_dir: Path) -> None:
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = {name for row in rows for name in row}
-    panels = [(t, label, [n for n in names if n in logged]) for t, label, names in CURVES[run_dir.name.split("-")[0]]]
+    panels = [(t, label, [n for n in names if n in logged]) for t, label, names in PANELS[run_dir.name.split("-")[0]]]
     panels = [panel for panel in panels if panel[2]]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (title, label, names) in zip(axes[0], panels):
         for color, name in zip(("#1f77b4", "#ff7f0e"), names):
             steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
             axis.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-            axis.plot(steps, smooth(values), color=color, linewidth=2, label=name)
+            axis.plot(steps, smooth(values, max(3, len(values) // 20)), color=color, linewidth=2, label=name)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylabel(label)
@@ -80,8 +81,8 @@ def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
     plt.close(figure)
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Running mean over a twentieth of the curve, at least 3 values (fewer at the ends)."""
-    half = max(1, len(values) // 40)
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred running mean over at most `window` values, fewer at the ends."""
+    half = window // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

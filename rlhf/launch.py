@@ -35,11 +35,6 @@ def run_workers(run_dir: Path, cfg: Config) -> bool:
 
     Raises: RuntimeError with the first failed worker's rank, cause and log; KeyboardInterrupt when asked to stop.
     """
-    with own_gpus(cfg):
-        return _run_workers(run_dir, cfg)
-
-
-def _run_workers(run_dir: Path, cfg: Config) -> bool:
     commands: dict[str, tuple[list[str], dict[str, str]]]
     if cfg.deploy.hostfile:
         commands = {f"on {cfg.deploy.hostfile}": (launcher_command(run_dir, cfg), {})}
@@ -47,7 +42,7 @@ def _run_workers(run_dir: Path, cfg: Config) -> bool:
         commands = {f"rank {env['RANK']}": ([sys.executable, "-m", WORKER, str(run_dir)], env) for env in places(cfg)}
     started: dict[str, subprocess.Popen[bytes]] = {}
     failed: dict[str, int] = {}
-    with two_signals() as asked:
+    with own_gpus(cfg), two_signals() as asked:
         try:
             for name, (command, env) in commands.items():
                 # a session of its own: Ctrl-C reaches this process only, which then stops the workers
@@ -61,8 +56,9 @@ def _run_workers(run_dir: Path, cfg: Config) -> bool:
                     print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
                     if cfg.deploy.hostfile:  # DeepSpeed's launcher would give the workers 30 s; they see this file on their own
                         (run_dir / "stop").touch()
-                    for worker in started.values() if not cfg.deploy.hostfile else ():
-                        worker.terminate()
+                    else:
+                        for worker in started.values():
+                            worker.terminate()
                 failed = {name: worker.returncode for name, worker in started.items() if worker.poll() and worker.returncode != STOPPED}
         finally:
             stop(list(started.values()))

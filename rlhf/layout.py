@@ -215,7 +215,7 @@ def owned(directory: Path, wait: bool = False) -> Iterator[None]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".owner", "a+") as lock:
-        since, said = time.monotonic(), 0.0
+        start = say_at = time.monotonic()
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,12 +223,12 @@ def owned(directory: Path, wait: bool = False) -> Iterator[None]:
             except BlockingIOError:
                 lock.seek(0)
                 who = f"{directory} is being trained by another process ({lock.read().strip()})"
-                if not wait and time.monotonic() - since > 0.3:  # not somebody who only looks (is_owned)
-                    raise RuntimeError(f"{who}: wait for it, or stop it") from None
-            waited = time.monotonic() - since
-            if wait and (not said or waited - said > 30):
-                said = waited or 1e-9
-                print(f"waiting for {waited:.0f} s: {who}", file=sys.stderr, flush=True)
+            now = time.monotonic()
+            if not wait and now > start + 0.3:  # not somebody who only looks (is_owned)
+                raise RuntimeError(f"{who}: wait for it, or stop it")
+            if wait and now >= say_at:
+                print(f"waiting for {now - start:.0f} s: {who}", file=sys.stderr, flush=True)
+                say_at = now + 30
             time.sleep(0.1)
         lock.seek(0)
         lock.truncate()
@@ -270,17 +270,16 @@ def check_resumable(directory: Path, about: dict[str, Any], cfg: Config, parents
     Raises: RuntimeError with the difference and the way on.
     """
     anew = "or add fresh=true to train it anew (this attempt is then kept in its attempts/)"
-    now = placement(cfg)
-    differ = [key for key, then in about["placement"].items() if now.get(key) != then]
+    before, now = about["placement"], placement(cfg)
+    differ = [key for key in before if now.get(key) != before[key]]
     if differ:
-        then = " ".join(f"{key}={about['placement'][key]}" for key in differ)
-        instead = " ".join(f"{key}={now.get(key)}" for key in differ)
+        then, instead = (" ".join(f"{key}={place.get(key)}" for key in differ) for place in (before, now))
         raise RuntimeError(f"{directory} is at step {about['step']}, made with {then}, not {instead}: go on with {then}, {anew}")
-    before = json.loads((directory / "parents.json").read_text())
-    if before != parents:
-        raise RuntimeError(f"{directory} stands on other runs than there are now ({before} -> {parents}): bring them back, {anew}")
-    then, now = (env["packages"] for env in (json.loads((directory / "env.json").read_text()), environment()))
-    changed = [f"{name} {version} -> {now.get(name)}" for name, version in then.items() if now.get(name) != version]
+    stood_on = json.loads((directory / "parents.json").read_text())
+    if stood_on != parents:
+        raise RuntimeError(f"{directory} stands on other runs than there are now ({stood_on} -> {parents}): bring them back, {anew}")
+    old, new = json.loads((directory / "env.json").read_text())["packages"], environment()["packages"]
+    changed = [f"{name} {version} -> {new.get(name)}" for name, version in old.items() if new.get(name) != version]
     return [f"going on with other versions than before: {', '.join(changed)}"] if changed else []
 
 

@@ -8,22 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.curves import PANELS, smooth
 from rlhf.html import document, html_table
 from rlhf.runs import SHOWN, Cell, Run, cells, differing, judged_by, label, mean_text, read_lines, shown, upstream, verdict
 
-# the curves of each stage: metric, title, unit
-CURVES = {
-    "sft": [("loss", "Loss", "nats per token"), ("mean_token_accuracy", "Accuracy", "share of tokens")],
-    "rm": [("loss", "Loss", "nats per pair"), ("accuracy", "Accuracy", "share of pairs"), ("margin", "Margin", "raw score")],
-    "ppo": [
-        ("objective/scores", "Score", "standard deviations"),
-        ("reward/gold/mean", "Gold reward", "points"),
-        ("objective/kl", "KL to the SFT policy", "nats per answer"),
-        ("loss/policy_avg", "Policy loss", ""),
-        ("loss/value_avg", "Value loss", ""),
-        ("tokens/response_mean", "Length", "tokens"),
-    ],
-}
 SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 PROMPTS = 8  # whose answers are shown
@@ -49,7 +37,7 @@ def page(runs: Sequence[Run], title: str) -> str:
         drawn = [(name, run) for name, run in zip(names, some) if run.rows]
         if drawn:
             body += ["<h3>Curves</h3>", '<p class="note">A click on a name hides or shows a run, a double click leaves it alone.</p>']
-            body.append(as_html(curves(drawn, stage), plotly))
+            body.append(as_html(all_curves(drawn, stage), plotly))
             plotly = False
         if stage == "ppo" and drawn:
             body += ["<h3>Reward against KL</h3>", as_html(frontier(drawn), False)]
@@ -91,19 +79,13 @@ def as_html(figure: Any, with_library: bool) -> str:
     return plotly.io.to_html(figure, include_plotlyjs=with_library, full_html=False, config={"displaylogo": False})
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred running mean over at most `window` values, fewer at the ends."""
-    half = window // 2
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def curves(drawn: Sequence[tuple[str, Run]], stage: str) -> Any:
+def all_curves(drawn: Sequence[tuple[str, Run]], stage: str) -> Any:
     """All metrics of a stage over its steps, a colour a run; the slider smoothes."""
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 
-    panels = [panel for panel in CURVES[stage] if any(panel[0] in row for _, run in drawn for row in run.rows)]
+    panels = [(metric, title if len(metrics) == 1 else metric, unit) for title, unit, metrics in PANELS[stage] for metric in metrics]
+    panels = [panel for panel in panels if any(panel[0] in row for _, run in drawn for row in run.rows)]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = make_subplots(rows=lines, cols=columns, subplot_titles=[title for _, title, _ in panels], vertical_spacing=0.3 / lines)
@@ -176,7 +158,7 @@ def answers(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
         marks = [f"{key} {row[f'{key}_{when}']:.2f}" for key in ("score", "gold") if f"{key}_{when}" in row]
         return f"{text}  [{', '.join(marks)}]"
 
-    header = ["prompt", "SFT policy", *(name for name, _ in by_run)]
+    header = ["prompt", f"before PPO ({by_run[0][0]})", *(name for name, _ in by_run)]
     first = by_run[0][1]
     lines = [
         [p, scored(first[p]["before"], first[p], "before"), *(scored(r[p]["after"], r[p], "after") for _, r in by_run)] for p in prompts

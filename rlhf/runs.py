@@ -86,32 +86,48 @@ def status_of(path: Path) -> str:
 
 
 def find(paths: Sequence[Path]) -> list[Run]:
-    """The runs that are meant: run directories, sweeps (multirun/NAME), or folders with outputs/.
+    """The runs that are meant: run directories, sweeps (multirun/NAME) or their jobs, or folders with outputs/.
 
     Raises: FileNotFoundError naming a path where there is none."""
     found: dict[Path, Run] = {}
     for path in paths:
-        if (path / "config.yaml").exists() and not (path / "run").exists():
-            some = [path]
-        elif (path / "outputs").is_dir() or path.name == "outputs":
-            folder = path / "outputs" if (path / "outputs").is_dir() else path
-            some = sorted((p for p in folder.iterdir() if is_run(p)), key=lambda p: (p / "config.yaml").stat().st_mtime)
+        outputs = path / "outputs" if (path / "outputs").is_dir() else path
+        jobs = sorted(file.parent for file in path.glob("*/overrides.txt"))
+        if (path / "overrides.txt").exists():
+            some = runs_of_jobs([path])
+        elif jobs:
+            some = runs_of_jobs(jobs)
+        elif (path / "config.yaml").exists():
+            some = [read_run(path.resolve())]
+        elif outputs.name == "outputs":
+            homes = sorted((p for p in outputs.iterdir() if is_run(p)), key=lambda p: (p / "config.yaml").stat().st_mtime)
+            some = [read_run(home.resolve()) for home in homes]
         else:
-            some = sorted(job / "run" for job in path.glob("*") if (job / "overrides.txt").exists())
-        homes = [one.resolve() for one in some]
-        for one, home in zip(some, homes):
-            if one.name == "run" and not one.exists():  # a job of a sweep that failed before it had a run
-                why = (one.parent / "error.txt").read_text().strip() if (one.parent / "error.txt").exists() else "no run"
-                found[one] = Run(one.parent, "", f"failed: {why}")
-            elif one.name == "run" and homes.count(home) > 1:  # only where they ran differs: each job's own copies
-                run = found[one] = read_run(one.parent)
-                chosen = (arg.split("=", 1) for arg in (one.parent / "overrides.txt").read_text().split())
-                run.settings |= {key: value[0] for key, *value in chosen if key.startswith("deploy") and value}
-            else:
-                found.setdefault(home, read_run(home))
+            some = []
         if not some:
             raise FileNotFoundError(f"{path}: no run there; give a run (outputs/...), a sweep (multirun/...) or the folder with outputs/")
+        for run in some:
+            found.setdefault(run.path, run)
     return list(found.values())
+
+
+def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
+    """The runs of a sweep's jobs. Where several lead to one run, because they differ only in where they ran, each job's own copies of
+    it; a job without a run has failed."""
+    homes = [(job / "run").resolve() for job in jobs]
+    found = []
+    for job, home in zip(jobs, homes):
+        if not (job / "run").exists():
+            why = job / "error.txt"
+            found.append(Run(job, "", f"failed: {why.read_text().strip() if why.exists() else 'no run'}"))
+        elif homes.count(home) == 1:
+            found.append(read_run(home))
+        else:
+            run = read_run(job)
+            chosen = (arg.partition("=") for arg in (job / "overrides.txt").read_text().splitlines())
+            run.settings |= {key: value for key, _, value in chosen if key.startswith("deploy")}
+            found.append(run)
+    return found
 
 
 def is_run(path: Path) -> bool:

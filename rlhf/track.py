@@ -187,8 +187,9 @@ def finish_wandb() -> None:
             wandb.finish()
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def first_line(error: BaseException) -> str:
+    """What an exception says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def wandb_reachable(base_url: str) -> bool:

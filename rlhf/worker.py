@@ -66,8 +66,7 @@ def main(run_dir: Path) -> None:
         os._exit(launch.STOPPED)
     except Exception as error:
         track.log.debug("failed", exc_info=True)  # the traceback is for the log and the file, their first line for the user
-        first_line = (str(error) or repr(error)).splitlines()[0]
-        text = f"rank {os.environ['RANK']}: {type(error).__name__}: {first_line}\n\n{traceback.format_exc()}"
+        text = f"rank {os.environ['RANK']}: {type(error).__name__}: {track.first_line(error)}\n\n{traceback.format_exc()}"
         with contextlib.suppress(OSError):  # on a node whose run directory is not that of node 0
             (run_dir / f"error-rank{os.environ['RANK']}.txt").write_text(text)
         logging.shutdown()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from conftest import REPO, metrics
 from safetensors.torch import load_file
 from test_config import composed
 
-from rlhf import checks, config, layout
+from rlhf import checks, config, launch, layout
 
 FIVE_STEPS = [
     "data.sandbox.demonstrations=96",
@@ -90,22 +89,24 @@ def prepare(root: Path, name: str, stage: str, inputs: dict[str, str], overrides
     return run
 
 
-def work(runs: Sequence[Path], processes: int) -> None:
-    """Do the runs, one after the other, in so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": REPO}
-    workers = [
+def begin(command: Sequence[object], processes: int, stderr: int = subprocess.DEVNULL) -> list[subprocess.Popen]:
+    """Start a python command in so many processes that are to meet."""
+    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launch.free_port(), "PYTHONPATH": REPO}
+    return [
         subprocess.Popen(
-            [sys.executable, str(REPO / "tests" / "several_runs.py"), *map(str, runs)],
-            env=os.environ | {k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()},
-            stderr=subprocess.PIPE,
+            [sys.executable, *map(str, command)],
+            env=os.environ | {k: str(v) for k, v in {**place, "DS_ACCELERATOR": "cpu", "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stderr=stderr,
             stdout=subprocess.DEVNULL,
             text=True,
         )
         for rank in range(processes)
     ]
+
+
+def work(runs: Sequence[Path], processes: int) -> None:
+    """Do the runs, one after the other, in so many processes."""
+    workers = begin([REPO / "tests" / "several_runs.py", *runs], processes, subprocess.PIPE)
     errors = [worker.communicate(timeout=1500)[1] for worker in workers]
     assert not any(worker.returncode for worker in workers), errors[0][-3000:]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rlhf"
 LAYERS = [  # imports run downwards only; a module may import those of the lines above its own
     ["config"],
-    ["ds", "layout", "checks", "launch", "curves", "html", "dashboard", "card", "comm"],
+    ["ds", "layout", "checks", "launch", "curves", "html", "dashboard", "comm"],
     ["objectives", "lora", "data.records", "data.batches", "data.packing"],
-    ["runs", "plan", "engines", "controllers", "track", "data.template", "data.formats"],
+    ["runs", "card", "plan", "engines", "controllers", "track", "data.template", "data.formats"],
     ["report_page", "models", "likelihood", "checkpoint", "data.sandbox", "data.sources"],
     ["report", "data.load", "data.build_tiny", "rollout", "data.page"],
     ["rewards", "guards"],

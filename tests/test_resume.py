@@ -9,7 +9,6 @@ import resource
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import pytest
 import torch
 from conftest import REPO, SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
-from test_deployments import prepare, work
+from test_deployments import begin, prepare, work
 
 from rlhf import config, layout
 
@@ -58,25 +57,9 @@ def make(root: Path, name: str, stage: str, inputs: dict[str, str], processes: i
     return prepare(root, name, stage, given, [*TEN_STEPS, *options, *more], gpus=processes, zero_stage=zero, micro_batch=3)
 
 
-def begin(run: Path, processes: int) -> list[subprocess.Popen]:
-    """The workers of a run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": REPO, "DS_ACCELERATOR": "cpu"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "rlhf.worker", str(run)],
-            env=os.environ | {k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()},
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(processes)
-    ]
-
-
 def kill_when(run: Path, processes: int, ready: Callable[[], bool]) -> None:
     """Start a run, and kill all its processes at that moment."""
-    workers = begin(run, processes)
+    workers = begin(["-m", "rlhf.worker", run], processes)
     deadline = time.time() + 120
     while not ready():
         assert time.time() < deadline and all(worker.poll() is None for worker in workers), "it ended before that"
@@ -181,7 +164,7 @@ def test_thirty_kills_at_random_moments(inputs: dict[str, str], whole: Path, tmp
     run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
     moments, kills, started = random.Random(5), 0, time.time()
     while kills < 30:
-        workers = begin(run, 1)
+        workers = begin(["-m", "rlhf.worker", run], 1)
         before = lines(run / "metrics.jsonl")
         deadline = time.time() + moments.uniform(1.0, 6.0)
         while time.time() < deadline and workers[0].poll() is None:

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf.config import BadRow, Data, Format, Source
 from rlhf.data import formats
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
-from rlhf.track import is_listening
+from rlhf.track import first_line, is_listening
 
 BUILDERS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # a .jsonl line by line: one may be broken
 SFT, RM, PPO, EVAL = range(4)  # the parts
@@ -426,10 +426,6 @@ def show_progress(wanted: bool) -> None:
     import datasets
 
     (datasets.enable_progress_bars if wanted else datasets.disable_progress_bars)()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def digest(*parts: str) -> str:
