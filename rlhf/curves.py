@@ -20,7 +20,7 @@ PANELS = {
 }
 
 
-def plot_curves(run_dir: Path) -> None:
+def plot_curves(run_dir: Path, stage: str) -> None:
     """Draw run_dir/curves.png (loss, reward, KL over steps) from its metrics.jsonl: raw values faint, their running mean strong."""
     import matplotlib
 
@@ -29,7 +29,7 @@ def plot_curves(run_dir: Path) -> None:
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = {name for row in rows for name in row}
-    panels = [(t, label, [n for n in names if n in logged]) for t, label, names in PANELS[run_dir.name.split("-")[0]]]
+    panels = [(t, label, [n for n in names if n in logged]) for t, label, names in PANELS[stage]]
     panels = [panel for panel in panels if panel[2]]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (title, label, names) in zip(axes[0], panels):

@@ -53,7 +53,7 @@ def main(run_dir: Path) -> None:
         metrics = stages[stage](cfg, run_dir)
         if comm.rank() == 0:
             if stage != config.Stage.inspect:
-                curves.plot_curves(run_dir)
+                curves.plot_curves(run_dir, stage.name)
             if stage == config.Stage.ppo:
                 curves.plot_frontier(run_dir, metrics)
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
