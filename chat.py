@@ -1,22 +1,39 @@
-"""Talk to a policy in the terminal: python chat.py [--path RUN|DIRECTORY|HUB_ID] [--prompt TEXT]; --help lists the rest."""
+"""Talk to a policy in the terminal: python chat.py [--path RUN|DIRECTORY|HUB_ID] [--prompt TEXT]; --help lists the rest.
+
+Models and turns are in rlhf/conversation.py, scores, traces and records of preference in rlhf/feedback.py.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
+import dataclasses
+import difflib
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf import layout
-from rlhf.config import Template
+from rlhf.conversation import LIMITS, Conversation, Params, Policy, Reply, find_model, load, newest_policy, read_param, read_params
 from rlhf.data import template
-from rlhf.data.records import Turn
+from rlhf.feedback import Judge, Preferences, find_reference, trace
 
-COMMANDS = "/clear forgets the conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer"
+COMMANDS = {  # and what may follow
+    "/retry": ("", "another answer to the same message"),
+    "/good": ("", "this is a good answer"),
+    "/bad": ("", "this is a bad answer"),
+    "/prefer": ("1|2", "with --compare: the better answer, from which both go on"),
+    "/trace": ("", "the last answer, each token coloured by log pi - log ref"),
+    "/params": ("[NAME=VALUE ...]", "show or set how answers are sampled"),
+    "/save": ("FILE", "write the conversation"),
+    "/load": ("FILE", "go on from a saved one"),
+    "/clear": ("", "forget the conversation"),
+    "/help": ("", "this list"),
+    "/quit": ("", "end, as Ctrl-D does; Ctrl-C stops an answer"),
+}
+WIDE = 100  # columns of a terminal in which two answers stand side by side
+STRONG = 3.0  # nats from which on a token has the full colour
 
 
 def main() -> int:
@@ -25,14 +42,10 @@ def main() -> int:
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end us
     try:
-        path = find_model(args.path) if args.path is not None else str(newest_policy() / "model")
-        say(f"{path}: loading")
-        talk = Conversation(*load(path, args.device), args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed)
+        session = Session(args)
         if args.prompt is not None:
-            talk.ask(args.prompt, show)
-            show("\n")
-        else:
-            interact(talk)
+            return 130 if session.answer(lambda show: session.talk.ask(args.prompt, show))[-1].stopped else 0
+        interact(session)
     except (FileNotFoundError, ValueError) as error:
         say(f"error: {error}")
         return 2
@@ -42,12 +55,12 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    def number(kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    def param(name: str) -> Callable[[str], Any]:
         def read(text: str) -> Any:
-            with contextlib.suppress(ValueError):
-                if fits(value := kind(text)):
-                    return value
-            raise argparse.ArgumentTypeError(f"{text}: must be {what}")
+            try:
+                return read_param(name, text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
 
         return read
 
@@ -56,197 +69,232 @@ def parse_arguments() -> argparse.Namespace:
             raise argparse.ArgumentTypeError("is empty: say something")
         return text
 
-    temperature = number(float, lambda x: x == 0 or 0.01 <= x <= 100, "0 (greedy), or between 0.01 and 100")
-    top_p = number(float, lambda x: 0 < x <= 1, "above 0, at most 1")
-    top_k = number(int, lambda x: x >= 0, "a whole number, 0 or more")
-    length = number(int, lambda x: x > 0, "a whole number above 0")
-    seed = number(int, lambda x: 0 <= x < 2**63, "a whole number, 0 or more")
+    def lines(text: str) -> Path:
+        if not text.endswith(".jsonl"):
+            raise argparse.ArgumentTypeError(f"{text}: must end in .jsonl")
+        return Path(text).expanduser()
 
     parser = argparse.ArgumentParser(
-        description="Talk to a policy in the terminal.", epilog=f"While you talk: {COMMANDS}.", allow_abbrev=False
+        description="Talk to a policy in the terminal, or compare two.",
+        epilog=f"While you talk: {', '.join(COMMANDS)}.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--path", help="run, model directory or hub id; default: the newest finished policy in outputs/")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--path", help="run, model directory or hub id; default: the newest finished policy in outputs/")
+    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two policies, that answer side by side with the same random draws")
+    parser.add_argument("--reward", metavar="PATH", help="run, model directory or hub id of a reward model, that scores each answer")
+    parser.add_argument("--reference", metavar="PATH", help="what /trace compares with; default: the SFT policy that the run stands on")
+    parser.add_argument(
+        "--preferences",
+        type=lines,
+        metavar="FILE",
+        default="preferences.jsonl",
+        help="where /good, /bad, /prefer go (default: %(default)s)",
+    )
     parser.add_argument("--prompt", type=message, help="answer this once, with nothing but the answer on standard output, and exit")
-    parser.add_argument("--temperature", type=temperature, default=1.0, help="divides the logits; 0 = the likeliest token (default: 1.0)")
-    parser.add_argument(
-        "--top-p", type=top_p, default=1.0, help="sample from the likeliest tokens of this total probability (default: 1.0, all)"
-    )
-    parser.add_argument("--top-k", type=top_k, default=0, help="sample from so many of the likeliest tokens (default: 0, all)")
-    parser.add_argument(
-        "--max-new-tokens", type=length, default=128, help="tokens per answer, at most, if the context has room (default: 128)"
-    )
-    parser.add_argument("--seed", type=seed, help="makes the answers repeatable (default: another one each time)")
+    whats = {
+        "temperature": "divides the logits; 0 = the likeliest token (default: 1.0)",
+        "top_p": "sample from the likeliest tokens of this total probability (default: 1.0, all)",
+        "top_k": "sample from so many of the likeliest tokens (default: 0, all)",
+        "max_new_tokens": "tokens per answer, at most, if the context has room (default: 128)",
+        "seed": "makes the answers repeatable (default: another one each time)",
+    }
+    for name, what in whats.items():
+        default = None if name == "seed" else getattr(Params, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=param(name), default=default, help=what)
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = the GPU where there is one (default: auto)"
     )
     return parser.parse_args()
 
 
+def clean(text: str) -> str:
+    """What a model or a user says must not steer the terminal: escape codes and the like are replaced."""
+    # no-break space and the joiner inside emoji do not count as printable, and are harmless
+    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u200d" else "\ufffd" for c in text)
+
+
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(clean(line), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Print a piece of an answer. What a model says must not steer the terminal: escape codes and the like are replaced."""
-    # no-break space and the joiner inside emoji do not count as printable, and are harmless
-    print("".join(c if c.isprintable() or c in "\n\t\u00a0\u200d" else "\ufffd" for c in text), end="", flush=True)
+    """Print a piece of an answer."""
+    print(clean(text), end="", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ model
+class Session:
+    """The models of the command line, and what the commands do with them. What cannot be done raises ValueError with one line."""
 
+    def __init__(self, args: argparse.Namespace):
+        option = "--compare" if args.compare else "--path"
+        paths = [find_model(path, option) for path in args.compare or [args.path] if path is not None]
+        paths = paths or [str(newest_policy() / "model")]
+        reward = args.reward and find_model(args.reward, "--reward")
+        self.reference = args.reference and find_model(args.reference, "--reference")
+        self.device = args.device
+        seed = random.getrandbits(31) if args.seed is None else args.seed
+        params = Params(args.temperature, args.top_p, args.top_k, args.max_new_tokens, seed)
+        self.talk = Conversation([self.policy(path, option) for path in paths], params)
+        self.judge = Judge(*self.load(reward, "--reward"), reward) if reward else None
+        self.references: dict[str, tuple[Any, Any]] = {}  # loaded when they are first asked
+        self.preferences = Preferences(Path(args.preferences))
+        from rich.console import Console
 
-def newest_policy() -> Path:
-    """The finished sft or ppo run that was finished last. Raises: FileNotFoundError saying where it looked, and how to make one."""
-    outputs = Path(os.environ.get("RLHF_ROOT") or ".").expanduser().resolve() / "outputs"
-    found = []
-    for file in outputs.glob("*/summary.json"):
-        with contextlib.suppress(OSError, ValueError):  # one broken run does not hide the others
-            summary = layout.read_summary(file.parent) or {}
-            if summary.get("stage") in ("sft", "ppo") and summary.get("status") == "finished":
-                found.append((file.stat().st_mtime_ns, file.parent))
-    if not found:
-        raise FileNotFoundError(f"no finished policy (an sft or ppo run) in {outputs}: make one with  python train.py  or give --path")
-    return max(found)[1]
+        self.console = Console(highlight=False)
+        if self.judge:
+            say(f"rewards: {self.judge.unit}")
 
+    def load(self, path: str, option: str) -> tuple[Any, Any]:
+        say(f"{path}: loading")
+        return load(path, self.device, option)
 
-def find_model(path: str) -> str:
-    """The model directory that a path means, or the hub id as it is. Loads nothing.
-    Raises: FileNotFoundError or ValueError when there is no policy."""
-    if path.startswith(layout.BUILTIN):
-        raise ValueError(f"--path {path}: a built-in model has random weights, nothing to talk to; train it first: python train.py")
-    # a hub id is NAME or OWNER/NAME
-    if not layout.is_directory(path) and path.count("/") < 2:
-        return path
-    directory = layout.model_directory(path)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"--path {path}: there is no such directory")
-    try:
-        architectures = json.loads((directory / "config.json").read_text()).get("architectures")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--path {path}: no model there (neither model/config.json nor config.json), or not finished yet") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--path {path}: cannot read {directory / 'config.json'}: {error}") from None
-    refuse_reward_model(path, architectures)
-    return str(directory)
+    def policy(self, path: str, option: str) -> Policy:
+        model, tokenizer = self.load(path, option)
+        if not tokenizer.chat_template:
+            example = f"{template.USER.strip()} ... {template.ASSISTANT.strip()}"
+            say(f"{path}: its tokenizer has no chat template; using the one of this framework ({example})")
+        return Policy(model, tokenizer, path)
 
+    # ------------------------------------------------------------------------------------------------------------------ answers
 
-def refuse_reward_model(path: str, architectures: list[str] | None) -> None:
-    if any("ForSequenceClassification" in name for name in architectures or []):
-        raise ValueError(
-            f"--path {path}: this is a reward model ({', '.join(architectures or [])}): it scores, it does not talk; give a policy"
+    def answer(self, ask: Callable[[Callable[[int, str], None]], list[Reply]]) -> list[Reply]:
+        """Show what the policies answer: as it comes, or where there is room for two columns, when both are done."""
+        two, shown = len(self.talk.policies) == 2, -1
+
+        def piece(i: int, text: str) -> None:
+            nonlocal shown
+            if two and text and i != shown:
+                show("\n" * (shown >= 0) + self.heading(i) + "\n")
+                shown = i
+            show(text)
+
+        if two and self.console.is_terminal and self.console.width >= WIDE:
+            with self.console.status("both answer"):
+                replies = ask(lambda i, text: None)
+            self.show_columns(replies)
+        else:
+            replies = ask(piece)
+            show("\n")
+        if self.judge:
+            scores = [f"{self.judge.score(policy, reply):+.2f}" for policy, reply in zip(self.talk.policies, replies) if reply.text]
+            say("(reward " + ("   ".join(f"{i}: {score}" for i, score in enumerate(scores, 1)) if two else "".join(scores)) + ")")
+        if any(reply.stopped for reply in replies):
+            say("(stopped)")
+        if self.talk.replies is not replies:
+            say("(an empty answer: " + ("the earlier one stays)" if self.talk.replies else "your message is forgotten)"))
+        return replies
+
+    def heading(self, i: int) -> str:
+        return f"{i + 1}  {self.talk.policies[i].name}"
+
+    def show_columns(self, replies: list[Reply]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
+        for i in range(2):
+            table.add_column(Text(clean(self.heading(i))), ratio=1)
+        table.add_row(*(Text(clean(reply.text)) for reply in replies))
+        self.console.print(table)
+
+    # ----------------------------------------------------------------------------------------------------------------- commands
+
+    def command(self, line: str) -> None:
+        """Do what a line that begins with / says. Raises: ValueError for what is no command, or cannot be done now."""
+        name, _, rest = line.partition(" ")
+        rest, talk = rest.strip(), self.talk
+        if name not in COMMANDS:
+            nearest = difflib.get_close_matches(name[:40], COMMANDS, 1, 0.0)
+            raise ValueError(f"unknown command {name[:40]}: did you mean {nearest[0] if nearest else '/help'}? /help lists all")
+        takes = COMMANDS[name][0]
+        if (rest and not takes) or (takes and not rest and not takes.startswith("[")):
+            raise ValueError(f"{name} takes {takes or 'nothing behind it'}")
+        match name:
+            case "/retry":
+                self.answer(talk.retry)
+            case "/good" | "/bad":
+                talk.check_replies()
+                if len(talk.replies) > 1:
+                    raise ValueError(f"two answers stand here: /prefer 1 or /prefer 2, not {name}")
+                say(self.preferences.mark(talk.replies[0], name == "/good"))
+            case "/prefer":
+                if len(talk.policies) == 1:
+                    raise ValueError("/prefer is for --compare; here mark answers with /good and /bad")
+                if rest not in ("1", "2"):
+                    raise ValueError(f"/prefer {rest[:40]}: must be 1 or 2")
+                talk.check_replies()
+                better = int(rest) - 1
+                say(self.preferences.prefer(talk.replies[better], talk.replies[1 - better]))
+                talk.prefer(better)
+            case "/trace":
+                talk.check_replies()
+                self.trace()
+            case "/params":
+                self.params(rest)
+            case "/save":
+                talk.save(Path(rest).expanduser())
+                say(f"saved to {rest}")
+            case "/load":
+                talk.load(Path(rest).expanduser())
+                say(f"loaded: {len(talk.histories[0]) // 2} messages with their answers, and the parameters")
+            case "/clear":
+                talk.clear()
+                say("(forgotten)")
+            case "/help":
+                for command, (takes, what) in COMMANDS.items():
+                    say(f"{f'{command} {takes}':27}{what}")
+
+    def params(self, text: str) -> None:
+        given = dict(pair.partition("=")[::2] for pair in text.split())
+        values = read_params({name.lstrip("-").replace("-", "_"): value for name, value in given.items()})
+        self.talk.params = dataclasses.replace(self.talk.params, **values)
+        if "seed" in values:
+            self.talk.answered = 0
+        say(" ".join(f"{name}={getattr(self.talk.params, name)}" for name in LIMITS))
+
+    def trace(self) -> None:
+        """Show the last answers again, token by token, each with what it adds to the KL against the reference."""
+        for i, (policy, reply) in enumerate(zip(self.talk.policies, self.talk.replies)):
+            if len(self.talk.policies) == 2:
+                show(self.heading(i) + "\n")
+            with contextlib.ExitStack() as stack:
+                if len(self.talk.policies) == 2:  # the other one may have a reference
+                    stack.enter_context(contextlib.suppress())
+                path = self.reference or find_reference(policy.path)
+                if path not in self.references:
+                    self.references[path] = self.load(path, "--reference")
+                self.show_trace(trace(policy, *self.references[path], reply), path)
+
+    def show_trace(self, tokens: list[tuple[str, float]], reference: str) -> None:
+        from rich.text import Text
+
+        if self.console.color_system is None or self.console.no_color:
+            show("".join(f"{d:+8.3f}  {piece!r}\n" for piece, d in tokens))
+        else:
+            self.console.print(Text.assemble(*((clean(piece), colour(d)) for piece, d in tokens)), soft_wrap=True)
+        largest = ", ".join(f"{piece!r} {d:+.2f}" for piece, d in sorted(tokens, key=lambda token: -abs(token[1]))[:3])
+        total = sum(d for _, d in tokens)
+        show(
+            f"sum {total:+.2f} nats over {len(tokens)} tokens against {reference}; red: likelier than there, green: less; largest: {largest}\n"
         )
 
 
-def load(path: str, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer, in float32 on the CPU and as saved on the GPU. Raises: ValueError with one line that says what failed."""
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; leave --device out, or give --device cpu")
-    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    try:
-        architectures = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
-        refuse_reward_model(path, architectures)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        dtype = torch.float32 if device == "cpu" else "auto"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
-    except Exception as error:  # transformers, the hub and safetensors raise many kinds; for the user they all mean the same
-        where = "" if layout.is_directory(path) else "not a directory here, and as a hub id: "
-        raise ValueError(f"cannot load {path}: {where}{' '.join(str(error).split())[:300] or repr(error)}") from error
-    if not tokenizer.chat_template:
-        example = f"{template.USER.strip()} ... {template.ASSISTANT.strip()}"
-        say(f"{path}: its tokenizer has no chat template; using the one of this framework ({example})")
-        template.install(tokenizer, Template.hh)
-    return model, tokenizer
+def colour(d: float) -> str:
+    """The style of a token by log pi - log ref in nats: red above 0, green below, stronger where it is farther from 0."""
+    strength = min(abs(d) / STRONG, 1.0)
+    if not strength >= 0.03:  # nothing to see; nor for nan
+        return ""
+    pale = round(225 - 165 * strength)
+    return f"black on rgb({255},{pale},{pale})" if d > 0 else f"black on rgb({pale},{230},{pale})"
 
 
-# ----------------------------------------------------------------------------------------------------------------- conversation
-
-
-def visible(text: str, stops: list[str]) -> str:
-    """The part of a growing answer that is certain: without a stop string, a tail that could become one or is half a character,
-    and the space around. For each longer text it begins with what it was before, so it can be streamed."""
-    text = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)].rstrip("\ufffd")
-    tails = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return text[: len(text) - max(tails, default=0)].strip()
-
-
-class Conversation:
-    """The turns so far, and a model that answers the next one. Sampling is decided by the arguments alone."""
-
-    def __init__(self, model: Any, tokenizer: Any, temperature: float, top_p: float, top_k: int, max_new_tokens: int, seed: int | None):
-        import torch
-        from transformers import GenerationConfig
-
-        self.model, self.tokenizer = model, tokenizer
-        self.turns: list[Turn] = []
-        self.stops = template.stop_strings(tokenizer)
-        ends = model.generation_config.eos_token_id  # chat models may have several
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        model.generation_config = GenerationConfig()  # else a checkpoint's own top_k, penalties and so on would be mixed in
-        self.options = {"do_sample": temperature > 0, "eos_token_id": sorted(ends) or None, "pad_token_id": tokenizer.pad_token_id or 0}
-        if temperature > 0:
-            self.options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        self.max_new_tokens = max_new_tokens
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-        torch.seed() if seed is None else torch.manual_seed(seed)
-
-    def fit(self, message: str) -> tuple[list[Turn], list[int]]:
-        """The turns that the next answer sees, and their token ids: the oldest are dropped, a user's turn stays in front, until
-        there is room for the answer. Raises: ValueError when the message alone leaves none."""
-        # an answer longer than half of the context gets what the prompt leaves, so that no length makes talking impossible
-        room = self.context - min(self.max_new_tokens, self.context // 2)
-        # bytes that are no text reach us as lone surrogates, which the tokenizer refuses
-        turns = [*self.turns, Turn("user", message.strip().encode(errors="replace").decode())]
-        while True:
-            ids = self.tokenizer(template.render_prompt(self.tokenizer, turns), add_special_tokens=False).input_ids
-            if len(ids) <= room:
-                return turns, ids
-            first = next((i for i, turn in enumerate(turns) if i > 0 and turn.role == "user"), None)
-            if first is None:
-                raise ValueError(
-                    f"this message is too long: {len(ids)} tokens, there is room for {room} "
-                    f"(context {self.context}, --max-new-tokens {self.max_new_tokens}); shorten it"
-                )
-            turns = turns[first:]
-
-    def ask(self, message: str, show: Callable[[str], None]) -> str:
-        """Answer a message, giving each certain piece of the answer to `show`; returns the whole of it.
-        An answer that is interrupted is remembered as far as it was shown; an empty one is forgotten with its question."""
-        import torch
-
-        turns, ids = self.fit(message)
-        answer = ""
-
-        def watch(sequence: Any, scores: Any, **_: Any) -> Any:  # called after each token; answers whether to stop
-            nonlocal answer
-            text = self.tokenizer.decode(sequence[0, len(ids) :], skip_special_tokens=True)
-            shown, answer = len(answer), visible(text, self.stops)
-            show(answer[shown:])
-            return torch.full((1,), any(stop in text for stop in self.stops), device=sequence.device)
-
-        prompt = torch.tensor([ids], device=self.model.device)
-        limit = min(self.max_new_tokens, self.context - len(ids))
-        try:
-            self.model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit, stopping_criteria=[watch], **self.options
-            )
-        finally:
-            if answer:
-                self.turns = [*turns, Turn("assistant", answer)]
-        return answer
-
-
-def interact(talk: Conversation) -> None:
+def interact(session: Session) -> None:
     """Read messages and commands until the user ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # its import gives input() a history and line editing
     terminal = sys.stdin.isatty()
-    say(f"{COMMANDS}.")
+    say("/help lists the commands, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.")
     while True:
         try:
             message = input("> " if terminal else "").strip()
@@ -255,22 +303,15 @@ def interact(talk: Conversation) -> None:
             return
         if message == "/quit":
             return
-        if message == "/clear":
-            talk.turns = []
-            say("(forgotten)")
-        elif message.startswith("/"):
-            say(f"unknown command {message.split()[0]}: {COMMANDS}")
-        elif message:
-            try:
-                answer = talk.ask(message, show)
-                show("\n")
-                if not answer:
-                    say("(an empty answer: your message is forgotten)")
-            except KeyboardInterrupt:
-                show("\n")
-                say("(stopped)")
-            except ValueError as error:
-                say(f"({error})")
+        try:
+            if message.startswith("/"):
+                session.command(message)
+            elif message:
+                session.answer(lambda show, message=message: session.talk.ask(message, show))  # type: ignore[misc]
+        except KeyboardInterrupt:
+            say("\n(stopped)")
+        except (ValueError, RuntimeError) as error:
+            say(f"({' '.join(str(error).split())[:500]})")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Config
+from rlhf.config import Config, Stage, parents
 from rlhf.layout import BUILTIN, is_directory
 
 WHAT = {
     "sft": "A policy: a causal language model, fine-tuned on demonstrations.",
     "rm": "A reward model: it scores whole answers. Scores are raw; `score_mean` and `score_std` in config.json are their unit.",
     "ppo": "A policy: a causal language model, trained by PPO against a reward, near its SFT policy.",
+    "rloo": "A policy: a causal language model, trained by RLOO against a reward, near its SFT policy.",
+    "grpo": "A policy: a causal language model, trained by GRPO against a reward, near its SFT policy.",
+    "dpo": "A policy: a causal language model, trained by DPO on preference pairs, near its SFT policy.",
 }
 
 
 def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
     """README.md in the model's directory. Args: directory: of the run.  summary: as in summary.json."""
     stage = summary["stage"]
-    path = cfg.reward.path if stage == "rm" else cfg.ppo.actor if stage == "ppo" and cfg.ppo.actor else cfg.actor.path
+    given = parents(cfg, Stage[stage]).get(Stage.sft)
+    path = cfg.reward.path if stage == "rm" else given or cfg.actor.path
     base = [] if path.startswith(BUILTIN) or is_directory(path) else [f"base_model: {path}"]  # only a hub id says something elsewhere
     lines = ["---", "library_name: transformers", f"tags: [rlhf, {stage}]", *base, "---", "", f"# {directory.name}", "", WHAT[stage], ""]
     lines += [f"Base model: `{path}`. Template of the dialogues: `{cfg.data.template.name}`, saved with the tokenizer.", ""]

@@ -6,8 +6,11 @@ import math
 import re
 
 from rlhf.config import (
+    ALIGNMENT,
+    ONLINE,
     Config,
     Device,
+    DpoLoss,
     Format,
     KlController,
     KlEstimator,
@@ -17,6 +20,7 @@ from rlhf.config import (
     lookup,
     nearest,
     processes,
+    sources_of_score,
     world_size,
 )
 
@@ -46,6 +50,33 @@ class Problems:
         value = lookup(self.cfg, key)
         self.need(low <= value <= high, f"{key}={value}: must be between {low:g} and {high:g}")
 
+    def sampled(self, node: str) -> None:
+        """How answers of evaluations are sampled."""
+        self.positive(f"{node}.temperature")
+        self.not_negative(f"{node}.top_k")
+        top_p = lookup(self.cfg, f"{node}.top_p")
+        self.need(0 < top_p <= 1, f"{node}.top_p={top_p}: must be above 0 and at most 1")
+
+    def sources(self, stage: Stage) -> None:
+        """The parts of a score."""
+        rewards = sources_of_score(self.cfg, stage)
+        for name, source in rewards.items():
+            key = f"{stage.name}.rewards.{name}"
+            self.need(math.isfinite(source.weight), f"{key}.weight={source.weight}: must be a number")
+            self.need(source.path is None or source.function is None, f"{key}: path and function are both given: a source is one of them")
+            self.need(
+                source.function is None or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.function) is not None,
+                f"{key}.function={source.function}: give module:function, for instance rlhf.data.sandbox:gold",
+            )
+        truth = rewards.get("gold")
+        self.need(
+            truth is None or truth.function == "rlhf.data.sandbox:gold",
+            f"{stage.name}.rewards.gold: gold is the name of the sandbox's truth; give your source another name",
+        )
+        plain = [name for name, source in rewards.items() if source.path is None and source.function is None]
+        both = f"{stage.name}.rewards: {' and '.join(plain)} are both the reward model of this configuration"
+        self.need(len(plain) < 2, f"{both}: give one a path or function")
+
 
 def check(cfg: Config) -> list[str]:
     """All that is wrong with the values, as lines that name key, value and fix. Nothing is repaired."""
@@ -72,7 +103,8 @@ def check(cfg: Config) -> list[str]:
     )
     if deploy.precision == Precision.fp16:
         need(deploy.device == Device.gpu, "deploy.precision=fp16: not on CPU; use bf16 or fp32")
-        need(Stage.ppo not in cfg.stage.runs, "deploy.precision=fp16: PPO's ratios overflow and underflow in it; use bf16")
+        online = ", ".join(stage.name for stage in cfg.stage.runs if stage in ONLINE)
+        need(not online, f"deploy.precision=fp16: the ratios of {online} overflow and underflow in it; use bf16")
     if deploy.node_rank is not None:
         need(0 <= deploy.node_rank < deploy.nodes, f"deploy.node_rank={deploy.node_rank}: must be below deploy.nodes={deploy.nodes}")
         need(deploy.hostfile is None, "deploy.hostfile and deploy.node_rank: give one; a hostfile starts all nodes from here")
@@ -109,85 +141,130 @@ def check(cfg: Config) -> list[str]:
         noise = sandbox.label_noise
         need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
     positive("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep")
-    for node in ("sft", "rm", "ppo", "ppo.critic_optim"):
+    for node in ("sft", "rm", "ppo", "ppo.critic_optim", "rloo", "grpo", "dpo"):
         positive(*(f"{node}.{key}" for key in ("lr", "grad_clip", "adam_eps")))
         within(f"{node}.warmup_ratio", 0, 1)
         within(f"{node}.final_lr", 0, 1)
         not_negative(f"{node}.weight_decay", f"{node}.warmup_steps")
         betas = lookup(cfg, f"{node}.betas")
         need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{node}.betas={betas}: give two numbers in [0, 1)")
-    for stage in (Stage.sft, Stage.rm, Stage.ppo):
+    for stage in (Stage.sft, Stage.rm, *ALIGNMENT):
         positive(*(f"{stage.name}.{key}" for key in ("epochs", "batch_size", "max_steps")))
         size = lookup(cfg, f"{stage.name}.batch_size")
-        if stage in cfg.stage.runs and world > 0 and size > 0 and stage != Stage.ppo:
+        if stage in cfg.stage.runs and world > 0 and size > 0 and stage not in ONLINE:
             need(size % world == 0, f"{stage.name}.batch_size={size} is not divisible by {processes(cfg)}: try {nearest(size, world)}")
-    return found.lines + check_ppo(cfg)
+    need(
+        cfg.pipeline in [stage.name for stage in ALIGNMENT],
+        f"pipeline={cfg.pipeline}: choose from {', '.join(stage.name for stage in ALIGNMENT)}",
+    )
+    positive("rollout.max_new_tokens", "rollout.temperature")
+    need(cfg.rollout.log_answers >= -1, f"rollout.log_answers={cfg.rollout.log_answers}: give a number of answers, or -1 for all")
+    return found.lines + [line for stage in ONLINE for line in check_online(cfg, stage)] + check_ppo(cfg) + check_dpo(cfg) + check_eval(cfg)
 
 
-def check_ppo(cfg: Config) -> list[str]:
-    """What is wrong with the values of PPO and its rollouts; the rollouts' only where it runs."""
+def check_online(cfg: Config, stage: Stage) -> list[str]:
+    """What is wrong with the values of a stage that learns from its own answers; those of its rollouts only where it runs."""
     found = Problems(cfg)
-    need, positive, not_negative, within = found.need, found.positive, found.not_negative, found.within
-    ppo, rollout, kl = cfg.ppo, cfg.rollout, cfg.ppo.kl
-    positive("ppo.prompt_epochs", "ppo.minibatches", "ppo.clip", "ppo.clip_high", "ppo.value_clip", "ppo.target_kl", "ppo.score_clip")
-    positive("ppo.kl.target", "ppo.kl.horizon", "ppo.ptx.max_tokens", "ppo.evaluation.every", "ppo.evaluation.temperature")
-    not_negative("ppo.kl.coef", "ppo.kl.final_coef", "ppo.critic_warmup", "ppo.entropy_coef", "ppo.ptx.coef", "ppo.evaluation.top_k")
-    for key in ("ppo.missing_eos_penalty", "ppo.length_penalty"):
+    name, node, rollout = stage.name, getattr(cfg, stage.name), cfg.rollout
+    need, kl = found.need, node.kl
+
+    def of(*keys: str) -> list[str]:
+        return [f"{name}.{key}" for key in keys]
+
+    found.positive(*of("prompt_epochs", "minibatches", "clip", "clip_high", "target_kl", "score_clip", "responses_per_prompt"))
+    found.positive(*of("kl.target", "kl.horizon", "ptx.max_tokens", "evaluation.every"))
+    found.not_negative(*of("kl.coef", "kl.final_coef", "entropy_coef", "ptx.coef"))
+    found.sampled(f"{name}.evaluation")
+    for key in of("missing_eos_penalty", "length_penalty"):
         need(0 <= lookup(cfg, key) < math.inf, f"{key}={lookup(cfg, key)}: it is subtracted, must not be negative")
-    within("ppo.gamma", 0, 1)
-    within("ppo.lam", 0, 1)
-    need(ppo.ema is None or 0 < ppo.ema < 1, f"ppo.ema={ppo.ema}: must be above 0 and below 1, or null for none")
-    need(0 < ppo.evaluation.top_p <= 1, f"ppo.evaluation.top_p={ppo.evaluation.top_p}: must be above 0 and at most 1")
-    need(0 <= ppo.dschat.dropout < 1, f"ppo.dschat.dropout={ppo.dschat.dropout}: must be at least 0 and below 1")
+    need(node.ema is None or 0 < node.ema < 1, f"{name}.ema={node.ema}: must be above 0 and below 1, or null for none")
     need(
         not (kl.place == KlPlace.loss and kl.estimator == KlEstimator.k1),
-        "ppo.kl.estimator=k1 with ppo.kl.place=loss: the gradient of log pi - log ref is zero in expectation, it would hold nothing; "
-        "use k2 (the gradient of the KL) or k3 (GRPO)",
+        f"{name}.kl.estimator=k1 with {name}.kl.place=loss: the gradient of log pi - log ref is zero in expectation, "
+        "it would hold nothing; use k2 (the gradient of the KL) or k3 (GRPO)",
     )
     need(
         not (kl.controller == KlController.adaptive and kl.coef == 0),
-        "ppo.kl.coef=0 with ppo.kl.controller=adaptive: it multiplies the coefficient, which would stay 0; start above 0",
+        f"{name}.kl.coef=0 with {name}.kl.controller=adaptive: it multiplies the coefficient, which would stay 0; start above 0",
     )
-    answers = ppo.batch_size * rollout.responses_per_prompt
+    each = node.responses_per_prompt
+    answers = node.batch_size * each
     need(
         not (kl.controller == KlController.adaptive and answers >= 5 * kl.horizon > 0),
-        f"ppo.kl.horizon={kl.horizon:g}: the coefficient could fall to 0 in one rollout of {answers} answers; give at least {answers}",
+        f"{name}.kl.horizon={kl.horizon:g}: the coefficient could fall to 0 in one rollout of {answers} answers; give at least {answers}",
     )
-    need(bool(ppo.rewards), "ppo.rewards is empty: there is nothing to learn; give a source, see conf/ppo/default.yaml")
+    need(bool(node.rewards), f"{name}.rewards is empty: there is nothing to learn; give a source, see conf/online/default.yaml")
     need(
-        not ppo.rewards or any(source.weight for source in ppo.rewards.values()),
-        "ppo.rewards: all weights are 0: there is nothing to learn; give one source a weight",
+        not node.rewards or any(source.weight for source in node.rewards.values()),
+        f"{name}.rewards: all weights are 0: there is nothing to learn; give one source a weight",
     )
-    for name, source in ppo.rewards.items():
-        key = f"ppo.rewards.{name}"
-        need(math.isfinite(source.weight), f"{key}.weight={source.weight}: must be a number")
-        need(source.path is None or source.function is None, f"{key}: path and function are both given: a source is one of them")
-        need(
-            source.function is None or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.function) is not None,
-            f"{key}.function={source.function}: give module:function, for instance rlhf.data.sandbox:gold",
-        )
-    truth = ppo.rewards.get("gold")
-    need(
-        truth is None or truth.function == "rlhf.data.sandbox:gold",
-        "ppo.rewards.gold: reward/gold/mean is the name of the sandbox's truth; give your source another name",
-    )
-    plain = [name for name, source in ppo.rewards.items() if source.path is None and source.function is None]
-    need(len(plain) < 2, f"ppo.rewards: {' and '.join(plain)} are both the reward model of this configuration: give one a path or function")
-    positive("rollout.max_new_tokens", "rollout.responses_per_prompt", "rollout.temperature")
-    need(rollout.log_answers >= -1, f"rollout.log_answers={rollout.log_answers}: give a number of answers, or -1 for all")
-    if Stage.ppo not in cfg.stage.runs:
+    found.sources(stage)
+    if stage not in cfg.stage.runs:
         return found.lines
-    why = "the log-probabilities that PPO learns from would not be those of the sampler; it can be set for evaluations and chat:"
-    need(rollout.top_p == 1, f"rollout.top_p={rollout.top_p}: must be 1 in training, {why} ppo.evaluation.top_p, chat.py --top-p")
-    need(rollout.top_k == 0, f"rollout.top_k={rollout.top_k}: must be 0 in training, {why} ppo.evaluation.top_k, chat.py --top-k")
+    need(
+        stage == Stage.ppo or each != 1,
+        f"{name}.responses_per_prompt=1: an answer is compared with the others to its prompt, so there must be at least 2",
+    )
+    why = f"the log-probabilities that {name} learns from would not be those of the sampler; it can be set for evaluations and chat:"
+    need(rollout.top_p == 1, f"rollout.top_p={rollout.top_p}: must be 1 in training, {why} {name}.evaluation.top_p, chat.py --top-p")
+    need(rollout.top_k == 0, f"rollout.top_k={rollout.top_k}: must be 0 in training, {why} {name}.evaluation.top_k, chat.py --top-k")
     world = world_size(cfg)
-    if world > 0 and ppo.minibatches > 0 and ppo.batch_size > 0 and rollout.responses_per_prompt > 0:
-        parts = ppo.minibatches * world
-        each = f" x rollout.responses_per_prompt={rollout.responses_per_prompt}" if rollout.responses_per_prompt > 1 else ""
-        fitting = nearest(ppo.batch_size, parts // math.gcd(parts, rollout.responses_per_prompt))
+    if world > 0 and node.minibatches > 0 and node.batch_size > 0 and each > 0:
+        parts = node.minibatches * world
+        times = f" x {name}.responses_per_prompt={each}" if each > 1 else ""
+        fitting = nearest(node.batch_size, parts // math.gcd(parts, each))
         need(
             answers % parts == 0,
-            f"ppo.batch_size={ppo.batch_size}{each} is not divisible by ppo.minibatches={ppo.minibatches} x {processes(cfg)} = {parts}: "
-            f"try ppo.batch_size={fitting}",
+            f"{name}.batch_size={node.batch_size}{times} is not divisible by {name}.minibatches={node.minibatches} x {processes(cfg)} = "
+            f"{parts}: try {name}.batch_size={fitting}",
         )
+    return found.lines
+
+
+def check_ppo(cfg: Config) -> list[str]:
+    """What is wrong with the values that PPO alone has."""
+    found, ppo = Problems(cfg), cfg.ppo
+    found.positive("ppo.value_clip")
+    found.not_negative("ppo.critic_warmup")
+    found.within("ppo.gamma", 0, 1)
+    found.within("ppo.lam", 0, 1)
+    found.need(0 <= ppo.dschat.dropout < 1, f"ppo.dschat.dropout={ppo.dschat.dropout}: must be at least 0 and below 1")
+    return found.lines
+
+
+def check_dpo(cfg: Config) -> list[str]:
+    """What is wrong with the values of DPO."""
+    found, dpo = Problems(cfg), cfg.dpo
+    found.positive("dpo.beta", "dpo.eval_every")
+    smooth = dpo.label_smoothing
+    found.need(0 <= smooth < 0.5, f"dpo.label_smoothing={smooth}: must be at least 0 and below 0.5")
+    found.need(not smooth or dpo.loss == DpoLoss.sigmoid, f"dpo.label_smoothing={smooth}: only with dpo.loss=sigmoid, not {dpo.loss.name}")
+    return found.lines
+
+
+def check_eval(cfg: Config) -> list[str]:
+    """What is wrong with the values of stage=eval."""
+    found, node = Problems(cfg), cfg.eval
+    need, policies = found.need, node.policies
+    found.sampled("eval")
+    found.not_negative("eval.best_of")
+    found.positive("eval.best_of_prompts")
+    found.sources(Stage.eval)
+    need(bool(policies or node.rewards), "eval.policies and eval.rewards are empty: there is nothing to measure")
+    twice = sorted({policy for policy in policies if policies.count(policy) > 1})
+    need(not twice, f"eval.policies: {', '.join(twice)} is there twice")
+    need(
+        not policies or node.against is None or node.against in policies,
+        f"eval.against={node.against} is not among eval.policies ({', '.join(policies)}): name one of them, or null to compare with none",
+    )
+    need(
+        node.judge is None or node.judge in (*node.rewards, "gold"),
+        f"eval.judge={node.judge}: give one of eval.rewards ({', '.join(node.rewards)}), or gold",
+    )
+    need(
+        node.judge != "gold" or cfg.data.sandbox is not None,
+        "eval.judge=gold: these data do not know the truth; name a source of eval.rewards",
+    )
+    need(node.beams >= 2, f"eval.beams={node.beams}: must be at least 2")
+    need(node.best_of != 1, "eval.best_of=1: the best of one is that one; give more, or 0 for no curve")
     return found.lines

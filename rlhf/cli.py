@@ -31,7 +31,11 @@ from rlhf.config import Config, Device, Stage
 from rlhf.launch import SWEEP_LOG, check_machines, end_with_parent, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "model"}  # a model is chosen as actor or as reward
+GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {
+    "hydra",
+    "model",
+    "online",
+}  # drawn in by others: a model as actor or reward
 
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
 single_error: list[Exception] = []  # of a command that is no sweep
@@ -215,9 +219,8 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     for model, before in ((cfg.actor, baseline.actor), (cfg.reward, baseline.reward)):
         if model.path != before.path and model.arch == before.arch:
             model.arch = None  # the numbers are those of another model
-    if Stage.ppo in cfg.stage.runs and Stage.rm in cfg.stage.runs and not config.uses_own_reward_model(cfg):
-        say("rm: no part of ppo.rewards is the reward model of this configuration, so none is trained")
-        cfg.stage.runs = [stage for stage in cfg.stage.runs if stage != Stage.rm]
+    last = cfg.stage.runs[-1]
+    cfg.stage.runs = [stage for stage in cfg.stage.runs if stage == last or needed(cfg, stage, last)]
     if cfg.plan:
         plans = [plan.make_plan(cfg, stage) for stage in cfg.stage.runs if stage != Stage.inspect]
         if Stage.inspect in cfg.stage.runs:
@@ -244,12 +247,19 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     return cfg, done
 
 
+def needed(cfg: Config, stage: Stage, last: Stage) -> bool:
+    """Whether a pipeline that ends with `last` needs the result of `stage`."""
+    return any(parent == stage or needed(cfg, stage, parent) for parent, given in config.parents(cfg, last).items() if not given)
+
+
 def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str], upstream: bool) -> Path:
     """Run one stage unless it is finished, from its last checkpoint where it has one; returns its directory.
 
     Args: upstream: another stage of this command stands on it: where another process trains it, that is waited for.
     """
-    for parent in config.parents(cfg, stage):
+    for parent, given in config.parents(cfg, stage).items():
+        if given:
+            continue
         wait_for(layout.home(cfg, parent, baseline))
     inputs, parents = layout.find_inputs(cfg, stage, baseline, overrides)
     directory = layout.home(cfg, stage, baseline)

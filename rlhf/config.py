@@ -22,7 +22,16 @@ class Stage(Enum):
     sft = "sft"
     rm = "rm"
     ppo = "ppo"
+    rloo = "rloo"
+    grpo = "grpo"
+    dpo = "dpo"
+    eval = "eval"  # trains nothing: measures policies and reward models
     inspect = "inspect"  # trains nothing: looks at the data
+
+
+ONLINE = (Stage.ppo, Stage.rloo, Stage.grpo)  # learn from answers that they sample themselves
+ALIGNMENT = (*ONLINE, Stage.dpo)  # what can end a pipeline: a policy that stands on SFT
+POLICIES = (Stage.sft, *ALIGNMENT)
 
 
 class Device(Enum):
@@ -101,6 +110,17 @@ class LossOver(Enum):
 class RmLoss(Enum):
     sequence = "sequence"  # one score per answer, at its last token (InstructGPT)
     per_token = "per_token"  # mean over tokens from the first difference on, and scores read before the EOS (DeepSpeed-Chat)
+
+
+class DpoLoss(Enum):
+    sigmoid = "sigmoid"  # DPO, with label_smoothing the conservative one
+    ipo = "ipo"  # squared distance of the margin from 1 / (2 beta)
+
+
+class Decoding(Enum):
+    sample = "sample"
+    greedy = "greedy"
+    beam = "beam"
 
 
 class BestBy(Enum):
@@ -257,31 +277,38 @@ class Ptx:
 
 
 @dataclass
-class Evaluation:
-    # what a run keeps, not what it learns: a finished run is returned as it is; fresh=true makes it anew
-    every: Optional[int] = no_effect()  # rollouts between evaluations on held-out prompts; null = before and after training only
-    best_by: BestBy = no_effect()  # model_best/ is the policy of the evaluation where this was highest
+class Sampled:
+    """How answers are sampled where nothing is learnt from them."""
+
     temperature: float = MISSING  # of the answers in evaluations, > 0
     top_p: float = MISSING  # sample from the likeliest tokens that together have this probability, in (0, 1]; 1 = all
     top_k: int = MISSING  # sample from so many of the likeliest tokens; 0 = all
 
 
 @dataclass
-class DsChat:
-    """What DeepSpeed-Chat does differently, as switches for comparison only; `ppo=dschat` turns them all on. docs/ppo.md, section 5."""
-
-    greedy: bool = MISSING  # answers are the likeliest tokens, not samples
-    pad_is_eos: bool = MISSING  # masks guessed from ids: EOS counts as padding, so it is never learnt
-    dropout: float = MISSING  # probability, in actor and critic while they train, in [0, 1)
-    train_mode_logp: bool = MISSING  # old log-probabilities and values with that dropout on
-    micro_batch_means: bool = MISSING  # losses are the mean of the micro-batches' means: deploy.micro_batch then changes results
+class Evaluation(Sampled):
+    # what a run keeps, not what it learns: a finished run is returned as it is; fresh=true makes it anew
+    every: Optional[int] = no_effect()  # rollouts between evaluations on held-out prompts; null = before and after training only
+    best_by: BestBy = no_effect()  # model_best/ is the policy of the evaluation where this was highest
 
 
 @dataclass
-class Ppo(Optim):
-    critic_optim: Optim = MISSING  # the critic's optimizer; lr, schedule and so on above are the actor's
-    critic_warmup: int = MISSING  # first rollouts, in which only the critic learns
+class DsChat:
+    """What DeepSpeed-Chat does differently, as switches for comparison only; `ppo=dschat` turns them all on. docs/ppo.md, section 5."""
+
+    greedy: bool = False  # answers are the likeliest tokens, not samples
+    pad_is_eos: bool = False  # masks guessed from ids: EOS counts as padding, so it is never learnt
+    dropout: float = 0.0  # probability, in actor and critic while they train, in [0, 1)
+    train_mode_logp: bool = False  # old log-probabilities and values with that dropout on
+    micro_batch_means: bool = False  # losses are the mean of the micro-batches' means: deploy.micro_batch then changes results
+
+
+@dataclass
+class Online(Optim):
+    """What PPO, RLOO and GRPO share; lr, schedule and so on are the actor's."""
+
     batch_size: int = MISSING  # prompts per rollout, over all processes
+    responses_per_prompt: int = MISSING  # answers sampled to each prompt: RLOO and GRPO compare them with each other, so at least 2
     prompt_epochs: int = MISSING  # passes over the prompts; decides the number of rollouts
     max_steps: Optional[int] = MISSING  # stop after so many rollouts; null = no limit
     epochs: int = MISSING  # passes over each rollout
@@ -294,27 +321,70 @@ class Ppo(Optim):
     length_penalty: float = MISSING  # subtracted from the score for each token of the answer, score units, >= 0
     scale_score: bool = MISSING  # divide scores by their running standard deviation
     score_clip: Optional[float] = MISSING  # then limit them to +- this, > 0; null = no limit
-    whiten_rewards: bool = MISSING  # divide the tokens' rewards by their standard deviation over the rollout; the mean stays
-    gamma: float = MISSING  # discount per token, in [0, 1]
-    lam: float = MISSING  # GAE lambda, in [0, 1]
-    whiten_advantages: bool = MISSING  # to mean 0 and variance 1 over all tokens of the rollout, of all processes
     clip: float = MISSING  # the ratio pi / pi_old counts down to 1 - clip, in (0, 1) or more for no limit
     clip_high: float = MISSING  # and up to 1 + clip_high, > 0
-    value_clip: Optional[float] = MISSING  # value clip around the old value, score units, > 0; null = none
     loss_over: LossOver = MISSING  # what the losses of actor and critic are means over
     entropy_coef: float = MISSING  # weight of the entropy bonus, score units per nat, >= 0
     ptx: Ptx = MISSING
     ema: Optional[float] = MISSING  # decay per optimizer step of the policy's moving average (model_ema/), in (0, 1); null = none
     evaluation: Evaluation = MISSING
-    dschat: DsChat = MISSING
     actor: Optional[str] = MISSING  # trained policy (run, directory, hub id) in place of the SFT run derived from the config
     reward: Optional[str] = MISSING  # trained reward model, likewise
 
 
 @dataclass
+class Ppo(Online):
+    critic_optim: Optim = MISSING  # the critic's optimizer; lr, schedule and so on above are the actor's
+    critic_warmup: int = MISSING  # first rollouts, in which only the critic learns
+    whiten_rewards: bool = MISSING  # divide the tokens' rewards by their standard deviation over the rollout; the mean stays
+    gamma: float = MISSING  # discount per token, in [0, 1]
+    lam: float = MISSING  # GAE lambda, in [0, 1]
+    whiten_advantages: bool = MISSING  # to mean 0 and variance 1 over all tokens of the rollout, of all processes
+    value_clip: Optional[float] = MISSING  # value clip around the old value, score units, > 0; null = none
+    dschat: DsChat = field(default_factory=DsChat)
+
+
+@dataclass
+class Rloo(Online):
+    """The advantage of an answer is its reward minus the mean of those of the other answers to its prompt."""
+
+
+@dataclass
+class Grpo(Online):
+    """The advantage of an answer is its reward minus the mean of those of all answers to its prompt."""
+
+    normalize_std: bool = MISSING  # and divided by their standard deviation; Dr. GRPO: false, with loss_over=constant
+
+
+@dataclass
+class Dpo(Optim):
+    epochs: int = MISSING  # passes over the pairs
+    batch_size: int = MISSING  # pairs per optimizer step, over all processes
+    beta: float = MISSING  # how far from the reference, per nat: larger is nearer, > 0
+    loss: DpoLoss = MISSING  # what of the two answers' margin is minimised
+    label_smoothing: float = MISSING  # assumed share of labels that are wrong, in [0, 0.5); only with loss=sigmoid
+    max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
+    eval_every: Optional[int] = no_effect()  # optimizer steps between evaluations on held-out prompts; null = before and after only
+    actor: Optional[str] = MISSING  # trained policy (run, directory, hub id) in place of the SFT run derived from the config
+
+
+@dataclass
+class Eval(Sampled):
+    policies: list[str] = MISSING  # base, the name of a stage (sft, ppo, ...), or a run, directory or hub id; side by side, in this order
+    against: Optional[str] = MISSING  # that one of them which the others are compared with: win rate, KL; null = with none
+    rewards: dict[str, RewardSource] = MISSING  # what scores answers, as in ppo.rewards; weights do not matter
+    normalize_score: bool = MISSING  # as ppo.normalize_score
+    judge: Optional[str] = MISSING  # eval/win_rate is by this source, or by `gold`; null = by gold where it is known, else the first source
+    decoding: Decoding = MISSING  # how the answers are made
+    beams: int = MISSING  # with decoding=beam, >= 2
+    prompts: list[str] = MISSING  # fixed prompts that are answered besides the held-out ones: en, zh, ja, or a file with one per line
+    best_of: int = MISSING  # answers to each prompt for the best-of-n curve, of the policy `against`; 0 = no curve
+    best_of_prompts: int = MISSING  # held-out prompts for it, at most
+
+
+@dataclass
 class Rollout:
     max_new_tokens: int = MISSING  # sampled tokens per answer, at most
-    responses_per_prompt: int = MISSING  # answers sampled to each prompt
     temperature: float = MISSING  # divides the logits of policy, old policy and reference alike, > 0
     top_p: float = MISSING  # must be 1 in training; in evaluations ppo.evaluation.top_p, in chat --top-p
     top_k: int = MISSING  # must be 0 in training, likewise
@@ -369,12 +439,17 @@ class Wandb:
 @dataclass
 class Config:
     stage: StageChoice = no_effect()
+    pipeline: str = no_effect()  # how stage=pipeline ends, and what stage=eval looks at: ppo, rloo, grpo or dpo
     actor: Model = MISSING
     reward: Model = MISSING
     data: Data = MISSING
     sft: Sft = MISSING
     rm: Rm = MISSING
     ppo: Ppo = MISSING
+    rloo: Rloo = MISSING
+    grpo: Grpo = MISSING
+    dpo: Dpo = MISSING
+    eval: Eval = MISSING
     rollout: Rollout = MISSING
     deploy: Deploy = MISSING
     checkpoint: Checkpoint = no_effect()
@@ -388,24 +463,42 @@ class Config:
     inputs: dict[str, str] = no_effect()  # filled in by train.py: directories or hub ids of the trained models a stage stands on
 
 
-# The nodes that a stage reads itself, and the stages whose results it stands on.
+# The nodes that a stage reads itself; those of the stages it stands on come to them.
 READS = {
     Stage.sft: ["actor", "data", "sft", "deploy", "seed"],
     Stage.rm: ["reward", "data", "rm", "deploy", "seed"],
-    Stage.ppo: ["actor", "reward", "data", "sft", "rm", "ppo", "rollout", "deploy", "seed"],
+    **{stage: ["actor", "data", stage.name, "rollout", "deploy", "seed"] for stage in (*ALIGNMENT, Stage.eval)},
     Stage.inspect: ["actor", "data"],
 }
-PARENTS = {Stage.sft: [], Stage.rm: [], Stage.ppo: [Stage.sft, Stage.rm], Stage.inspect: []}
 
 
-def parents(cfg: Config, stage: Stage) -> list[Stage]:
-    """The stages whose results `stage` stands on: PPO needs no reward model where python functions and other models give its score."""
-    return [p for p in PARENTS[stage] if not (stage == Stage.ppo and p == Stage.rm and not uses_own_reward_model(cfg))]
+def parents(cfg: Config, stage: Stage) -> dict[Stage, Optional[str]]:
+    """The stages whose results `stage` stands on, each with the trained model that is given in its place. A reward model is needed
+    where it is a part of the score, and not where python functions and other models give that."""
+    node: Any = getattr(cfg, stage.name, None)
+    found: dict[Stage, Optional[str]] = {}
+    if stage in ALIGNMENT:
+        found[Stage.sft] = node.actor
+    if stage == Stage.eval:
+        found |= {policy: None for policy in POLICIES if policy.name in cfg.eval.policies}
+    if (stage in ONLINE or stage == Stage.eval) and uses_own_reward_model(cfg, stage):
+        found[Stage.rm] = None if stage == Stage.eval else node.reward
+    return found
 
 
-def uses_own_reward_model(cfg: Config) -> bool:
-    """Whether a part of PPO's score is the reward model of this configuration (or `ppo.reward`)."""
-    return any(source.path is None and source.function is None for source in cfg.ppo.rewards.values())
+def uses_own_reward_model(cfg: Config, stage: Stage) -> bool:
+    """Whether a part of the stage's score is the reward model of this configuration (or one given in its place)."""
+    return any(source.path is None and source.function is None for source in sources_of_score(cfg, stage).values())
+
+
+def sources_of_score(cfg: Config, stage: Stage) -> dict[str, RewardSource]:
+    """The parts of the score of a stage, by name; none where it has no score."""
+    return getattr(cfg, stage.name).rewards if stage in ONLINE or stage == Stage.eval else {}
+
+
+def own_node(cfg: Config) -> Any:
+    """The settings of the stage that runs."""
+    return getattr(cfg, cfg.stage.name)
 
 
 def register() -> None:

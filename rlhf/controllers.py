@@ -1,4 +1,4 @@
-"""What PPO remembers from rollout to rollout: the KL coefficient, the scale of the scores, the average of the weights."""
+"""What PPO, RLOO and GRPO remember from rollout to rollout: the KL coefficient, the scale of the scores, the average of the weights."""
 
 from __future__ import annotations
 

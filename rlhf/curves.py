@@ -6,16 +6,24 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+_ONLINE = [
+    ("Score", "standard deviations", ["objective/scores"]),
+    ("Gold reward", "points", ["reward/gold/mean"]),
+    ("KL to the SFT policy", "nats per answer", ["objective/kl"]),
+    ("Loss", "", ["loss/policy_avg", "loss/value_avg"]),
+    ("Length", "tokens", ["tokens/response_mean"]),
+]
 # the panels of a stage, here and on the page of a comparison: title, unit, and the metrics drawn in it
 PANELS = {
     "sft": [("Loss", "nats per token", ["loss"]), ("Accuracy", "share of tokens", ["mean_token_accuracy"])],
     "rm": [("Loss", "nats per pair", ["loss"]), ("Accuracy", "share of pairs", ["accuracy"]), ("Margin", "raw score", ["margin"])],
-    "ppo": [
-        ("Score", "standard deviations", ["objective/scores"]),
-        ("Gold reward", "points", ["reward/gold/mean"]),
-        ("KL to the SFT policy", "nats per answer", ["objective/kl"]),
-        ("Loss", "", ["loss/policy_avg", "loss/value_avg"]),
-        ("Length", "tokens", ["tokens/response_mean"]),
+    "ppo": _ONLINE,
+    "rloo": _ONLINE,
+    "grpo": _ONLINE,
+    "dpo": [
+        ("Loss", "nats per pair", ["loss"]),
+        ("Accuracy", "share of pairs", ["rewards/accuracies"]),
+        ("Implicit reward", "beta x log-ratio, nats", ["rewards/chosen", "rewards/rejected"]),
     ],
 }
 

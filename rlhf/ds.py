@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.config import Config, Device, Optim, Precision
+from rlhf.config import Config, Device, Optim, Precision, own_node
 
 TRAINED = ("actor", "critic", "reward_trained")
-FROZEN = ("ref", "reward")
+FROZEN = ("ref", "reward", "policy")
 BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2, Precision.autocast: 4}  # of a weight
 
 
@@ -18,7 +18,8 @@ def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
-        role: "actor" (SFT and PPO), "critic" (PPO), "reward_trained" (reward stage); "ref", "reward" (PPO, not trained).
+        role: "actor" (a policy that is trained), "critic" (PPO), "reward_trained" (reward stage); not trained: "ref", "reward" and
+            "policy" (one that is measured).
         world_size: all processes of the run.
     Raises: ValueError for another role.
     """
@@ -72,8 +73,4 @@ def optim_of(cfg: Config, role: str) -> Optim | None:
     """The node with the optimizer's settings of a role in the stage that runs; None for a frozen one."""
     if role in FROZEN:
         return None
-    if role == "reward_trained":
-        return cfg.rm
-    if cfg.stage.name == "sft":
-        return cfg.sft
-    return cfg.ppo.critic_optim if role == "critic" else cfg.ppo
+    return cfg.ppo.critic_optim if role == "critic" else own_node(cfg)

@@ -15,10 +15,12 @@ from rlhf.objectives import explained_variance, kl_estimate, masked_mean, repeti
 from rlhf.rewards import Rewards
 from rlhf.rollout import Experience, Models, Sampling, make_experience
 
+Found = tuple[dict[str, float], list[dict[str, Any]]]  # of an evaluation: means, and a row for each answer
+
 
 def evaluate_policy(
     models: Models, data: Dataset, max_prompt_tokens: int, max_new_tokens: int, sampling: Sampling, micro_batch: int
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> Found:
     """Sample one answer to each held-out prompt, with a fixed random stream per prompt, and measure.
 
     Returns: means over the answers, `eos_rate`, `length` (tokens), `repetition` (objectives.repetition), and where they are known
@@ -52,8 +54,11 @@ def evaluate_policy(
     return {key: sum(row[key] for row in rows) / len(rows) for key in numbers}, rows
 
 
-def rollout_metrics(e: Experience, raw_score: Tensor, score: Tensor, penalty: Tensor, returns: Tensor, beta: float) -> dict[str, float]:
-    """What the sampled answers look like. KL in nats per answer; `score` is what is learnt, with penalties, scale and clip."""
+def rollout_metrics(
+    e: Experience, raw_score: Tensor, score: Tensor, penalty: Tensor, returns: Tensor | None, beta: float
+) -> dict[str, float]:
+    """What the sampled answers look like. KL in nats per answer; `score` is what is learnt, with penalties, scale and clip. `returns`
+    (B, R): where there is a critic."""
     kl = (kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k1) * e.mask).sum(1)
     k3 = (kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k3) * e.mask).sum(1)
     paid = (penalty * e.mask).sum(1)
@@ -73,26 +78,44 @@ def rollout_metrics(e: Experience, raw_score: Tensor, score: Tensor, penalty: Te
         "objective/eos_rate": e.ended.mean(),
         "val/num_eos_tokens": e.ended.sum(),
         "val/sampler_logp_diff": masked_mean((e.sampler_logp - e.old_logp).abs(), e.mask),
-        "val/explained_variance": explained_variance(e.old_values, returns, e.mask),
-        "val/value_mean": masked_mean(e.old_values, e.mask),
-        "val/return_mean": masked_mean(returns, e.mask),
-        "val/return_std": masked_mean((returns - masked_mean(returns, e.mask)) ** 2, e.mask) ** 0.5,
         "tokens/response_mean": length.mean(),
         "tokens/response_max": length.max(),
         "tokens/truncated_frac": 1 - e.ended.mean(),
         "tokens/prompt_mean": e.prompt_mask.sum(1).float().mean(),
     }
+    if returns is not None:
+        metrics |= {
+            "val/explained_variance": explained_variance(e.old_values, returns, e.mask),
+            "val/value_mean": masked_mean(e.old_values, e.mask),
+            "val/return_mean": masked_mean(returns, e.mask),
+            "val/return_std": masked_mean((returns - masked_mean(returns, e.mask)) ** 2, e.mask) ** 0.5,
+        }
     return {key: float(value) for key, value in metrics.items()}
 
 
+def before_and_after(before: Found, after: Found) -> Found:
+    """The metrics of the evaluations at a run's start and end as eval/NAME (_before), and their answers side by side."""
+    (old, old_rows), (new, new_rows) = before, after
+    metrics = {f"eval/{key}": value for key, value in new.items()}
+    metrics |= {f"eval/{key}_before": old[key] for key in ("score", "gold", "length", "eos_rate", "repetition") if key in old}
+    rows = [
+        {"prompt": b["prompt"], "before": a["completion"], "after": b["completion"]}
+        | {f"{key}_{when}": row[key] for key in ("score", "gold") if key in b for when, row in (("before", a), ("after", b))}
+        | {"kl": b["kl"], "length": b["length"]}
+        for a, b in zip(old_rows, new_rows)
+    ]
+    return metrics, rows
+
+
 def answer_rows(
-    e: Experience, score: Tensor, reward: Tensor, advantages: Tensor, returns: Tensor, rewards: Rewards, count: int
+    e: Experience, score: Tensor, reward: Tensor, advantages: Tensor, returns: Tensor | None, rewards: Rewards, count: int
 ) -> list[dict[str, Any]]:
     """The first `count` of the answers of a rollout (-1: all) as rows for rollouts.jsonl, with what every token was given. `score` is
     the weighted sum of the sources, `score_learnt` what penalties, scale and clip made of it."""
     rows = []
     kl = e.old_logp - e.ref_logp
-    per_token = {"logp": e.old_logp, "kl": kl, "value": e.old_values, "reward": reward, "advantage": advantages, "return": returns}
+    per_token = {"logp": e.old_logp, "kl": kl, "reward": reward, "advantage": advantages}
+    per_token |= {"value": e.old_values, "return": returns} if returns is not None else {}
     for i in range(len(e.mask))[: count if count >= 0 else None]:
         n = int(e.mask[i].sum())
         prompt = rewards.tokenizer.decode(e.prompt_ids[i][e.prompt_mask[i] > 0])  # all turns, as the policy reads them

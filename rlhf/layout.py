@@ -22,7 +22,20 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import READS, Config, Stage, StageChoice, parents, placement, uses_own_reward_model, world_size
+from rlhf.config import (
+    ALIGNMENT,
+    ONLINE,
+    POLICIES,
+    READS,
+    Config,
+    Stage,
+    StageChoice,
+    parents,
+    placement,
+    sources_of_score,
+    uses_own_reward_model,
+    world_size,
+)
 
 BUILTIN = "builtin:"
 
@@ -31,22 +44,20 @@ BUILTIN = "builtin:"
 
 
 def identity(cfg: Config, stage: Stage) -> dict[str, Any]:
-    """All values that decide the result of `stage`, by dotted key: those of the nodes that it and the stages below it read."""
-    nodes = list(READS[stage])
-    if stage == Stage.ppo:  # a trained input given by hand replaces the stage that would make it
-        unread = {"sft"} if cfg.ppo.actor else set()
-        unread |= {"rm"} if cfg.ppo.reward else {"rm", "reward"} if not uses_own_reward_model(cfg) else set()
-        nodes = [node for node in nodes if node not in unread]
+    """All values that decide the result of `stage`, by dotted key: those of the nodes that it and the stages below it read. A trained
+    model given by hand replaces the stage that would make it."""
     flat: dict[str, Any] = {}
-    for node in nodes:
+    for node in READS[stage]:
         flatten(getattr(cfg, node), node, flat)
-    if stage == Stage.ppo and "reward" not in nodes:  # the critic's adapter is set there
-        flatten(cfg.reward.lora, "reward.lora", flat)
+    if stage == Stage.ppo:
+        flatten(cfg.reward.lora, "reward.lora", flat)  # the critic's adapter
     switches = cfg.ppo.dschat
-    if ("sft" in nodes and cfg.sft.micro_batch_means) or (stage == Stage.ppo and (switches.micro_batch_means or switches.dropout)):
+    if (stage == Stage.sft and cfg.sft.micro_batch_means) or (stage == Stage.ppo and (switches.micro_batch_means or switches.dropout)):
         flat |= {"deploy.micro_batch": cfg.deploy.micro_batch, "processes": world_size(cfg)}  # then they do change the result
     if stage == Stage.ppo and switches.dropout:
         flat["deploy.eval_micro_batch"] = cfg.deploy.eval_micro_batch
+    for parent, given in parents(cfg, stage).items():
+        flat |= {} if given else identity(cfg, parent)
     return flat
 
 
@@ -68,9 +79,8 @@ def run_name(cfg: Config, stage: Stage, baseline: Config) -> str:
     without any value set by hand; they are for people, the hash of the whole identity decides."""
     values, plain = identity(cfg, stage), identity(baseline, stage)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    actor, reward = cfg.actor.name, cfg.reward.name
-    both = [actor, reward] if uses_own_reward_model(cfg) else [actor]
-    models = {Stage.sft: [actor], Stage.rm: [reward], Stage.ppo: both, Stage.inspect: [actor]}[stage]
+    models = [cfg.actor.name] if stage != Stage.rm else []
+    models += [cfg.reward.name] if stage == Stage.rm or uses_own_reward_model(cfg, stage) else []
     readable = "-".join([stage.name, *models])
     readable += "".join(f"+{key}-{value}" for key, value in sorted(values.items()) if plain.get(key) != value)
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", readable)[:100] + "-" + digest
@@ -90,40 +100,50 @@ def is_directory(path: str) -> bool:
 
 def check_models(cfg: Config) -> list[str]:
     """What is wrong with the base models and given inputs of the stages to run, as lines for the user. Loads nothing."""
-    problems = []
-    wanted = {
-        "actor.path": (cfg.actor.path, "ForCausalLM", {Stage.sft, Stage.inspect}),
-        "reward.path": (cfg.reward.path, "", {Stage.rm}),
-        "ppo.actor": (cfg.ppo.actor, "ForCausalLM", {Stage.ppo}),
-        "ppo.reward": (cfg.ppo.reward, "ForSequenceClassification", {Stage.ppo}),
-    }
-    wanted |= {f"ppo.rewards.{name}.path": (s.path, "ForSequenceClassification", {Stage.ppo}) for name, s in cfg.ppo.rewards.items()}
-    problems += check_functions(cfg)
-    for key, (path, role, stages) in wanted.items():
-        if not path or not stages.intersection(cfg.stage.runs):
-            continue
-        if path.startswith(BUILTIN):
-            if not (Path(__file__).parent / "assets" / path.removeprefix(BUILTIN) / "config.json").exists():
-                problems.append(f"{key}={path}: there is no such built-in model; there is builtin:tiny")
-        elif is_directory(path):
-            config_file = model_directory(path) / "config.json"
-            if not config_file.exists():
-                problems.append(f"{key}={path}: no model there (no {config_file}); give a run, a model directory or a hub id")
-                continue
-            architectures = json.loads(config_file.read_text()).get("architectures") or []
-            if role and not any(role in name for name in architectures):
-                kind = "a causal language model" if role == "ForCausalLM" else "a reward model"
-                problems.append(f"{key}={path}: this is {', '.join(architectures) or 'of unknown kind'}, not {kind} (*{role})")
-    return problems
+    runs = cfg.stage.runs
+    policy, scorer = "ForCausalLM", "ForSequenceClassification"
+    wanted: list[tuple[str, str | None, str]] = (
+        [("actor.path", cfg.actor.path, policy)] if {Stage.sft, Stage.inspect}.intersection(runs) else []
+    )
+    wanted += [("reward.path", cfg.reward.path, "")] if Stage.rm in runs else []
+    for stage in runs:
+        node: Any = getattr(cfg, stage.name, None)
+        wanted += [(f"{stage.name}.actor", node.actor, policy)] if stage in ALIGNMENT else []
+        wanted += [(f"{stage.name}.reward", node.reward, scorer)] if stage in ONLINE else []
+        wanted += [(f"{stage.name}.rewards.{name}.path", s.path, scorer) for name, s in sources_of_score(cfg, stage).items()]
+        wanted += [("eval.policies", path, policy) for path in cfg.eval.policies if stage == Stage.eval and not is_named(path)]
+    return check_functions(cfg) + [line for key, path, role in wanted if path for line in check_model(key, path, role)]
+
+
+def is_named(policy: str) -> bool:
+    """Whether one of eval.policies is the base model or a stage's, so that no path is needed."""
+    return policy == "base" or policy in [stage.name for stage in POLICIES]
+
+
+def check_model(key: str, path: str, role: str) -> list[str]:
+    if path.startswith(BUILTIN):
+        if not (Path(__file__).parent / "assets" / path.removeprefix(BUILTIN) / "config.json").exists():
+            return [f"{key}={path}: there is no such built-in model; there is builtin:tiny"]
+    elif is_directory(path):
+        config_file = model_directory(path) / "config.json"
+        if not config_file.exists():
+            return [f"{key}={path}: no model there (no {config_file}); give a run, a model directory or a hub id"]
+        architectures = json.loads(config_file.read_text()).get("architectures") or []
+        if role and not any(role in name for name in architectures):
+            kind = "a causal language model" if role == "ForCausalLM" else "a reward model"
+            return [f"{key}={path}: this is {', '.join(architectures) or 'of unknown kind'}, not {kind} (*{role})"]
+    return []
 
 
 def check_functions(cfg: Config) -> list[str]:
-    """What is wrong with the python functions of PPO's score, without running any of their code."""
+    """What is wrong with the python functions among the sources of the score, without running any of their code."""
     problems = []
-    for name, source in cfg.ppo.rewards.items() if Stage.ppo in cfg.stage.runs else ():
-        if source.function and ":" in source.function and function_file(source.function) is None:
-            where = f"neither here ({os.getcwd()}) nor among the installed packages"
-            problems.append(f"ppo.rewards.{name}.function={source.function}: there is no module {source.function.split(':')[0]}, {where}")
+    for stage in cfg.stage.runs:
+        for name, source in sources_of_score(cfg, stage).items():
+            if source.function and ":" in source.function and function_file(source.function) is None:
+                where = f"neither here ({os.getcwd()}) nor among the installed packages"
+                key = f"{stage.name}.rewards.{name}.function={source.function}"
+                problems.append(f"{key}: there is no module {source.function.split(':')[0]}, {where}")
     return problems
 
 
@@ -144,36 +164,45 @@ def model_directory(path: str) -> Path:
 
 
 def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The trained models that `stage` stands on: their locations, and the ids of the runs that made them, by stage name.
+    """The trained models that `stage` stands on: their locations, and the ids of the runs that made them, by stage name (sources of the
+    score: rewards/NAME, other policies: policies/PATH).
 
     Args: command: what the user typed, to be repeated in the advice.
     Raises: FileNotFoundError saying where it looked and which commands make what is missing.
     """
-    given = {Stage.sft: ("ppo.actor", cfg.ppo.actor), Stage.rm: ("ppo.reward", cfg.ppo.reward)}
     paths, ids, missing = {}, {}, []
-    for name, source in cfg.ppo.rewards.items() if stage == Stage.ppo else ():
+
+    def take(name: str, path: str) -> None:
+        paths[name] = str(model_directory(path).resolve()) if is_directory(path) else path
+        own = read_summary(Path(path).expanduser()) if is_directory(path) else None
+        ids[name] = own["id"] if own else path
+
+    for name, source in sources_of_score(cfg, stage).items():
         if source.path:
-            paths[f"rewards/{name}"] = str(model_directory(source.path).resolve()) if is_directory(source.path) else source.path
-            own = read_summary(Path(source.path).expanduser()) if is_directory(source.path) else None
-            ids[f"rewards/{name}"] = own["id"] if own else source.path
+            take(f"rewards/{name}", source.path)
         elif source.function and (file := function_file(source.function)):
             ids[f"rewards/{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]  # another function, another run
-    for parent in parents(cfg, stage):
-        key, path = given[parent]
-        if path:
-            paths[parent.name] = str(model_directory(path).resolve()) if is_directory(path) else path
-            summary = read_summary(Path(path).expanduser()) if is_directory(path) else None
-            ids[parent.name] = summary["id"] if summary else path
+    for policy in cfg.eval.policies if stage == Stage.eval else ():
+        if not is_named(policy):
+            take(f"policies/{policy}", policy)
+    for parent, given in parents(cfg, stage).items():
+        if given:
+            take(parent.name, given)
             continue
         directory = home(cfg, parent, baseline)
         summary = read_summary(directory)
         if summary:
             paths[parent.name], ids[parent.name] = str((directory / "model").resolve()), summary["id"]
         else:
-            others = [arg for arg in command if not arg.startswith(("stage=", "ppo.", "rollout."))]
-            what = {Stage.sft: "trained policy", Stage.rm: "trained reward model"}[parent]
+            read = {key.split(".")[0] for key in identity(cfg, parent)}
+            unread = tuple(f"{name}." for name in ("rollout", *Stage.__members__) if name not in read)
+            others = [arg for arg in command if not arg.startswith(("stage=", "pipeline=", *unread))]
+            what = "reward model" if parent == Stage.rm else "policy"
             make = " ".join(["python train.py", f"stage={parent.name}", *others])
-            missing.append(f"{stage.name} needs a {what}: looked in {directory}; make it: {make}  or give {key}=<run, directory or hub id>")
+            instead = f"give {stage.name}.{'reward' if parent == Stage.rm else 'actor'}=<run, directory or hub id>"
+            if stage == Stage.eval:
+                instead = "leave it out with '~eval.rewards.model'" if parent == Stage.rm else "leave it out of eval.policies"
+            missing.append(f"{stage.name} needs a trained {what}: looked in {directory}; make it: {make}  or {instead}")
     if missing:
         raise FileNotFoundError("\n".join(missing))
     return paths, ids

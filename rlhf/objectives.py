@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.config import KlEstimator, LossOver, Optim, Schedule
+from rlhf.config import DpoLoss, KlEstimator, LossOver, Optim, Schedule
 
 
 def token_logp(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -105,6 +105,43 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Advantage of each answer: its reward minus the mean of those of the other answers to its prompt, which does not depend on it, so
+    that the policy gradient stays unbiased (RLOO: Kool 2019; Ahmadian 2024, arXiv:2402.14740, section 3.1).
+
+    Args: rewards (N, k): N prompts, k >= 2 answers each, score units, the KL penalty taken off.  Returns: (N, k).
+    """
+    k = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * k / (k - 1)
+
+
+def group_relative(rewards: Tensor, normalize_std: bool) -> Tensor:
+    """Advantage of each answer: its reward minus the mean of those of all answers to its prompt, divided by their standard deviation
+    (k - 1 in the denominator, + 1e-4, as in TRL) where that is wanted (GRPO: Shao 2024, arXiv:2402.03300, section 4.1.2; without:
+    Dr. GRPO, arXiv:2503.20783).
+
+    Args: rewards (N, k): N prompts, k >= 2 answers each, score units.  Returns: (N, k); score units, or standard deviations.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if normalize_std else centred
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, loss: DpoLoss, label_smoothing: float) -> Tensor:
+    """Loss of each pair, with h = log pi/ref (chosen) - log pi/ref (rejected):
+
+    sigmoid  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)   DPO (Rafailov 2023, arXiv:2305.18290, eq. 7), with label smoothing e
+             the conservative one (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3)
+    ipo      (h - 1 / (2 beta))^2                                    IPO (Azar 2023, arXiv:2310.12036, eq. 17)
+
+    Args: chosen, rejected (B,): log pi - log ref of the whole answers, sums over their tokens, nats.  beta: per nat.
+    Returns: (B,); at the start, where pi = ref, ln 2 or 1 / (4 beta^2).
+    """
+    h = chosen - rejected
+    if loss == DpoLoss.ipo:
+        return (h - 1 / (2 * beta)) ** 2
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

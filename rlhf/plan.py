@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import checks, config, layout
-from rlhf.config import Arch, Config, Device, Lora, Precision, Stage
+from rlhf.config import ALIGNMENT, ONLINE, Arch, Config, Device, Lora, Precision, Stage
 from rlhf.ds import BYTES
 
 GIB = 2**30
@@ -242,14 +242,15 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     size = BYTES[deploy.precision]
 
     def shape(model: config.Model, trained: str | None) -> Arch | None:
-        return arch_of(trained, None) if trained and stage == Stage.ppo else arch_of(model.path, model.arch)
+        return arch_of(trained, None) if trained else arch_of(model.path, model.arch)
 
-    actor = shape(cfg.actor, cfg.inputs.get("sft") or cfg.ppo.actor) if stage != Stage.rm else None
-    own_reward = stage == Stage.ppo and config.uses_own_reward_model(cfg)
-    reward = shape(cfg.reward, cfg.inputs.get("rm") or cfg.ppo.reward) if stage == Stage.rm or own_reward else None
-    for arch, node, needed in ((actor, "actor", stage != Stage.rm), (reward, "reward", stage == Stage.rm or own_reward)):
+    node, given = getattr(cfg, stage.name), config.parents(cfg, stage)
+    actor = shape(cfg.actor, cfg.inputs.get("sft") or given.get(Stage.sft)) if stage != Stage.rm else None
+    own_reward = config.uses_own_reward_model(cfg, stage)
+    reward = shape(cfg.reward, cfg.inputs.get("rm") or given.get(Stage.rm)) if stage == Stage.rm or own_reward else None
+    for arch, name, needed in ((actor, "actor", stage != Stage.rm), (reward, "reward", stage == Stage.rm or own_reward)):
         if arch is None and needed:
-            raise ValueError(f"the shape of {node} is not known before it is loaded: give its numbers as {node}.arch (see conf/model/)")
+            raise ValueError(f"the shape of {name} is not known before it is loaded: give its numbers as {name}.arch (see conf/model/)")
 
     def role(name: str, arch: Arch, model: config.Model, scorer: bool, trained: bool) -> Role:
         count = parameters(arch, scorer)
@@ -298,6 +299,30 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         roles = [role("reward", reward, cfg.reward, True, True)]
         phases["update"] = update(reward, roles[0], 2 * deploy.micro_batch, prompt + answer, 0, 0)
         files = size * roles[0].parameters
+    elif stage == Stage.dpo and actor:
+        roles = [role("actor", actor, cfg.actor, False, True)]
+        if not config.adapter_only(cfg.actor):
+            roles.append(role("ref", actor, cfg.actor, False, False))
+        phases["update"] = update(actor, roles[0], 2 * deploy.micro_batch, prompt + answer, answer, 2)
+        longest = prompt + cfg.rollout.max_new_tokens
+        phases["sampling"], gathers = sampling(actor, roles[0], longest, sum(r.total for r in roles) + libraries)
+        files = size * roles[0].parameters
+    elif stage == Stage.eval:
+        answer = cfg.rollout.max_new_tokens
+        if actor and node.policies:  # one at a time, beside the one it is compared with
+            roles = [role("policy", actor, cfg.actor, False, False)]
+            roles += [role("against", actor, cfg.actor, False, False)] if node.against else []
+            phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, 0)
+            phases["scoring"] = {
+                "logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2),
+                "gathered weights": live_weights(roles[0]),
+            }
+        if reward:
+            roles.append(role("reward", reward, cfg.reward, True, False))
+            phases.setdefault("scoring", {"gathered weights": live_weights(roles[-1])})
+        notes += [f"eval.rewards.{name}: not counted" for name, source in node.rewards.items() if source.path]
+        notes += ["eval.policies given by path are taken to be as large as the actor"] if cfg.eval.policies else []
+        files = 0
     elif actor:
         answer = cfg.rollout.max_new_tokens
         roles = [role("actor", actor, cfg.actor, False, True)]
@@ -308,18 +333,19 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             roles.append(role("reward", reward, cfg.reward, True, False))
             if actor.family != reward.family or abs(actor.vocab - reward.vocab) > 256:  # fewer may be padding and special tokens
                 critic = actor
-                notes.append("reward model and actor have other tokenizers: the critic starts from the actor")
-        else:
+                notes += ["reward model and actor have other tokenizers: the critic starts from the actor"] * (stage == Stage.ppo)
+        elif stage == Stage.ppo:
             notes.append("no reward model of this configuration is used: the critic starts from the actor")
-        for name, source in cfg.ppo.rewards.items():
+        for name, source in node.rewards.items():
             if source.path and (other := cfg.inputs.get(f"rewards/{name}", source.path)):
                 found = arch_of(other, None)
                 if found:
                     roles.append(role(name, found, cfg.reward, True, False))
                 else:
-                    notes.append(f"ppo.rewards.{name}: its shape is not known before it is loaded, it is not counted")
-        roles.append(role("critic", critic, cfg.reward, True, True))
-        if cfg.ppo.ema:  # fp32; partitioned with the weights, else on the first process alone, which is the fullest
+                    notes.append(f"{stage.name}.rewards.{name}: its shape is not known before it is loaded, it is not counted")
+        if stage == Stage.ppo:
+            roles.append(role("critic", critic, cfg.reward, True, True))
+        if node.ema:  # fp32; partitioned with the weights, else on the first process alone, which is the fullest
             average = 4.0 * roles[0].trained / (world if deploy.zero_stage == 3 else 1)
             roles.insert(1, Role("average", cfg.actor.name, roles[0].trained, 0, average, 0, 0, 0))
         phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
@@ -328,13 +354,15 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             "gathered weights": max(map(live_weights, roles)),
         }
         # a text of the pretraining loss, or a demonstration with its prompt; it has logits at all its positions
-        text = max(cfg.ppo.ptx.max_tokens, prompt + min(cfg.ppo.ptx.max_tokens, cfg.data.max_response_tokens)) if cfg.ppo.ptx.coef else 0
+        text = max(node.ptx.max_tokens, prompt + min(node.ptx.max_tokens, cfg.data.max_response_tokens)) if node.ptx.coef else 0
         longest, read = max(prompt + answer, text), max(answer, text)
         phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, longest, read, 2)
-        phases["critic's update"] = update(critic, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
-        policies = 1 + bool(cfg.ppo.ema) + bool(cfg.ppo.evaluation.every)
-        files = size * (policies * roles[0].parameters + roles[-1].parameters)
-    if size == 2:  # gradients are copied to fp32, where the optimizer is
+        policies = 1 + bool(node.ema) + bool(node.evaluation.every)
+        files = size * policies * roles[0].parameters
+        if stage == Stage.ppo:
+            phases["critic's update"] = update(critic, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
+            files += size * roles[-1].parameters
+    if size == 2 and stage != Stage.eval:  # gradients are copied to fp32, where the optimizer is
         trained = max(r.trained for r in roles)
         here = 0 if deploy.offload.optimizer else 4 * trained / (world if deploy.zero_stage else 1)
         phases["optimizer's step"] = {"fp32 gradients": here}
@@ -350,11 +378,17 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
 # ------------------------------------------------------------------------------------------------------------------- arithmetic
 
 
+def share_of(stage: Stage) -> str:
+    """Whose share of the data a stage learns from."""
+    return "rm" if stage == Stage.dpo else "ppo" if stage in ALIGNMENT else stage.name
+
+
 def rows_of(cfg: Config, stage: Stage) -> int | None:
     """Training rows of a stage, before any is dropped for its length; None where that is known only when the data are there."""
+    part = share_of(stage)
     if cfg.data.sandbox:
         rest = 7200 - cfg.data.eval_rows  # rlhf/data/sandbox.py makes so many prompts, and leaves PPO a fifth
-        return {"sft": cfg.data.sandbox.demonstrations, "rm": cfg.data.sandbox.pairs, "ppo": rest - int(0.8 * rest)}[stage.name]
+        return {"sft": cfg.data.sandbox.demonstrations, "rm": cfg.data.sandbox.pairs, "ppo": rest - int(0.8 * rest)}[part]
     total = 0
     for source in cfg.data.sources.values():
         path = Path(source.path).expanduser()
@@ -365,29 +399,32 @@ def rows_of(cfg: Config, stage: Stage) -> int | None:
                 total += sum(1 for _ in file)
         else:
             return None
-    share = cfg.data.shares[["sft", "rm", "ppo"].index(stage.name)] / sum(cfg.data.shares)
+    share = cfg.data.shares[["sft", "rm", "ppo"].index(part)] / sum(cfg.data.shares)
     return int(total * (1 - cfg.data.eval_share) * share)
 
 
 def arithmetic(cfg: Config, stage: Stage) -> tuple[str, int | None, int | None]:
     """How a batch is cut, the number of steps (PPO: rollouts) and of tokens, at most."""
-    node = getattr(cfg, stage.name)
+    if stage == Stage.eval:
+        return "nothing is trained", 0, 0
+    node: Any = getattr(cfg, stage.name)
+    online, pairs = stage in ONLINE, stage in (Stage.rm, Stage.dpo)
     world, rows = config.world_size(cfg), rows_of(cfg, stage)
-    each = cfg.rollout.responses_per_prompt if stage == Stage.ppo else 1
-    per_step = each * node.batch_size // node.minibatches if stage == Stage.ppo else node.batch_size
+    each = node.responses_per_prompt if online else 1
+    per_step = each * node.batch_size // node.minibatches if online else node.batch_size
     forwards = math.ceil(per_step / world / cfg.deploy.micro_batch)
-    what = "pairs" if stage == Stage.rm else "answers" if stage == Stage.ppo else "demonstrations"
+    what = "pairs" if pairs else "answers" if online else "demonstrations"
     text = f"{per_step} {what} per optimizer step = {world} process(es) x {forwards} forward(s)"
     text += f" of {min(cfg.deploy.micro_batch, max(1, per_step // world))}"
-    if stage == Stage.ppo:
+    if online:
         text += f"; {node.batch_size} prompts per rollout, " + (f"{each} answers to each, " if each > 1 else "")
         text += f"{node.epochs} x {node.minibatches} steps on each rollout"
-    epochs = node.prompt_epochs if stage == Stage.ppo else node.epochs
+    epochs = node.prompt_epochs if online else node.epochs
     steps = None if rows is None else rows // node.batch_size * epochs
     if node.max_steps:
         steps = node.max_steps if steps is None else min(steps, node.max_steps)
-    longest = cfg.data.max_prompt_tokens + (cfg.rollout.max_new_tokens if stage == Stage.ppo else cfg.data.max_response_tokens)
-    sequences = node.batch_size * (2 if stage == Stage.rm else each)
+    longest = cfg.data.max_prompt_tokens + (cfg.rollout.max_new_tokens if online else cfg.data.max_response_tokens)
+    sequences = node.batch_size * (2 if pairs else each)
     return text, steps, None if steps is None else steps * sequences * longest
 
 
@@ -408,11 +445,11 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
         ({"deploy.activation_checkpointing": True}, not deploy.activation_checkpointing),
         ({"deploy.zero_stage": 3}, several and deploy.zero_stage < 3),
         ({"deploy.gather_for_rollout": False}, deploy.zero_stage == 3 and deploy.gather_for_rollout is True),
-        ({"deploy.offload.frozen": True}, not deploy.offload.frozen and stage == Stage.ppo),
+        ({"deploy.offload.frozen": True}, not deploy.offload.frozen and stage not in (Stage.sft, Stage.rm)),
         (to_host | {"deploy.offload.optimizer": True}, not deploy.offload.optimizer),
-        ({"actor.lora.rank": 16}, stage != Stage.rm and not cfg.actor.lora.rank),
-        ({"reward.lora.rank": 16}, stage != Stage.sft and not cfg.reward.lora.rank),
-        ({"ppo.ema": None}, stage == Stage.ppo and cfg.ppo.ema is not None),
+        ({"actor.lora.rank": 16}, stage not in (Stage.rm, Stage.eval) and not cfg.actor.lora.rank),
+        ({"reward.lora.rank": 16}, stage in (Stage.rm, Stage.ppo) and not cfg.reward.lora.rank),
+        ({f"{stage.name}.ema": None}, stage in ONLINE and getattr(cfg, stage.name).ema is not None),
         ({"deploy.gpus": 8, "deploy.zero_stage": 2}, single_gpu),  # costs no speed, but has to be there
         ({"deploy.gpus": 8, "deploy.zero_stage": 3}, single_gpu),
     ]
@@ -453,7 +490,7 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
 def gather_for_rollout(cfg: Config) -> bool:
     """Whether the actor's partitioned weights are made whole for sampling: as set, or where the plan says that they fit."""
     try:
-        return make_plan(cfg, cfg.stage.runs[0]).gathers
+        return make_plan(cfg, Stage[cfg.stage.name]).gathers
     except ValueError:  # a shape that there is no formula for
         return cfg.deploy.gather_for_rollout is not False
 
@@ -463,8 +500,10 @@ def gather_for_rollout(cfg: Config) -> bool:
 
 def short(plan: Plan) -> str:
     """One line."""
-    unit = "rollouts" if plan.stage == "ppo" else "steps"
-    steps = f"{unit} known when the data are read" if plan.steps is None else f"{plan.steps:,} {unit}"
+    unit = "rollouts" if Stage[plan.stage] in ONLINE else "steps"
+    steps = f"{plan.steps:,} {unit}" if plan.steps else "nothing is trained"
+    if plan.steps is None:
+        steps = f"{unit} known when the data are read"
     fit = "".join(f"; {note}" for note in plan.notes) + ("" if plan.fits else "; may not fit, see plan=true")
     return f"{plan.stage}: plan {plan.peak / GIB:.1f} of {plan.limit / GIB:g} GiB per process ({plan.fullest}), {steps}{fit}"
 

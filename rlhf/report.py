@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf import runs
+from rlhf.config import POLICIES
 from rlhf.runs import Run
 
 TEXTS = ("prompt", "chosen", "rejected")
@@ -40,14 +41,22 @@ def print_runs(paths: list[Path], seconds: float) -> None:
     console = Console()
     console.print(table)
     for run in paths:
-        pictures = "curves.png, frontier.png" if run.name.startswith("ppo-") else "curves.png"
-        console.print(f"{run}  ({pictures}, metrics.jsonl, model/)", soft_wrap=True, highlight=False)
-    if (paths[-1].name.split("-")[0]) in ("sft", "ppo"):
+        files = ("curves.png", "frontier.png", "metrics.jsonl", "report.html", "eval.json", "model/")
+        console.print(f"{run}  ({', '.join(name for name in files if (run / name).exists())})", soft_wrap=True, highlight=False)
+    if paths[-1].name.split("-")[0] in [stage.name for stage in POLICIES]:
         console.print(f"Talk to it:  python chat.py --path {paths[-1]}", soft_wrap=True, highlight=False)
 
 
 def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]]:
     """Rows of the table for one stage: what, before, after."""
+    online = [
+        ("score", "score_before", "score", ".2f"),
+        ("gold score", "gold_before", "gold", ".2f"),
+        ("  best possible", "", "gold_best", ".2f"),
+        ("KL, nats per answer", "", "kl", ".2f"),
+        ("length, tokens", "length_before", "length", ".1f"),
+        ("answers that end", "eos_rate_before", "eos_rate", ".1%"),
+    ]
     wanted = {
         "sft": [
             ("held-out perplexity", "", "perplexity", ".3f"),
@@ -60,13 +69,14 @@ def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]
             ("  against the truth", "", "accuracy_gold", ".1%"),
             ("  fits its prompt", "", "accuracy_prompt", ".1%"),
         ],
-        "ppo": [
-            ("score", "score_before", "score", ".2f"),
-            ("gold score", "gold_before", "gold", ".2f"),
-            ("  best possible", "", "gold_best", ".2f"),
-            ("KL, nats per answer", "", "kl", ".2f"),
-            ("length, tokens", "length_before", "length", ".1f"),
-            ("answers that end", "eos_rate_before", "eos_rate", ".1%"),
+        **dict.fromkeys(("ppo", "rloo", "grpo"), online),
+        "dpo": [("held-out accuracy", "", "accuracy", ".1%"), *online[1:]],
+        "eval": [
+            ("win rate", "", "win_rate", ".1%"),
+            ("  95 % interval from", "", "win_rate_low", ".1%"),
+            ("  to", "", "win_rate_high", ".1%"),
+            ("reward model: accuracy", "", "accuracy", ".1%"),
+            ("  calibration error", "", "ece", ".3f"),
         ],
     }[stage]
 
@@ -79,19 +89,20 @@ def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]
 def print_comparison(found: Sequence[Run], page: Path | None = None) -> None:
     """Runs against each other: a row each; the same over seeds; whether the best setting is better by more than chance."""
     console = wide_console()
-    for stage in ("sft", "rm", "ppo"):
-        some = [run for run in found if run.stage == stage]
+    for kind in runs.SHOWN:
+        some = [run for run in found if run.kind == kind]
         if not some:
             continue
-        keys = runs.differing(some)
-        some = sorted(some, key=functools.partial(runs.label, keys=keys))
-        metrics = [name for name in runs.SHOWN[stage] if any(name in run.metrics for run in some)]
-        table = Table(title=f"{stage}: {len(some)} run(s)", title_justify="left")
+        keys, stages = runs.settings_apart(some), list(dict.fromkeys(run.stage for run in some))
+        name_of = functools.partial(runs.label, keys=keys, algorithm=len(stages) > 1)
+        some = sorted(some, key=name_of)
+        metrics = [name for name in runs.SHOWN[kind] if any(name in run.metrics for run in some)]
+        table = Table(title=f"{', '.join(stages)}: {len(some)} run(s)", title_justify="left")
         for column in ("run", "status", "steps", *(name.removeprefix("eval/") for name in metrics)):
             table.add_column(column, justify="left" if column in ("run", "status") else "right", overflow="fold")
         for run in some:
             numbers = (f"{run.metrics[name]:.3f}" if name in run.metrics else "" for name in metrics)
-            table.add_row(escape(runs.label(run, keys)), escape(run.status), str(len(run.rows)), *numbers)
+            table.add_row(escape(name_of(run)), escape(run.status), str(len(run.rows)), *numbers)
         console.print(table)
         cells = runs.cells(some)
         if any(len(cell.runs) > 1 for cell in cells):

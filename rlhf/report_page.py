@@ -6,11 +6,12 @@ import functools
 import html
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf.curves import PANELS, smooth
 from rlhf.html import document, html_table
-from rlhf.runs import SHOWN, Cell, Run, cells, differing, judged_by, label, mean_text, read_lines, shown, upstream, verdict
+from rlhf.runs import SHOWN, Cell, Run, cells, judged_by, label, mean_text, read_lines, settings_apart, shown, upstream, verdict
 
 SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
@@ -21,34 +22,55 @@ def page(runs: Sequence[Run], title: str) -> str:
     """The page. Args: runs: of any stages; those of one stage are compared with each other."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     plotly = True  # its library goes with the first figure
-    for stage in ("ppo", "rm", "sft"):
-        some = [run for run in runs if run.stage == stage]
+    for kind in ("policy", "rm", "sft", "eval"):
+        some = [run for run in runs if run.kind == kind]
         if not some:
             continue
-        keys = differing(some)
-        some = sorted(some, key=functools.partial(label, keys=keys))
-        names = unique([label(run, keys) for run in some])
-        body += [f"<h2>{stage}</h2>", runs_table(some, names)]
+        keys, stages = settings_apart(some), sorted({run.stage for run in some})
+        name_of = functools.partial(label, keys=keys, algorithm=len(stages) > 1)
+        some = sorted(some, key=name_of)
+        names = unique([name_of(run) for run in some])
+        body += [f"<h2>{', '.join(stages)}</h2>", runs_table(some, names)]
         found = cells(some)
         if any(len(cell.runs) > 1 for cell in found):
-            body += ["<h3>Over seeds: mean ± 95 % confidence interval</h3>", cells_table(found, stage)]
+            body += ["<h3>Over seeds: mean ± 95 % confidence interval</h3>", cells_table(found, kind)]
         if line := verdict(found, judged_by(some)[0]):
             body.append(f'<p class="note">{html.escape(line)}</p>')
-        drawn = [(name, run) for name, run in zip(names, some) if run.rows]
+        drawn = [Drawn(name, run, *look(run, found, i)) for i, (name, run) in enumerate(zip(names, some)) if run.rows]
         if drawn:
             body += ["<h3>Curves</h3>", '<p class="note">A click on a name hides or shows a run, a double click leaves it alone.</p>']
-            body.append(as_html(all_curves(drawn, stage), plotly))
+            body.append(as_html(all_curves(drawn, stages), plotly))
             plotly = False
-        if stage == "ppo" and drawn:
+        if kind == "policy" and drawn:
             body += ["<h3>Reward against KL</h3>", as_html(frontier(drawn), False)]
         if keys:
             rows = [[key, *(shown(run.settings.get(key)) for run in some)] for key in keys]
             body += ["<h3>Settings that differ</h3>", html_table(["", *names], rows)]
-        if stage == "ppo":
+        if kind == "policy":
             body += answers(some, names)
     body += [f'<p class="warning">{html.escape(run.name)}: {html.escape(run.status)}</p>' for run in runs if not run.stage]
-    body += lineage([run for run in runs if run.stage == "ppo"])
+    body += lineage([run for run in runs if run.kind == "policy"])
     return document(title, body, "body { max-width: 1400px; }", scripts=True)
+
+
+@dataclass
+class Drawn:
+    """A run with the look of its lines: a colour for each setting, dashes for the seeds."""
+
+    name: str
+    run: Run
+    color: str
+    dash: str
+
+
+def look(run: Run, found: Sequence[Cell], place: int) -> tuple[str, str]:
+    """Colour and dashes of a run: by its cell where there are several seeds, else by its place."""
+    dashes = ["solid", "dash", "dot"]
+    if any(len(cell.runs) > 1 for cell in found):
+        for i, cell in enumerate(sorted(found, key=lambda cell: cell.label)):
+            if run in cell.runs:
+                return COLORS[i % len(COLORS)], dashes[cell.runs.index(run) % 3]
+    return COLORS[place % len(COLORS)], dashes[place // len(COLORS) % 3]
 
 
 def unique(names: list[str]) -> list[str]:
@@ -56,7 +78,7 @@ def unique(names: list[str]) -> list[str]:
 
 
 def runs_table(runs: Sequence[Run], names: Sequence[str]) -> str:
-    metrics = [name for name in SHOWN[runs[0].stage] if any(name in run.metrics for run in runs)]
+    metrics = [name for name in SHOWN[runs[0].kind] if any(name in run.metrics for run in runs)]
     rows = [
         [name, run.status, str(len(run.rows)), *(f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in metrics), run.name]
         for name, run in zip(names, runs)
@@ -64,8 +86,8 @@ def runs_table(runs: Sequence[Run], names: Sequence[str]) -> str:
     return html_table(["run", "status", "steps", *metrics, "directory"], rows, ["status", "directory"])
 
 
-def cells_table(found: Sequence[Cell], stage: str) -> str:
-    metrics = [name for name in SHOWN[stage] if any(cell.values(name) for cell in found)]
+def cells_table(found: Sequence[Cell], kind: str) -> str:
+    metrics = [name for name in SHOWN[kind] if any(cell.values(name) for cell in found)]
     rows = [[cell.label, str(len(cell.runs)), *(mean_text(cell.values(name)) for name in metrics)] for cell in found]
     return html_table(["settings", "seeds", *metrics], rows)
 
@@ -79,25 +101,30 @@ def as_html(figure: Any, with_library: bool) -> str:
     return plotly.io.to_html(figure, include_plotlyjs=with_library, full_html=False, config={"displaylogo": False})
 
 
-def all_curves(drawn: Sequence[tuple[str, Run]], stage: str) -> Any:
-    """All metrics of a stage over its steps, a colour a run; the slider smoothes."""
+def all_curves(drawn: Sequence[Drawn], stages: Sequence[str]) -> Any:
+    """All metrics of some stages over their steps; the slider smoothes."""
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 
-    panels = [(metric, title if len(metrics) == 1 else metric, unit) for title, unit, metrics in PANELS[stage] for metric in metrics]
-    panels = [panel for panel in panels if any(panel[0] in row for _, run in drawn for row in run.rows)]
+    panels = [
+        (metric, title if len(metrics) == 1 else metric, unit)
+        for stage in stages
+        for title, unit, metrics in PANELS[stage]
+        for metric in metrics
+    ]
+    panels = [panel for panel in dict.fromkeys(panels) if any(panel[0] in row for one in drawn for row in one.run.rows)]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = make_subplots(rows=lines, cols=columns, subplot_titles=[title for _, title, _ in panels], vertical_spacing=0.3 / lines)
     raw: list[list[float]] = []
     for i, (metric, _, unit) in enumerate(panels):
         row, column = i // columns + 1, i % columns + 1
-        for n, (name, run) in enumerate(drawn):
-            points = [(r["step"], r[metric]) for r in run.rows if metric in r and math.isfinite(r[metric])]
+        for one in drawn:
+            points = [(r["step"], r[metric]) for r in one.run.rows if metric in r and math.isfinite(r[metric])]
             raw.append([value for _, value in points])
-            style = {"color": COLORS[n % len(COLORS)], "width": 2, "dash": ["solid", "dash", "dot"][n // len(COLORS) % 3]}
+            style = {"color": one.color, "width": 2, "dash": one.dash}
             trace = graph_objects.Scatter(
-                x=[step for step, _ in points], y=raw[-1], name=name, legendgroup=name, showlegend=i == 0, mode="lines", line=style
+                x=[step for step, _ in points], y=raw[-1], name=one.name, legendgroup=one.name, showlegend=i == 0, mode="lines", line=style
             )
             figure.add_trace(trace, row=row, col=column)
         figure.update_yaxes(title_text=unit, row=row, col=column)
@@ -108,20 +135,20 @@ def all_curves(drawn: Sequence[tuple[str, Run]], stage: str) -> Any:
     return figure
 
 
-def frontier(drawn: Sequence[tuple[str, Run]]) -> Any:
+def frontier(drawn: Sequence[Drawn]) -> Any:
     """What each run reached at which distance from its SFT policy (Gao 2022, arXiv:2210.10760): the truth where it is known, else the
     score; rollouts as dots, held-out evaluations as circles."""
     from plotly import graph_objects
 
-    known = all("eval/gold" in run.metrics for _, run in drawn if run.metrics)
+    known = all("eval/gold" in one.run.metrics for one in drawn if one.run.metrics)
     online, held_out = ("reward/gold/mean", "eval/gold") if known else ("objective/scores", "eval/score")
     figure = graph_objects.Figure()
 
     def root(row: dict[str, float], key: str) -> float:
         return max(0.0, row[key]) ** 0.5
 
-    for n, (name, run) in enumerate(drawn):
-        color = COLORS[n % len(COLORS)]
+    for one in drawn:
+        name, run, color = one.name, one.run, one.color
         rows = [row for row in run.rows if online in row]
         x, y = [root(row, "objective/kl") for row in rows], [row[online] for row in rows]
         figure.add_scatter(x=x, y=y, mode="markers", marker={"color": color, "size": 4, "opacity": 0.5}, name=name, legendgroup=name)
@@ -158,7 +185,7 @@ def answers(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
         marks = [f"{key} {row[f'{key}_{when}']:.2f}" for key in ("score", "gold") if f"{key}_{when}" in row]
         return f"{text}  [{', '.join(marks)}]"
 
-    header = ["prompt", f"before PPO ({by_run[0][0]})", *(name for name, _ in by_run)]
+    header = ["prompt", f"before ({by_run[0][0]})", *(name for name, _ in by_run)]
     first = by_run[0][1]
     lines = [
         [p, scored(first[p]["before"], first[p], "before"), *(scored(r[p]["after"], r[p], "after") for _, r in by_run)] for p in prompts

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from rlhf import comm
-from rlhf.config import Config
+from rlhf.config import Config, own_node
 from rlhf.data import template
 from rlhf.data.batches import chunks, pad_right
 from rlhf.data.records import Dataset, Turn
 from rlhf.engines import build_engine
-from rlhf.models import answer_scores, check_context, load_scorer, load_tokenizer
+from rlhf.models import answer_scores, check_context, is_reward_model, load_scorer, load_tokenizer
 from rlhf.rollout import Experience
 from rlhf.track import log
 
@@ -81,9 +81,9 @@ class Rewards:
             value = float(source.function(turns, answer))
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"ppo.rewards.{source.name}: the function failed on the answer {answer[:80]!r}: {what}") from error
+            raise RuntimeError(f"rewards.{source.name}: the function failed on the answer {answer[:80]!r}: {what}") from error
         if not math.isfinite(value):
-            raise RuntimeError(f"ppo.rewards.{source.name}: the function returned {value} for the answer {answer[:80]!r}")
+            raise RuntimeError(f"rewards.{source.name}: the function returned {value} for the answer {answer[:80]!r}")
         return value
 
 
@@ -102,13 +102,21 @@ def context_of(engine: Any) -> int:
 # --------------------------------------------------------------------------------------------------------------------- building
 
 
+def check_reward_models(cfg: Config) -> None:
+    """Raises: ValueError naming the key where a source of the score is no reward model. Loads no weights."""
+    for name, path in cfg.inputs.items():
+        if (name == "rm" or name.startswith("rewards/")) and not is_reward_model(path):
+            key = f"{cfg.stage.name}.reward" if name == "rm" else f"{cfg.stage.name}.{name.replace('/', '.')}.path"
+            raise ValueError(f"{key}: {path} is no reward model (*ForSequenceClassification): it has no head that gives scores")
+
+
 def load_functions(cfg: Config) -> dict[str, Function]:
     """The python functions among the sources, by the sources' names; before a model is loaded. Raises: ValueError naming the key."""
     sys.path.insert(0, os.getcwd())  # where the command is run; a function may lie there
     found: dict[str, Any] = {}
-    for name, source in cfg.ppo.rewards.items():
+    for name, source in own_node(cfg).rewards.items():
         if source.function:
-            key = f"ppo.rewards.{name}.function={source.function}"
+            key = f"{cfg.stage.name}.rewards.{name}.function={source.function}"
             module, function = source.function.split(":")
             try:
                 found[name] = getattr(importlib.import_module(module), function, None)
@@ -122,11 +130,13 @@ def load_functions(cfg: Config) -> dict[str, Function]:
 
 
 def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], tokenizer: Any, run_dir: Path) -> Rewards:
-    """Load the reward models of all sources, and settle the unit of their scores: with `ppo.normalize_score` that which stage=rm
+    """Load the reward models of all sources, and settle the unit of their scores: with `normalize_score` that which stage=rm
     has stored in a model, or, where a model comes from elsewhere, the one measured here on SFT answers; else raw.
     Raises: ValueError for a model that cannot read the answers, or without SFT answers to measure on."""
     sources = []
-    for name, source in cfg.ppo.rewards.items():
+    node = own_node(cfg)
+    for name, source in node.rewards.items():
+        key = f"{cfg.stage.name}.rewards.{name}"
         if source.function:
             sources.append(Source(name, source.weight, function=functions[name]))
             continue
@@ -134,20 +144,21 @@ def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], to
         own = load_tokenizer(path, cfg.data.template)
         foreign = not template.same_tokens(tokenizer, own)
         if foreign:
-            log.info(f"ppo.rewards.{name}: the reward model has another tokenizer, it reads the answers as text")
+            log.info(f"{key}: the reward model has another tokenizer, it reads the answers as text")
         else:
             check_context(path, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, "rollout.max_new_tokens")
         engine = build_engine(functools.partial(load_scorer, path, own, cfg.deploy.precision), cfg, "reward", run_dir)
         settings = engine.module.hf.config
-        if not cfg.ppo.normalize_score:
+        if not node.normalize_score:
             settings.score_mean, settings.score_std = 0.0, 1.0
         elif not hasattr(settings, "score_std"):
             rows = template.encode_demonstrations(own, data.eval_sft, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
             if not rows:
-                raise ValueError(f"ppo.normalize_score=true: there are no SFT answers to measure ppo.rewards.{name} on; set it to false")
+                switch = f"{cfg.stage.name}.normalize_score"
+                raise ValueError(f"{switch}=true: there are no SFT answers to measure {key} on; set it to false")
             mean, std = unit_of(engine, [(p + a)[-context_of(engine) :] for p, a in rows], own, cfg.deploy.eval_micro_batch)
             settings.score_mean, settings.score_std = mean, max(std, 1e-6)
-            log.info(f"ppo.rewards.{name}: raw scores of {len(rows)} SFT answers: mean {mean:.3g}, standard deviation {std:.3g}")
+            log.info(f"{key}: raw scores of {len(rows)} SFT answers: mean {mean:.3g}, standard deviation {std:.3g}")
         sources.append(Source(name, source.weight, engine, own if foreign else None))
     return Rewards(sources, tokenizer)
 

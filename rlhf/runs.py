@@ -15,19 +15,23 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import config, layout
-from rlhf.config import Stage
+from rlhf.config import ALIGNMENT, Stage
 
-# what a stage is judged by: metric, and whether more is better; the first one that all runs have
+# what is compared with each other: runs of one stage, and all policies that stand on SFT, whatever algorithm made them
+KINDS = {stage.name: "policy" if stage in ALIGNMENT else stage.name for stage in Stage if stage != Stage.inspect}
+# what a kind of run is judged by: metric, and whether more is better; the first one that all runs have
 JUDGED = {
     "sft": [("eval/perplexity", False)],
     "rm": [("eval/accuracy", True)],
-    "ppo": [("eval/gold", True), ("eval/score", True)],
+    "policy": [("eval/gold", True), ("eval/score", True), ("eval/accuracy", True)],
+    "eval": [("eval/win_rate", True), ("eval/accuracy", True)],
 }
-# final metrics that are shown
+# final metrics that are shown, where a run has them
 SHOWN = {
     "sft": ["eval/perplexity", "eval/gold", "eval/eos_rate"],
     "rm": ["eval/accuracy", "eval/accuracy_gold"],
-    "ppo": ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/eos_rate"],
+    "policy": ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/eos_rate", "eval/accuracy"],
+    "eval": ["eval/win_rate", "eval/win_rate_low", "eval/win_rate_high", "eval/accuracy", "eval/ece"],
 }
 
 
@@ -43,6 +47,11 @@ class Run:
     rows: list[dict[str, float]] = field(default_factory=list)  # of each step
     parents: dict[str, str] = field(default_factory=dict)
     id: str = ""
+
+    @property
+    def kind(self) -> str:
+        """That of the runs it is compared with; "" for a job without a run."""
+        return KINDS.get(self.stage, "")
 
     @property
     def name(self) -> str:
@@ -131,7 +140,7 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
 
 
 def is_run(path: Path) -> bool:
-    return (path / "config.yaml").exists() and path.name.split("-")[0] in SHOWN
+    return (path / "config.yaml").exists() and path.name.split("-")[0] in KINDS
 
 
 def upstream(runs: Sequence[Run]) -> dict[str, Run]:
@@ -156,16 +165,24 @@ def shown(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def label(run: Run, keys: Sequence[str]) -> str:
-    """A run by what tells it apart; its own stage's settings without the stage's name."""
-    parts = [f"{key.removeprefix(run.stage + '.')}={shown(run.settings.get(key))}" for key in keys if run.settings]
+def settings_apart(runs: Sequence[Run]) -> list[str]:
+    """Settings in which runs of the same stage differ, sorted: those of another algorithm have other names anyway."""
+    by_stage = [[run for run in runs if run.stage == stage] for stage in dict.fromkeys(run.stage for run in runs)]
+    return sorted({key for some in by_stage for key in differing(some)})
+
+
+def label(run: Run, keys: Sequence[str], algorithm: bool = False) -> str:
+    """A run by what tells it apart; its own stage's settings without the stage's name. Args: algorithm: its stage does so, too."""
+    parts = [run.stage] if algorithm else []
+    parts += [f"{key.removeprefix(run.stage + '.')}={shown(run.settings.get(key))}" for key in keys if key in run.settings]
     return " ".join(parts) or run.name
 
 
 def judged_by(runs: Sequence[Run]) -> tuple[str, bool]:
-    """The metric that these runs of one stage are compared by, and whether more is better."""
-    known = [(name, more) for name, more in JUDGED[runs[0].stage] if all(name in run.metrics for run in runs if run.metrics)]
-    return known[0] if known else JUDGED[runs[0].stage][-1]
+    """The metric that these runs of one kind are compared by, and whether more is better."""
+    candidates = JUDGED[runs[0].kind]
+    known = [(name, more) for name, more in candidates if all(name in run.metrics for run in runs if run.metrics)]
+    return known[0] if known else candidates[-1]
 
 
 @dataclass
@@ -180,12 +197,14 @@ class Cell:
 
 
 def cells(runs: Sequence[Run]) -> list[Cell]:
-    """The finished runs of one stage, grouped over seeds; the best one first."""
-    keys = [key for key in differing(runs) if key not in ("seed", "data.seed")]
+    """The finished runs of one kind, grouped over seeds; the best one first."""
+    keys = [key for key in settings_apart(runs) if key not in ("seed", "data.seed")]
+    several = len({run.stage for run in runs}) > 1
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "finished":
-            name = run.name if not run.settings else label(run, keys) if keys else "all"  # unknown settings are nobody's seeds
+            unknown = not run.settings  # nobody's seeds
+            name = run.name if unknown else label(run, keys, several) if keys or several else "all"
             groups.setdefault(name, []).append(run)
     metric, more = judged_by(runs)
     found = [Cell(name, some) for name, some in groups.items()]
@@ -213,6 +232,7 @@ def verdict(found: Sequence[Cell], metric: str) -> str:
     """Whether the best cell is better than the next one by more than its seeds differ (Welch's t-test, two-sided)."""
     from scipy import stats
 
+    found = [cell for cell in found if cell.values(metric)]
     if len(found) < 2:
         return ""
     best, second = found[0].values(metric), found[1].values(metric)

@@ -25,7 +25,7 @@ def main(run_dir: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     from rlhf import checkpoint, comm, config, curves, engines, launch, layout, track
-    from rlhf.stages import inspect, ppo, rm, sft
+    from rlhf.stages import dpo, evaluate, inspect, online, rm, sft
 
     transformers_logging.disable_progress_bar()
     started = time.time()
@@ -47,14 +47,16 @@ def main(run_dir: Path) -> None:
         stages: dict[config.Stage, Any] = {
             config.Stage.sft: sft.run,
             config.Stage.rm: rm.run,
-            config.Stage.ppo: ppo.run,
+            **dict.fromkeys(config.ONLINE, online.run),
+            config.Stage.dpo: dpo.run,
+            config.Stage.eval: evaluate.run,
             config.Stage.inspect: inspect.run,
         }
         metrics = stages[stage](cfg, run_dir)
         if comm.rank() == 0:
-            if stage != config.Stage.inspect:
+            if stage.name in curves.PANELS:
                 curves.plot_curves(run_dir, stage.name)
-            if stage == config.Stage.ppo:
+            if stage in config.ONLINE:
                 curves.plot_frontier(run_dir, metrics)
             layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
         comm.barrier()  # all end together: another node's next workers must not find those of this stage

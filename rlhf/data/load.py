@@ -32,10 +32,11 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
         if (run_dir / "checkpoints").exists() and json.loads(known.read_text()) != json.loads(json.dumps(data.report)):
             raise ValueError("the data are not those that this run has learnt from so far; add fresh=true to train it anew")
         layout.write_json(known, data.report)
-    needed = {"sft": (data.sft, data.eval_sft), "rm": (data.rm, data.eval_rm), "ppo": (data.ppo, data.eval_prompts)}[cfg.stage.name]
+    stage, pairs = cfg.stage.name, (data.rm, data.eval_rm)
+    needed = {"sft": (data.sft, data.eval_sft), "rm": pairs, "dpo": pairs}.get(stage, (data.ppo, data.eval_prompts))
     for part, what in zip(needed, ("", " to evaluate on")):
         if not len(part):
-            why = "no source has second answers, or they are" if cfg.stage.name == "rm" else "the sources are"
+            why = "no source has second answers, or they are" if stage in ("rm", "dpo") else "the sources are"
             raise ValueError(f"data={'+'.join(cfg.data.sources)}: no rows{what} for {cfg.stage.name}: {why} too small for data.shares")
     return data
 
@@ -130,10 +131,12 @@ def demonstrations(
     return Rows(done, lambda row: (row["prompt"], row["chosen"]))
 
 
-def pairs(tokenizer: Any, table: Any, max_prompt: int, max_response: int, workers: int | None = None) -> Rows[tuple[list[int], list[int]]]:
-    """Token ids of prompt + chosen and of prompt + rejected, likewise."""
+def pairs(
+    tokenizer: Any, table: Any, max_prompt: int, max_response: int, workers: int | None = None
+) -> Rows[tuple[list[int], list[int], list[int]]]:
+    """Token ids of prompt, chosen and rejected, likewise."""
     done = encoded(tokenizer, table, ["chosen", "rejected"], max_prompt, max_response, workers)
-    return Rows(done, lambda row: (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]))
+    return Rows(done, lambda row: (row["prompt"], row["chosen"], row["rejected"]))
 
 
 def prompts(tokenizer: Any, table: Any, max_prompt: int, workers: int | None = None) -> Rows[tuple[list[Turn], list[int]]]:

@@ -25,6 +25,7 @@ class Pair:
     chosen: str  # the answer that the label prefers
     rejected: str | None  # None where a source has no second answer
     gold_margin: float | None = None  # true reward of chosen minus rejected, where a source knows it
+    source: str = ""  # name of its source, where pairs are evaluated
 
 
 @dataclass(frozen=True)

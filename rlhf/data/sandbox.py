@@ -287,7 +287,7 @@ def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> Dataset:
         for prompt, first, second, margin in rows:
             if rng.random() >= prefers_first(margin, temperature):
                 first, second, margin = second, first, -margin
-            labelled.append(Pair([Turn("user", prompt)], first, second, gold_margin=margin))
+            labelled.append(Pair([Turn("user", prompt)], first, second, gold_margin=margin, source="sandbox"))
         return labelled
 
     def probe(prompt: str, rng: random.Random) -> Pair:

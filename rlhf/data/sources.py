@@ -86,7 +86,10 @@ def load_sources(cfg: Data) -> Dataset:
         rm=everything.select(parts[RM]),
         ppo=everything.select(parts[PPO]),
         eval_sft=[Demonstration(pair.prompt, pair.chosen) for pair in demonstrations],
-        eval_rm=[pair_of(row) for row in everything.select(has_two[: cfg.eval_rows])],
+        eval_rm=[
+            dataclasses.replace(pair_of(row), source=of_tables[origin]["source"])
+            for row, origin in zip(everything.select(has_two[: cfg.eval_rows]), rows["origin"][has_two])
+        ],
         eval_prompts=list({str(pair.prompt): pair.prompt for pair in demonstrations}.values()),
         texts=datasets.concatenate_datasets(texts) if texts else None,
         report=reports,
@@ -432,13 +435,20 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def mapped(raw: Any, read: Any, key: str, what: str, workers: int | None, arguments: dict[str, Any], features: Any) -> Any:
-    """`raw.map(read)` in several processes, kept in the library's cache under `key`: done once, and read from there afterwards."""
+def cache_folder() -> Path:
+    """Where what is computed from the data is kept, in the library's cache."""
     import datasets
-    from filelock import FileLock
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf"
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def mapped(raw: Any, read: Any, key: str, what: str, workers: int | None, arguments: dict[str, Any], features: Any) -> Any:
+    """`raw.map(read)` in several processes, kept in the library's cache under `key`: done once, and read from there afterwards."""
+    from filelock import FileLock
+
+    folder = cache_folder()
     show_progress(large := len(raw) > 20_000)
     processes = min(workers or min(os.cpu_count() or 1, 8), len(raw)) if large else None
     with FileLock(folder / f"{key}.lock"):  # another process of this run, or another run, may be at it: then wait, and read

@@ -193,14 +193,13 @@ def encode_demonstrations(
     return [(prompt, answer) for prompt, answer in zip(prompts, answers) if prompt is not None]
 
 
-def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], max_prompt: int, max_response: int) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompt + chosen and of prompt + rejected; pairs with a prompt that is too long or without a second answer are
-    left out."""
+def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], max_prompt: int, max_response: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Token ids of prompt, chosen and rejected; pairs with a prompt that is too long or without a second answer are left out."""
     pairs = [pair for pair in pairs if pair.rejected is not None]
     prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt)
     chosen = encode_responses(tokenizer, [pair.chosen for pair in pairs], max_response)
     rejected = encode_responses(tokenizer, [pair.rejected or "" for pair in pairs], max_response)
-    return [(prompt + c, prompt + r) for prompt, c, r in zip(prompts, chosen, rejected) if prompt is not None]
+    return [(prompt, c, r) for prompt, c, r in zip(prompts, chosen, rejected) if prompt is not None]
 
 
 def decode_response(tokenizer: Any, ids: list[int]) -> str:

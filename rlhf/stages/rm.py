@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rlhf import comm
+from rlhf.agreement import correct, score_pairs
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, RmLoss
 from rlhf.data import load, template
@@ -19,7 +20,7 @@ from rlhf.data.records import Pair
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.models import check_context, last_token_score, load_scorer, load_tokenizer, save_engine, without_eos
 from rlhf.objectives import learning_rate, pairwise_loss, pairwise_loss_per_token
-from rlhf.rewards import score_rows, unit_of
+from rlhf.rewards import unit_of
 from rlhf.track import Tracker, log
 
 
@@ -53,7 +54,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     for step, batch in islice(batches, checkpoints.resume(), steps):
         n = len(batch)
         taken = {i: pairs[i] for i in batch}
-        seen["tokens"] += sum(len(chosen) + len(rejected) for chosen, rejected in taken.values())
+        seen["tokens"] += sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in taken.values())
         losses: list[torch.Tensor] = []  # of the micro-batches: the summed loss, and the scores (pairs, 2)
         scores: list[torch.Tensor] = []
 
@@ -103,14 +104,17 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
 
 def compare(
-    scorer: Any, pairs: Sequence[tuple[list[int], list[int]]], tokenizer: Any, over: RmLoss
+    scorer: Any, pairs: Sequence[tuple[list[int], list[int], list[int]]], tokenizer: Any, over: RmLoss
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores of the chosen and of the rejected answers, (B,) each, in one forward; and their loss, summed over the pairs.
+
+    Args: pairs: token ids of prompt, chosen and rejected.
 
     With RmLoss.per_token all is as in DeepSpeed-Chat, whose padding is EOS: scores are read before it, and where one answer has
     ended, the comparison with the other goes on over its EOS and padding.
     """
-    ids, mask = pad_right([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], tokenizer.pad_token_id, scorer.device)
+    rows = [prompt + chosen for prompt, chosen, _ in pairs] + [prompt + rejected for prompt, _, rejected in pairs]
+    ids, mask = pad_right(rows, tokenizer.pad_token_id, scorer.device)
     at_tokens = scorer(ids, mask)
     if over == RmLoss.sequence:
         chosen, rejected = last_token_score(at_tokens, mask).chunk(2)
@@ -125,11 +129,6 @@ def compare(
     return chosen, rejected, pairwise_loss_per_token(of_chosen, of_rejected, starts, ends)
 
 
-def correct(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
-    """Share of pairs whose chosen answer scores higher; a tie counts half."""
-    return float(((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean())
-
-
 def evaluate(
     engine: Any, pairs: list[Pair], probe: list[Pair], tokenizer: Any, cfg: Config
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -139,20 +138,15 @@ def evaluate(
         of a perfect judge with the labels; `eval/accuracy_prompt` on pairs that differ only in whether the answer fits its prompt.
     """
 
-    def scores_of(some: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = template.encode_pairs(tokenizer, some, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
-        rows = [row for pair in encoded for row in pair]
-        flat = score_rows(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
-        return torch.tensor(flat[::2], dtype=torch.float64), torch.tensor(flat[1::2], dtype=torch.float64)
-
-    chosen, rejected = scores_of(pairs)
+    limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens, cfg.deploy.eval_micro_batch)
+    chosen, rejected = score_pairs(engine, tokenizer, pairs, *limits)
     metrics = {"eval/accuracy": correct(chosen, rejected)}
     if all(pair.gold_margin is not None for pair in pairs):
         gold = torch.tensor([pair.gold_margin for pair in pairs])
         metrics["eval/accuracy_gold"] = correct((chosen - rejected) * gold.sign(), torch.zeros(len(pairs)))
         metrics["eval/accuracy_bayes"] = correct(gold, torch.zeros(len(pairs)))
     if probe:
-        metrics["eval/accuracy_prompt"] = correct(*scores_of(probe))
+        metrics["eval/accuracy_prompt"] = correct(*score_pairs(engine, tokenizer, probe, *limits))
     samples = [
         {
             "prompt": pair.prompt[-1].text,

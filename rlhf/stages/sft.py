@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,12 +13,12 @@ from rlhf import comm, plan
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.data import load, template
-from rlhf.data.batches import chunks, global_batches, micro_batches
+from rlhf.data.batches import global_batches, micro_batches
 from rlhf.data.load import open_data
 from rlhf.data.packing import can_pack, first_learnt
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.evaluation import evaluate_policy
-from rlhf.likelihood import answer_sums
+from rlhf.likelihood import answer_sums, perplexity
 from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate
 from rlhf.rollout import Models, Sampling
@@ -94,7 +93,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- evaluation
     engine.eval()
-    metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg)}
+    metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch)}
     models = Models(tokenizer, engine, gather=plan.gather_for_rollout(cfg))
     measured, samples = evaluate_policy(models, data, max_prompt, max_response, Sampling(1.0), cfg.deploy.eval_micro_batch)
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
@@ -102,13 +101,3 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics
-
-
-@torch.no_grad()
-def perplexity(engine: Any, rows: list[tuple[list[int], list[int]]], pad_id: int, cfg: Config) -> float:
-    """exp of the mean -log p over all answer tokens of all rows."""
-    nothing: tuple[list[int], list[int]] = (rows[0][0], [])  # so that every process has the same number of rows
-    mine = (rows + [nothing] * (-len(rows) % comm.world_size()))[comm.rank() :: comm.world_size()]
-    nll = sum(float(answer_sums(engine, part, pad_id)[0]) for part in chunks(mine, cfg.deploy.eval_micro_batch))
-    total, tokens = comm.all_sum([nll, sum(len(answer) for _, answer in mine)], engine.device)
-    return math.exp(min(total / tokens, 50.0))

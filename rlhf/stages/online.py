@@ -1,6 +1,7 @@
-"""PPO: prompts -> answers -> scores -> a better policy, kept near the SFT policy by a KL penalty. docs/ppo.md explains every step.
+"""PPO, RLOO, GRPO: prompts -> answers -> scores -> a better policy, kept near the SFT policy by a KL penalty. docs/ppo.md explains
+every step, docs/algorithms.md how the three differ: in where an answer's advantage comes from.
 
-One rollout per step: sample answers, score them, then `ppo.epochs` passes of `ppo.minibatches` optimizer steps for actor and
+One rollout per step: sample answers, score them, then `epochs` passes of `minibatches` optimizer steps for the actor, and for PPO's
 critic. Every process holds the whole rollout's experience and trains on its rows of each minibatch, so minibatches, whitening and
 metrics do not depend on the number of processes.
 """
@@ -20,22 +21,24 @@ from torch import Tensor
 
 from rlhf import comm, config, plan
 from rlhf.checkpoint import Checkpoints
-from rlhf.config import BestBy, Config, KlPlace
+from rlhf.config import BestBy, Config, DsChat, Grpo, KlPlace, Ppo, Ptx
 from rlhf.controllers import KlCoefficient, MovingAverage, RunningScale
 from rlhf.data import load
 from rlhf.data.batches import global_batches, micro_batches, uniforms
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset
 from rlhf.engines import build_engine, optimizer_step
-from rlhf.evaluation import answer_rows, evaluate_policy, rollout_metrics
+from rlhf.evaluation import Found, answer_rows, before_and_after, evaluate_policy, rollout_metrics
 from rlhf.guards import Guards, Watch
 from rlhf.likelihood import answer_sums
 from rlhf.lora import AdapterOff
-from rlhf.models import check_context, is_reward_model, load_policy, load_scorer, load_tokenizer, save_engine
+from rlhf.models import check_context, load_policy, load_scorer, load_tokenizer, save_engine
 from rlhf.objectives import (
     gae,
+    group_relative,
     kl_estimate,
     learning_rate,
+    leave_one_out,
     policy_loss,
     token_logp,
     token_rewards,
@@ -43,7 +46,7 @@ from rlhf.objectives import (
     value_loss,
     whiten,
 )
-from rlhf.rewards import build_rewards, load_functions
+from rlhf.rewards import Rewards, build_rewards, check_reward_models, load_functions
 from rlhf.rollout import Experience, Models, Sampling, make_experience, values_before
 from rlhf.track import Tracker, log
 
@@ -51,32 +54,32 @@ Texts = load.Rows[tuple[list[int], list[int]]]
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
-    """Train, evaluate before, meanwhile and after; save run_dir/model, run_dir/critic and, where they are wanted, run_dir/model_ema
-    and run_dir/model_best. Returns the final metrics."""
+    """Train, evaluate before, meanwhile and after; save run_dir/model, PPO's run_dir/critic and, where they are wanted,
+    run_dir/model_ema and run_dir/model_best. Returns the final metrics."""
     # ---- data
-    ppo, max_prompt, max_new = cfg.ppo, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    name, algo = cfg.stage.name, config.own_node(cfg)
+    ppo = algo if isinstance(algo, Ppo) else None  # what only a stage with a critic has
+    max_prompt, max_new, switches = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, ppo.dschat if ppo else DsChat()
     functions = load_functions(cfg)
     check_context(cfg.inputs["sft"], max_prompt, max_new, "rollout.max_new_tokens")
-    for name in cfg.inputs:
-        if name != "sft" and not is_reward_model(cfg.inputs[name]):
-            key = "ppo.reward" if name == "rm" else f"ppo.{name.replace('/', '.')}.path"
-            raise ValueError(f"{key}: {cfg.inputs[name]} is no reward model (*ForSequenceClassification): it has no head that gives scores")
+    check_reward_models(cfg)
     tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
     data = open_data(cfg, run_dir)
-    if ppo.evaluation.every and ppo.evaluation.best_by == BestBy.gold and not data.gold:
-        raise ValueError("ppo.evaluation.best_by=gold: these data do not know the truth; choose score or objective")
+    if algo.evaluation.every and algo.evaluation.best_by == BestBy.gold and not data.gold:
+        raise ValueError(f"{name}.evaluation.best_by=gold: these data do not know the truth; choose score or objective")
     prompts = load.prompts(tokenizer, data.ppo, max_prompt, cfg.data.workers)
-    texts = pretraining_texts(cfg, data, tokenizer) if ppo.ptx.coef else None
-    log.info(f"PPO: {prompts} prompts, {len(data.eval_prompts)} held out")
-    steps = len(prompts) // ppo.batch_size * ppo.prompt_epochs
+    texts = pretraining_texts(cfg, data, tokenizer) if algo.ptx.coef else None
+    log.info(f"{name.upper()}: {prompts} prompts, {len(data.eval_prompts)} held out")
+    steps = len(prompts) // algo.batch_size * algo.prompt_epochs
     if not steps:
-        raise ValueError(f"ppo.batch_size={ppo.batch_size}: there are only {len(prompts)} prompts")
-    steps = min(steps, ppo.max_steps or steps)
-    if ppo.critic_warmup >= steps:
-        raise ValueError(f"ppo.critic_warmup={ppo.critic_warmup}: there are only {steps} rollouts, the policy would never learn")
+        raise ValueError(f"{name}.batch_size={algo.batch_size}: there are only {len(prompts)} prompts")
+    steps = min(steps, algo.max_steps or steps)
+    warmup = ppo.critic_warmup if ppo else 0
+    if ppo and warmup >= steps:
+        raise ValueError(f"ppo.critic_warmup={warmup}: there are only {steps} rollouts, the policy would never learn")
 
-    # ---- models: the policy and its frozen start, what scores answers, and the critic, which starts from the reward model
-    precision, dropout = cfg.deploy.precision, ppo.dschat.dropout
+    # ---- models: the policy and its frozen start, what scores answers, and PPO's critic
+    precision, dropout = cfg.deploy.precision, switches.dropout
     cfg.actor.lora.dropout = cfg.reward.lora.dropout = 0.0  # the ratio of the first update must be 1
     actor = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision, dropout), cfg, "actor", run_dir)
     if config.adapter_only(cfg.actor):
@@ -85,38 +88,27 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     else:
         ref = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
     rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
-    own = (s for s in rewards.sources if s.engine and not s.tokenizer and not ppo.rewards[s.name].path and s.weight)
-    teacher = next(own, None)
-    if teacher is None:
-        log.info("critic: no reward model of this configuration shares the policy's tokenizer, so it starts from the SFT policy")
-
-    def load_critic() -> Any:
-        critic = load_scorer(cfg.inputs["rm" if teacher else "sft"], tokenizer, precision, zero_head=not teacher, dropout=dropout)
-        if teacher:  # values have the unit of the scores, as they count in the sum
-            unit = teacher.engine.module.hf.config
-            critic.hf.config.score_mean, critic.hf.config.score_std = unit.score_mean, unit.score_std / teacher.weight
-        return critic
-
-    critic = build_engine(load_critic, cfg, "critic", run_dir)
-    actor.eval(), critic.eval()
+    critic = build_critic(cfg, ppo, rewards, tokenizer, run_dir) if ppo else None
+    actor.eval()
     models = Models(tokenizer, actor, ref, rewards, critic, plan.gather_for_rollout(cfg))
-    guards = Guards(precision, ppo.dschat, cfg.rollout.temperature)
-    guards.check_models(actor=actor, critic=critic, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
-    ema = MovingAverage(actor, ppo.ema) if ppo.ema else None
-    beta, scale = KlCoefficient(ppo.kl, steps - ppo.critic_warmup), RunningScale()
-    sampling = Sampling(cfg.rollout.temperature, greedy=ppo.dschat.greedy)
+    trained = {"actor": actor} | ({"critic": critic} if critic else {})
+    guards = Guards(precision, switches, cfg.rollout.temperature)
+    guards.check_models(**trained, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
+    ema = MovingAverage(actor, algo.ema) if algo.ema else None
+    beta, scale = KlCoefficient(algo.kl, steps - warmup), RunningScale()
+    sampling = Sampling(cfg.rollout.temperature, greedy=switches.greedy)
     tracker = Tracker(cfg, run_dir, steps, ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"])
-    watch = Watch(tracker.alert)
+    watch = Watch(tracker.alert, name)
     so_far: dict[str, Any] = {"best": -float("inf"), "before": {}, "samples_before": []}
     memory = {"beta": beta, "scale": scale, "tracker": tracker, "watch": watch, "so_far": so_far} | ({"ema": ema} if ema else {})
-    checkpoints = Checkpoints(cfg, run_dir, steps, {"actor": actor, "critic": critic}, memory)
+    checkpoints = Checkpoints(cfg, run_dir, steps, trained, memory)
 
-    def evaluate(step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def evaluate(step: int) -> Found:
         """On the held-out prompts; keeps the policy in model_best where it is the best so far."""
-        e, micro_batch = ppo.evaluation, cfg.deploy.eval_micro_batch
+        e, micro_batch = algo.evaluation, cfg.deploy.eval_micro_batch
         how = Sampling(e.temperature, e.top_p, e.top_k)
         found, rows = evaluate_policy(models, data, max_prompt, max_new, how, micro_batch)
-        found["objective"] = found["score"] - ppo.kl.coef * found["kl"]  # not by the present beta: evaluations are compared
+        found["objective"] = found["score"] - algo.kl.coef * found["kl"]  # not by the present beta: evaluations are compared
         if e.every and found[e.best_by.name] > so_far["best"]:
             so_far["best"] = found[e.best_by.name]
             log.info(f"step {step}: best {e.best_by.name} so far, {so_far['best']:.3f}")
@@ -128,12 +120,12 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         so_far["before"], so_far["samples_before"] = evaluate(0)
 
     # ---- training
-    answers = cfg.rollout.responses_per_prompt
-    for step, batch in islice(enumerate(global_batches(len(prompts), ppo.batch_size, ppo.prompt_epochs, cfg.seed)), done, steps):
+    answers = algo.responses_per_prompt
+    for step, batch in islice(enumerate(global_batches(len(prompts), algo.batch_size, algo.prompt_epochs, cfg.seed)), done, steps):
         started = time.time()
         draws = uniforms("rollout", [i + k * len(prompts) for i in batch for k in range(answers)], cfg.seed, step, max_new)
         asked, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(answers)))
-        masks = {"masks_from_ids": ppo.dschat.pad_is_eos, "train_mode": ppo.dschat.train_mode_logp}
+        masks = {"masks_from_ids": switches.pad_is_eos, "train_mode": switches.train_mode_logp}
         e = make_experience(models, ids, asked, draws, sampling, cfg.deploy.eval_micro_batch, **masks)
         made = time.time()
         guards.check_rollout(e, tokenizer.eos_token_id, first=step == 0)
@@ -143,64 +135,62 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
         # from scores to the reward of each token, and on to advantages
         raw_score = rewards.total(e.scores)
-        score = raw_score - ppo.missing_eos_penalty * (1 - e.ended) - ppo.length_penalty * e.mask.sum(1)
-        if ppo.scale_score:
+        score = raw_score - algo.missing_eos_penalty * (1 - e.ended) - algo.length_penalty * e.mask.sum(1)
+        if algo.scale_score:
             score = scale(score)
-        if ppo.score_clip:
-            score = score.clamp(-ppo.score_clip, ppo.score_clip)
-        in_reward = beta.value if ppo.kl.place == KlPlace.reward else 0.0
-        penalty = in_reward * kl_estimate(e.old_logp, e.ref_logp, ppo.kl.estimator)
+        if algo.score_clip:
+            score = score.clamp(-algo.score_clip, algo.score_clip)
+        in_reward = beta.value if algo.kl.place == KlPlace.reward else 0.0
+        penalty = in_reward * kl_estimate(e.old_logp, e.ref_logp, algo.kl.estimator)
         token_reward = token_rewards(score, penalty, e.mask)
-        if ppo.whiten_rewards:
-            token_reward = whiten(token_reward, e.mask, shift_mean=False)
-        advantages, returns = gae(token_reward, e.old_values, e.mask, ppo.gamma, ppo.lam)
-        if ppo.whiten_advantages:
-            advantages = whiten(advantages, e.mask)
+        returns = None
+        if ppo:  # each token by itself, against what the critic expected
+            if ppo.whiten_rewards:
+                token_reward = whiten(token_reward, e.mask, shift_mean=False)
+            advantages, returns = gae(token_reward, e.old_values, e.mask, ppo.gamma, ppo.lam)
+            if ppo.whiten_advantages:
+                advantages = whiten(advantages, e.mask)
+        else:  # all tokens of an answer alike, against the other answers to its prompt
+            groups = token_reward.sum(1).view(-1, answers)
+            grouped = group_relative(groups, algo.normalize_std) if isinstance(algo, Grpo) else leave_one_out(groups)
+            advantages = grouped.view(-1, 1) * e.mask
 
         update = train_on(models, e, advantages, returns, beta.value, ema, texts, guards, step, steps, cfg)
-        trained = time.time()
+        updated = time.time()
 
-        if step == ppo.critic_warmup:
+        if step == warmup:
             guards.report()
         metrics = rollout_metrics(e, raw_score, score, penalty, returns, beta.value)
         if data.gold:
             gold = [data.gold(turns, e.text(row, tokenizer)) for row, turns in enumerate(asked)]
             metrics |= {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
-        for name, column in zip(rewards.names, e.scores.unbind(1)):
-            metrics |= {f"reward/{name}/mean": float(column.mean()), f"reward/{name}/std": float(column.std(correction=0))}
+        for source, column in zip(rewards.names, e.scores.unbind(1)):
+            metrics |= {f"reward/{source}/mean": float(column.mean()), f"reward/{source}/std": float(column.std(correction=0))}
         tracker.answers(step + 1, answer_rows(e, score, token_reward, advantages, returns, rewards, cfg.rollout.log_answers))
-        if step >= ppo.critic_warmup:  # before, there is no KL to steer
+        if step >= warmup:  # before, there is no KL to steer
             beta.update(metrics["objective/kl"], len(asked))
-        if ppo.evaluation.every and (step + 1) % ppo.evaluation.every == 0 and step + 1 < steps:
+        if algo.evaluation.every and (step + 1) % algo.evaluation.every == 0 and step + 1 < steps:
             found, rows = evaluate(step + 1)
             metrics |= {f"eval/{key}": value for key, value in found.items()}
             tracker.samples(step + 1, rows)
         metrics |= update
         metrics |= {
             "episode": (step + 1) * len(asked),
-            "eps": len(asked) / (trained - started),
+            "eps": len(asked) / (updated - started),
             "timing_s/rollout": made - started,
-            "timing_s/update": trained - made,
-            "timing_s/step": trained - started,
+            "timing_s/update": updated - made,
+            "timing_s/step": updated - started,
         }
         tracker.log(step + 1, metrics)
         watch.look(metrics)
         checkpoints.after(step + 1)
 
     # ---- evaluation
-    after, samples = evaluate(steps)
-    before, samples_before = so_far["before"], so_far["samples_before"]
-    metrics = {f"eval/{key}": value for key, value in after.items()}
-    metrics |= {f"eval/{key}_before": before[key] for key in ("score", "gold", "length", "eos_rate", "repetition") if key in before}
-    compared = [
-        {"prompt": new["prompt"], "before": old["completion"], "after": new["completion"]}
-        | {f"{key}_{when}": row[key] for key in ("score", "gold") if key in new for when, row in (("before", old), ("after", new))}
-        | {"kl": new["kl"], "length": new["length"]}
-        for old, new in zip(samples_before, samples)
-    ]
+    metrics, compared = before_and_after((so_far["before"], so_far["samples_before"]), evaluate(steps))
     tracker.samples(steps, compared)
     save_engine(actor, tokenizer, run_dir / "model")
-    save_engine(critic, tokenizer, run_dir / "critic")
+    if critic:
+        save_engine(critic, tokenizer, run_dir / "critic")
     if ema:
         with ema.in_place():
             save_engine(actor, tokenizer, run_dir / "model_ema")
@@ -208,11 +198,29 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     return metrics
 
 
+def build_critic(cfg: Config, ppo: Ppo, rewards: Rewards, tokenizer: Any, run_dir: Path) -> Any:
+    """The critic, which starts from the reward model of this configuration where that reads the same tokens, else from SFT."""
+    own = (s for s in rewards.sources if s.engine and not s.tokenizer and not ppo.rewards[s.name].path and s.weight)
+    teacher = next(own, None)
+    if teacher is None:
+        log.info("critic: no reward model of this configuration shares the policy's tokenizer, so it starts from the SFT policy")
+    path, precision, dropout = cfg.inputs["rm" if teacher else "sft"], cfg.deploy.precision, ppo.dschat.dropout
+
+    def load_critic() -> Any:
+        critic = load_scorer(path, tokenizer, precision, zero_head=not teacher, dropout=dropout)
+        if teacher:  # values have the unit of the scores, as they count in the sum
+            unit = teacher.engine.module.hf.config
+            critic.hf.config.score_mean, critic.hf.config.score_std = unit.score_mean, unit.score_std / teacher.weight
+        return critic
+
+    return build_engine(load_critic, cfg, "critic", run_dir).eval()
+
+
 def train_on(
     models: Models,
     e: Experience,
     advantages: Tensor,
-    returns: Tensor,
+    returns: Tensor | None,
     beta: float,
     ema: MovingAverage | None,
     texts: Texts | None,
@@ -221,38 +229,41 @@ def train_on(
     steps: int,
     cfg: Config,
 ) -> dict[str, float]:
-    """`ppo.epochs` passes over one rollout in `ppo.minibatches` optimizer steps each, for actor and critic.
+    """`epochs` passes over one rollout in `minibatches` optimizer steps each, for the actor and, where there is one, the critic.
 
-    Args: advantages, returns (B, R), rows as in `e`.  beta: weight of the KL, where it is part of the loss.  texts: of the
-        pretraining loss.
+    Args: advantages, returns (B, R), rows as in `e`; returns for the critic.  beta: weight of the KL, where it is part of the loss.
+        texts: of the pretraining loss.
     Returns: means over all tokens of all minibatches and processes, of losses over the optimizer steps (`_max`: maxima).
     """
     actor, critic, pad_id = models.actor, models.critic, models.tokenizer.pad_token_id
-    ppo, rank, world, temperature = cfg.ppo, comm.rank(), comm.world_size(), cfg.rollout.temperature
-    actor_learns = step >= ppo.critic_warmup
-    in_loss = beta if ppo.kl.place == KlPlace.loss else 0.0
-    actor_lr = learning_rate(step - ppo.critic_warmup, steps - ppo.critic_warmup, ppo)  # its warm-up begins when it begins
-    critic_lr = learning_rate(step, steps, ppo.critic_optim)
-    actor.train(), critic.train()  # nothing drops out; activation checkpointing works only so
+    algo, rank, world, temperature = config.own_node(cfg), comm.rank(), comm.world_size(), cfg.rollout.temperature
+    ppo = algo if isinstance(algo, Ppo) else None
+    warmup = ppo.critic_warmup if ppo else 0
+    actor_learns = step >= warmup
+    in_loss = beta if algo.kl.place == KlPlace.loss else 0.0
+    actor_lr = learning_rate(step - warmup, steps - warmup, algo)  # its warm-up begins when it begins
+    critic_lr = learning_rate(step, steps, ppo.critic_optim) if ppo else 0.0
+    for engine in filter(None, (actor, critic)):
+        engine.train()  # nothing drops out; activation checkpointing works only so
     n, lengths = len(e.mask), e.full_mask.sum(1).tolist()
     of_tokens: dict[str, float] = defaultdict(float)  # sums over tokens of the whole rollout
     of_losses: dict[str, float] = defaultdict(float)  # sums over optimizer steps
     actor_norms, critic_norms, first_ratio, ratio_max, tokens_seen, passes = [], [], 0.0, 0.0, 0.0, 0
 
-    for epoch in range(ppo.epochs):
+    for epoch in range(algo.epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(n)
         approxkl, epoch_tokens = 0.0, 0.0
-        for number, minibatch in enumerate(np.split(order, ppo.minibatches)):
+        for number, minibatch in enumerate(np.split(order, algo.minibatches)):
             micros = micro_batches(minibatch.tolist(), lengths, cfg.deploy.micro_batch, rank, world)
             tokens = float(e.learnt[minibatch].sum())  # of this optimizer step, over all processes
             sums: dict[str, float] = defaultdict(float)
             losses: dict[str, float] = defaultdict(float)
-            guarded = epoch == number == 0 and step == ppo.critic_warmup  # the first update of the policy
+            guarded = epoch == number == 0 and step == warmup  # the first update of the policy
 
             def weights(part: Experience, tokens: float = tokens, size: int = len(minibatch), parts: int = len(micros) * world) -> Tensor:
-                if ppo.dschat.micro_batch_means:
+                if ppo and ppo.dschat.micro_batch_means:
                     tokens, size = float(part.learnt.sum()) * parts, len(part.learnt) * parts
-                return token_weights(part.learnt, ppo.loss_over, tokens, size, cfg.rollout.max_new_tokens)
+                return token_weights(part.learnt, algo.loss_over, tokens, size, cfg.rollout.max_new_tokens)
 
             def actor_loss(
                 rows: Sequence[int], sums: dict[str, float] = sums, losses: dict[str, float] = losses, guarded: bool = guarded
@@ -262,20 +273,21 @@ def train_on(
                 logp, entropy = token_logp(actor(part.ids, part.full_mask, r), part.response_ids, temperature)
                 if guarded:
                     guards.check_ratio(logp.detach(), part.old_logp, part.mask)
-                loss, counts = policy_loss(logp, part.old_logp, advantages[rows, :r], part.learnt, ppo.clip, ppo.clip_high)
+                loss, counts = policy_loss(logp, part.old_logp, advantages[rows, :r], part.learnt, algo.clip, algo.clip_high)
                 for key, value in counts.items():
                     sums[key] = max(sums[key], float(value)) if key == "ratio_max" else sums[key] + float(value)
                 sums["entropy"] += float((entropy.detach() * part.learnt).sum())
                 terms = {"policy": (weight * loss).sum()}
-                if ppo.entropy_coef:
-                    terms["entropy"] = -ppo.entropy_coef * (weight * entropy).sum()
+                if algo.entropy_coef:
+                    terms["entropy"] = -algo.entropy_coef * (weight * entropy).sum()
                 if in_loss:
-                    terms["kl"] = in_loss * (weight * kl_estimate(logp * part.mask, part.ref_logp, ppo.kl.estimator)).sum()
+                    terms["kl"] = in_loss * (weight * kl_estimate(logp * part.mask, part.ref_logp, algo.kl.estimator)).sum()
                 for key, term in terms.items():
                     losses[key] += float(term.detach())
                 return sum(terms.values(), torch.zeros((), device=logp.device))
 
             def critic_loss(rows: Sequence[int], sums: dict[str, float] = sums, losses: dict[str, float] = losses) -> Tensor:
+                assert ppo and returns is not None
                 part = e.rows(rows)
                 r = part.mask.shape[1]
                 values = values_before(critic(part.ids, part.full_mask), r)
@@ -293,7 +305,7 @@ def train_on(
                 count = sum(len(taken[int(i)][1]) for i in chosen)
 
                 def ptx_loss(rows: Sequence[int], taken: dict = taken, count: int = count, losses: dict[str, float] = losses) -> Tensor:
-                    loss = ppo.ptx.coef * answer_sums(actor, [taken[i] for i in rows], pad_id)[0] / count
+                    loss = algo.ptx.coef * answer_sums(actor, [taken[i] for i in rows], pad_id)[0] / count
                     losses["ptx"] += float(loss.detach())
                     return loss
 
@@ -302,7 +314,8 @@ def train_on(
                 actor_norms.append(optimizer_step(actor, work, lambda item: item[0](item[1]), actor_lr))
                 if ema:
                     ema.update()
-            critic_norms.append(optimizer_step(critic, micros, critic_loss, critic_lr))
+            if critic:
+                critic_norms.append(optimizer_step(critic, micros, critic_loss, critic_lr))
 
             ratio_max = max(ratio_max, sums.pop("ratio_max", 0.0))
             for total, part in ((of_tokens, sums), (of_losses, losses)):
@@ -316,21 +329,18 @@ def train_on(
             epoch_tokens += tokens
         tokens_seen += epoch_tokens
         passes += 1
-        if ppo.target_kl and approxkl > ppo.target_kl * epoch_tokens:
+        if algo.target_kl and approxkl > algo.target_kl * epoch_tokens:
             break
-    actor.eval(), critic.eval()
+    for engine in filter(None, (actor, critic)):
+        engine.eval()
 
-    updates = passes * ppo.minibatches
+    updates = passes * algo.minibatches
     mean = {key: value / max(tokens_seen, 1.0) for key, value in of_tokens.items()}  # DeepSpeed-Chat's masks may leave no token
     loss_of = {key: value / updates for key, value in of_losses.items()}
-    metrics = {
-        "lr": actor_lr if actor_learns else 0.0,
-        "lr_critic": critic_lr,
-        "loss/value_avg": loss_of["value"],
-        "val/clipfrac_avg": mean["value_clipfrac"],
-        "val/grad_norm": float(np.mean(critic_norms)),
-        "policy/epochs": passes,
-    }
+    metrics = {"lr": actor_lr if actor_learns else 0.0, "policy/epochs": passes}
+    if critic:
+        metrics |= {"lr_critic": critic_lr, "loss/value_avg": loss_of["value"]}
+        metrics |= {"val/clipfrac_avg": mean["value_clipfrac"], "val/grad_norm": float(np.mean(critic_norms))}
     if actor_learns:
         metrics |= {f"loss/{key}_avg": loss_of[key] for key in ("policy", "entropy", "kl", "ptx") if key in loss_of}
         metrics |= {
@@ -351,13 +361,14 @@ def train_on(
 
 def pretraining_texts(cfg: Config, data: Dataset, tokenizer: Any) -> Texts:
     """What the pretraining loss reads: the sources of plain text, or without any, the SFT demonstrations (their answers)."""
+    ptx: Ptx = config.own_node(cfg).ptx
     if data.texts is not None:
-        check_context(cfg.inputs["sft"], 0, cfg.ppo.ptx.max_tokens, "ppo.ptx.max_tokens")
-        texts = load.texts(tokenizer, data.texts, cfg.ppo.ptx.max_tokens, cfg.data.workers)
+        check_context(cfg.inputs["sft"], 0, ptx.max_tokens, f"{cfg.stage.name}.ptx.max_tokens")
+        texts = load.texts(tokenizer, data.texts, ptx.max_tokens, cfg.data.workers)
     else:
-        longest = min(cfg.ppo.ptx.max_tokens, cfg.data.max_response_tokens)  # which SFT has had room for
+        longest = min(ptx.max_tokens, cfg.data.max_response_tokens)  # which SFT has had room for
         texts = load.demonstrations(tokenizer, data.sft, cfg.data.max_prompt_tokens, longest, cfg.data.workers)
     if not len(texts):
-        raise ValueError(f"ppo.ptx.coef={cfg.ppo.ptx.coef}: there are neither texts (a source of format text) nor demonstrations")
+        raise ValueError(f"{cfg.stage.name}.ptx.coef={ptx.coef}: there are neither texts (a source of format text) nor demonstrations")
     log.info(f"pretraining loss: {texts} {'texts' if data.texts is not None else 'SFT demonstrations, as no source has plain text'}")
     return texts

@@ -1,0 +1,2 @@
+def run(cfg, run_dir):
+    raise NotImplementedError
