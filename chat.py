@@ -1,6 +1,6 @@
 """Talk to a policy in the terminal: python chat.py [--path RUN|DIRECTORY|HUB_ID] [--prompt TEXT]; --help lists the rest.
 
-Models and turns are in rlhf/conversation.py, scores, traces and records of preference in rlhf/feedback.py.
+Models are in rlhf/chat_models.py, turns and answers in rlhf/conversation.py, scores, traces and preferences in rlhf/feedback.py.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.conversation import LIMITS, Conversation, Params, Policy, Reply, find_model, load, newest_policy, read_param, read_params
+from rlhf.chat_models import find_model, find_reference, load, newest_policy
+from rlhf.conversation import LIMITS, Conversation, Params, Policy, Reply, read_param, read_params
 from rlhf.data import template
-from rlhf.feedback import Judge, Preferences, find_reference, trace
+from rlhf.feedback import Judge, Preferences, trace
 
 COMMANDS = {  # and what may follow
     "/retry": ("", "another answer to the same message"),
@@ -44,7 +46,7 @@ def main() -> int:
     try:
         session = Session(args)
         if args.prompt is not None:
-            return 130 if session.answer(lambda show: session.talk.ask(args.prompt, show))[-1].stopped else 0
+            return 130 if session.answer(functools.partial(session.talk.ask, args.prompt))[-1].stopped else 0
         interact(session)
     except (FileNotFoundError, ValueError) as error:
         say(f"error: {error}")
@@ -177,12 +179,12 @@ class Session:
             replies = ask(piece)
             show("\n")
         if self.judge:
-            scores = [f"{self.judge.score(policy, reply):+.2f}" for policy, reply in zip(self.talk.policies, replies) if reply.text]
-            say("(reward " + ("   ".join(f"{i}: {score}" for i, score in enumerate(scores, 1)) if two else "".join(scores)) + ")")
-        if any(reply.stopped for reply in replies):
-            say("(stopped)")
-        if self.talk.replies is not replies:
-            say("(an empty answer: " + ("the earlier one stays)" if self.talk.replies else "your message is forgotten)"))
+            numbered = [(f"{i}: " * two, *pair) for i, pair in enumerate(zip(self.talk.policies, replies), 1)]
+            scores = [f"{number}{self.judge.score(policy, reply):+.2f}" for number, policy, reply in numbered if reply.text]
+            say(f"(reward {'   '.join(scores) or 'of nothing'})")
+        kept, stopped = self.talk.replies is replies, any(reply.stopped for reply in replies)
+        if stopped or not kept:
+            say(f"({'stopped' if stopped else 'an empty answer'}{'' if kept else ': not remembered'})")
         return replies
 
     def heading(self, i: int) -> str:
@@ -237,7 +239,7 @@ class Session:
                 say(f"saved to {rest}")
             case "/load":
                 talk.load(Path(rest).expanduser())
-                say(f"loaded: {len(talk.histories[0]) // 2} messages with their answers, and the parameters")
+                say(f"loaded {rest}: {len(talk.histories[0]) // 2} of your messages with their answers, and the parameters")
             case "/clear":
                 talk.clear()
                 say("(forgotten)")
@@ -258,13 +260,13 @@ class Session:
         for i, (policy, reply) in enumerate(zip(self.talk.policies, self.talk.replies)):
             if len(self.talk.policies) == 2:
                 show(self.heading(i) + "\n")
-            with contextlib.ExitStack() as stack:
-                if len(self.talk.policies) == 2:  # the other one may have a reference
-                    stack.enter_context(contextlib.suppress())
+            try:
                 path = self.reference or find_reference(policy.path)
                 if path not in self.references:
                     self.references[path] = self.load(path, "--reference")
                 self.show_trace(trace(policy, *self.references[path], reply), path)
+            except ValueError as error:  # the other policy may have a reference
+                say(f"({error})")
 
     def show_trace(self, tokens: list[tuple[str, float]], reference: str) -> None:
         from rich.text import Text
@@ -275,9 +277,8 @@ class Session:
             self.console.print(Text.assemble(*((clean(piece), colour(d)) for piece, d in tokens)), soft_wrap=True)
         largest = ", ".join(f"{piece!r} {d:+.2f}" for piece, d in sorted(tokens, key=lambda token: -abs(token[1]))[:3])
         total = sum(d for _, d in tokens)
-        show(
-            f"sum {total:+.2f} nats over {len(tokens)} tokens against {reference}; red: likelier than there, green: less; largest: {largest}\n"
-        )
+        show(f"sum {total:+.2f} nats over {len(tokens)} tokens against {reference}; largest: {largest}\n")
+        show("red: likelier than under the reference; green: less likely\n")
 
 
 def colour(d: float) -> str:
@@ -307,7 +308,7 @@ def interact(session: Session) -> None:
             if message.startswith("/"):
                 session.command(message)
             elif message:
-                session.answer(lambda show, message=message: session.talk.ask(message, show))  # type: ignore[misc]
+                session.answer(functools.partial(session.talk.ask, message))
         except KeyboardInterrupt:
             say("\n(stopped)")
         except (ValueError, RuntimeError) as error:

@@ -251,8 +251,9 @@ def check_eval(cfg: Config) -> list[str]:
     found.positive("eval.best_of_prompts")
     found.sources(Stage.eval)
     need(bool(policies or node.rewards), "eval.policies and eval.rewards are empty: there is nothing to measure")
-    twice = sorted({policy for policy in policies if policies.count(policy) > 1})
-    need(not twice, f"eval.policies: {', '.join(twice)} is there twice")
+    labels = [policy.removesuffix("/").removesuffix("/model").split("/")[-1] for policy in policies]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    need(not twice, f"eval.policies: {', '.join(twice)} is there twice; rename one directory")
     need(
         not policies or node.against is None or node.against in policies,
         f"eval.against={node.against} is not among eval.policies ({', '.join(policies)}): name one of them, or null to compare with none",

@@ -212,7 +212,7 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     problems = checks.check(cfg) + layout.check_models(cfg)
     if problems:
         raise ValueError("\n".join(problems))
-    usual = compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in GROUPS])
+    usual = compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in {*GROUPS, "pipeline"}])
     for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
         OmegaConf.update(usual, key, OmegaConf.select(composed, key))
     baseline = config.to_typed(usual)
@@ -296,7 +296,8 @@ def run_stage(cfg: Config, stage: Stage, baseline: Config, overrides: list[str],
         result["data"] = json.loads((directory / "data.json").read_text())
         result |= {"settings": layout.identity(cfg, stage), "versions": environment["packages"] | {"git": environment["git"]}}
         summary = {"id": secrets.token_hex(8), "stage": stage.name, "status": "finished", "parents": parents, **result}
-        write_card(directory, own, summary)
+        if (directory / "model").exists():
+            write_card(directory, own, summary)
         layout.write_json(directory / "summary.json", summary)  # last: it means finished
         if not cfg.checkpoint.keep_optimizer:
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from rlhf import layout
+from rlhf.chat_models import Reader, context_of
 from rlhf.config import Template
-from rlhf.conversation import Policy, Reader, Reply, context_of
+from rlhf.conversation import Policy, Reply, reason
 from rlhf.data import template
 
 # ----------------------------------------------------------------------------------------------------------------------- the score
@@ -51,20 +48,6 @@ class Judge:
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the trace
-
-
-def find_reference(model: str) -> str:
-    """The SFT policy that a policy's run stands on. Args: model: its model directory. Raises: ValueError when none is known."""
-    directory = Path(model)
-    file = (directory.parent if directory.name == "model" else directory) / "config.yaml"
-    sft = None
-    with contextlib.suppress(Exception):  # a hub id, a directory of another program: whatever it is, it names no SFT policy
-        sft = OmegaConf.load(file)["inputs"]["sft"]
-    if not sft:
-        raise ValueError(f"{model} is no run that stands on an SFT policy, so there is nothing to compare with: give --reference PATH")
-    if layout.is_directory(sft) and not Path(sft).is_dir():
-        raise ValueError(f"{model}: its SFT policy {sft} is not there any more: give --reference PATH")
-    return str(sft)
 
 
 def trace(policy: Policy, reference: Any, tokenizer: Any, reply: Reply) -> list[tuple[str, float]]:
@@ -148,7 +131,7 @@ class Preferences:
                 file.seek(0)
                 count = sum(1 for line in file if line.strip())
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot write to {self.file}: {error}") from None
+            raise ValueError(f"cannot write to {self.file}: {reason(error)}") from None
         self.written |= {(*reply.prompt, answer) for answer in (chosen, rejected) if answer is not None}
         what, stage = ("a good answer (only SFT learns from it)", "sft") if rejected is None else ("a pair, chosen and rejected", "rm")
         path = str(self.file) if re.fullmatch(r"[\w./~-]+", str(self.file)) else json.dumps(str(self.file))

@@ -1,9 +1,10 @@
-"""What the project's HTML pages share: style, tables, the page around them."""
+"""What the project's HTML pages share: style, tables, figures, the page around them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
@@ -23,6 +24,13 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequ
         "".join(f"<td{' class=text' if column in texts else ''}>{escape(cell)}</td>" for column, cell in zip(header, row)) for row in rows
     ]
     return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def as_html(figure: Any, with_library: bool) -> str:
+    """A plotly figure as a part of a page. Args: with_library: of the first figure of the page."""
+    import plotly.io
+
+    return plotly.io.to_html(figure, include_plotlyjs=with_library, full_html=False, config={"displaylogo": False})
 
 
 def document(title: str, body: Sequence[str], style: str = "", scripts: bool = False) -> str:

@@ -38,6 +38,7 @@ from rlhf.config import (
 )
 
 BUILTIN = "builtin:"
+PROMPTS = Path(__file__).parent / "assets" / "prompts"  # one prompt per line, of each language
 
 
 # --------------------------------------------------------------------------------------------------------------------- identity
@@ -112,7 +113,27 @@ def check_models(cfg: Config) -> list[str]:
         wanted += [(f"{stage.name}.reward", node.reward, scorer)] if stage in ONLINE else []
         wanted += [(f"{stage.name}.rewards.{name}.path", s.path, scorer) for name, s in sources_of_score(cfg, stage).items()]
         wanted += [("eval.policies", path, policy) for path in cfg.eval.policies if stage == Stage.eval and not is_named(path)]
-    return check_functions(cfg) + [line for key, path, role in wanted if path for line in check_model(key, path, role)]
+    unknown = [name for name in cfg.eval.prompts if Stage.eval in runs and not prompt_file(name).is_file()]
+    problems = [
+        f"eval.prompts: {name} is no file, and not one of {', '.join(sorted(p.stem for p in PROMPTS.iterdir()))}" for name in unknown
+    ]
+    return problems + check_functions(cfg) + [line for key, path, role in wanted if path for line in check_model(key, path, role)]
+
+
+def policy_label(policy: str) -> str:
+    """The short name of one of eval.policies: a stage's, or the end of a path or hub id."""
+    parts = [part for part in policy.split("/") if part not in ("", "model")]
+    return policy if is_named(policy) or not parts else parts[-1]
+
+
+def prompt_file(name: str) -> Path:
+    """The file of one of eval.prompts: of ours by its name, or the user's."""
+    return PROMPTS / f"{name}.txt" if (PROMPTS / f"{name}.txt").exists() else Path(name).expanduser().resolve()
+
+
+def lines_of_file(file: Path) -> list[str]:
+    """The prompts of a file, one per line."""
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def is_named(policy: str) -> bool:
@@ -165,7 +186,7 @@ def model_directory(path: str) -> Path:
 
 def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """The trained models that `stage` stands on: their locations, and the ids of the runs that made them, by stage name (sources of the
-    score: rewards/NAME, other policies: policies/PATH).
+    score: rewards/NAME; of eval, by their places: policies/N, prompts/N).
 
     Args: command: what the user typed, to be repeated in the advice.
     Raises: FileNotFoundError saying where it looked and which commands make what is missing.
@@ -182,9 +203,12 @@ def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str])
             take(f"rewards/{name}", source.path)
         elif source.function and (file := function_file(source.function)):
             ids[f"rewards/{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]  # another function, another run
-    for policy in cfg.eval.policies if stage == Stage.eval else ():
+    for i, policy in enumerate(cfg.eval.policies) if stage == Stage.eval else ():
         if not is_named(policy):
-            take(f"policies/{policy}", policy)
+            take(f"policies/{i}", policy)
+    for i, name in enumerate(cfg.eval.prompts) if stage == Stage.eval else ():
+        file = prompt_file(name)
+        paths[f"prompts/{i}"], ids[f"prompts/{i}"] = str(file), hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     for parent, given in parents(cfg, stage).items():
         if given:
             take(parent.name, given)

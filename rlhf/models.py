@@ -125,12 +125,17 @@ def check_context(path: str, max_prompt: int, max_response: int, response_key: s
 
     Args: max_prompt, max_response: tokens.  response_key: the setting that limits answers.  Raises: ValueError with the numbers.
     """
-    from transformers import AutoConfig
-
-    context = getattr(AutoConfig.from_pretrained(location(path)), "max_position_embeddings", None)
+    context = context_length(path)
     if context and max_prompt + max_response > context:
         wanted = f"data.max_prompt_tokens={max_prompt} + {response_key}={max_response}"
         raise ValueError(f"{wanted} is more than the {context} positions of {path}: lower one of them")
+
+
+def context_length(path: str) -> int | None:
+    """Tokens that a model can read at once; None where nothing limits them. Loads no weights."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(location(path)), "max_position_embeddings", None)
 
 
 def load_tokenizer(path: str, style: Template = Template.hh) -> Any:

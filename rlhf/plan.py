@@ -321,7 +321,8 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             roles.append(role("reward", reward, cfg.reward, True, False))
             phases.setdefault("scoring", {"gathered weights": live_weights(roles[-1])})
         notes += [f"eval.rewards.{name}: not counted" for name, source in node.rewards.items() if source.path]
-        notes += ["eval.policies given by path are taken to be as large as the actor"] if cfg.eval.policies else []
+        given_by_path = not all(map(layout.is_named, cfg.eval.policies))
+        notes += ["eval.policies given by path are taken to be as large as the actor"] if given_by_path else []
         files = 0
     elif actor:
         answer = cfg.rollout.max_new_tokens

@@ -41,6 +41,8 @@ def print_runs(paths: list[Path], seconds: float) -> None:
     console = Console()
     console.print(table)
     for run in paths:
+        if (run / "eval.json").exists():
+            print_evaluation(json.loads((run / "eval.json").read_text()))
         files = ("curves.png", "frontier.png", "metrics.jsonl", "report.html", "eval.json", "model/")
         console.print(f"{run}  ({', '.join(name for name in files if (run / name).exists())})", soft_wrap=True, highlight=False)
     if paths[-1].name.split("-")[0] in [stage.name for stage in POLICIES]:
@@ -84,6 +86,31 @@ def lines_of(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]
         return format(metrics[f"eval/{key}"], form) if f"eval/{key}" in metrics else ""
 
     return [(label, show(before, form), show(after, form)) for label, before, after, form in wanted if f"eval/{after}" in metrics]
+
+
+def print_evaluation(found: dict[str, Any]) -> None:
+    """Policies side by side, and how often each is better than the one they are compared with."""
+    from rlhf.eval_page import COLUMNS
+
+    console = wide_console()
+    kept = [key for key in COLUMNS if any(key in numbers for numbers in found["policies"].values())]
+    table = Table(title="Policies on held-out prompts", title_justify="left")
+    for column in ("policy", *(COLUMNS[key][0] for key in kept)):
+        table.add_column(column, justify="left" if column == "policy" else "right", overflow="fold")
+    for name, numbers in found["policies"].items():
+        table.add_row(escape(name), *(format(numbers[key], COLUMNS[key][1]) if key in numbers else "" for key in kept))
+    if found["policies"]:
+        console.print(table)
+    for duel in found["win_rates"]:
+        interval = f"{duel['rate']:.1%} ({duel['low']:.1%} to {duel['high']:.1%})"
+        line = f"{duel['policy']} against {duel['against']}, judged by {duel['judge']}: better in {interval} of {duel['prompts']} prompts"
+        console.print(line, markup=False, soft_wrap=True)
+    for name, about in found["reward_models"].items():
+        parts = [f"{group} {accuracy:.1%} of {pairs}" for group, (pairs, accuracy) in about["by_length"].items()]
+        line = (
+            f"{name}: right on {about['accuracy']:.1%} of {about['pairs']} pairs, calibration error {about['ece']:.3f}; {', '.join(parts)}"
+        )
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_comparison(found: Sequence[Run], page: Path | None = None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.curves import PANELS, smooth
-from rlhf.html import document, html_table
+from rlhf.html import as_html, document, html_table
 from rlhf.runs import SHOWN, Cell, Run, cells, judged_by, label, mean_text, read_lines, settings_apart, shown, upstream, verdict
 
 SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
@@ -36,7 +36,9 @@ def page(runs: Sequence[Run], title: str) -> str:
             body += ["<h3>Over seeds: mean ± 95 % confidence interval</h3>", cells_table(found, kind)]
         if line := verdict(found, judged_by(some)[0]):
             body.append(f'<p class="note">{html.escape(line)}</p>')
-        drawn = [Drawn(name, run, *look(run, found, i)) for i, (name, run) in enumerate(zip(names, some)) if run.rows]
+        drawn = [
+            Drawn(name, run, *look(run, found, i)) for i, (name, run) in enumerate(zip(names, some)) if run.rows and run.stage in PANELS
+        ]
         if drawn:
             body += ["<h3>Curves</h3>", '<p class="note">A click on a name hides or shows a run, a double click leaves it alone.</p>']
             body.append(as_html(all_curves(drawn, stages), plotly))
@@ -93,12 +95,6 @@ def cells_table(found: Sequence[Cell], kind: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- figures
-
-
-def as_html(figure: Any, with_library: bool) -> str:
-    import plotly.io
-
-    return plotly.io.to_html(figure, include_plotlyjs=with_library, full_html=False, config={"displaylogo": False})
 
 
 def all_curves(drawn: Sequence[Drawn], stages: Sequence[str]) -> Any:

@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Source:
     name: str
     weight: float = 1.0
     engine: Any = None
-    tokenizer: Any = None  # of a reward model that has another one than the policy: it reads the answer as text
+    tokenizer: Any = None  # the reward model's own
+    as_text: bool = False  # it has another tokenizer than the policy, and reads the answer as text
     function: Function | None = None
 
 
@@ -55,11 +56,17 @@ class Rewards:
         """The weighted sum. Args: scores (..., sources). Returns: (...)."""
         return scores @ torch.tensor([source.weight for source in self.sources], device=scores.device)
 
+    def for_policy(self, tokenizer: Any) -> Rewards:
+        """The same sources for the answers of a policy with this tokenizer."""
+        return Rewards(
+            [replace(s, as_text=bool(s.engine) and not template.same_tokens(tokenizer, s.tokenizer)) for s in self.sources], tokenizer
+        )
+
     @torch.no_grad()
     def __call__(self, part: Experience, turns: Sequence[list[Turn]]) -> Tensor:
         """Scores of the answers of some rows, (B, sources). Args: turns: the prompts of these rows.
         Raises: RuntimeError where a function fails, or returns no finite number."""
-        in_text = any(source.function or source.tokenizer for source in self.sources)
+        in_text = any(source.function or source.as_text for source in self.sources)
         answers = [part.text(i, self.tokenizer) for i in range(len(turns))] if in_text else []
         columns = []
         for source in self.sources:
@@ -68,11 +75,10 @@ class Rewards:
                 columns.append(torch.tensor(scores, dtype=torch.float32, device=part.mask.device))
                 continue
             ids, mask = part.ids, part.full_mask
-            if source.tokenizer:
+            if source.as_text:
                 rows = [as_text(source, *row) for row in zip(turns, answers, part.ended)]
                 ids, mask = pad_right(rows, 0, source.engine.device)  # any id will do behind a mask; the policy's may not exist here
-            eos_id = (source.tokenizer or self.tokenizer).eos_token_id
-            columns.append(answer_scores(source.engine, ids, mask, eos_id))
+            columns.append(answer_scores(source.engine, ids, mask, source.tokenizer.eos_token_id))
         return torch.stack(columns, 1)
 
     def ask(self, source: Source, turns: list[Turn], answer: str) -> float:
@@ -159,7 +165,7 @@ def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], to
             mean, std = unit_of(engine, [(p + a)[-context_of(engine) :] for p, a in rows], own, cfg.deploy.eval_micro_batch)
             settings.score_mean, settings.score_std = mean, max(std, 1e-6)
             log.info(f"{key}: raw scores of {len(rows)} SFT answers: mean {mean:.3g}, standard deviation {std:.3g}")
-        sources.append(Source(name, source.weight, engine, own if foreign else None))
+        sources.append(Source(name, source.weight, engine, own, foreign))
     return Rewards(sources, tokenizer)
 
 

@@ -27,6 +27,7 @@ class Sampling:
     top_p: float = 1.0  # from the likeliest tokens that together have this probability
     top_k: int = 0  # from so many of the likeliest; 0 = all
     greedy: bool = False  # the likeliest
+    beams: int = 1  # more: the likeliest answer that a beam search of this width finds
 
 
 @dataclass
@@ -113,6 +114,26 @@ def sample(
     return ids, mask, logp
 
 
+@torch.no_grad()
+def search(
+    hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, width: int, eos_id: int, beams: int, synced: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest answers that transformers' beam search finds. Arguments and result as of `sample`; log-probabilities are not
+    measured here, and zero."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=width, num_beams=beams, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id)
+    own, hf.generation_config = hf.generation_config, settings  # else a model's own penalties would be mixed in
+    try:
+        found = hf.generate(prompt_ids, attention_mask=prompt_mask, synced_gpus=synced)[:, prompt_ids.shape[1] :]
+    finally:
+        hf.generation_config = own
+    ids = F.pad(found, (0, width - found.shape[1]), value=eos_id)
+    ended_before = ((ids == eos_id).cumsum(1) - (ids == eos_id).long()) > 0
+    here = torch.arange(width, device=ids.device) < found.shape[1]
+    return ids, (~ended_before & here).float(), torch.zeros(ids.shape, device=ids.device)
+
+
 def choose(probabilities: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     """One token (B, 1) from each row of probabilities (B, V), by a number in [0, 1) each, draws (B, 1)."""
     last: Any = probabilities.shape[1] - 1  # which rounding must not lead past
@@ -184,7 +205,10 @@ def make_experience(
     with whole(actor.module.parameters() if models.gather else []), autocast(actor):
         for chunk in chunks(mine, micro_batch):
             ids, mask = pad_left([prompts[i] for i in chunk], pad_id, actor.device)
-            response, response_mask, logp = sample(actor.module.hf, ids, mask, draws[chunk], eos_id, sampling, synced)
+            if sampling.beams > 1:
+                response, response_mask, logp = search(actor.module.hf, ids, mask, draws.shape[1], eos_id, sampling.beams, synced)
+            else:
+                response, response_mask, logp = sample(actor.module.hf, ids, mask, draws[chunk], eos_id, sampling, synced)
             ended = ((response == eos_id) * response_mask).amax(1)
             learnt = response_mask
             if masks_from_ids:

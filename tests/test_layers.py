@@ -13,11 +13,11 @@ LAYERS = [  # imports run downwards only; a module may import those of the lines
     ["ds", "layout", "checks", "launch", "curves", "html", "dashboard", "comm"],
     ["objectives", "lora", "data.records", "data.batches", "data.packing"],
     ["runs", "card", "plan", "engines", "controllers", "track", "data.template", "data.formats"],
-    ["report_page", "models", "likelihood", "checkpoint", "data.sandbox", "data.sources"],
-    ["report", "data.load", "data.build_tiny", "rollout", "data.page"],
-    ["rewards", "guards"],
-    ["evaluation"],
-    ["stages.sft", "stages.rm", "stages.ppo", "stages.inspect"],
+    ["report_page", "eval_page", "models", "likelihood", "checkpoint", "data.sandbox", "data.sources", "chat_models"],
+    ["report", "data.load", "data.build_tiny", "rollout", "data.page", "conversation"],
+    ["rewards", "guards", "feedback"],
+    ["evaluation", "agreement"],
+    ["stages.sft", "stages.rm", "stages.online", "stages.dpo", "stages.evaluate", "stages.inspect"],
     ["worker", "cli"],
 ]
 LEVEL = {f"rlhf.{name}": level for level, names in enumerate(LAYERS) for name in names}

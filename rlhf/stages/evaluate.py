@@ -1,2 +1,234 @@
-def run(cfg, run_dir):
-    raise NotImplementedError
+"""Policies side by side and the reward model, measured: perplexity, scores, KL, answers, win rates; accuracy, calibration, best of n.
+Nothing is trained. All of it lies in run_dir/eval.json, and as a page in run_dir/report.html."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import comm, eval_page, layout, plan
+from rlhf.agreement import accuracy_by, calibration, correct, length_group, score_pairs
+from rlhf.config import Config, Decoding, Eval
+from rlhf.data import template
+from rlhf.data.batches import uniforms
+from rlhf.data.load import open_data
+from rlhf.data.records import Dataset, Turn
+from rlhf.engines import build_engine
+from rlhf.evaluation import evaluate_policy
+from rlhf.likelihood import perplexity
+from rlhf.models import check_context, context_length, load_policy, load_tokenizer
+from rlhf.objectives import best_of_n, wilson
+from rlhf.rewards import Source, build_rewards, check_reward_models, load_functions
+from rlhf.rollout import Models, Sampling, make_experience
+from rlhf.track import Tracker, log
+
+Answers = list[dict[str, Any]]  # a row for each prompt, as evaluate_policy gives them
+
+
+def run(cfg: Config, run_dir: Path) -> dict[str, float]:
+    """Measure; write run_dir/eval.json and report.html. Returns the metrics."""
+    # ---- data
+    node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    functions = load_functions(cfg)
+    check_reward_models(cfg)
+    where = {layout.policy_label(policy): location_of(cfg, policy) for policy in node.policies}
+    against = layout.policy_label(node.against) if node.against and where else None
+    for path in where.values():
+        check_context(path, max_prompt, max_new, "rollout.max_new_tokens")
+    tokenizers = {name: load_tokenizer(path, cfg.data.template) for name, path in where.items()}
+    scorers = [path for name, path in cfg.inputs.items() if name == "rm" or name.startswith("rewards/")]
+    scoring = [load_tokenizer(path, cfg.data.template) for path in scorers]
+    data = open_data(cfg, run_dir)
+    files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
+    fixed = [[Turn("user", line)] for file in files for line in layout.lines_of_file(file)]
+    room = min([context for path in (*where.values(), *scorers) if (context := context_length(path))], default=10**6) - max_new
+    held_out = fitting(data.eval_prompts, tokenizers.values(), max_prompt)
+    asked = fitting(fixed, tokenizers.values(), room)
+    log.info(f"{len(held_out)} of {len(data.eval_prompts)} held-out prompts and {len(asked)} of {len(fixed)} fixed ones are short enough")
+    data = dataclasses.replace(data, eval_prompts=held_out)
+    sampling = Sampling(node.temperature, node.top_p, node.top_k, node.decoding == Decoding.greedy)
+    sampling = dataclasses.replace(sampling, beams=node.beams if node.decoding == Decoding.beam else 1)
+    has_kl = node.decoding == Decoding.sample and node.top_p == 1 and node.top_k == 0  # else answers are not those of the policy itself
+
+    first = against or next(iter(where), None)
+    rewards = None
+    if node.rewards:
+        rewards = build_rewards(cfg, data, functions, tokenizers[first] if first else scoring[0], run_dir)
+    tracker = Tracker(cfg, run_dir, len(where) + 1, ["score", "gold", "win_rate"])
+
+    # ---- policies one after the other, that which the others are compared with first and beside them
+    measured: dict[str, dict[str, float]] = {}
+    answers: dict[str, Answers] = {}
+    answers_to_fixed: dict[str, Answers] = {}
+    curve: list[dict[str, float]] = []
+    models: Models | None = None
+    base: Models | None = None  # of the policy that the others are compared with
+    for number, name in enumerate(sorted(where, key=lambda name: name != first)):
+        tokenizer = tokenizers[name]
+        log.info(f"{name}: {where[name]}")
+        models = None  # frees the one before
+        gc.collect()
+        models = Models(tokenizer, load(cfg, where[name], tokenizer, run_dir), gather=plan.gather_for_rollout(cfg))
+        models.rewards = rewards.for_policy(tokenizer) if rewards else None
+        if base and has_kl and template.same_tokens(tokenizer, base.tokenizer):
+            models.ref = base.actor
+        measured[name], answers[name] = evaluate_policy(models, data, max_prompt, max_new, sampling, cfg.deploy.eval_micro_batch)
+        known = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, cfg.data.max_response_tokens)
+        if known:
+            nll = perplexity(models.actor, known, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch)
+            measured[name]["perplexity"] = nll
+        if asked:
+            to_these = dataclasses.replace(data, eval_prompts=asked, gold=None, best_gold=None)
+            _, answers_to_fixed[name] = evaluate_policy(models, to_these, room, max_new, sampling, cfg.deploy.eval_micro_batch)
+        if name == first:
+            curve = best_of(models, data, node, max_prompt, max_new, cfg.deploy.eval_micro_batch)
+        if name == against:
+            base = models
+        tracker.log(number + 1, {f"{name}/{key}": value for key, value in measured[name].items()} | measured[name])
+    judges = judges_of(node, data)
+    judge = node.judge or next(iter(judges), None)
+    duels = win_rates(answers, against, judges) if against else []
+
+    # ---- reward models
+    models = base = None
+    gc.collect()
+    judged = {s.name: measure_scorer(s, data, cfg) for s in rewards.sources if s.engine} if rewards and data.eval_rm else {}
+
+    # ---- results
+    measured = {name: measured[name] for name in where}  # in the order that was asked for
+    last = next((name for name in reversed(where) if name != against), None)
+    metrics = {f"eval/{name}/{key}": value for name, numbers in measured.items() for key, value in numbers.items()}
+    for duel in duels:
+        metrics[f"eval/{duel['policy']}/win_rate/{duel['judge']}"] = duel["rate"]
+        if duel["policy"] == last and duel["judge"] == judge:
+            metrics |= {"eval/win_rate": duel["rate"], "eval/win_rate_low": duel["low"], "eval/win_rate_high": duel["high"]}
+    for name, about in judged.items():
+        place = "eval" if len(judged) == 1 else f"eval/{name}"
+        metrics |= {f"{place}/accuracy": about["accuracy"], f"{place}/ece": about["ece"]}
+    found: dict[str, Any] = {"policies": measured, "against": against, "judge": judge, "win_rates": duels}
+    found |= {"best_of": curve, "best_of_policy": first, "reward_models": judged, "decoding": node.decoding.name}
+    found |= {"where": where, "answers": side_by_side(answers, where), "fixed": side_by_side(answers_to_fixed, where)}
+    tracker.log(len(where) + 1, {key.removeprefix("eval/"): value for key, value in metrics.items()})
+    tracker.samples(len(where) + 1, texts_of(found["fixed"] + found["answers"]))
+    if comm.rank() == 0:
+        layout.write_json(run_dir / "eval.json", found)
+        eval_page.write(found, run_dir / "report.html", f"Evaluation: {', '.join(where or node.rewards)}")
+    tracker.close(metrics)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------- policies
+
+
+def location_of(cfg: Config, policy: str) -> str:
+    """The model that one of eval.policies means."""
+    if policy == "base":
+        return cfg.actor.path
+    return cfg.inputs[policy if layout.is_named(policy) else f"policies/{cfg.eval.policies.index(policy)}"]
+
+
+def load(cfg: Config, path: str, tokenizer: Any, run_dir: Path) -> Any:
+    return build_engine(lambda: load_policy(path, tokenizer, cfg.deploy.precision), cfg, "policy", run_dir)
+
+
+def fitting(prompts: Sequence[list[Turn]], tokenizers: Iterable[Any], max_prompt: int) -> list[list[Turn]]:
+    """The prompts that are not too long for any of the policies: all are asked the same ones."""
+    encoded = [template.encode_prompts(tokenizer, prompts, max_prompt) for tokenizer in tokenizers]
+    return [prompt for prompt, *ids in zip(prompts, *encoded) if None not in ids]
+
+
+def judges_of(node: Eval, data: Dataset) -> list[str]:
+    """Who can say which answer is better: the truth first, where it is known."""
+    return ["gold"] * bool(data.gold and "gold" not in node.rewards) + list(node.rewards)
+
+
+def mark(row: dict[str, Any], judge: str) -> float:
+    """What a judge gives an answer."""
+    return float(row["gold"] if judge == "gold" and "gold" in row else row.get(f"score/{judge}", row["score"]))
+
+
+def win_rates(answers: dict[str, Answers], against: str, judges: Sequence[str]) -> list[dict[str, Any]]:
+    """How often each policy's answer is better than that of `against` to the same prompt, with its 95 % interval; a tie counts half."""
+    duels = []
+    for policy in (name for name in answers if name != against):
+        for judge in judges:
+            apart = [mark(a, judge) - mark(b, judge) for a, b in zip(answers[policy], answers[against])]
+            wins, ties, n = sum(x > 0 for x in apart), sum(x == 0 for x in apart), len(apart)
+            low, high = wilson(wins + ties / 2, n)
+            share = {"rate": (wins + ties / 2) / n, "low": low, "high": high, "wins": wins, "ties": ties, "prompts": n}
+            duels.append({"policy": policy, "against": against, "judge": judge, **share})
+    return duels
+
+
+def best_of(models: Models, data: Dataset, node: Eval, max_prompt: int, max_new: int, micro_batch: int) -> list[dict[str, float]]:
+    """What choosing the best of n answers by the first source of the score would reach: its score and, where it is known, the gold score,
+    and the KL of that policy at most, log n - (n - 1) / n (Stiennon 2020, arXiv:2009.01325, appendix G.3)."""
+    if not node.best_of or models.rewards is None:
+        return []
+    prompts = data.eval_prompts[: node.best_of_prompts]
+    encoded = template.encode_prompts(models.tokenizer, prompts, max_prompt)
+    asked = [turns for turns in prompts for _ in range(node.best_of)]
+    ids = [row for row in encoded if row is not None for _ in range(node.best_of)]
+    draws = uniforms("best of n", range(len(ids)), 0, 0, max_new)
+    only = dataclasses.replace(models, ref=None)
+    e = make_experience(only, ids, asked, draws, Sampling(node.temperature, node.top_p, node.top_k), micro_batch)
+    shape = (len(prompts), node.best_of)
+    scores = e.scores[:, 0].view(shape).cpu()
+    gold = data.gold
+    truth = torch.tensor([gold(turns, e.text(i, models.tokenizer)) for i, turns in enumerate(asked)]).view(shape) if gold else None
+    sizes = [n for n in (2**k for k in range(20)) if n <= node.best_of]
+    sizes += [node.best_of] * (node.best_of not in sizes)
+    logs = torch.tensor([float(n) for n in sizes]).log()
+    return [
+        {"n": n, "score": best_of_n(scores, scores, n), "kl": float(logs[i]) - (n - 1) / n}
+        | ({} if truth is None else {"gold": best_of_n(scores, truth, n)})
+        for i, n in enumerate(sizes)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------ reward models
+
+
+def measure_scorer(source: Source, data: Dataset, cfg: Config) -> dict[str, Any]:
+    """A reward model on the held-out pairs: accuracy, as a whole, by source and by how much longer the chosen answer is; calibration; the
+    margins, in the unit it was trained in."""
+    limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+    fits = template.encode_prompts(source.tokenizer, [pair.prompt for pair in data.eval_rm], limits[0])
+    pairs = [pair for pair, ids in zip(data.eval_rm, fits) if ids is not None]
+    if not pairs:
+        raise ValueError(f"data.max_prompt_tokens={limits[0]}: all held-out pairs have longer prompts")
+    chosen, rejected = score_pairs(source.engine, source.tokenizer, pairs, *limits, cfg.deploy.eval_micro_batch)
+    margins = (chosen - rejected) * getattr(source.engine.module.hf.config, "score_std", 1.0)
+    lengths = [length_group(len(c), len(r)) for _, c, r in template.encode_pairs(source.tokenizer, pairs, *limits)]
+    error, bins = calibration(margins)
+    found: dict[str, Any] = {"pairs": len(pairs), "accuracy": correct(chosen, rejected), "ece": error, "reliability": bins}
+    found["by_source"] = accuracy_by([pair.source for pair in pairs], chosen, rejected)
+    found["by_length"] = accuracy_by(lengths, chosen, rejected)
+    found["margins"] = [round(x, 4) for x in margins.tolist()]
+    if all(pair.gold_margin is not None for pair in pairs):
+        signs = torch.tensor([pair.gold_margin or 0.0 for pair in pairs]).sign()
+        found["accuracy_gold"] = correct(margins * signs, torch.zeros(len(pairs)))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------- answers
+
+
+def side_by_side(answers: dict[str, Answers], order: Iterable[str]) -> list[dict[str, Any]]:
+    """A row for each prompt with what each policy answered, and what was measured of that."""
+    columns = {name: answers[name] for name in order if name in answers}
+    rows = []
+    for of_prompt in zip(*columns.values()):
+        about = {name: {key: value for key, value in row.items() if key != "prompt"} for name, row in zip(columns, of_prompt)}
+        rows.append({"prompt": of_prompt[0]["prompt"], "answers": about})
+    return rows
+
+
+def texts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same as plain columns, for samples.jsonl."""
+    return [{"prompt": row["prompt"]} | {name: about["completion"] for name, about in row["answers"].items()} for row in rows]

@@ -200,7 +200,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
 def build_critic(cfg: Config, ppo: Ppo, rewards: Rewards, tokenizer: Any, run_dir: Path) -> Any:
     """The critic, which starts from the reward model of this configuration where that reads the same tokens, else from SFT."""
-    own = (s for s in rewards.sources if s.engine and not s.tokenizer and not ppo.rewards[s.name].path and s.weight)
+    own = (s for s in rewards.sources if s.engine and not s.as_text and not ppo.rewards[s.name].path and s.weight)
     teacher = next(own, None)
     if teacher is None:
         log.info("critic: no reward model of this configuration shares the policy's tokenizer, so it starts from the SFT policy")
