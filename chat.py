@@ -129,6 +129,8 @@ class Session:
     """The models of the command line, and what the commands do with them. What cannot be done raises ValueError with one line."""
 
     def __init__(self, args: argparse.Namespace):
+        from rich.console import Console
+
         option = "--compare" if args.compare else "--path"
         paths = [find_model(path, option) for path in args.compare or [args.path] if path is not None]
         paths = paths or [str(newest_policy() / "model")]
@@ -140,9 +142,7 @@ class Session:
         self.talk = Conversation([self.policy(path, option) for path in paths], params)
         self.judge = Judge(*self.load(reward, "--reward"), reward) if reward else None
         self.references: dict[str, tuple[Any, Any]] = {}  # loaded when they are first asked
-        self.preferences = Preferences(Path(args.preferences))
-        from rich.console import Console
-
+        self.preferences = Preferences(args.preferences)
         self.console = Console(highlight=False)
         if self.judge:
             say(f"rewards: {self.judge.unit}")
@@ -181,7 +181,8 @@ class Session:
         if self.judge:
             numbered = [(f"{i}: " * two, *pair) for i, pair in enumerate(zip(self.talk.policies, replies), 1)]
             scores = [f"{number}{self.judge.score(policy, reply):+.2f}" for number, policy, reply in numbered if reply.text]
-            say(f"(reward {'   '.join(scores) or 'of nothing'})")
+            if scores:
+                say(f"(reward {'   '.join(scores)})")
         kept, stopped = self.talk.replies is replies, any(reply.stopped for reply in replies)
         if stopped or not kept:
             say(f"({'stopped' if stopped else 'an empty answer'}{'' if kept else ': not remembered'})")
@@ -287,7 +288,7 @@ def colour(d: float) -> str:
     if not strength >= 0.03:  # nothing to see; nor for nan
         return ""
     pale = round(225 - 165 * strength)
-    return f"black on rgb({255},{pale},{pale})" if d > 0 else f"black on rgb({pale},{230},{pale})"
+    return f"black on rgb(255,{pale},{pale})" if d > 0 else f"black on rgb({pale},230,{pale})"
 
 
 def interact(session: Session) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.curves import PANELS, smooth
 from rlhf.html import as_html, document, html_table
-from rlhf.runs import SHOWN, Cell, Run, cells, judged_by, label, mean_text, read_lines, settings_apart, shown, upstream, verdict
+from rlhf.runs import KINDS, SHOWN, Cell, Run, cells, judged_by, label, mean_text, read_lines, settings_apart, shown, upstream, verdict
 
 SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
@@ -26,7 +26,7 @@ def page(runs: Sequence[Run], title: str) -> str:
         some = [run for run in runs if run.kind == kind]
         if not some:
             continue
-        keys, stages = settings_apart(some), sorted({run.stage for run in some})
+        keys, stages = settings_apart(some), [stage for stage in KINDS if any(run.stage == stage for run in some)]
         name_of = functools.partial(label, keys=keys, algorithm=len(stages) > 1)
         some = sorted(some, key=name_of)
         names = unique([name_of(run) for run in some])
@@ -113,14 +113,17 @@ def all_curves(drawn: Sequence[Drawn], stages: Sequence[str]) -> Any:
     lines = math.ceil(len(panels) / columns)
     figure = make_subplots(rows=lines, cols=columns, subplot_titles=[title for _, title, _ in panels], vertical_spacing=0.3 / lines)
     raw: list[list[float]] = []
+    named: set[str] = set()  # a run stands in the legend once, with the first panel that it is in
     for i, (metric, _, unit) in enumerate(panels):
         row, column = i // columns + 1, i % columns + 1
         for one in drawn:
             points = [(r["step"], r[metric]) for r in one.run.rows if metric in r and math.isfinite(r[metric])]
             raw.append([value for _, value in points])
             style = {"color": one.color, "width": 2, "dash": one.dash}
+            new = bool(points) and one.name not in named
+            named |= {one.name} if points else set()
             trace = graph_objects.Scatter(
-                x=[step for step, _ in points], y=raw[-1], name=one.name, legendgroup=one.name, showlegend=i == 0, mode="lines", line=style
+                x=[step for step, _ in points], y=raw[-1], name=one.name, legendgroup=one.name, showlegend=new, mode="lines", line=style
             )
             figure.add_trace(trace, row=row, col=column)
         figure.update_yaxes(title_text=unit, row=row, col=column)
@@ -155,7 +158,7 @@ def frontier(drawn: Sequence[Drawn]) -> Any:
         marker = {"color": color, "size": 12, "symbol": "circle-open", "line": {"width": 2}}
         figure.add_scatter(
             x=[p[0] for p in points], y=[p[1] for p in points], mode="lines+markers", marker=marker, line={"width": 1, "color": color},
-            name=f"{name}, held out", legendgroup=name, showlegend=False,
+            name=f"{name}, held out" if rows else name, legendgroup=name, showlegend=not rows,
         )  # fmt: skip
     title = "gold reward, points" if known else "score, standard deviations"
     figure.update_layout(template="plotly_white", height=520, xaxis_title="root of the KL to the SFT policy, nats per answer")

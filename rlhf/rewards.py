@@ -78,7 +78,8 @@ class Rewards:
             if source.as_text:
                 rows = [as_text(source, *row) for row in zip(turns, answers, part.ended)]
                 ids, mask = pad_right(rows, 0, source.engine.device)  # any id will do behind a mask; the policy's may not exist here
-            columns.append(answer_scores(source.engine, ids, mask, source.tokenizer.eos_token_id))
+            eos_id = (source.tokenizer if source.as_text else self.tokenizer).eos_token_id
+            columns.append(answer_scores(source.engine, ids, mask, eos_id))
         return torch.stack(columns, 1)
 
     def ask(self, source: Source, turns: list[Turn], answer: str) -> float:

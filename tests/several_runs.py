@@ -17,7 +17,7 @@ def main(run_dirs: list[Path]) -> None:
     import torch
 
     from rlhf import config, engines, layout
-    from rlhf.stages import ppo, rm, sft
+    from rlhf.stages import dpo, evaluate, online, rm, sft
 
     logging.getLogger("rlhf").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -25,7 +25,8 @@ def main(run_dirs: list[Path]) -> None:
     for run_dir in run_dirs:
         cfg = config.load(run_dir / "config.yaml")
         torch.manual_seed(cfg.seed)
-        metrics = {"sft": sft.run, "rm": rm.run, "ppo": ppo.run}[cfg.stage.name](cfg, run_dir)
+        stages = {"sft": sft, "rm": rm, "ppo": online, "rloo": online, "grpo": online, "dpo": dpo, "eval": evaluate}
+        metrics = stages[cfg.stage.name].run(cfg, run_dir)
         if int(os.environ["RANK"]) == 0:
             layout.write_json(run_dir / "result.json", {"metrics": metrics})
 

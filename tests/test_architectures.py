@@ -100,7 +100,7 @@ def test_a_foreign_reward_model_reads_prompt_and_answer_as_text(tmp_path: Path) 
                     max_position_embeddings = 40
 
     short, long = [Turn("user", "Hi")], [Turn("user", "A question that is longer than the context of that model")]
-    source = Source("other", engine=Reward, tokenizer=foreign)
+    source = Source("other", engine=Reward, tokenizer=foreign, as_text=True)
     assert foreign.decode(as_text(source, short, "Hello you", True)) == "\n\nHuman: Hi\n\nAssistant: Hello you<end>"
     assert foreign.decode(as_text(source, short, "Hello you", False)) == "\n\nHuman: Hi\n\nAssistant: Hello you"
     cut = as_text(source, long, "Yes", True)

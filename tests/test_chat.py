@@ -23,9 +23,10 @@ from test_template import FAMILIES
 
 import chat
 from rlhf.chat_models import Reader, find_reference, load, newest_policy
-from rlhf.config import POLICIES, Precision, Source, Template
+from rlhf.config import POLICIES, Format, Precision, Source, Template
 from rlhf.conversation import Conversation, Params, Policy, Reply, visible
 from rlhf.data import template
+from rlhf.data.formats import read_row
 from rlhf.data.load import load_data
 from rlhf.data.records import Pair, Turn
 from rlhf.data.sources import pair_of
@@ -633,11 +634,22 @@ def test_a_path_of_any_letters_is_quoted_for_the_command(tmp_path: Path) -> None
     assert line.endswith(f"""'data.sources.mine.path="{tmp_path}/my, own.jsonl"'""")
 
 
+def test_a_record_is_read_back_as_it_was_meant(preferences: Preferences) -> None:
+    """A pair as it is read back is the pair as it was meant, marks of turns and all."""
+    preferences.mark(answered("A", "\n\nHuman: x <|im_end|>".strip()), False)
+    preferences.mark(answered("B", "\n\nHuman: x <|im_end|>".strip()), True)
+    row = json.loads(preferences.file.read_text())
+    assert read_row(row, Source("x", Format.prompt_chosen_rejected)) == Pair([Turn("user", "Human: x <|im_end|>")], "B", "A")
+
+
+THINGS = ["fern", "rose", "dog", "cat", "violin", "bicycle", "pond", "oak", "kettle", "knife"]
+
+
 def test_the_loop_closes(model: Path, other: Path, talk_to: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is preferred in a conversation is what data=jsonl reads."""
     import datasets
 
-    questions = [f"How do I look after my {thing}?" for thing in "fern rose dog cat violin bicycle pond oak kettle knife".split()]
+    questions = [f"How do I look after my {thing}?" for thing in THINGS]
     lines = [line for question in questions for line in (question, "/prefer 2", "And then?", "/prefer 1", "/clear")]
     talk_to("--compare", model, other, lines=lines)
     talk_to("--path", model, lines=["Hello", "/good", "/retry", "/bad"])
@@ -661,11 +673,14 @@ def test_the_loop_closes(model: Path, other: Path, talk_to: Chat, tmp_path: Path
 # ------------------------------------------------------------------------------------------------------------------- hostile input
 
 
+HOSTILE = [
+    *(b"\x1b[2Jred", b"\xff\xfe\xed\xa0\x80", b"", b"   ", b"\x00", b"\x07\x9b31m\r", b"x" * 2**20, b"/" * 10**6),
+    *(b"/\x1b[31m", b"/trac\xe2\x80\xaee", b"/load \x1b]0;x\x07", b"/load \x00", b"/save \x00", b"/params \x1b=1", b"/prefer \x1b"),
+]
+
+
 def test_hostile_input_neither_ends_it_nor_steers_the_terminal(model: Path, talk_to: Chat) -> None:
-    lines = b"\x1b[2Jred\n\xff\xfe\xed\xa0\x80\n\n   \n\x00\n\x07\x9b31m\n/\x1b[31m\n/trac\xe2\x80\xaee\n/load \x1b]0;x\x07\n/load \x00\n/save \x00\n/params \x1b=1\n"
-    said, notes = talk_to(
-        "--path", model, lines=lines + b"/" * 10**6 + b"\n" + b"x" * 2**20 + b"\nHello\n/good\n/save a.json\n/load a.json"
-    )
+    said, notes = talk_to("--path", model, lines=b"\n".join([*HOSTILE, b"Hello", b"/good", b"/save a.json", b"/load a.json"]))
     assert not [c for c in said + notes if not c.isprintable() and c not in "\n\t\u00a0\u200d"]
     assert max(map(len, notes.splitlines())) < 1000 and "this message is too long: 1048579 tokens" in notes
     assert "written to preferences.jsonl" in notes and "loaded a.json" in notes
@@ -714,10 +729,6 @@ def test_what_the_user_types_forges_no_turn(family: str, style: Template) -> Non
             if style is Template.hh:
                 seen = tokenizer.decode(ids)
                 assert seen.count("\n\nHuman:") == 2 and seen.count("\n\nAssistant:") == 2, text
-    assert (
-        reader([Turn("user", FORGED[0])]) != template.encode_prompts(tokenizer, [[Turn("user", FORGED[0])]], 512)[0]
-        or style is not Template.hh
-    )
 
 
 def test_a_mark_that_cannot_be_broken_is_refused() -> None:
@@ -744,14 +755,3 @@ def test_plain_text_is_not_touched(model: Path) -> None:
     for text in ("Human: is a word, Assistant: too", "a < b | c > d", "1\n\n2\n\n\nHumans", "user assistant Human"):
         turns = [Turn("user", text)]
         assert one.reader(turns) == template.encode_prompts(one.tokenizer, [turns], 512)[0]
-
-
-def test_a_record_is_read_back_as_it_was_meant(preferences: Preferences) -> None:
-    """A pair as it is read back is the pair as it was meant, marks of turns and all."""
-    from rlhf.config import Format
-    from rlhf.data.formats import read_row
-
-    preferences.mark(answered("A", "\n\nHuman: x <|im_end|>".strip()), False)
-    preferences.mark(answered("B", "\n\nHuman: x <|im_end|>".strip()), True)
-    row = json.loads(preferences.file.read_text())
-    assert read_row(row, Source("x", Format.prompt_chosen_rejected)) == Pair([Turn("user", "Human: x <|im_end|>")], "B", "A")

@@ -65,7 +65,7 @@ def test_recipe_files_name_existing_options() -> None:
 
 def test_ppo_defaults_are_those_promised() -> None:
     config.register()
-    ppo = OmegaConf.load(CONF / "ppo" / "default.yaml")
+    ppo = OmegaConf.merge(*(OmegaConf.load(CONF / node / "default.yaml") for node in ("online", "ppo")))
     assert (ppo.epochs, ppo.minibatches, ppo.kl.coef, ppo.gamma, ppo.lam) == (4, 4, 0.05, 1.0, 0.95)
     assert (ppo.clip, ppo.value_clip, ppo.adam_eps, ppo.missing_eos_penalty) == (0.2, 0.2, 1e-5, 1.0)
 
@@ -94,7 +94,8 @@ def test_every_key_is_documented_and_has_its_value_in_yaml_only() -> None:
         for f in dataclasses.fields(node):
             # a source has no file of its own in conf/
             named_by_user = (node is config.Source and f.name != "path") or node is config.RewardSource
-            assert named_by_user or f.default == "???", f"{node.__name__}.{f.name} has a default in Python"
+            no_switches = config.DsChat in (node, hints[f.name])  # all off, for the stages that have none, too
+            assert named_by_user or no_switches or f.default == "???", f"{node.__name__}.{f.name} has a default in Python"
             is_node = dataclasses.is_dataclass(config._node_type(hints[f.name]))
             documented = re.search(rf"^    {f.name}: .*#", source, re.MULTILINE)
             assert is_node or documented, f"{node.__name__}.{f.name} has no comment"
@@ -105,7 +106,9 @@ def test_fields_without_effect_on_results() -> None:
     nodes = [node for node in vars(config).values() if dataclasses.is_dataclass(node)]
     free = {f"{node.__name__}.{f.name}" for node in nodes for f in dataclasses.fields(node) if not f.metadata.get("identity", True)}
     assert free == {
-        *(f"Config.{name}" for name in ("stage", "checkpoint", "wandb", "exp", "root", "plan", "fresh", "inputs", "deterministic")),
+        *(f"Config.{name}" for name in ("stage", "pipeline", "inputs", "exp", "root", "plan", "fresh", "deterministic")),
+        "Config.checkpoint",
+        "Config.wandb",
         *(f"Checkpoint.{f.name}" for f in dataclasses.fields(config.Checkpoint)),
         *(f"Deploy.{f.name}" for f in dataclasses.fields(config.Deploy) if f.name != "precision"),
         *(f"Offload.{f.name}" for f in dataclasses.fields(config.Offload)),
@@ -114,6 +117,7 @@ def test_fields_without_effect_on_results() -> None:
         "Sft.packing",
         "Evaluation.every",
         "Evaluation.best_by",
+        "Dpo.eval_every",
         "Rollout.log_answers",
         *(f"Wandb.{name}" for name in ("mode", "project", "entity", "tags", "notes")),
     }
@@ -146,7 +150,7 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         (["deploy.offload.optimizer=true"], "DeepSpeed offers it from deploy.zero_stage=1 on, not at 0"),
         (["deploy.offload.parameters=true", "deploy.zero_stage=2"], "needs deploy.zero_stage=3, not 2"),
         (["deploy.precision=fp16"], "deploy.precision=fp16: not on CPU"),
-        (["deploy=single_gpu", "deploy.precision=fp16"], "deploy.precision=fp16: PPO's ratios overflow and underflow in it; use bf16"),
+        (["deploy=single_gpu", "deploy.precision=fp16"], "deploy.precision=fp16: the ratios of ppo overflow and underflow in it; use bf16"),
         (["deploy.node_rank=1"], "deploy.node_rank=1: must be below deploy.nodes=1"),
         (["deploy.nodes=2", "deploy.node_rank=1", "deploy.hostfile=h"], "deploy.hostfile and deploy.node_rank: give one"),
         (["deploy.master=here"], "deploy.master=here: give host:port"),
@@ -209,11 +213,11 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         (["ppo.evaluation.top_p=0"], "ppo.evaluation.top_p=0.0: must be above 0 and at most 1"),
         (["ppo.evaluation.top_p=1.1"], "ppo.evaluation.top_p=1.1: must be above 0 and at most 1"),
         (["ppo.evaluation.top_k=-1"], "ppo.evaluation.top_k=-1: must not be negative"),
-        (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training, the log-probabilities that PPO learns from would not be those"),
+        (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training, the log-probabilities that ppo learns from would not be those"),
         (["stage=ppo", "rollout.top_p=0.9"], "it can be set for evaluations and chat: ppo.evaluation.top_p, chat.py --top-p"),
         (["rollout.top_k=50"], "rollout.top_k=50: must be 0 in training, the log-probabilities"),
         (["rollout.top_k=50"], "ppo.evaluation.top_k, chat.py --top-k"),
-        (["rollout.responses_per_prompt=0"], "rollout.responses_per_prompt=0: must be above 0"),
+        (["ppo.responses_per_prompt=0"], "ppo.responses_per_prompt=0: must be above 0"),
         (["rollout.log_answers=-2"], "rollout.log_answers=-2: give a number of answers, or -1 for all"),
         (["~ppo.rewards.model"], "ppo.rewards is empty: there is nothing to learn"),
         (["ppo.rewards.model.weight=0"], "ppo.rewards: all weights are 0"),
@@ -231,12 +235,11 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         (['+ppo.rewards={gold: {function: ":gold"}}'], "ppo.rewards.gold.function=:gold: give module:function"),
         (["+ppo.rewards={second: {weight: 0.5}}"], "ppo.rewards: model and second are both the reward model of this configuration"),
         (
-            ["ppo.batch_size=5", "rollout.responses_per_prompt=2"],
-            "ppo.batch_size=5 x rollout.responses_per_prompt=2 is not divisible by ppo.minibatches=4 x deploy.gpus=1 = 4: "
-            "try ppo.batch_size=4",
+            ["ppo.batch_size=5", "ppo.responses_per_prompt=2"],
+            "ppo.batch_size=5 x ppo.responses_per_prompt=2 is not divisible by ppo.minibatches=4 x deploy.gpus=1 = 4: try ppo.batch_size=4",
         ),
         (
-            ["stage=ppo", "ppo.batch_size=50", "rollout.responses_per_prompt=3", "deploy.gpus=2", "deploy.nodes=2"],
+            ["stage=ppo", "ppo.batch_size=50", "ppo.responses_per_prompt=3", "deploy.gpus=2", "deploy.nodes=2"],
             "ppo.minibatches=4 x deploy.gpus=2 x deploy.nodes=2 = 16: try ppo.batch_size=48",
         ),
     ],
@@ -263,8 +266,8 @@ def test_only_chosen_stages_are_checked_for_divisibility() -> None:
         ["ppo.kl.estimator=k2", "ppo.kl.place=loss"],
         ["ppo.kl.estimator=k3", "ppo.kl.place=loss", "ppo.kl.coef=0"],
         ["ppo.kl.controller=linear", "ppo.kl.coef=0", "ppo.kl.final_coef=0.1"],
-        ["ppo.batch_size=2", "rollout.responses_per_prompt=4"],
-        ["ppo.batch_size=2", "rollout.responses_per_prompt=4", "ppo.minibatches=2", "deploy.gpus=4", "stage=ppo"],
+        ["ppo.batch_size=2", "ppo.responses_per_prompt=4"],
+        ["ppo.batch_size=2", "ppo.responses_per_prompt=4", "ppo.minibatches=2", "deploy.gpus=4", "stage=ppo"],
         ['+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}}'],
         ['+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}, other: {path: /m, weight: -1}}', "ppo.rewards.model.weight=0"],
         ["~ppo.rewards.model", '+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}}'],
@@ -310,7 +313,7 @@ def test_what_does_not_change_the_policy_does_not_change_the_name() -> None:
     for key in (
         "ppo.evaluation.top_k=4",
         "ppo.kl.place=loss",
-        "rollout.responses_per_prompt=2",
+        "ppo.responses_per_prompt=2",
         "ppo.ema=0.9",
         "ppo.rewards.model.weight=2",
     ):
@@ -326,10 +329,10 @@ def test_ppo_stands_on_a_reward_model_only_where_its_score_has_one() -> None:
     gold = ["~ppo.rewards.model", '+ppo.rewards={gold: {function: "rlhf.data.sandbox:gold"}}']
     assert name("ppo", *gold, "rm.lr=1e-4", "reward=opt125m", "data=sandbox") == name("ppo", *gold)
     assert name("ppo", *gold).startswith("ppo-tiny+ppo.rewards.gold.function-")
-    assert config.parents(composed(*gold), config.Stage.ppo) == [config.Stage.sft]
+    assert list(config.parents(composed(*gold), config.Stage.ppo)) == [config.Stage.sft]
     both = gold[1]
     assert name("ppo", both, "rm.lr=1e-4") != name("ppo", both)
-    assert config.parents(composed(both), config.Stage.ppo) == [config.Stage.sft, config.Stage.rm]
+    assert list(config.parents(composed(both), config.Stage.ppo)) == [config.Stage.sft, config.Stage.rm]
 
 
 def test_given_inputs_replace_the_stages_that_would_make_them() -> None:

@@ -132,7 +132,7 @@ def test_rows_with_a_prompt_that_is_too_long_are_left_out() -> None:
     assert [tokenizer().decode(prompt + answer) for prompt, answer in rows] == ["\n\nHuman: a\n\nAssistant: y</s>"]
     pairs = template.encode_pairs(tokenizer(), [Pair(short, "x", "y"), Pair(long, "x", "y")], 20, 20)
     expected = [("\n\nHuman: a\n\nAssistant: x</s>", "\n\nHuman: a\n\nAssistant: y</s>")]
-    assert [(tokenizer().decode(chosen), tokenizer().decode(rejected)) for chosen, rejected in pairs] == expected
+    assert [(tokenizer().decode(p + chosen), tokenizer().decode(p + rejected)) for p, chosen, rejected in pairs] == expected
 
 
 def test_a_role_mark_inside_a_text_reads_as_a_turn() -> None:

@@ -45,7 +45,7 @@ MORE = [
     "ppo.entropy_coef=0.01",
     "ppo.evaluation.every=1",
     "ppo.batch_size=8",
-    "rollout.responses_per_prompt=2",
+    "ppo.responses_per_prompt=2",
 ]
 NO, OPTIMIZER, FROZEN, ALL = (
     {},

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf import config, engines, models
 from rlhf.config import Config, Precision, RmLoss
 from rlhf.data.batches import pad_left, pad_right
-from rlhf.likelihood import answer_sums
+from rlhf.likelihood import answer_sums, perplexity
 from rlhf.objectives import token_logp
 from rlhf.rewards import score_rows
-from rlhf.stages import rm, sft
+from rlhf.stages import rm
 
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -326,19 +326,20 @@ def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     assert float(entropy) == pytest.approx(expected_entropy, rel=1e-5)
     # rows one by one, in another order: the sum is the same
     assert sum(float(answer_sums(engine, [row], PAD)[0].detach()) for row in reversed(rows)) == pytest.approx(float(nll), rel=1e-5)
-    assert sft.perplexity(engine, rows, PAD, cfg) == pytest.approx(math.exp(expected_nll / 9), rel=1e-5)
+    assert perplexity(engine, rows, PAD, cfg.deploy.eval_micro_batch) == pytest.approx(math.exp(expected_nll / 9), rel=1e-5)
 
 
 def test_scores_of_pairs_and_rows_are_those_of_each_alone(tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config) -> None:
     """T3: whatever the padding and the company; two equal answers cost log 2."""
     engine = engines.build_engine(lambda: models.load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path)
     pairs = [(ROWS[0], ROWS[1]), (ROWS[2], ROWS[0]), (ROWS[1], ROWS[1])]
-    chosen, rejected, loss = rm.compare(engine, pairs, tokenizer, RmLoss.sequence)
+    triples = [([], one, other) for one, other in pairs]
+    chosen, rejected, loss = rm.compare(engine, triples, tokenizer, RmLoss.sequence)
     assert chosen.tolist() == pytest.approx([score_of(engine.module, row) for row, _ in pairs], abs=1e-5)
     assert rejected.tolist() == pytest.approx([score_of(engine.module, row) for _, row in pairs], abs=1e-5)
     margins = [score_of(engine.module, one) - score_of(engine.module, other) for one, other in pairs]
     assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in margins), abs=1e-5)
-    assert rm.compare(engine, pairs[2:], tokenizer, RmLoss.sequence)[2].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert rm.compare(engine, triples[2:], tokenizer, RmLoss.sequence)[2].item() == pytest.approx(math.log(2), abs=1e-6)
     rows = [ROWS[i % 3] + list(range(20, 20 + i)) for i in range(7)]
     for size in (1, 3, 64):
         assert score_rows(engine, rows, tokenizer, size) == pytest.approx([score_of(engine.module, row) for row in rows], abs=1e-5)
@@ -357,7 +358,7 @@ def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(tmp_path: Path
         ([40, 41, EOS], [40, 41, EOS]),  # all the same
     ]
     pairs = [(prompt + chosen, prompt + rejected) for chosen, rejected in answers]
-    chosen, rejected, loss = rm.compare(engine, pairs, tokenizer, RmLoss.per_token)
+    chosen, rejected, loss = rm.compare(engine, [(prompt, *both) for both in answers], tokenizer, RmLoss.per_token)
     width = max(len(row) for pair in pairs for row in pair)
     expected = 0.0
     for i, (one, other) in enumerate(pairs):

@@ -32,7 +32,7 @@ CASES: dict[str, list[str]] = {
     "no_value_clip": ["ppo.value_clip=null", "ppo.whiten_rewards=true", "ppo.scale_score=true"],
     "penalties": ["ppo.length_penalty=0.1", "ppo.missing_eos_penalty=2", "ppo.score_clip=1.5", "rollout.log_answers=-1"],
     "everything_kept": ["ppo.ema=0.5", "ppo.evaluation.every=1", "ppo.evaluation.best_by=gold", "ppo.max_steps=3"],
-    "several_answers": ["rollout.responses_per_prompt=4", "ppo.batch_size=8", "rollout.log_answers=-1"],
+    "several_answers": ["ppo.responses_per_prompt=4", "ppo.batch_size=8", "rollout.log_answers=-1"],
     "ptx": ["ppo.ptx.coef=0.2"],
     "two_sources": [GOLD, "rollout.log_answers=-1"],
     "raw": ["ppo.normalize_score=false"],
@@ -86,7 +86,7 @@ def test_logged_metrics_equal_what_the_logged_answers_say(runs: dict[str, Path],
     for row in metrics(runs[name]):
         some = log[log.step == row["step"]]
         kl, length = some.kl.map(sum), some.tokens.map(len)
-        assert len(some) == cfg.ppo.batch_size * cfg.rollout.responses_per_prompt
+        assert len(some) == cfg.ppo.batch_size * cfg.ppo.responses_per_prompt
         logged = {
             "objective/kl": kl.mean(),
             "objective/kl_per_token": kl.sum() / length.sum(),

@@ -91,7 +91,7 @@ def test_reward_recipes_have_the_values_of_deepspeed_chats_scripts(reward: str, 
 
 @pytest.mark.parametrize("group", ["recipe", "reward_recipe"])
 def test_recipes_set_what_is_theirs_and_name_their_source(group: str) -> None:
-    own = {"recipe": {"actor", "sft", "ppo", "deploy"}, "reward_recipe": {"reward", "rm"}}[group]
+    own = {"recipe": {"actor", "sft", "ppo", "rloo", "grpo", "dpo", "deploy"}, "reward_recipe": {"reward", "rm"}}[group]
     for path in (CONF / group).glob("*.yaml"):
         keys = {line.split(":")[0] for line in path.read_text().splitlines() if line[:1].isalpha()} - {"defaults"}
         assert keys <= own, path

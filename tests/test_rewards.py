@@ -56,7 +56,7 @@ def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokeni
     ],
 )
 def test_a_function_that_fails_stops_the_run_with_its_name(experience: Experience, tokenizer: Any, function: Any, said: str) -> None:  # noqa: F811
-    with pytest.raises(RuntimeError, match=f"ppo.rewards.mine: {said}"):
+    with pytest.raises(RuntimeError, match=f"rewards.mine: {said}"):
         Rewards([Source("mine", function=function)], tokenizer)(experience, ASKED)
 
 
@@ -123,7 +123,7 @@ def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
     both = Rewards([Source("a", 2.0), Source("b", -0.5)], None)
     assert both.total(torch.tensor([[1.0, 4.0], [3.0, 2.0]])).tolist() == [0.0, 5.0] and both.total(torch.tensor([1.0, 0.0])) == 2.0
     (line,) = checks.check(sources(gold={"function": "my_rewards:thanks"}))
-    assert line.startswith("ppo.rewards.gold: reward/gold/mean is the name of the sandbox's truth")
+    assert line.startswith("ppo.rewards.gold: gold is the name of the sandbox's truth")
     assert checks.check(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 
@@ -135,7 +135,7 @@ def test_without_the_own_reward_model_none_is_needed() -> None:
         composed("stage=ppo"),
         composed("stage=ppo", "~ppo.rewards.model", "+ppo.rewards={g: {function: 'rlhf.data.sandbox:gold'}}"),
     )
-    assert config.parents(plain, Stage.ppo) == [Stage.sft, Stage.rm] and config.parents(own, Stage.ppo) == [Stage.sft]
+    assert list(config.parents(plain, Stage.ppo)) == [Stage.sft, Stage.rm] and list(config.parents(own, Stage.ppo)) == [Stage.sft]
     keys = layout.identity(own, Stage.ppo)
     assert keys["ppo.rewards.g.weight"] == 1.0 and not any(key.startswith("rm.") for key in keys)
     read = {key.rsplit(".", 1)[0] for key in keys if key.startswith("reward.")}
@@ -163,7 +163,7 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_fun
     ]
     done = train(*SMALL_PPO, *only, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "none is trained" in done.stderr and runs_in(tmp_path)["rm"] == []
+    assert "rm:" not in done.stderr and runs_in(tmp_path)["rm"] == []
     (run,) = runs_in(tmp_path)["ppo"]
     assert summary(run)["parents"].keys() == {"sft", "rewards/mine"}
     again = train(*SMALL_PPO, *only, cwd=tmp_path)

@@ -24,7 +24,7 @@ from rlhf.guards import Guards
 from rlhf.objectives import gae, kl_estimate, policy_loss, token_logp, token_rewards, value_loss
 from rlhf.rewards import Rewards, Source
 from rlhf.rollout import Models, Sampling
-from rlhf.stages import ppo
+from rlhf.stages import online
 
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -572,7 +572,7 @@ def advantages_of(e: rollout.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
 def train_on(m: Engines, e: rollout.Experience, advantages: Tensor, returns: Tensor, cfg: Config) -> dict[str, float]:
     """The first of 100 rollouts, neither with a moving average nor with texts."""
     guards = Guards(Precision.fp32, cfg.ppo.dschat)
-    return ppo.train_on(m.models, e, advantages, returns, cfg.ppo.kl.coef, None, None, guards, 0, 100, cfg)
+    return online.train_on(m.models, e, advantages, returns, cfg.ppo.kl.coef, None, None, guards, 0, 100, cfg)
 
 
 @pytest.fixture(scope="module")

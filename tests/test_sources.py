@@ -509,9 +509,9 @@ def test_rows_on_disk_are_what_the_template_makes_of_the_records(tmp_path: Path,
     done = load.pairs(tokenizer, data.rm, *limits)
     expected = template.encode_pairs(tokenizer, pairs, *limits)
     assert list(done) == done[:] == expected and len(done) == len(expected)
-    assert list(done.lengths) == [max(len(chosen), len(rejected)) for chosen, rejected in expected]
+    assert list(done.lengths) == [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in expected]
     assert done.dropped == len(pairs) - len(expected)
-    assert done.cut == sum(any(ids[-1] != tokenizer.eos_token_id for ids in both) for both in expected)
+    assert done.cut == sum(any(ids[-1] != tokenizer.eos_token_id for ids in both) for _, *both in expected)
 
     shown = load.demonstrations(tokenizer, data.sft, *limits)
     records = [Demonstration(pair.prompt, pair.chosen) for pair in map(sources.pair_of, data.sft)]
@@ -538,7 +538,7 @@ def test_tokens_stay_on_disk_and_nothing_is_padded(tmp_path: Path, cache: Path, 
     data = sources.load_sources(config(mine=file))
     before = pyarrow.total_allocated_bytes()
     done = load.pairs(tokenizer, data.rm, 256, 256)
-    tokens = sum(len(chosen) + len(rejected) for chosen, rejected in done)
+    tokens = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in done)
     assert all(Path(f["filename"]).parent == cache for f in done.table.cache_files)
     on_disk = sum(Path(f["filename"]).stat().st_size for f in done.table.cache_files)
     assert 4 * tokens * 0.5 < on_disk < 4 * tokens * 1.5

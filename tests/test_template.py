@@ -138,8 +138,8 @@ def check_dialogue(tokenizer: Any, turns: list[Turn], answer: str, separator: st
     assert prompt_ids == encode(tokenizer, prompt) == template.encode_prompts(tokenizer, [turns], 999)[0]
     assert prompt_ids == tokenizer.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False)  # so does vLLM
     assert answer_ids[-1] == tokenizer.eos_token_id and answer_ids.count(tokenizer.eos_token_id) == 1
-    [(chosen, rejected)] = template.encode_pairs(tokenizer, [Pair(turns, answer, "no")], 999, 999)
-    assert chosen == prompt_ids + answer_ids and rejected[: len(prompt_ids)] == prompt_ids
+    [(prompt, chosen, rejected)] = template.encode_pairs(tokenizer, [Pair(turns, answer, "no")], 999, 999)
+    assert (prompt, chosen) == (prompt_ids, answer_ids) and rejected[-1] == tokenizer.eos_token_id
 
     # a sampled answer is text for a moment, where a reward model has another tokenizer
     text = template.decode_response(tokenizer, answer_ids)
@@ -258,7 +258,7 @@ def test_long_prompts_lose_their_first_turns_and_long_answers_their_end(saved: C
 def test_pairs_without_a_second_answer_are_left_out(saved: Callable[[str], str]) -> None:
     tokenizer = models.load_tokenizer(saved("gpt2"), Template.chatml)
     rows = template.encode_pairs(tokenizer, [Pair([USER], "x", None), Pair([USER], "x", "y")], 99, 99)
-    assert [tokenizer.decode(rejected).endswith("\ny<|im_end|>") for _, rejected in rows] == [True]
+    assert [tokenizer.decode(prompt + rejected).endswith("\ny<|im_end|>") for prompt, _, rejected in rows] == [True]
 
 
 def test_the_embedding_grows_with_the_marks(saved: Callable[[str], str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf import comm, eval_page, layout, plan
-from rlhf.agreement import accuracy_by, calibration, correct, length_group, score_pairs
+from rlhf.agreement import LENGTHS, accuracy_by, calibration, correct, length_group, score_pairs
 from rlhf.config import Config, Decoding, Eval
 from rlhf.data import template
 from rlhf.data.batches import uniforms
@@ -208,7 +208,8 @@ def measure_scorer(source: Source, data: Dataset, cfg: Config) -> dict[str, Any]
     error, bins = calibration(margins)
     found: dict[str, Any] = {"pairs": len(pairs), "accuracy": correct(chosen, rejected), "ece": error, "reliability": bins}
     found["by_source"] = accuracy_by([pair.source for pair in pairs], chosen, rejected)
-    found["by_length"] = accuracy_by(lengths, chosen, rejected)
+    by_length = accuracy_by(lengths, chosen, rejected)
+    found["by_length"] = {name: by_length[name] for name, *_ in LENGTHS if name in by_length}
     found["margins"] = [round(x, 4) for x in margins.tolist()]
     if all(pair.gold_margin is not None for pair in pairs):
         signs = torch.tensor([pair.gold_margin or 0.0 for pair in pairs]).sign()

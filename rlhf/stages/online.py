@@ -89,9 +89,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         ref = build_engine(lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir)
     rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
     critic = build_critic(cfg, ppo, rewards, tokenizer, run_dir) if ppo else None
-    actor.eval()
+    trained = {"actor": actor} | ({"critic": critic} if ppo else {})
+    for engine in trained.values():
+        engine.eval()
     models = Models(tokenizer, actor, ref, rewards, critic, plan.gather_for_rollout(cfg))
-    trained = {"actor": actor} | ({"critic": critic} if critic else {})
     guards = Guards(precision, switches, cfg.rollout.temperature)
     guards.check_models(**trained, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
     ema = MovingAverage(actor, algo.ema) if algo.ema else None
@@ -213,7 +214,7 @@ def build_critic(cfg: Config, ppo: Ppo, rewards: Rewards, tokenizer: Any, run_di
             critic.hf.config.score_mean, critic.hf.config.score_std = unit.score_mean, unit.score_std / teacher.weight
         return critic
 
-    return build_engine(load_critic, cfg, "critic", run_dir).eval()
+    return build_engine(load_critic, cfg, "critic", run_dir)
 
 
 def train_on(
