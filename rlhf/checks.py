@@ -153,10 +153,6 @@ def check(cfg: Config) -> list[str]:
         size = lookup(cfg, f"{stage.name}.batch_size")
         if stage in cfg.stage.runs and world > 0 and size > 0 and stage not in ONLINE:
             need(size % world == 0, f"{stage.name}.batch_size={size} is not divisible by {processes(cfg)}: try {nearest(size, world)}")
-    need(
-        cfg.pipeline in [stage.name for stage in ALIGNMENT],
-        f"pipeline={cfg.pipeline}: choose from {', '.join(stage.name for stage in ALIGNMENT)}",
-    )
     positive("rollout.max_new_tokens", "rollout.temperature")
     need(cfg.rollout.log_answers >= -1, f"rollout.log_answers={cfg.rollout.log_answers}: give a number of answers, or -1 for all")
     return found.lines + [line for stage in ONLINE for line in check_online(cfg, stage)] + check_ppo(cfg) + check_dpo(cfg) + check_eval(cfg)

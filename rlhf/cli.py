@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import checks, config, layout, plan, report, runs
 from rlhf.card import write_card
-from rlhf.config import Config, Device, Stage
+from rlhf.config import ALIGNMENT, Config, Device, Stage
 from rlhf.launch import SWEEP_LOG, check_machines, end_with_parent, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -131,13 +131,13 @@ def explain_override(arg: str) -> list[str]:
     key = override.key_or_group
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return []
-    if key in GROUPS:
+    if key in GROUPS or key == "pipeline":
         if override.is_sweep_override():
             chosen = [str(value) for value in override.sweep_string_iterator()]
         else:
             value = override.value()
             chosen = [str(v) for v in value] if isinstance(value, list) else [str(value)] if value is not None else []
-        options = sorted(path.stem if path.suffix == ".yaml" else path.name for path in (CONF / key).iterdir())
+        options = sorted(path.stem for path in (CONF / key).iterdir()) if key in GROUPS else [stage.name for stage in ALIGNMENT]
         return [f"{key}={c}: no such option; choose from {', '.join(options)}" for c in chosen if c.removesuffix(".yaml") not in options]
     if not config.is_known(key):
         return [f"unknown key {config.unknown(key)}"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 
 def runs_in(root: Path) -> dict[str, list[Path]]:
     """Run directories below root/outputs by stage."""
-    found: dict[str, list[Path]] = {"sft": [], "rm": [], "ppo": []}
+    found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted((root / "outputs").iterdir()):
         found[path.name.split("-")[0]].append(path)
     return found

@@ -22,7 +22,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["stage=pppo"], "stage=pppo: no such option; choose from inspect, pipeline, ppo, rm, sft"),
+        (["stage=pppo"], "stage=pppo: no such option; choose from dpo, eval, grpo, inspect, pipeline, ppo, rloo, rm, sft"),
         (
             ["data=jsonl", "data.sources.mine.path=x", "data.sandbox.pairs=3"],
             "data.sandbox.pairs=3: is null here, nothing can be set in it",
@@ -115,7 +115,7 @@ def test_tab_completion(tmp_path: Path) -> None:
 def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
     done = train("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("actor: bloom-1b1", "stage: inspect, pipeline", "missing_eos_penalty: 1.0", "python train.py -m"):
+    for word in ("actor: bloom-1b1", "stage: dpo, eval, grpo, inspect, pipeline", "missing_eos_penalty: 1.0", "python train.py -m"):
         assert word in done.stdout
 
 
