@@ -13,13 +13,18 @@ import sys
 from typing import Any
 
 PANELS = {  # section: title and metrics of each panel
-    "PPO": [
+    "PPO, RLOO, GRPO": [
         ("Score and gold reward", ["objective/scores", "reward/gold/mean"]),
         ("KL to the SFT policy, nats per answer", ["objective/kl"]),
         ("score - beta KL", ["objective/rlhf_reward"]),
         ("Policy and value loss", ["loss/policy_avg", "loss/value_avg"]),
         ("Length, tokens", ["tokens/response_mean"]),
         ("Explained variance of the critic", ["val/explained_variance"]),
+    ],
+    "DPO": [
+        ("Loss", ["loss"]),
+        ("Accuracy", ["rewards/accuracies"]),
+        ("Implicit reward", ["rewards/chosen", "rewards/rejected"]),
     ],
     "SFT and reward model": [("Loss", ["loss"]), ("Accuracy", ["accuracy", "mean_token_accuracy"]), ("Margin", ["margin"])],
 }

@@ -16,6 +16,7 @@ import torch
 from conftest import SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
 from test_deployments import compare, prepare, work
+from test_docs import undocumented
 from test_resume import kill_when, lines, same
 
 from rlhf import config, models
@@ -91,6 +92,12 @@ def test_logged_advantages_compare_the_answers_to_a_prompt(runs: dict[str, Path]
                 assert "value" not in row and "return" not in row
     prompts = log[log.step == 1].prompt.nunique()
     assert prompts == node.batch_size, "each prompt has all its answers in one rollout"
+
+
+def test_every_logged_metric_is_documented(runs: dict[str, Path]) -> None:
+    for name in ("rloo", "grpo", "dpo"):
+        final = json.loads((runs[name] / "result.json").read_text())["metrics"]
+        assert undocumented({key for row in metrics(runs[name]) for key in row} | set(final)) == []
 
 
 def test_grpo_has_its_kl_in_the_loss_and_rloo_in_the_reward(runs: dict[str, Path]) -> None:

@@ -41,7 +41,7 @@ def test_make_targets(command: str) -> None:
     assert done.returncode == 0 and {"make demo": "train.py", "make test": "pytest"}[command] in done.stdout
 
 
-LONG = re.compile("experiment|deploy.gpus|epochs|every_minutes|-m ")
+LONG = re.compile("experiment|deploy.gpus|epochs|every_minutes|-m |pipeline=")
 TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
 
 
@@ -66,6 +66,9 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
         other_data = "data=jsonl" in args  # has no sizes of the sandbox
         small = [o for o in SMALL if o.split("=")[0] not in command and not (other_data and "sandbox" in o)]
         root = tmp_path if other_data else shared
+        if "stage=eval" in args:  # of what there is already
+            ends = [arg for arg in args if arg.startswith("pipeline=")]
+            assert train(*ends, *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
         done = train(*args, *small, *["data.eval_share=0.2"] * other_data, cwd=tmp_path, RLHF_ROOT=str(root))
     assert done.returncode == 0, done.stderr
 
@@ -134,8 +137,19 @@ def test_the_search(tmp_path: Path) -> None:
     assert len([*(tmp_path / "outputs").glob("ppo-*")]) == 2 and len([*(tmp_path / "outputs").glob("sft-*")]) == 1
 
 
+def test_the_chinese_readme_has_the_same_commands_links_and_numbers() -> None:
+    english, chinese = ((REPO / name).read_text() for name in ("README.md", "README.zh.md"))
+    for pattern in (r"```bash\n(.*?)```", r"```yaml\n(.*?)path:"):
+        assert re.findall(pattern, chinese, re.DOTALL) == re.findall(pattern, english, re.DOTALL)
+    links = [sorted(set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.zh.md"}) for text in (english, chinese)]
+    assert links[0] == links[1] and "(README.zh.md)" in english and "(README.md)" in chinese
+    for row in re.findall(r"│ (?:sft|rm|ppo) .*│ +(\S*) +│ (\S+) +│", english):
+        assert row in re.findall(r"│ (?:sft|rm|ppo) .*│ +(\S*) +│ (\S+) +│", chinese)
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 2000 and len(chinese.splitlines()) <= 250
+
+
 def test_links_and_named_files_exist() -> None:
-    for page in (REPO / "README.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").glob("*.md")):
+    for page in (REPO / "README.md", REPO / "README.zh.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").glob("*.md")):
         text = page.read_text()
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
@@ -167,11 +181,18 @@ def test_the_ablation_page_names_the_arms_of_its_script() -> None:
 
 
 def test_every_logged_metric_is_documented(demo: Demo) -> None:
-    page = "".join((REPO / "docs" / name).read_text() for name in ("wandb.md", "ppo.md"))
     for run in (demo.sft, demo.rm, demo.ppo):
         logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-        final = json.loads((run / "summary.json").read_text())["metrics"]
-        for name in {*logged, *final} - {"step", "time"}:
-            short = "`_" + name.rsplit("_", 1)[-1] + "`"  # families are written `objective/scores`, `_std`
-            family = "`timing_s/*`" if name.startswith("timing_s/") else f"`{name}`"
-            assert family in page or (short in page and f"`{name.rsplit('_', 1)[0]}`" in page), name
+        assert undocumented({*logged, *json.loads((run / "summary.json").read_text())["metrics"]}) == []
+
+
+def undocumented(names: set[str]) -> list[str]:
+    """Metrics that stand in none of the pages that explain them."""
+    page = "".join((REPO / "docs" / name).read_text() for name in ("wandb.md", "ppo.md"))
+    missing = []
+    for name in names - {"step", "time"}:
+        short = "`_" + name.rsplit("_", 1)[-1] + "`"  # families are written `objective/scores`, `_std`
+        family = "`timing_s/*`" if name.startswith("timing_s/") else f"`{name}`"
+        if family not in page and not (short in page and f"`{name.rsplit('_', 1)[0]}`" in page):
+            missing.append(name)
+    return missing
