@@ -82,6 +82,15 @@ def test_recipes_have_the_values_of_deepspeed_chats_scripts(actor: str, deploy: 
     assert cfg.ppo.critic_optim.lr == 5e-6 and cfg.sft.schedule == cfg.ppo.schedule == config.Schedule.cosine
 
 
+@pytest.mark.parametrize("actor, deploy", SCRIPTS, ids=lambda x: x)
+def test_the_other_algorithms_sample_as_many_answers_as_ppo_and_fit_the_machines(actor: str, deploy: str) -> None:
+    for stage in ("rloo", "grpo", "dpo"):
+        cfg = composed(f"stage={stage}", f"actor={actor}", f"deploy={deploy}")
+        assert checks.check(cfg) == [] and cfg.rloo.lr == cfg.grpo.lr == cfg.ppo.lr
+    answers = [node.batch_size * node.responses_per_prompt for node in (cfg.ppo, cfg.rloo, cfg.grpo)]
+    assert answers == [cfg.ppo.batch_size] * 3
+
+
 @pytest.mark.parametrize("reward, deploy", REWARD_SCRIPTS, ids=lambda x: x)
 def test_reward_recipes_have_the_values_of_deepspeed_chats_scripts(reward: str, deploy: str) -> None:
     rm = composed("stage=rm", f"reward={reward}", f"deploy={deploy}").rm
