@@ -65,7 +65,7 @@ def find_model(path: str, option: str) -> str:
 
 def check_role(path: str, architectures: list[str] | None, option: str) -> None:
     """Raises: ValueError for a policy where a reward model is wanted, and the other way round."""
-    names = ", ".join(architectures or []) or "of unknown kind"
+    names = ", ".join(map(str, architectures if isinstance(architectures, list) else [])) or "of unknown kind"
     scores = "ForSequenceClassification" in names
     if option == "--reward" and not scores:
         raise ValueError(f"{option} {path}: this is {names}, not a reward model (*ForSequenceClassification): it does not score")

@@ -6,7 +6,6 @@ import math
 import re
 
 from rlhf.config import (
-    ALIGNMENT,
     ONLINE,
     Config,
     Device,
@@ -141,21 +140,26 @@ def check(cfg: Config) -> list[str]:
         noise = sandbox.label_noise
         need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
     positive("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep")
-    for node in ("sft", "rm", "ppo", "ppo.critic_optim", "rloo", "grpo", "dpo"):
+    others = [stage.name for stage in (Stage.rloo, Stage.grpo) if stage in cfg.stage.runs]  # else what is wrong with ppo is said thrice
+    for node in ("sft", "rm", "ppo", "ppo.critic_optim", "dpo", *others):
         positive(*(f"{node}.{key}" for key in ("lr", "grad_clip", "adam_eps")))
         within(f"{node}.warmup_ratio", 0, 1)
         within(f"{node}.final_lr", 0, 1)
         not_negative(f"{node}.weight_decay", f"{node}.warmup_steps")
         betas = lookup(cfg, f"{node}.betas")
         need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{node}.betas={betas}: give two numbers in [0, 1)")
-    for stage in (Stage.sft, Stage.rm, *ALIGNMENT):
+    for stage in (Stage.sft, Stage.rm, Stage.ppo, Stage.dpo, *(Stage[name] for name in others)):
         positive(*(f"{stage.name}.{key}" for key in ("epochs", "batch_size", "max_steps")))
         size = lookup(cfg, f"{stage.name}.batch_size")
         if stage in cfg.stage.runs and world > 0 and size > 0 and stage not in ONLINE:
             need(size % world == 0, f"{stage.name}.batch_size={size} is not divisible by {processes(cfg)}: try {nearest(size, world)}")
     positive("rollout.max_new_tokens", "rollout.temperature")
     need(cfg.rollout.log_answers >= -1, f"rollout.log_answers={cfg.rollout.log_answers}: give a number of answers, or -1 for all")
-    return found.lines + [line for stage in ONLINE for line in check_online(cfg, stage)] + check_ppo(cfg) + check_dpo(cfg) + check_eval(cfg)
+    for unused in {Stage.dpo, Stage.eval}.intersection(cfg.stage.runs):
+        plain = cfg.rollout.top_p == 1 and cfg.rollout.top_k == 0
+        need(plain, f"rollout.top_p, rollout.top_k: not used by {unused.name}; there are eval.top_p, eval.top_k, chat.py --top-p, --top-k")
+    of_online = [line for stage in (Stage.ppo, *map(Stage.__getitem__, others)) for line in check_online(cfg, stage)]
+    return found.lines + of_online + check_ppo(cfg) + check_dpo(cfg) + check_eval(cfg)
 
 
 def check_online(cfg: Config, stage: Stage) -> list[str]:
@@ -246,10 +250,10 @@ def check_eval(cfg: Config) -> list[str]:
     found.not_negative("eval.best_of")
     found.positive("eval.best_of_prompts")
     found.sources(Stage.eval)
-    need(bool(policies or node.rewards), "eval.policies and eval.rewards are empty: there is nothing to measure")
-    labels = [policy.removesuffix("/").removesuffix("/model").split("/")[-1] for policy in policies]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    need(not twice, f"eval.policies: {', '.join(twice)} is there twice; rename one directory")
+    scorer = any(source.function is None for source in node.rewards.values())
+    need(bool(policies or scorer), "eval.policies is empty, and there is no reward model in eval.rewards: there is nothing to measure")
+    twice = sorted({policy for policy in policies if policies.count(policy) > 1})
+    need(not twice, f"eval.policies: {', '.join(twice)} is there twice")
     need(
         not policies or node.against is None or node.against in policies,
         f"eval.against={node.against} is not among eval.policies ({', '.join(policies)}): name one of them, or null to compare with none",

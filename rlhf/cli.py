@@ -163,7 +163,7 @@ def check_sweep(overrides: list[str]) -> None:
         swept = [f"{key}={value}" for key, value in params.items()] + overrides
         problems: dict[str, None] = {}
         for job in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)[0]:
-            cfg = config.to_typed(compose("config", job))
+            cfg = typed(compose("config", job))
             problems |= dict.fromkeys(checks.check(cfg) + layout.check_models(cfg))
     if problems:
         raise ValueError("\n".join(problems))
@@ -208,7 +208,7 @@ def run_command(composed: DictConfig) -> None:
 
 def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list[Path]]:
     """Run the chosen stages in order, but those that are finished; returns the configuration and the run directories."""
-    cfg = config.to_typed(composed)
+    cfg = typed(composed)
     problems = checks.check(cfg) + layout.check_models(cfg)
     if problems:
         raise ValueError("\n".join(problems))
@@ -219,8 +219,6 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     for model, before in ((cfg.actor, baseline.actor), (cfg.reward, baseline.reward)):
         if model.path != before.path and model.arch == before.arch:
             model.arch = None  # the numbers are those of another model
-    last = cfg.stage.runs[-1]
-    cfg.stage.runs = [stage for stage in cfg.stage.runs if stage == last or needed(cfg, stage, last)]
     if cfg.plan:
         plans = [plan.make_plan(cfg, stage) for stage in cfg.stage.runs if stage != Stage.inspect]
         if Stage.inspect in cfg.stage.runs:
@@ -245,6 +243,14 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     if done:
         report.print_runs(done, time.time() - started)
     return cfg, done
+
+
+def typed(composed: DictConfig) -> Config:
+    """The configuration, with those stages only that the last one needs: a pipeline with pipeline=dpo trains no reward model."""
+    cfg = config.to_typed(composed)
+    last = cfg.stage.runs[-1]
+    cfg.stage.runs = [stage for stage in cfg.stage.runs if stage == last or needed(cfg, stage, last)]
+    return cfg
 
 
 def needed(cfg: Config, stage: Stage, last: Stage) -> bool:

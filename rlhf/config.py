@@ -153,7 +153,7 @@ class StageChoice:
 class Lora:
     rank: int = MISSING  # of the low-rank updates; 0 = none, all weights are trained
     alpha: float = MISSING  # the update is scaled by alpha / rank, > 0
-    dropout: float = MISSING  # on the input of the update, in [0, 1); PPO itself trains without
+    dropout: float = MISSING  # on the input of the update, in [0, 1); only SFT and the reward model train with it
     targets: Optional[list[str]] = MISSING  # names of linear layers; null = all of them but the head
     embeddings: bool = MISSING  # train the embeddings as well, in full
 
@@ -410,7 +410,7 @@ class Deploy:
     threads: Optional[int] = no_effect()  # CPU threads per process; null = cores / processes
     zero_stage: int = no_effect()  # what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights
     precision: Precision = MISSING  # of weights and computation; it does change results
-    micro_batch: int = no_effect()  # sequences (RM: pairs) per process and forward in training: cuts batches for memory only
+    micro_batch: int = no_effect()  # sequences (RM, DPO: pairs) per process and forward in training: cuts batches for memory only
     eval_micro_batch: int = no_effect()  # sequences per process and forward without gradients, and per generation batch
     activation_checkpointing: bool = no_effect()  # compute activations again in the backward pass: less memory, a third slower
     offload: Offload = no_effect()
@@ -467,7 +467,8 @@ class Config:
 READS = {
     Stage.sft: ["actor", "data", "sft", "deploy", "seed"],
     Stage.rm: ["reward", "data", "rm", "deploy", "seed"],
-    **{stage: ["actor", "data", stage.name, "rollout", "deploy", "seed"] for stage in (*ALIGNMENT, Stage.eval)},
+    **{stage: ["actor", "data", stage.name, "rollout", "deploy", "seed"] for stage in ALIGNMENT},
+    Stage.eval: ["actor", "data", "eval", "rollout", "deploy"],  # its draws are always the same
     Stage.inspect: ["actor", "data"],
 }
 
@@ -494,6 +495,17 @@ def uses_own_reward_model(cfg: Config, stage: Stage) -> bool:
 def sources_of_score(cfg: Config, stage: Stage) -> dict[str, RewardSource]:
     """The parts of the score of a stage, by name; none where it has no score."""
     return getattr(cfg, stage.name).rewards if stage in ONLINE or stage == Stage.eval else {}
+
+
+def is_named(policy: str) -> bool:
+    """Whether one of eval.policies is the base model or a stage's, so that no path is needed."""
+    return policy == "base" or policy in [stage.name for stage in POLICIES]
+
+
+def policy_labels(policies: list[str]) -> dict[str, str]:
+    """Short names of eval.policies, and which they mean: the end of a path or hub id, or all of it where two end alike."""
+    ends = ["/".join(part for part in policy.split("/") if part not in ("", "model")).split("/")[-1] or policy for policy in policies]
+    return {end if ends.count(end) == 1 else policy: policy for end, policy in zip(ends, policies)}
 
 
 def own_node(cfg: Config) -> Any:

@@ -56,6 +56,13 @@ def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path)
     return engine
 
 
+def release(engine: Any) -> None:
+    """Let go of a frozen engine that nobody else holds: at ZeRO 3 DeepSpeed keeps its module in a list of its own."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK[:] = [module for module in parameter_offload.FWD_MODULE_STACK if module is not engine.module]
+
+
 def optimizer_step(engine: Any, micro_batches: Sequence[Batch], loss_of: Callable[[Batch], Tensor], lr: float) -> float:
     """One optimizer step over all micro-batches of this process; every process must have the same number of them.
 

@@ -22,10 +22,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rlhf import config
 from rlhf.config import (
     ALIGNMENT,
     ONLINE,
-    POLICIES,
     READS,
     Config,
     Stage,
@@ -57,6 +57,8 @@ def identity(cfg: Config, stage: Stage) -> dict[str, Any]:
         flat |= {"deploy.micro_batch": cfg.deploy.micro_batch, "processes": world_size(cfg)}  # then they do change the result
     if stage == Stage.ppo and switches.dropout:
         flat["deploy.eval_micro_batch"] = cfg.deploy.eval_micro_batch
+    if stage == Stage.eval and "base" in cfg.eval.policies and cfg.actor.path.startswith(BUILTIN):
+        flat["seed"] = cfg.seed  # of its random weights
     for parent, given in parents(cfg, stage).items():
         flat |= {} if given else identity(cfg, parent)
     return flat
@@ -103,27 +105,27 @@ def check_models(cfg: Config) -> list[str]:
     """What is wrong with the base models and given inputs of the stages to run, as lines for the user. Loads nothing."""
     runs = cfg.stage.runs
     policy, scorer = "ForCausalLM", "ForSequenceClassification"
-    wanted: list[tuple[str, str | None, str]] = (
-        [("actor.path", cfg.actor.path, policy)] if {Stage.sft, Stage.inspect}.intersection(runs) else []
-    )
+    wanted: list[tuple[str, str | None, str]] = []
+    reads_base = {Stage.sft, Stage.inspect}.intersection(runs) or (Stage.eval in runs and "base" in cfg.eval.policies)
+    wanted += [("actor.path", cfg.actor.path, policy)] if reads_base else []
     wanted += [("reward.path", cfg.reward.path, "")] if Stage.rm in runs else []
     for stage in runs:
         node: Any = getattr(cfg, stage.name, None)
         wanted += [(f"{stage.name}.actor", node.actor, policy)] if stage in ALIGNMENT else []
         wanted += [(f"{stage.name}.reward", node.reward, scorer)] if stage in ONLINE else []
         wanted += [(f"{stage.name}.rewards.{name}.path", s.path, scorer) for name, s in sources_of_score(cfg, stage).items()]
-        wanted += [("eval.policies", path, policy) for path in cfg.eval.policies if stage == Stage.eval and not is_named(path)]
-    unknown = [name for name in cfg.eval.prompts if Stage.eval in runs and not prompt_file(name).is_file()]
+        wanted += [("eval.policies", path, policy) for path in cfg.eval.policies if stage == Stage.eval and not config.is_named(path)]
+    files = {name: prompt_file(name) for name in (cfg.eval.prompts if Stage.eval in runs else [])}
+    unknown = [name for name, file in files.items() if not file.is_file()]
     problems = [
         f"eval.prompts: {name} is no file, and not one of {', '.join(sorted(p.stem for p in PROMPTS.iterdir()))}" for name in unknown
     ]
+    for name, file in files.items():
+        try:
+            lines_of_file(file) if name not in unknown else None
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"eval.prompts: {name} cannot be read: {error}")
     return problems + check_functions(cfg) + [line for key, path, role in wanted if path for line in check_model(key, path, role)]
-
-
-def policy_label(policy: str) -> str:
-    """The short name of one of eval.policies: a stage's, or the end of a path or hub id."""
-    parts = [part for part in policy.split("/") if part not in ("", "model")]
-    return policy if is_named(policy) or not parts else parts[-1]
 
 
 def prompt_file(name: str) -> Path:
@@ -134,11 +136,6 @@ def prompt_file(name: str) -> Path:
 def lines_of_file(file: Path) -> list[str]:
     """The prompts of a file, one per line."""
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def is_named(policy: str) -> bool:
-    """Whether one of eval.policies is the base model or a stage's, so that no path is needed."""
-    return policy == "base" or policy in [stage.name for stage in POLICIES]
 
 
 def check_model(key: str, path: str, role: str) -> list[str]:
@@ -184,6 +181,19 @@ def model_directory(path: str) -> Path:
     return directory / "model" if (directory / "model" / "config.json").exists() else directory
 
 
+def content_id(path: str) -> str:
+    """What tells a trained model from another one that lies there later: the id of its run, else its weights' sizes and times; the hub id
+    as it is."""
+    if not is_directory(path):
+        return path
+    directory = Path(path).expanduser()
+    own = read_summary(directory) or (read_summary(directory.parent) if directory.name == "model" else None)
+    if own:
+        return own["id"]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(model_directory(path).glob("*.safetensors"))]
+    return f"{path}:{hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]}"
+
+
 def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """The trained models that `stage` stands on: their locations, and the ids of the runs that made them, by stage name (sources of the
     score: rewards/NAME; of eval, by their places: policies/N, prompts/N).
@@ -195,8 +205,7 @@ def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str])
 
     def take(name: str, path: str) -> None:
         paths[name] = str(model_directory(path).resolve()) if is_directory(path) else path
-        own = read_summary(Path(path).expanduser()) if is_directory(path) else None
-        ids[name] = own["id"] if own else path
+        ids[name] = content_id(path)
 
     for name, source in sources_of_score(cfg, stage).items():
         if source.path:
@@ -204,7 +213,7 @@ def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str])
         elif source.function and (file := function_file(source.function)):
             ids[f"rewards/{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]  # another function, another run
     for i, policy in enumerate(cfg.eval.policies) if stage == Stage.eval else ():
-        if not is_named(policy):
+        if not config.is_named(policy):
             take(f"policies/{i}", policy)
     for i, name in enumerate(cfg.eval.prompts) if stage == Stage.eval else ():
         file = prompt_file(name)
@@ -218,7 +227,9 @@ def find_inputs(cfg: Config, stage: Stage, baseline: Config, command: list[str])
         if summary:
             paths[parent.name], ids[parent.name] = str((directory / "model").resolve()), summary["id"]
         else:
-            read = {key.split(".")[0] for key in identity(cfg, parent)}
+            read = {key.split(".")[0] for key in identity(cfg, parent)} | (
+                {"ppo"} if parent in ONLINE else set()
+            )  # whose values others follow
             unread = tuple(f"{name}." for name in ("rollout", *Stage.__members__) if name not in read)
             others = [arg for arg in command if not arg.startswith(("stage=", "pipeline=", *unread))]
             what = "reward model" if parent == Stage.rm else "policy"

@@ -312,16 +312,15 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         if actor and node.policies:  # one at a time, beside the one it is compared with
             roles = [role("policy", actor, cfg.actor, False, False)]
             roles += [role("against", actor, cfg.actor, False, False)] if node.against else []
-            phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, 0)
-            phases["scoring"] = {
-                "logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2),
-                "gathered weights": live_weights(roles[0]),
-            }
         if reward:
             roles.append(role("reward", reward, cfg.reward, True, False))
-            phases.setdefault("scoring", {"gathered weights": live_weights(roles[-1])})
+        phases["scoring"] = {"gathered weights": max(map(live_weights, roles), default=0.0)}
+        if actor and node.policies:
+            phases["scoring"]["logits"] = logits(actor, cfg, deploy.eval_micro_batch, answer, 2)
+            phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
+            phases["sampling"]["kv cache"] *= node.beams if node.decoding == config.Decoding.beam else 1
         notes += [f"eval.rewards.{name}: not counted" for name, source in node.rewards.items() if source.path]
-        given_by_path = not all(map(layout.is_named, cfg.eval.policies))
+        given_by_path = not all(map(config.is_named, cfg.eval.policies))
         notes += ["eval.policies given by path are taken to be as large as the actor"] if given_by_path else []
         files = 0
     elif actor:

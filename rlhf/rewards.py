@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf import comm
 from rlhf.config import Config, own_node
 from rlhf.data import template
-from rlhf.data.batches import chunks, pad_right
+from rlhf.data.batches import pad_right, shared
 from rlhf.data.records import Dataset, Turn
 from rlhf.engines import build_engine
 from rlhf.models import answer_scores, check_context, is_reward_model, load_scorer, load_tokenizer
@@ -173,16 +172,12 @@ def build_rewards(cfg: Config, data: Dataset, functions: dict[str, Function], to
 @torch.no_grad()
 def score_rows(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int) -> list[float]:
     """The score of each whole sequence of token ids, in order; the work is shared by all processes."""
-    rank, world = comm.rank(), comm.world_size()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    order += order[:1] * (-len(order) % world)  # the same number on every process
-    parts = []
-    for chunk in chunks(order[rank::world], micro_batch):
-        ids, mask = pad_right([rows[i] for i in chunk], tokenizer.pad_token_id, engine.device)
-        parts.append(answer_scores(engine, ids, mask, tokenizer.eos_token_id))
-    scores = comm.all_rows(torch.cat(parts)).tolist()
-    by_row = dict(zip((row for r in range(world) for row in order[r::world]), scores))
-    return [by_row[i] for i in range(len(rows))]
+
+    def work(some: Sequence[int]) -> Tensor:
+        ids, mask = pad_right([rows[i] for i in some], tokenizer.pad_token_id, engine.device)
+        return answer_scores(engine, ids, mask, tokenizer.eos_token_id)
+
+    return shared([len(row) for row in rows], micro_batch, work).tolist()
 
 
 def unit_of(engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int) -> tuple[float, float]:

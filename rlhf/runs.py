@@ -166,9 +166,11 @@ def shown(value: Any) -> str:
 
 
 def settings_apart(runs: Sequence[Run]) -> list[str]:
-    """Settings in which runs of the same stage differ, sorted: those of another algorithm have other names anyway."""
+    """Settings that tell runs apart, sorted: those in which runs of the same stage differ, and those that all have, of whatever stage."""
     by_stage = [[run for run in runs if run.stage == stage] for stage in dict.fromkeys(run.stage for run in runs)]
-    return sorted({key for some in by_stage for key in differing(some)})
+    known = [run for run in runs if run.settings]
+    shared = {key for key in differing(known) if all(key in run.settings for run in known)}
+    return sorted(shared.union(*(differing(some) for some in by_stage)))
 
 
 def label(run: Run, keys: Sequence[str], algorithm: bool = False) -> str:

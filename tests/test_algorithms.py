@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from test_deployments import compare, prepare, work
 from test_docs import undocumented
 from test_resume import kill_when, lines, same
+from transformers import OPTConfig
 
 from rlhf import config, models
 from rlhf.data import load, template
@@ -170,6 +172,7 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
             self.module = torch.nn.Linear(2, 2)
             torch.nn.init.constant_(self.module.weight, shift)
             torch.nn.init.constant_(self.module.bias, shift)
+            self.module.hf = types.SimpleNamespace(config=OPTConfig())
 
         def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: int) -> torch.Tensor:
             calls.append(len(ids))
@@ -180,7 +183,9 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
     first = dpo.cached_logp(Reference(0.0), pairs, [4, 4], 0, 4, file)
     assert first.flatten().tolist() == pytest.approx([-n * math.log(600) for n in (2, 1, 3, 2)], rel=1e-5) and calls == [4]
     assert torch.equal(dpo.cached_logp(Reference(0.0), pairs, [4, 4], 0, 4, file), first) and calls == [4], "read, not computed"
-    assert dpo.content_of(Reference(0.0)) == dpo.content_of(Reference(0.0)) != dpo.content_of(Reference(0.5))
+    same, other, changed = Reference(0.0), Reference(0.5), Reference(0.0)
+    changed.module.hf.config.rope_theta = 7
+    assert dpo.content_of(Reference(0.0)) == dpo.content_of(same) and len({dpo.content_of(r) for r in (same, other, changed)}) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------------- deployments
@@ -269,6 +274,28 @@ def test_bad_input_gets_one_clear_line(tmp_path: Path, name: str) -> None:
 def test_the_advice_leaves_out_what_the_missing_stage_does_not_read(tmp_path: Path) -> None:
     done = train("stage=dpo", "dpo.beta=0.2", "rollout.temperature=0.9", "sft.lr=1e-4", "seed=3", cwd=tmp_path)
     assert "make it: python train.py stage=sft sft.lr=1e-4 seed=3  or give dpo.actor=" in done.stderr
+
+
+def test_the_advice_keeps_what_others_follow_ppo_in(tmp_path: Path) -> None:
+    done = train("stage=eval", "pipeline=rloo", "ppo.lr=1e-4", "eval.policies=[rloo]", "eval.against=null", cwd=tmp_path)
+    assert "make it: python train.py stage=rloo ppo.lr=1e-4 " in done.stderr
+
+
+def test_a_stage_that_is_not_needed_is_not_checked(tmp_path: Path) -> None:
+    done = train("pipeline=dpo", "rm.batch_size=7", "deploy.gpus=2", "reward.path=/nowhere", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_runs_of_two_algorithms_that_differ_in_more_are_told_apart() -> None:
+    from rlhf.runs import Run, cells
+
+    def some(stage: str, epochs: int, seed: int) -> Run:
+        return Run(Path(f"{stage}{seed}"), stage, "finished", {"sft.epochs": epochs, f"{stage}.lr": 1, "seed": seed}, {"eval/gold": 1.0})
+
+    found = cells([some("ppo", 2, 1), some("ppo", 2, 2), some("dpo", 1, 1), some("dpo", 1, 2)])
+    assert sorted(cell.label for cell in found) == ["dpo sft.epochs=1", "ppo sft.epochs=2"]
+    found = cells([some("ppo", 2, 1), some("dpo", 2, 1)])
+    assert sorted(cell.label for cell in found) == ["dpo", "ppo"]
 
 
 def test_a_whole_template_is_learnt_by_dpo(tokenizer: Any) -> None:

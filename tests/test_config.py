@@ -344,3 +344,10 @@ def test_names_are_safe_and_short() -> None:
     long = name("sft", "actor.path='/a/b=c,d/" + "x" * 200 + "'")
     assert len(long) <= 109 and not set("=,/ ") & set(long)
     assert long != name("sft", "actor.path='/a/b=c,d/" + "x" * 199 + "'"), "the hash tells cut names apart"
+
+
+def test_what_is_wrong_is_said_once_and_only_of_what_runs() -> None:
+    (line,) = checks.check(composed("stage=ppo", "ppo.lr=-1", "ppo.critic_optim.lr=1e-5"))
+    assert line == "ppo.lr=-1.0: must be above 0"
+    lines = checks.check(composed("stage=rloo", "rloo.lr=-1"))
+    assert lines == ["rloo.lr=-1.0: must be above 0"]

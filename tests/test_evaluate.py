@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ CASES: dict[str, list[str]] = {
     "beam": ["eval.decoding=beam", "eval.beams=3", "eval.best_of=0", "eval.prompts=[]", "eval.policies=[sft]", "eval.against=null"],
     "functions": ["~eval.rewards.model", "+eval.rewards={short: {function: 'short_rewards:length'}}", "eval.judge=short"],
     "scorer_only": ["eval.policies=[]"],
+    "weighted": ["eval.rewards.model.weight=-3", "eval.best_of=0", "eval.prompts=[]"],
+    "truth": ["~eval.rewards.model", "+eval.rewards={gold: {function: 'rlhf.data.sandbox:gold'}}", "eval.policies=[sft]", "eval.best_of=0"],
 }
 
 
@@ -40,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     inputs |= {"prompts/0": str(layout.prompt_file("zh"))}
     done = {}
     for name, overrides in CASES.items():
-        given = {key: path for key, path in inputs.items() if key != "rm" or name != "functions"}
+        given = {key: path for key, path in inputs.items() if key != "rm" or name not in ("functions", "truth")}
         done[name] = prepare(root, name, "eval", given, ["pipeline=dpo", *FEW, *overrides])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -231,7 +235,9 @@ def test_runs_and_directories_are_evaluated_by_their_path(demo: Demo, tmp_path: 
 WRONG = [
     (["eval.against=ppo", "eval.policies=[sft]"], "eval.against=ppo is not among eval.policies (sft)"),
     (["eval.policies=[sft,sft]"], "eval.policies: sft is there twice"),
-    (["eval.policies=[]", "~eval.rewards.model"], "eval.policies and eval.rewards are empty"),
+    (["eval.policies=[]", "~eval.rewards.model"], "eval.policies is empty, and there is no reward model in eval.rewards"),
+    (["eval.policies=[base]", "eval.against=null", "actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
+    (["rollout.top_p=0.5"], "rollout.top_p, rollout.top_k: not used by eval"),
     (["eval.judge=other"], "eval.judge=other: give one of eval.rewards (model), or gold"),
     (["eval.beams=1"], "eval.beams=1: must be at least 2"),
     (["eval.best_of=1"], "eval.best_of=1: the best of one is that one"),
@@ -265,3 +271,39 @@ def test_the_identity_holds_what_the_named_policies_stand_on() -> None:
 
     assert keys("pipeline=dpo") >= {"dpo", "sft", "rm", "eval"} and "ppo" not in keys("pipeline=dpo")
     assert "ppo" in keys() and "rm" not in keys("eval.policies=[sft]", "~eval.rewards.model")
+
+
+def test_a_single_source_judges_without_its_weight(runs: dict[str, Path]) -> None:
+    assert result(runs["weighted"])["eval/dpo/win_rate/model"] == result(runs["plain"])["eval/dpo/win_rate/model"]
+
+
+def test_at_zero_3_a_measured_policy_is_let_go(tmp_path: Path, tokenizer: Any, one_process: None) -> None:
+    """DeepSpeed keeps the modules of such engines in a list of its own."""
+    from rlhf import engines
+
+    cfg = composed("stage=eval", "deploy.zero_stage=3")
+    engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, Precision.fp32), cfg, "policy", tmp_path)
+    left = weakref.ref(engine.module)
+    engines.release(engine)
+    del engine
+    gc.collect()
+    assert left() is None
+
+
+def test_a_model_that_has_been_replaced_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text("a")
+    plain = layout.content_id(str(model))
+    (model / "model.safetensors").write_text("abc")
+    assert layout.content_id(str(model)) != plain
+    for id in ("one", "two"):
+        layout.write_json(tmp_path / "run" / "summary.json", {"id": id})
+        assert layout.content_id(str(model)) == layout.content_id(str(tmp_path / "run")) == id
+    assert layout.content_id("owner/model") == "owner/model"
+
+
+def test_labels_are_short_where_they_can_be() -> None:
+    assert config.policy_labels(["sft", "/a/run/model", "owner/x"]) == {"sft": "sft", "run": "/a/run/model", "x": "owner/x"}
+    assert list(config.policy_labels(["a/llama", "b/llama"])) == ["a/llama", "b/llama"]

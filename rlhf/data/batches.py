@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from rlhf import comm
 
 T = TypeVar("T")
 
@@ -53,6 +55,19 @@ def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch: int,
 def chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive parts of at most `size` rows."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def shared(lengths: Sequence[int], micro_batch: int, work: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """What `work` gives for all rows, in their order: each process takes its part, rows of similar length together.
+
+    Args: lengths: tokens of each row.  work: from some row numbers to a tensor with a row for each.
+    """
+    rank, world = comm.rank(), comm.world_size()
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    order += order[:1] * (-len(order) % world)  # the same number on every process
+    found = comm.all_rows(torch.cat([work(some) for some in chunks(order[rank::world], micro_batch)]))
+    place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
+    return found[[place[i] for i in range(len(lengths))]]
 
 
 def uniforms(stream: str, keys: Sequence[int], seed: int, step: int, n: int) -> Tensor:

@@ -33,8 +33,10 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
             raise ValueError("the data are not those that this run has learnt from so far; add fresh=true to train it anew")
         layout.write_json(known, data.report)
     stage, pairs = cfg.stage.name, (data.rm, data.eval_rm)
-    needed = {"sft": (data.sft, data.eval_sft), "rm": pairs, "dpo": pairs}.get(stage, (data.ppo, data.eval_prompts))
-    for part, what in zip(needed, ("", " to evaluate on")):
+    needed: tuple[Any, ...] = {"sft": (data.sft, data.eval_sft), "rm": pairs, "dpo": pairs}.get(stage, (data.ppo, data.eval_prompts))
+    if stage == "eval":
+        needed = (data.eval_prompts,) if cfg.eval.policies else (data.eval_rm,)
+    for part, what in zip(reversed(needed), (" to evaluate on", "")):
         if not len(part):
             why = "no source has second answers, or they are" if stage in ("rm", "dpo") else "the sources are"
             raise ValueError(f"data={'+'.join(cfg.data.sources)}: no rows{what} for {cfg.stage.name}: {why} too small for data.shares")

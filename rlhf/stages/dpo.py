@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf import comm, config, plan
+from rlhf import comm, config, likelihood, models, objectives, plan
+from rlhf.agreement import correct
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.data import load, template
-from rlhf.data.batches import chunks, global_batches, micro_batches
+from rlhf.data.batches import global_batches, micro_batches, shared
 from rlhf.data.load import open_data
 from rlhf.data.sources import cache_folder, digest
 from rlhf.engines import build_engine, optimizer_step, whole
@@ -36,7 +37,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate before, meanwhile and after; save run_dir/model. Returns the final metrics."""
     # ---- data
     dpo, max_prompt, max_response = cfg.dpo, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
-    check_context(cfg.inputs["sft"], max_prompt, max(max_response, cfg.rollout.max_new_tokens))
+    check_context(cfg.inputs["sft"], max_prompt, max_response)
+    check_context(cfg.inputs["sft"], max_prompt, cfg.rollout.max_new_tokens, "rollout.max_new_tokens")
     tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
     data = open_data(cfg, run_dir)
     pairs = load.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
@@ -65,7 +67,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         f"{len(pairs)} {precision.name} {cfg.deploy.device.name}",
     )
     reference = cached_logp(ref, pairs, pairs.lengths, pad_id, micro, cache_folder() / f"reference-{key}.safetensors")
-    models = Models(tokenizer, actor, ref, gather=plan.gather_for_rollout(cfg))
+    together = Models(tokenizer, actor, ref, gather=plan.gather_for_rollout(cfg))
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
     held_out_reference = pair_logp(ref, held_out, lengths, pad_id, micro)
 
@@ -75,10 +77,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     def evaluate() -> Found:
         """Held-out pairs by the implicit reward; and answers to the held-out prompts, where the truth is known with their gold score."""
-        found, rows = evaluate_policy(models, data, max_prompt, cfg.rollout.max_new_tokens, Sampling(cfg.rollout.temperature), micro)
+        found, rows = evaluate_policy(together, data, max_prompt, cfg.rollout.max_new_tokens, Sampling(cfg.rollout.temperature), micro)
         logp = pair_logp(actor, held_out, lengths, pad_id, micro)
         chosen, rejected = (logp - held_out_reference).unbind(1)
-        found["accuracy"] = float(((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean())
+        found["accuracy"] = correct(chosen, rejected)
         found["loss"] = float(preference_loss(chosen, rejected, dpo.beta, dpo.loss, dpo.label_smoothing).mean())
         return found, rows
 
@@ -104,13 +106,13 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         lr = learning_rate(step, steps, dpo)
         micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, rank, world)
         grad_norm = optimizer_step(actor, micros, loss_of, lr)
-        losses, chosen, rejected, gain, loss_of_rejected = comm.all_rows(torch.cat(columns)).double().unbind(1)
+        losses, chosen, rejected, of_chosen, of_rejected = comm.all_rows(torch.cat(columns)).double().unbind(1)
         metrics = {
             "loss": float(losses.mean()),
-            "rewards/chosen": dpo.beta * float(gain.mean()),
-            "rewards/rejected": dpo.beta * float(loss_of_rejected.mean()),
-            "rewards/margins": dpo.beta * float((gain - loss_of_rejected).mean()),
-            "rewards/accuracies": float((gain > loss_of_rejected).double().mean()),
+            "rewards/chosen": dpo.beta * float(of_chosen.mean()),
+            "rewards/rejected": dpo.beta * float(of_rejected.mean()),
+            "rewards/margins": dpo.beta * float((of_chosen - of_rejected).mean()),
+            "rewards/accuracies": correct(of_chosen, of_rejected),
             "logps/chosen": float(chosen.mean()),
             "logps/rejected": float(rejected.mean()),
             "grad_norm": grad_norm,
@@ -143,14 +145,7 @@ def both_logp(policy: Any, pairs: Rows, pad_id: int) -> Tensor:
 @torch.no_grad()
 def pair_logp(policy: Any, pairs: Rows, lengths: Sequence[int], pad_id: int, micro_batch: int) -> Tensor:
     """log pi of both answers of all pairs, (N, 2) on the CPU, nats; the work is shared by all processes."""
-    rank, world = comm.rank(), comm.world_size()
-    order = sorted(range(len(pairs)), key=lambda i: lengths[i])
-    order += order[:1] * (-len(order) % world)  # the same number on every process
-    parts = [both_logp(policy, [pairs[i] for i in chunk], pad_id) for chunk in chunks(order[rank::world], max(1, micro_batch // 2))]
-    everything = comm.all_rows(torch.cat(parts)).cpu()
-    by_row = torch.zeros(len(pairs), 2)
-    by_row[torch.tensor([i for r in range(world) for i in order[r::world]])] = everything
-    return by_row
+    return shared(lengths, max(1, micro_batch // 2), lambda some: both_logp(policy, [pairs[i] for i in some], pad_id)).cpu()
 
 
 def cached_logp(ref: Any, pairs: Rows, lengths: Sequence[int], pad_id: int, micro_batch: int, file: Path) -> Tensor:
@@ -173,8 +168,10 @@ def cached_logp(ref: Any, pairs: Rows, lengths: Sequence[int], pad_id: int, micr
 
 
 def content_of(policy: Any) -> str:
-    """A hash of a policy's weights, gathered one by one where ZeRO-3 partitions them; the same on every process."""
-    sha = hashlib.sha256()
+    """A hash of a policy: configuration, weights, gathered one by one where ZeRO-3 partitions them, and the code that reads them. The
+    same on every process."""
+    code = "".join(Path(module.__file__ or "").read_text() for module in (likelihood, models, objectives))
+    sha = hashlib.sha256(f"{policy.module.hf.config.to_json_string()}{code}".encode())
     for name, weight in policy.module.named_parameters():
         if ".lora_" in name:  # the adapter, which is off
             continue

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from rlhf import comm, eval_page, layout, plan
 from rlhf.agreement import LENGTHS, accuracy_by, calibration, correct, length_group, score_pairs
-from rlhf.config import Config, Decoding, Eval
+from rlhf.config import Config, Decoding, Eval, is_named, policy_labels
 from rlhf.data import template
 from rlhf.data.batches import uniforms
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Turn
-from rlhf.engines import build_engine
+from rlhf.engines import build_engine, release
 from rlhf.evaluation import evaluate_policy
 from rlhf.likelihood import perplexity
-from rlhf.models import check_context, context_length, load_policy, load_tokenizer
+from rlhf.models import check_context, context_length, load_policy, load_tokenizer, location
 from rlhf.objectives import best_of_n, wilson
-from rlhf.rewards import Source, build_rewards, check_reward_models, load_functions
+from rlhf.rewards import Rewards, Source, build_rewards, check_reward_models, load_functions
 from rlhf.rollout import Models, Sampling, make_experience
 from rlhf.track import Tracker, log
 
@@ -36,13 +37,16 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
     functions = load_functions(cfg)
     check_reward_models(cfg)
-    where = {layout.policy_label(policy): location_of(cfg, policy) for policy in node.policies}
-    against = layout.policy_label(node.against) if node.against and where else None
-    for path in where.values():
+    labels = policy_labels(node.policies)
+    where = {name: location_of(cfg, policy) for name, policy in labels.items()}
+    against = next((name for name, policy in labels.items() if policy == node.against), None)
+    scorers = [path for name, path in cfg.inputs.items() if name == "rm" or name.startswith("rewards/")]
+    for path in (*where.values(), *scorers):
+        check_context(path, max_prompt, cfg.data.max_response_tokens)
         check_context(path, max_prompt, max_new, "rollout.max_new_tokens")
     tokenizers = {name: load_tokenizer(path, cfg.data.template) for name, path in where.items()}
-    scorers = [path for name, path in cfg.inputs.items() if name == "rm" or name.startswith("rewards/")]
-    scoring = [load_tokenizer(path, cfg.data.template) for path in scorers]
+    for name, path in where.items():
+        warn_of_template(name, path, tokenizers[name], cfg)
     data = open_data(cfg, run_dir)
     files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
     fixed = [[Turn("user", line)] for file in files for line in layout.lines_of_file(file)]
@@ -50,6 +54,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     held_out = fitting(data.eval_prompts, tokenizers.values(), max_prompt)
     asked = fitting(fixed, tokenizers.values(), room)
     log.info(f"{len(held_out)} of {len(data.eval_prompts)} held-out prompts and {len(asked)} of {len(fixed)} fixed ones are short enough")
+    if where and not held_out:
+        raise ValueError(f"data.max_prompt_tokens={max_prompt}: all held-out prompts are longer")
     data = dataclasses.replace(data, eval_prompts=held_out)
     sampling = Sampling(node.temperature, node.top_p, node.top_k, node.decoding == Decoding.greedy)
     sampling = dataclasses.replace(sampling, beams=node.beams if node.decoding == Decoding.beam else 1)
@@ -58,7 +64,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     first = against or next(iter(where), None)
     rewards = None
     if node.rewards:
-        rewards = build_rewards(cfg, data, functions, tokenizers[first] if first else scoring[0], run_dir)
+        tokenizer = tokenizers[first] if first else load_tokenizer(scorers[0], cfg.data.template)
+        rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
+        for source in rewards.sources:
+            source.weight = 1.0  # each judges for itself
     tracker = Tracker(cfg, run_dir, len(where) + 1, ["score", "gold", "win_rate"])
 
     # ---- policies one after the other, that which the others are compared with first and beside them
@@ -67,37 +76,39 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     answers_to_fixed: dict[str, Answers] = {}
     curve: list[dict[str, float]] = []
     models: Models | None = None
-    base: Models | None = None  # of the policy that the others are compared with
+    other: Models | None = None  # of the policy that they are compared with
     for number, name in enumerate(sorted(where, key=lambda name: name != first)):
         tokenizer = tokenizers[name]
         log.info(f"{name}: {where[name]}")
-        models = None  # frees the one before
-        gc.collect()
+        free(models, keep=other)
         models = Models(tokenizer, load(cfg, where[name], tokenizer, run_dir), gather=plan.gather_for_rollout(cfg))
         models.rewards = rewards.for_policy(tokenizer) if rewards else None
-        if base and has_kl and template.same_tokens(tokenizer, base.tokenizer):
-            models.ref = base.actor
+        if other and has_kl and template.same_tokens(tokenizer, other.tokenizer):
+            models.ref = other.actor
         measured[name], answers[name] = evaluate_policy(models, data, max_prompt, max_new, sampling, cfg.deploy.eval_micro_batch)
         known = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, cfg.data.max_response_tokens)
         if known:
-            nll = perplexity(models.actor, known, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch)
-            measured[name]["perplexity"] = nll
+            measured[name]["perplexity"] = perplexity(models.actor, known, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch)
         if asked:
             to_these = dataclasses.replace(data, eval_prompts=asked, gold=None, best_gold=None)
-            _, answers_to_fixed[name] = evaluate_policy(models, to_these, room, max_new, sampling, cfg.deploy.eval_micro_batch)
+            by_models = [source for source in models.rewards.sources if source.engine] if models.rewards else []
+            plain = dataclasses.replace(
+                models, rewards=Rewards(by_models, tokenizer) if by_models else None
+            )  # functions may know only data
+            _, answers_to_fixed[name] = evaluate_policy(plain, to_these, room, max_new, sampling, cfg.deploy.eval_micro_batch)
         if name == first:
             curve = best_of(models, data, node, max_prompt, max_new, cfg.deploy.eval_micro_batch)
         if name == against:
-            base = models
+            other = models
         tracker.log(number + 1, {f"{name}/{key}": value for key, value in measured[name].items()} | measured[name])
     judges = judges_of(node, data)
     judge = node.judge or next(iter(judges), None)
     duels = win_rates(answers, against, judges) if against else []
 
     # ---- reward models
-    models = base = None
-    gc.collect()
-    judged = {s.name: measure_scorer(s, data, cfg) for s in rewards.sources if s.engine} if rewards and data.eval_rm else {}
+    free(models, other)
+    engines = [source for source in rewards.sources if source.engine] if rewards else []
+    judged = {source.name: about for source in engines if (about := measure_scorer(source, data, cfg))}
 
     # ---- results
     measured = {name: measured[name] for name in where}  # in the order that was asked for
@@ -129,11 +140,29 @@ def location_of(cfg: Config, policy: str) -> str:
     """The model that one of eval.policies means."""
     if policy == "base":
         return cfg.actor.path
-    return cfg.inputs[policy if layout.is_named(policy) else f"policies/{cfg.eval.policies.index(policy)}"]
+    return cfg.inputs[policy if is_named(policy) else f"policies/{cfg.eval.policies.index(policy)}"]
 
 
 def load(cfg: Config, path: str, tokenizer: Any, run_dir: Path) -> Any:
     return build_engine(lambda: load_policy(path, tokenizer, cfg.deploy.precision), cfg, "policy", run_dir)
+
+
+def free(*several: Models | None, keep: Models | None = None) -> None:
+    """Let go of policies that have been measured, but one."""
+    for models in several:
+        if models is not None and models is not keep:
+            release(models.actor)
+            models.actor = models.ref = models.rewards = None
+    gc.collect()
+
+
+def warn_of_template(name: str, path: str, tokenizer: Any, cfg: Config) -> None:
+    """All policies are asked in one template; say where that is not the one a model was saved with."""
+    own = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False).chat_template
+    if own and own != tokenizer.chat_template:
+        log.warning(
+            f"{name}: it was saved with another chat template than data.template={cfg.data.template.name}, in which it is asked here"
+        )
 
 
 def fitting(prompts: Sequence[list[Turn]], tokenizers: Iterable[Any], max_prompt: int) -> list[list[Turn]]:
@@ -196,12 +225,13 @@ def best_of(models: Models, data: Dataset, node: Eval, max_prompt: int, max_new:
 
 def measure_scorer(source: Source, data: Dataset, cfg: Config) -> dict[str, Any]:
     """A reward model on the held-out pairs: accuracy, as a whole, by source and by how much longer the chosen answer is; calibration; the
-    margins, in the unit it was trained in."""
+    margins, in the unit it was trained in. Empty without any pair."""
     limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
     fits = template.encode_prompts(source.tokenizer, [pair.prompt for pair in data.eval_rm], limits[0])
     pairs = [pair for pair, ids in zip(data.eval_rm, fits) if ids is not None]
     if not pairs:
-        raise ValueError(f"data.max_prompt_tokens={limits[0]}: all held-out pairs have longer prompts")
+        log.warning(f"{source.name}: not measured, there are no held-out pairs that it can read (data.max_prompt_tokens={limits[0]})")
+        return {}
     chosen, rejected = score_pairs(source.engine, source.tokenizer, pairs, *limits, cfg.deploy.eval_micro_batch)
     margins = (chosen - rejected) * getattr(source.engine.module.hf.config, "score_std", 1.0)
     lengths = [length_group(len(c), len(r)) for _, c, r in template.encode_pairs(source.tokenizer, pairs, *limits)]
