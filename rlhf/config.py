@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -503,8 +504,10 @@ def is_named(policy: str) -> bool:
 
 
 def policy_labels(policies: list[str]) -> dict[str, str]:
-    """Short names of eval.policies, and which they mean: the end of a path or hub id, or all of it where two end alike."""
-    ends = ["/".join(part for part in policy.split("/") if part not in ("", "model")).split("/")[-1] or policy for policy in policies]
+    """Short names of eval.policies, and which they mean: the end of a path or hub id, of a run its stage and hash; all of it where two
+    end alike."""
+    ends = [next((part for part in reversed(policy.split("/")) if part not in ("", "model")), policy) for policy in policies]
+    ends = [re.sub(rf"^({'|'.join(stage.name for stage in POLICIES)})-.*(-[0-9a-f]{{8}})$", r"\1\2", end) for end in ends]
     return {end if ends.count(end) == 1 else policy: policy for end, policy in zip(ends, policies)}
 
 

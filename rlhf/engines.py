@@ -42,7 +42,8 @@ def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path)
             lora.add(module.hf, adapter, f"{node}.lora")
     if optim is None:
         module.requires_grad_(False).eval()
-        return deepspeed.initialize(model=module, config=ds_config)[0]
+        with contextlib.redirect_stdout(None):  # in bf16 it prints its memory
+            return deepspeed.initialize(model=module, config=ds_config)[0]
     if cfg.deploy.activation_checkpointing:
         module.hf.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -51,7 +52,8 @@ def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path)
         {"params": [p for p, vector in zip(trained, is_vector) if not vector], "weight_decay": optim.weight_decay},
         {"params": [p for p, vector in zip(trained, is_vector) if vector], "weight_decay": 0.0},
     ]
-    engine = deepspeed.initialize(model=module, config=ds_config, model_parameters=[g for g in groups if g["params"]])[0]
+    with contextlib.redirect_stdout(None):
+        engine = deepspeed.initialize(model=module, config=ds_config, model_parameters=[g for g in groups if g["params"]])[0]
     engine.gradient_notes = note_gradients(module)
     return engine
 

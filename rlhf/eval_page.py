@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.html import as_html, document, html_table
+from rlhf.html import Figures, document, html_table
 
 SHOWN = 12  # held-out prompts whose answers are shown
 COLUMNS = {  # of a policy: title and format
@@ -46,18 +46,6 @@ def write(found: dict[str, Any], file: Path, title: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(document(title, body, "body { max-width: 1400px; }", scripts=True))
     os.replace(temporary, file)
-
-
-class Figures:
-    """Puts plotly's library with the first figure only."""
-
-    def __init__(self) -> None:
-        self.first = True
-
-    def add(self, figure: Any) -> str:
-        text = as_html(figure, self.first)
-        self.first = False
-        return text
 
 
 # ------------------------------------------------------------------------------------------------------------------------ tables
@@ -174,7 +162,7 @@ def best_of_figure(curve: Sequence[dict[str, float]]) -> Any:
     from plotly import graph_objects
 
     figure = graph_objects.Figure()
-    for key, name in (("score", "score, standard deviations"), ("gold", "gold score, points")):
+    for key, name in (("score", "score"), ("gold", "gold score, points")):
         if key in curve[0]:
             figure.add_scatter(x=[c["n"] for c in curve], y=[c[key] for c in curve], mode="lines+markers", name=name)
     figure.update_xaxes(title_text="n", type="log", tickvals=[c["n"] for c in curve])

@@ -12,6 +12,7 @@ h2 { margin-top: 2em; border-bottom: 1px solid #ddd; } h3 { margin: 1.5em 0 .3em
 table { border-collapse: collapse; margin: .8em 0; font-size: 14px; } th, td { padding: .2em .8em; border-bottom: 1px solid #e4e4e4; }
 th { text-align: left; font-weight: 600; } td { text-align: right; white-space: nowrap; }
 td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; vertical-align: top; }
+td.text { overflow-wrap: anywhere; min-width: 8em; }
 .fine { color: #1a7f37; } .warning { color: #9a3412; } .note { color: #666; font-size: 14px; } figure { margin: 0; }
 svg { max-width: 100%; height: auto; }
 """
@@ -26,11 +27,18 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequ
     return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def as_html(figure: Any, with_library: bool) -> str:
-    """A plotly figure as a part of a page. Args: with_library: of the first figure of the page."""
-    import plotly.io
+class Figures:
+    """Plotly figures as parts of a page; the library goes with the first one."""
 
-    return plotly.io.to_html(figure, include_plotlyjs=with_library, full_html=False, config={"displaylogo": False})
+    def __init__(self) -> None:
+        self.first = True
+
+    def add(self, figure: Any) -> str:
+        import plotly.io
+
+        text = plotly.io.to_html(figure, include_plotlyjs=self.first, full_html=False, config={"displaylogo": False})
+        self.first = False
+        return text
 
 
 def document(title: str, body: Sequence[str], style: str = "", scripts: bool = False) -> str:

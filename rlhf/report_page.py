@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.curves import PANELS, smooth
-from rlhf.html import as_html, document, html_table
+from rlhf.html import Figures, document, html_table
 from rlhf.runs import KINDS, SHOWN, Cell, Run, cells, judged_by, label, mean_text, read_lines, settings_apart, shown, upstream, verdict
 
 SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
@@ -21,7 +21,7 @@ PROMPTS = 8  # whose answers are shown
 def page(runs: Sequence[Run], title: str) -> str:
     """The page. Args: runs: of any stages; those of one stage are compared with each other."""
     body = [f"<h1>{html.escape(title)}</h1>"]
-    plotly = True  # its library goes with the first figure
+    figures = Figures()
     for kind in ("policy", "rm", "sft", "eval"):
         some = [run for run in runs if run.kind == kind]
         if not some:
@@ -41,10 +41,9 @@ def page(runs: Sequence[Run], title: str) -> str:
         ]
         if drawn:
             body += ["<h3>Curves</h3>", '<p class="note">A click on a name hides or shows a run, a double click leaves it alone.</p>']
-            body.append(as_html(all_curves(drawn, stages), plotly))
-            plotly = False
+            body.append(figures.add(all_curves(drawn, stages)))
         if kind == "policy" and drawn:
-            body += ["<h3>Reward against KL</h3>", as_html(frontier(drawn), False)]
+            body += ["<h3>Reward against KL</h3>", figures.add(frontier(drawn))]
         if keys:
             rows = [[key, *(shown(run.settings.get(key)) for run in some)] for key in keys]
             body += ["<h3>Settings that differ</h3>", html_table(["", *names], rows)]

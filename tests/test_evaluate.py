@@ -227,7 +227,8 @@ def test_runs_and_directories_are_evaluated_by_their_path(demo: Demo, tmp_path: 
     assert done.returncode == 0, done.stderr
     (run,) = runs_in(tmp_path)["eval"]
     about = found(run)
-    assert list(about["policies"]) == [demo.sft.name, demo.ppo.name] and about["against"] == demo.sft.name
+    names = [f"sft-{demo.sft.name[-8:]}", f"ppo-{demo.ppo.name[-8:]}"]
+    assert list(about["policies"]) == names and about["against"] == names[0]
     assert [row["prompt"] for row in about["fixed"]] == ["Is tea warm?", "And soup?"] and about["judge"] == "gold"
     assert summary(run)["parents"][f"policies/{0}"] == summary(demo.sft)["id"]
 
@@ -306,4 +307,8 @@ def test_a_model_that_has_been_replaced_is_not_taken_for_the_old_one(tmp_path: P
 
 def test_labels_are_short_where_they_can_be() -> None:
     assert config.policy_labels(["sft", "/a/run/model", "owner/x"]) == {"sft": "sft", "run": "/a/run/model", "x": "owner/x"}
+    assert list(config.policy_labels(["outputs/ppo-tiny-tiny+seed-2-3f2a9c1b/", "x/sft-tiny-0a1b2c3d/model"])) == [
+        "ppo-3f2a9c1b",
+        "sft-0a1b2c3d",
+    ]
     assert list(config.policy_labels(["a/llama", "b/llama"])) == ["a/llama", "b/llama"]
