@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, SMALL, Demo, train
+from conftest import REPO, SMALL, Demo, summary, train
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -174,7 +174,7 @@ def test_given_inputs_are_used(demo: Demo, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "outputs").iterdir()
     parents = json.loads((run / "summary.json").read_text())["parents"]
-    assert parents == {"sft": json.loads((demo.sft / "summary.json").read_text())["id"], "rm": str(demo.rm / "model")}
+    assert parents == {"sft": summary(demo.sft)["id"], "rm": summary(demo.rm)["id"]}
 
 
 def test_texts_longer_than_the_context_are_refused_with_the_numbers(demo: Demo, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
     scorer.device = torch.device("cpu")
     encoded = template.encode_prompts(tokenizer, prompts, 256)
     own, *foreign = (template.encode_responses(tokenizer, some, 256) for some in (answers, *shuffled))
-    pairs = [(prompt + a, prompt + b) for others in foreign for prompt, a, b in zip(encoded, own, others)]
+    pairs = [(prompt, a, b) for others in foreign for prompt, a, b in zip(encoded, own, others)]
     with torch.no_grad():
         chosen, rejected, _ = compare(scorer, pairs, tokenizer, RmLoss.sequence)
         better = correct(chosen, rejected)

@@ -33,6 +33,7 @@ def same_losses(one: Path, two: Path) -> None:
     assert len(rows) == 3
 
 
+@pytest.mark.full
 def test_two_nodes_started_by_hand_are_one_run(one_node: Path, tmp_path: Path) -> None:
     """The same command on both, each with its number; the second one comes first, and waits."""
     nodes = [*SFT, "deploy.nodes=2", f"deploy.master=127.0.0.1:{launch.free_port()}"]

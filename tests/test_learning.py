@@ -25,6 +25,7 @@ def own_reward(function: str) -> list[str]:
     return ["~ppo.rewards.model", f"+ppo.rewards={{mine: {{function: 'my_rewards:{function}'}}}}", "ppo.missing_eos_penalty=0"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 def test_it_learns_to_stop(demo: Demo, tmp_path: Path, seed: int) -> None:
     """DeepSpeed-Chat cannot: its EOS is padding, and never learnt (T10). Half of the first answers do not end within 24 tokens."""
@@ -35,6 +36,7 @@ def test_it_learns_to_stop(demo: Demo, tmp_path: Path, seed: int) -> None:
     assert final["eval/length"] < 0.4 * final["eval/length_before"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
     """4 passes of 4 minibatches on a bandit reach at least 95 % of the optimum (T9)."""
@@ -45,6 +47,7 @@ def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
     assert final["eval/kl"] < 6  # to say it always costs ln 7 = 1.9
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_adaptive_coefficient_holds_its_target(demo: Demo, tmp_path: Path, seed: int) -> None:
     settings = [f"ppo.reward={demo.rm}", "ppo.kl.controller=adaptive", "ppo.kl.target=2", "ppo.kl.horizon=256", "ppo.prompt_epochs=2"]
@@ -54,6 +57,7 @@ def test_an_adaptive_coefficient_holds_its_target(demo: Demo, tmp_path: Path, se
     assert held == pytest.approx(2.0, rel=0.2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "passes, settings",
     [pytest.param(8, ["ppo.epochs=8"], marks=pytest.mark.full), (1, ["ppo.epochs=1", "ppo.prompt_epochs=2", "ppo.lr=5e-4"])],

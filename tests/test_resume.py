@@ -262,6 +262,7 @@ def test_what_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_path: Pat
     assert "hf.model" in line or "hf.lm_head" in line
 
 
+@pytest.mark.full
 def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_path: Path) -> None:
     """Two pipelines at the same moment over the same SFT: one trains it and is killed, the other one takes over and finishes."""
     pipeline = [arg for arg in SLOW if arg != "stage=sft"]

@@ -153,6 +153,7 @@ SMALL_PPO = [
 ]
 
 
+@pytest.mark.full
 def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_function_is_another_run(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text("def length(turns, answer):\n    return -len(answer)\n")
     only = [

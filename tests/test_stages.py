@@ -122,6 +122,7 @@ def test_answers_are_kept_token_by_token(alone: Path) -> None:
     assert all(row["kl"] == pytest.approx([0.0] * len(row["kl"]), abs=1e-4) for row in rows[:2])
 
 
+@pytest.mark.full
 def test_preference_files_train_all_stages(tmp_path: Path) -> None:
     """A local file in the schema of Dahoas/rm-static, through the whole pipeline."""
     words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish", "plum", "leek"]

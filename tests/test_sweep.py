@@ -21,6 +21,7 @@ from rlhf import launch, layout
 SWEEP = "python train.py -m ppo.kl.coef=0.02,0.1 seed=1,2 exp=kl_study"  # as the README has it
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seeds", ["1", pytest.param("1,2", marks=pytest.mark.full)])
 def test_ppo_jobs_share_the_sft_and_the_reward_run_of_their_seed(seeds: str, tmp_path: Path) -> None:
     done = train(*SWEEP.replace("1,2", seeds).split()[2:], *SMALL, cwd=tmp_path)

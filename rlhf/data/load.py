@@ -36,7 +36,7 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
     needed: tuple[Any, ...] = {"sft": (data.sft, data.eval_sft), "rm": pairs, "dpo": pairs}.get(stage, (data.ppo, data.eval_prompts))
     if stage == "eval":
         needed = (data.eval_prompts,) if cfg.eval.policies else (data.eval_rm,)
-    for part, what in zip(reversed(needed), (" to evaluate on", "")):
+    for part, what in zip(needed, ("", " to evaluate on")[-len(needed) :]):
         if not len(part):
             why = "no source has second answers, or they are" if stage in ("rm", "dpo") else "the sources are"
             raise ValueError(f"data={'+'.join(cfg.data.sources)}: no rows{what} for {cfg.stage.name}: {why} too small for data.shares")
