@@ -41,7 +41,7 @@ def test_make_targets(command: str) -> None:
     assert done.returncode == 0 and {"make demo": "train.py", "make test": "pytest"}[command] in done.stdout
 
 
-LONG = re.compile("experiment|deploy.gpus|epochs|every_minutes|-m |pipeline=|stage=eval|dschat")
+LONG = re.compile("experiment|deploy.gpus|epochs|every_minutes|-m |pipeline=|stage=eval|dschat|evaluation.every")
 TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
 
 

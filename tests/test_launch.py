@@ -89,6 +89,7 @@ def test_a_worker_that_dies_takes_the_others_along(tmp_path: Path) -> None:
     assert "sft failed, rank 1: killed by SIGKILL (out of memory?)" in line and "train.log" in line
 
 
+@pytest.mark.full
 def test_an_interrupted_run_starts_anew_and_keeps_what_was(tmp_path: Path) -> None:
     """SIGKILL of the parent takes the worker along; the same command then finishes the run."""
     command = [sys.executable, str(REPO / "train.py"), "stage=sft", "wandb.mode=disabled", "deploy.threads=1"]

@@ -174,6 +174,7 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_fun
     assert changed.returncode == 1 and "stands on other runs than there are now" in changed.stderr
 
 
+@pytest.mark.full
 def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(demo: Demo, tmp_path: Path) -> None:
     """It has no unit of its own: that is measured on SFT answers, and is the one that stage=rm stored in the original."""
     other = tmp_path / "other"
