@@ -60,9 +60,10 @@ def trace(policy: Policy, reference: Any, tokenizer: Any, reply: Reply) -> list[
 
     from rlhf.objectives import token_logp
 
-    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise ValueError("the reference has another tokenizer than the policy: tokens cannot be compared one by one")
     ids, n = reply.prompt_ids + reply.ids, len(reply.ids)
+    # these tokens, not the whole vocabulary: training may have added a padding token
+    if max(ids) >= len(tokenizer) or tokenizer.convert_ids_to_tokens(ids) != policy.tokenizer.convert_ids_to_tokens(ids):
+        raise ValueError("the reference has another tokenizer than the policy: tokens cannot be compared one by one")
     if len(ids) > context_of(reference):
         raise ValueError(f"the reference reads {context_of(reference)} tokens at most, this is {len(ids)}")
     row = torch.tensor([ids], device=policy.model.device)

@@ -492,8 +492,18 @@ def test_the_trace_is_the_difference_of_the_log_probabilities(model: Path, other
 def test_a_reference_that_cannot_be_compared_with_is_refused(model: Path, other: Path, tmp_path: Path) -> None:
     one, (reference, tokenizer) = policy(model), load(str(other), "cpu")
     reply = reply_of(one, "Hello", "Water it.", True)
+    more = load_tokenizer("builtin:tiny", Template.chatml)  # has tokens that these texts have not
+    assert len(more) > len(tokenizer) and trace(one, reference, more, reply) == trace(one, reference, tokenizer, reply)
+
+    class Turned:  # the same words under other numbers
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return tokenizer.convert_ids_to_tokens([len(self) - 1 - i for i in ids])
+
     with pytest.raises(ValueError, match="another tokenizer"):
-        trace(one, reference, load_tokenizer("builtin:tiny", Template.chatml), reply)
+        trace(one, reference, Turned(), reply)
     reference.config.max_position_embeddings = 4
     with pytest.raises(ValueError, match="reads 4 tokens at most"):
         trace(one, reference, tokenizer, reply)
