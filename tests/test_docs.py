@@ -66,6 +66,8 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
         other_data = "data=jsonl" in args  # has no sizes of the sandbox
         small = [o for o in SMALL if o.split("=")[0] not in command and not (other_data and "sandbox" in o)]
         root = tmp_path if other_data else shared
+        if "stage=dpo" in args:
+            assert train("stage=sft", *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
         if "stage=eval" in args:  # of what there is already
             ends = [arg for arg in args if arg.startswith("pipeline=")]
             assert train(*ends, *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
