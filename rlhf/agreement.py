@@ -39,6 +39,14 @@ def correct(chosen: Tensor, rejected: Tensor) -> float:
     return float(((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean())
 
 
+def accuracy_gold(pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> float | None:
+    """Share of pairs in the order of the truth, whatever their labels say; None where a pair's truth is not known. Shapes (B,)."""
+    if any(pair.gold_margin is None for pair in pairs):
+        return None
+    signs = torch.tensor([pair.gold_margin or 0.0 for pair in pairs]).sign()
+    return correct((chosen - rejected) * signs, torch.zeros(len(pairs)))
+
+
 def accuracy_by(groups: Sequence[str], chosen: Tensor, rejected: Tensor) -> dict[str, tuple[int, float]]:
     """Number of pairs and accuracy of each group, in order of appearance. Args: groups: one name per pair.  chosen, rejected (B,)."""
     places = {name: torch.tensor([i for i, group in enumerate(groups) if group == name]) for name in dict.fromkeys(groups)}

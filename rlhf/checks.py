@@ -102,8 +102,8 @@ def check(cfg: Config) -> list[str]:
     )
     if deploy.precision == Precision.fp16:
         need(deploy.device == Device.gpu, "deploy.precision=fp16: not on CPU; use bf16 or fp32")
-        online = ", ".join(stage.name for stage in cfg.stage.runs if stage in ONLINE)
-        need(not online, f"deploy.precision=fp16: the ratios of {online} overflow and underflow in it; use bf16")
+        ratios = ", ".join(stage.name for stage in cfg.stage.runs if stage in ONLINE)
+        need(not ratios, f"deploy.precision=fp16: the ratios of {ratios} overflow and underflow in it; use bf16")
     if deploy.node_rank is not None:
         need(0 <= deploy.node_rank < deploy.nodes, f"deploy.node_rank={deploy.node_rank}: must be below deploy.nodes={deploy.nodes}")
         need(deploy.hostfile is None, "deploy.hostfile and deploy.node_rank: give one; a hostfile starts all nodes from here")
@@ -140,15 +140,15 @@ def check(cfg: Config) -> list[str]:
         noise = sandbox.label_noise
         need(0 < noise < 0.5, f"data.sandbox.label_noise={noise}: must be above 0 and below 0.5")
     positive("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep")
-    others = [stage.name for stage in (Stage.rloo, Stage.grpo) if stage in cfg.stage.runs]  # else what is wrong with ppo is said thrice
-    for node in ("sft", "rm", "ppo", "ppo.critic_optim", "dpo", *others):
+    online = [stage for stage in ONLINE if stage == Stage.ppo or stage in cfg.stage.runs]  # else what is wrong with ppo is said thrice
+    for node in ("sft", "rm", "dpo", "ppo.critic_optim", *(stage.name for stage in online)):
         positive(*(f"{node}.{key}" for key in ("lr", "grad_clip", "adam_eps")))
         within(f"{node}.warmup_ratio", 0, 1)
         within(f"{node}.final_lr", 0, 1)
         not_negative(f"{node}.weight_decay", f"{node}.warmup_steps")
         betas = lookup(cfg, f"{node}.betas")
         need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{node}.betas={betas}: give two numbers in [0, 1)")
-    for stage in (Stage.sft, Stage.rm, Stage.ppo, Stage.dpo, *(Stage[name] for name in others)):
+    for stage in (Stage.sft, Stage.rm, Stage.dpo, *online):
         positive(*(f"{stage.name}.{key}" for key in ("epochs", "batch_size", "max_steps")))
         size = lookup(cfg, f"{stage.name}.batch_size")
         if stage in cfg.stage.runs and world > 0 and size > 0 and stage not in ONLINE:
@@ -158,8 +158,7 @@ def check(cfg: Config) -> list[str]:
     for unused in {Stage.dpo, Stage.eval}.intersection(cfg.stage.runs):
         plain = cfg.rollout.top_p == 1 and cfg.rollout.top_k == 0
         need(plain, f"rollout.top_p, rollout.top_k: not used by {unused.name}; there are eval.top_p, eval.top_k, chat.py --top-p, --top-k")
-    of_online = [line for stage in (Stage.ppo, *map(Stage.__getitem__, others)) for line in check_online(cfg, stage)]
-    return found.lines + of_online + check_ppo(cfg) + check_dpo(cfg) + check_eval(cfg)
+    return found.lines + [line for stage in online for line in check_online(cfg, stage)] + check_ppo(cfg) + check_dpo(cfg) + check_eval(cfg)
 
 
 def check_online(cfg: Config, stage: Stage) -> list[str]:

@@ -31,11 +31,8 @@ from rlhf.config import ALIGNMENT, Config, Device, Stage
 from rlhf.launch import SWEEP_LOG, check_machines, end_with_parent, run_workers
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {
-    "hydra",
-    "model",
-    "online",
-}  # drawn in by others: a model as actor or reward
+# model and online are drawn in by others: a model is chosen as actor or as reward
+GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "model", "online"}
 
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
 single_error: list[Exception] = []  # of a command that is no sweep

@@ -4,7 +4,9 @@ Nothing is trained. All of it lies in run_dir/eval.json, and as a page in run_di
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from rlhf import comm, eval_page, layout, plan
-from rlhf.agreement import LENGTHS, accuracy_by, calibration, correct, length_group, score_pairs
+from rlhf.agreement import LENGTHS, accuracy_by, accuracy_gold, calibration, correct, length_group, score_pairs
 from rlhf.config import Config, Decoding, Eval, is_named, policy_labels
 from rlhf.data import template
 from rlhf.data.batches import uniforms
@@ -81,7 +83,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         tokenizer = tokenizers[name]
         log.info(f"{name}: {where[name]}")
         free(models, keep=other)
-        models = Models(tokenizer, load(cfg, where[name], tokenizer, run_dir), gather=plan.gather_for_rollout(cfg))
+        load = functools.partial(load_policy, where[name], tokenizer, cfg.deploy.precision)
+        models = Models(tokenizer, build_engine(load, cfg, "policy", run_dir), gather=plan.gather_for_rollout(cfg))
         models.rewards = rewards.for_policy(tokenizer) if rewards else None
         if other and has_kl and template.same_tokens(tokenizer, other.tokenizer):
             models.ref = other.actor
@@ -92,9 +95,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         if asked:
             to_these = dataclasses.replace(data, eval_prompts=asked, gold=None, best_gold=None)
             by_models = [source for source in models.rewards.sources if source.engine] if models.rewards else []
-            plain = dataclasses.replace(
-                models, rewards=Rewards(by_models, tokenizer) if by_models else None
-            )  # functions may know only data
+            # without python functions, which may know the data's prompts only
+            plain = dataclasses.replace(models, rewards=Rewards(by_models, tokenizer) if by_models else None)
             _, answers_to_fixed[name] = evaluate_policy(plain, to_these, room, max_new, sampling, cfg.deploy.eval_micro_batch)
         if name == first:
             curve = best_of(models, data, node, max_prompt, max_new, cfg.deploy.eval_micro_batch)
@@ -143,10 +145,6 @@ def location_of(cfg: Config, policy: str) -> str:
     return cfg.inputs[policy if is_named(policy) else f"policies/{cfg.eval.policies.index(policy)}"]
 
 
-def load(cfg: Config, path: str, tokenizer: Any, run_dir: Path) -> Any:
-    return build_engine(lambda: load_policy(path, tokenizer, cfg.deploy.precision), cfg, "policy", run_dir)
-
-
 def free(*several: Models | None, keep: Models | None = None) -> None:
     """Let go of policies that have been measured, but one."""
     for models in several:
@@ -160,9 +158,7 @@ def warn_of_template(name: str, path: str, tokenizer: Any, cfg: Config) -> None:
     """All policies are asked in one template; say where that is not the one a model was saved with."""
     own = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False).chat_template
     if own and own != tokenizer.chat_template:
-        log.warning(
-            f"{name}: it was saved with another chat template than data.template={cfg.data.template.name}, in which it is asked here"
-        )
+        log.warning(f"{name}: asked in data.template={cfg.data.template.name}; it was saved with another chat template")
 
 
 def fitting(prompts: Sequence[list[Turn]], tokenizers: Iterable[Any], max_prompt: int) -> list[list[Turn]]:
@@ -212,11 +208,10 @@ def best_of(models: Models, data: Dataset, node: Eval, max_prompt: int, max_new:
     truth = torch.tensor([gold(turns, e.text(i, models.tokenizer)) for i, turns in enumerate(asked)]).view(shape) if gold else None
     sizes = [n for n in (2**k for k in range(20)) if n <= node.best_of]
     sizes += [node.best_of] * (node.best_of not in sizes)
-    logs = torch.tensor([float(n) for n in sizes]).log()
     return [
-        {"n": n, "score": best_of_n(scores, scores, n), "kl": float(logs[i]) - (n - 1) / n}
+        {"n": n, "score": best_of_n(scores, scores, n), "kl": math.log(n) - (n - 1) / n}
         | ({} if truth is None else {"gold": best_of_n(scores, truth, n)})
-        for i, n in enumerate(sizes)
+        for n in sizes
     ]
 
 
@@ -241,9 +236,8 @@ def measure_scorer(source: Source, data: Dataset, cfg: Config) -> dict[str, Any]
     by_length = accuracy_by(lengths, chosen, rejected)
     found["by_length"] = {name: by_length[name] for name, *_ in LENGTHS if name in by_length}
     found["margins"] = [round(x, 4) for x in margins.tolist()]
-    if all(pair.gold_margin is not None for pair in pairs):
-        signs = torch.tensor([pair.gold_margin or 0.0 for pair in pairs]).sign()
-        found["accuracy_gold"] = correct(margins * signs, torch.zeros(len(pairs)))
+    if (truth := accuracy_gold(pairs, chosen, rejected)) is not None:
+        found["accuracy_gold"] = truth
     return found
 
 

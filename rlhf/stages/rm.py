@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf import comm
-from rlhf.agreement import correct, score_pairs
+from rlhf.agreement import accuracy_gold, correct, score_pairs
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, RmLoss
 from rlhf.data import load, template
@@ -141,10 +141,9 @@ def evaluate(
     limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens, cfg.deploy.eval_micro_batch)
     chosen, rejected = score_pairs(engine, tokenizer, pairs, *limits)
     metrics = {"eval/accuracy": correct(chosen, rejected)}
-    if all(pair.gold_margin is not None for pair in pairs):
-        gold = torch.tensor([pair.gold_margin for pair in pairs])
-        metrics["eval/accuracy_gold"] = correct((chosen - rejected) * gold.sign(), torch.zeros(len(pairs)))
-        metrics["eval/accuracy_bayes"] = correct(gold, torch.zeros(len(pairs)))
+    if (truth := accuracy_gold(pairs, chosen, rejected)) is not None:
+        metrics["eval/accuracy_gold"] = truth
+        metrics["eval/accuracy_bayes"] = correct(torch.tensor([pair.gold_margin for pair in pairs]), torch.zeros(len(pairs)))
     if probe:
         metrics["eval/accuracy_prompt"] = correct(*score_pairs(engine, tokenizer, probe, *limits))
     samples = [
