@@ -47,6 +47,13 @@ class Precision(Enum):
     autocast = "autocast"  # fp32 weights, bf16 computation where torch's autocast allows it
 
 
+class RolloutEngine(Enum):
+    """What samples the answers: the same ones, up to rounding."""
+
+    native = "native"  # rlhf/decode.py
+    hf = "hf"  # transformers' generate, slower
+
+
 class Format(Enum):
     """How a row of a source becomes turns and answers: rlhf/data/formats.py."""
 
@@ -238,7 +245,6 @@ class Sft(Optim):
     epochs: int = MISSING  # passes over the demonstrations
     batch_size: int = MISSING  # demonstrations per optimizer step, over all processes
     train_on_prompt: bool = MISSING  # learn the prompt's tokens too, not only the answer's
-    packing: bool = no_effect()  # short demonstrations share a row, where padding would be; the loss is the same
     micro_batch_means: bool = MISSING  # DeepSpeed-Chat: the mean of the micro-batches' means, not the mean over all tokens
     max_steps: Optional[int] = MISSING  # stop after so many optimizer steps; null = no limit
 
@@ -385,6 +391,7 @@ class Eval(Sampled):
 
 @dataclass
 class Rollout:
+    engine: RolloutEngine = no_effect()
     max_new_tokens: int = MISSING  # sampled tokens per answer, at most
     temperature: float = MISSING  # divides the logits of policy, old policy and reference alike, > 0
     top_p: float = MISSING  # must be 1 in training; in evaluations ppo.evaluation.top_p, in chat --top-p
@@ -411,7 +418,7 @@ class Deploy:
     threads: Optional[int] = no_effect()  # CPU threads per process; null = cores / processes
     zero_stage: int = no_effect()  # what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights
     precision: Precision = MISSING  # of weights and computation; it does change results
-    micro_batch: int = no_effect()  # sequences (RM, DPO: pairs) per process and forward in training: cuts batches for memory only
+    micro_batch: int = no_effect()  # sequences (RM, DPO: pairs) of full length per process and forward in training, more of shorter ones
     eval_micro_batch: int = no_effect()  # sequences per process and forward without gradients, and per generation batch
     activation_checkpointing: bool = no_effect()  # compute activations again in the backward pass: less memory, a third slower
     offload: Offload = no_effect()

@@ -146,6 +146,11 @@ def whole(parameters: Iterable[Tensor], modify: bool = False) -> Iterator[bool]:
         yield bool(partitioned)
 
 
+def exact(engine: Any) -> bool:
+    """Whether an engine computes in float32, so that two ways to the same number differ by its rounding only."""
+    return next(engine.module.parameters()).dtype == torch.float32 and not engine.torch_autocast_enabled()
+
+
 def autocast(engine: Any) -> Any:
     """What an engine's own forward does about precision, for a forward that goes around it."""
     dtype = engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None

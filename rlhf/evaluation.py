@@ -11,9 +11,10 @@ from rlhf.config import KlEstimator
 from rlhf.data import template
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset
+from rlhf.decode import Sampling
 from rlhf.objectives import explained_variance, kl_estimate, masked_mean, repetition
 from rlhf.rewards import Rewards
-from rlhf.rollout import Experience, Models, Sampling, make_experience
+from rlhf.rollout import Experience, Models, make_experience
 
 Found = tuple[dict[str, float], list[dict[str, Any]]]  # of an evaluation: means, and a row for each answer
 

@@ -1,5 +1,5 @@
 """What must hold while PPO, RLOO or GRPO runs. `check_*` stop a run whose arithmetic is broken, with the cause and the likely fix;
-`Watch` warns of training that goes wrong although the arithmetic is right. All of it costs two forwards of 4 rows per run and some
+`Watch` warns of training that goes wrong although the arithmetic is right. All of it costs some forwards of 4 rows per run and some
 comparisons.
 """
 
@@ -52,6 +52,16 @@ class Guards:
         """Those of the switches that are on, as the user set them."""
         return ", ".join(f"ppo.dschat.{name}" for name in names if getattr(self.switches, name))
 
+    def rounding(self, first: bool) -> str:
+        """What excuses a difference after the first rollout, when logits may have become large."""
+        return f"deploy.precision={self.precision.name}" if not first and self.precision != Precision.fp32 else ""
+
+    def measure(self, name: str, one: Tensor, other: Tensor, mask: Tensor) -> tuple[float, float]:
+        """Mean and maximum of |one - other|; the largest of each are reported."""
+        found, before = difference(one, other, mask), self.measured.get(name, (0.0, 0.0))
+        self.measured[name] = max(before[0], found[0]), max(before[1], found[1])
+        return found
+
     def check_models(self, **engines: Any) -> None:
         """Dropout is off in all models: with it the ratio of the first update is not 1, and KL and values are noise."""
         for role, engine in engines.items():
@@ -78,12 +88,11 @@ class Guards:
         unlearnt = int((is_eos & (e.learnt == 0)).any(1).sum())
         line = f"the EOS of {unlearnt} answers is outside the mask of the loss: the policy cannot learn when to stop"
         self.require("eos", not unlearnt, line, self.switch("pad_is_eos"))
-        mean, worst = self.measured["sampler"] = difference(e.sampler_logp, e.old_logp, e.mask)
+        mean, worst = self.measure("sampler", e.sampler_logp, e.old_logp, e.mask)
         line = f"the sampling loop and the training forward disagree: {gap(mean, worst)}, allowed {self.limit:g}: "
         line += "cache, positions, masks or temperature of one of them are wrong"
         fine = mean <= self.limit and worst <= self.limit_worst
-        rounding = f"deploy.precision={self.precision.name}" if not first and self.precision != Precision.fp32 else ""
-        self.require("sampler", fine, line, self.switch("train_mode_logp", "pad_is_eos") or rounding)
+        self.require("sampler", fine, line, self.switch("train_mode_logp", "pad_is_eos") or self.rounding(first))
 
     def check_start(self, e: Experience) -> None:
         """Before its first update the policy is its reference: KL = 0."""
@@ -92,25 +101,25 @@ class Guards:
         line += "they were not loaded from the same weights, or one of them has dropout on"
         self.require("reference", mean <= self.limit, line, self.switch("train_mode_logp"))
 
-    def check_ratio(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> None:
-        """At the first minibatch of a run the ratio is 1."""
-        mean, worst = difference(logp, old_logp, mask)
-        before = self.measured.get("ratio", (0.0, 0.0))
-        self.measured["ratio"] = max(before[0], mean), max(before[1], worst)  # of several micro-batches
+    def check_ratio(self, logp: Tensor, old_logp: Tensor, mask: Tensor, first: bool = True) -> None:
+        """At the first minibatch of a rollout the ratio is 1; after the first rollout, as with the sampling loop, up to rounding."""
+        mean, worst = self.measure("ratio", logp, old_logp, mask)
         line = f"the ratio of the first update is not 1: {gap(mean, worst)}: old log-probabilities come from another forward than the one "
         line += "that trains (dropout, precision, temperature, padding)"
-        self.require("ratio", mean <= self.limit, line, self.switch("dropout", "train_mode_logp"))
+        self.require("ratio", mean <= self.limit, line, self.switch("dropout", "train_mode_logp") or self.rounding(first))
 
     def check_padding(self, actor: Any, e: Experience, temperature: float, pad_id: int) -> None:
-        """More padding on both sides of some rows changes no log-probability. Two forwards of at most 4 rows."""
-        some = e.rows(e.full_mask.sum(1).argsort()[:4].tolist())
-        n = some.mask.shape[1]
+        """Neither padding on both sides of some answers nor other answers beside them change their log-probabilities. One forward of at
+        most 4 rows, and one of each."""
+        index = e.full_mask.sum(1).argsort()[:4].tolist()
+        some, n = e.rows(index), e.rows(index).mask.shape[1]
         front = {"prompt_ids": F.pad(some.prompt_ids, (3, 0), value=pad_id), "prompt_mask": F.pad(some.prompt_mask, (3, 0))}
         behind = {"response_ids": F.pad(some.response_ids, (0, 2), value=pad_id), "mask": F.pad(some.mask, (0, 2))}
         wide = replace(some, **front, **behind)
-        padded, plain = response_logp(actor, wide, temperature)[:, :n], response_logp(actor, some, temperature)
-        mean, worst = self.measured["padding"] = difference(padded, plain, some.mask)
-        line = f"padding changes log-probabilities: {gap(mean, worst)}: this architecture ignores its mask or position ids"
+        alone = [response_logp(actor, e.rows([i]), temperature)[0] for i in index]
+        plain = torch.stack([F.pad(row, (0, n - len(row))) for row in alone])
+        mean, worst = self.measure("padding", response_logp(actor, wide, temperature)[:, :n], plain, some.mask)
+        line = f"padding or other answers change log-probabilities: {gap(mean, worst)}: this architecture ignores its mask or position ids"
         self.require("padding", mean <= self.limit, line)
 
     def report(self) -> None:

@@ -111,11 +111,22 @@ def end_with_parent() -> None:
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def memory_settings() -> dict[str, str]:
+    """Settings of glibc's malloc for a process that allocates large tensors again and again: keep what was freed instead of asking the
+    system for zeroed pages each time, and let pages be huge ones (docs/performance.md). What the user has set stays."""
+    wanted = {
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),  # bytes
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
 def places(cfg: Config) -> list[dict[str, str]]:
     """The environment that gives each process on this node its place among all."""
     deploy = cfg.deploy
     host, port = deploy.master.rsplit(":", 1) if deploy.node_rank is not None and deploy.master else ("127.0.0.1", str(free_port()))
-    shared = {"WORLD_SIZE": str(world_size(cfg)), "MASTER_ADDR": host, "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": str(world_size(cfg)), "MASTER_ADDR": host, "MASTER_PORT": port, **memory_settings()}
     if deploy.device == Device.cpu:
         shared["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs
     first = (deploy.node_rank or 0) * deploy.gpus

@@ -1,4 +1,4 @@
-"""From prompts to answers: the sampling loop, and the experience that PPO learns from."""
+"""From prompts to the experience that PPO learns from: sampled answers, and what the models say of them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf import comm
+from rlhf.config import RolloutEngine
 from rlhf.data import template
 from rlhf.data.batches import chunks, pad_left
 from rlhf.data.records import Turn
-from rlhf.engines import autocast, whole
-from rlhf.models import model_inputs, without_eos
-from rlhf.objectives import token_logp
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. Only the first is for training: the others change the distribution that the log-probabilities are of."""
-
-    temperature: float = 1.0  # divides the logits, > 0
-    top_p: float = 1.0  # from the likeliest tokens that together have this probability
-    top_k: int = 0  # from so many of the likeliest; 0 = all
-    greedy: bool = False  # the likeliest
-    beams: int = 1  # more: the likeliest answer that a beam search of this width finds
+from rlhf.decode import Sampling, generate, sample
+from rlhf.engines import autocast, exact, whole
+from rlhf.models import without_eos
 
 
 @dataclass
@@ -69,92 +59,15 @@ class Experience:
     def full_mask(self) -> Tensor:  # (B, P + R)
         return torch.cat([self.prompt_mask, self.mask.long()], 1)
 
-
-@torch.no_grad()
-def sample(
-    hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, eos_id: int, sampling: Sampling, synced: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample answers, by inverting the cumulative sum of the distribution at given random numbers.
-
-    Args:
-        hf: causal language model.  prompt_ids, prompt_mask (B, P), left-padded.
-        draws: (B, R) uniform in [0, 1), one per token that may be sampled.
-        synced: every process takes as many forwards as the slowest: DeepSpeed talks to all of them in a forward of ZeRO-3, where
-            weights are fetched, and where it compares its notes even if nothing is to be fetched.
-    Returns: response ids (B, R); mask (B, R), float, 1 up to and including EOS; and the log-probabilities (B, R) of the sampled
-        tokens under the full distribution at this temperature. Ids behind EOS are EOS and masked.
-    """
-    from transformers import DynamicCache
-
-    n, width = draws.shape
-    ids = torch.full((n, width), eos_id, device=prompt_ids.device)
-    mask, logp = (torch.zeros((n, width), device=prompt_ids.device) for _ in range(2))
-    alive = torch.arange(n, device=prompt_ids.device)
-    draws = draws.to(prompt_ids.device)
-    cache = DynamicCache(config=hf.config)
-    step_ids, attention = prompt_ids, prompt_mask
-    done = False
-    for t in range(width):
-        inputs = {key: x[:, -step_ids.shape[1] :] for key, x in model_inputs(hf, attention, attention).items() if key == "position_ids"}
-        out = hf(input_ids=step_ids, attention_mask=attention, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
-        probabilities = (out.logits[:, -1].double() / sampling.temperature).softmax(-1)
-        token = choose(probabilities, draws[alive, t : t + 1], sampling)
-        if not done:
-            ids[alive, t], mask[alive, t] = token[:, 0], 1.0
-            logp[alive, t] = probabilities.gather(1, token)[:, 0].log().float()
-        going = (token[:, 0] != eos_id) & (not done)
-        done = not going.any()
-        if comm.all_max(float(not done), token.device) == 0 if synced else done:
-            break
-        if not going.all():  # finished rows cost nothing more; a process that only waits for others keeps one
-            keep = going.nonzero()[:, 0] if not done else torch.zeros(1, dtype=torch.long, device=token.device)
-            alive, token, attention = alive[keep], token[keep], attention[keep]
-            cache.batch_select_indices(keep)
-        step_ids, attention = token, torch.cat([attention, attention.new_ones(len(token), 1)], 1)
-    return ids, mask, logp
-
-
-@torch.no_grad()
-def search(
-    hf: Any, prompt_ids: Tensor, prompt_mask: Tensor, width: int, eos_id: int, beams: int, synced: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest answers that transformers' beam search finds. Arguments and result as of `sample`; log-probabilities are not
-    measured here, and zero."""
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(max_new_tokens=width, num_beams=beams, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id)
-    own, hf.generation_config = hf.generation_config, settings  # else a model's own penalties would be mixed in
-    try:
-        found = hf.generate(prompt_ids, attention_mask=prompt_mask, synced_gpus=synced)[:, prompt_ids.shape[1] :]
-    finally:
-        hf.generation_config = own
-    ids = F.pad(found, (0, width - found.shape[1]), value=eos_id)
-    ended_before = ((ids == eos_id).cumsum(1) - (ids == eos_id).long()) > 0
-    here = torch.arange(width, device=ids.device) < found.shape[1]
-    return ids, (~ended_before & here).float(), torch.zeros(ids.shape, device=ids.device)
-
-
-def choose(probabilities: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """One token (B, 1) from each row of probabilities (B, V), by a number in [0, 1) each, draws (B, 1)."""
-    last: Any = probabilities.shape[1] - 1  # which rounding must not lead past
-    if sampling.greedy:
-        return probabilities.argmax(-1, keepdim=True)
-    if sampling.top_k or sampling.top_p < 1:
-        falling, order = probabilities.sort(descending=True, stable=True)
-        kept = falling.cumsum(-1) - falling < sampling.top_p * falling.sum(-1, keepdim=True)  # the one that reaches top_p is in
-        if sampling.top_k:
-            kept &= torch.arange(kept.shape[1], device=kept.device) < sampling.top_k
-        probabilities = torch.zeros_like(probabilities).scatter(1, order, falling * kept)
-        last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)
-    cumulative = probabilities.cumsum(-1)
-    return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=last)
+    @property
+    def wanted(self) -> Tensor:  # (B, P + R) bool: the response tokens
+        return torch.cat([torch.zeros_like(self.prompt_mask), self.mask], 1) > 0
 
 
 @torch.no_grad()
 def response_logp(policy: Any, experience: Experience, temperature: float) -> Tensor:
     """Log-probabilities of the sampled tokens under a policy (module or engine), (B, R)."""
-    logits = policy(experience.ids, experience.full_mask, experience.mask.shape[1])
-    return token_logp(logits, experience.response_ids, temperature)[0] * experience.mask
+    return policy(experience.ids, experience.full_mask, experience.wanted, temperature)[0][:, -experience.mask.shape[1] :]
 
 
 def values_before(scores: Tensor, r: int) -> Tensor:
@@ -172,6 +85,7 @@ class Models:
     rewards: Any = None  # from some rows and their prompts to scores (rows, sources): rlhf.rewards.Rewards
     critic: Any = None
     gather: bool = True  # where ZeRO-3 partitions the actor's weights, hold all of them while sampling; else fetch them for every token
+    engine: RolloutEngine = RolloutEngine.native
 
 
 def make_experience(
@@ -183,6 +97,7 @@ def make_experience(
     micro_batch: int,
     masks_from_ids: bool = False,
     train_mode: bool = False,
+    rescore: bool = False,
 ) -> Experience:
     """Sample an answer to each prompt, and measure the answers with whatever is given; what is not given stays zero.
 
@@ -190,6 +105,7 @@ def make_experience(
         prompts, asked: token ids and turns of each prompt.  draws (B, R): random numbers of each answer.
         masks_from_ids, train_mode: as DeepSpeed-Chat (config.DsChat): EOS counts as padding once the answers are sampled; dropout is on
             while log-probabilities and values are measured.
+        rescore: measure the answers' log-probabilities anew also where those of the sampling loop are exact, which they are in float32.
 
     Every process gets all prompts and all `draws`, works on its part of the rows, and returns the experience of all of them in the
     order of `prompts`: what follows does not depend on the number of processes.
@@ -201,21 +117,20 @@ def make_experience(
     mine = order[rank::world]
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     parts = []
+    rescore = rescore or train_mode or masks_from_ids or sampling.beams > 1 or not exact(actor)
     synced = any(hasattr(p, "ds_id") for p in actor.module.parameters())
     with whole(actor.module.parameters() if models.gather else []), autocast(actor):
         for chunk in chunks(mine, micro_batch):
             ids, mask = pad_left([prompts[i] for i in chunk], pad_id, actor.device)
-            if sampling.beams > 1:
-                response, response_mask, logp = search(actor.module.hf, ids, mask, draws.shape[1], eos_id, sampling.beams, synced)
-            else:
-                response, response_mask, logp = sample(actor.module.hf, ids, mask, draws[chunk], eos_id, sampling, synced)
+            through = generate if models.engine == RolloutEngine.hf or sampling.beams > 1 else sample
+            response, response_mask, logp = through(actor.module, ids, mask, draws[chunk], eos_id, sampling, synced)
             ended = ((response == eos_id) * response_mask).amax(1)
             learnt = response_mask
             if masks_from_ids:
                 mask, learnt = without_eos(ids, mask, eos_id), without_eos(response, response_mask, eos_id)
             pad = max(map(len, prompts)) - ids.shape[1]
             ids, mask = F.pad(ids, (pad, 0), value=pad_id), F.pad(mask, (pad, 0))
-            old_logp, ref_logp, old_values = (torch.zeros_like(logp) for _ in range(3))
+            old_logp, ref_logp, old_values = logp.clone(), *(torch.zeros_like(logp) for _ in range(2))
             none = logp.new_zeros(len(chunk), 0)
             parts.append(Experience(ids, mask, response, response_mask, learnt, logp, old_logp, ref_logp, old_values, none, ended))
     experience = Experience(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Experience)))
@@ -227,7 +142,8 @@ def make_experience(
         with torch.no_grad():
             for engine in (actor, critic) if train_mode else ():
                 engine.train()
-            experience.old_logp[chunk, :n] = response_logp(actor, part, sampling.temperature)
+            if rescore:
+                experience.old_logp[chunk, :n] = response_logp(actor, part, sampling.temperature)
             if critic is not None:
                 experience.old_values[chunk, :n] = values_before(critic(part.ids, part.full_mask), n) * part.mask
             for engine in (actor, critic) if train_mode else ():

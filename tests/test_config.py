@@ -114,7 +114,6 @@ def test_fields_without_effect_on_results() -> None:
         *(f"Offload.{f.name}" for f in dataclasses.fields(config.Offload)),
         "Model.arch",
         "Data.workers",
-        "Sft.packing",
         "Evaluation.every",
         "Evaluation.best_by",
         "Dpo.eval_every",

@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "rlhf"
 LAYERS = [  # imports run downwards only; a module may import those of the lines above its own
     ["config"],
     ["ds", "layout", "checks", "launch", "curves", "html", "dashboard", "comm"],
-    ["objectives", "lora", "data.records", "data.batches", "data.packing"],
+    ["objectives", "logprobs", "unpadded", "lora", "data.records", "data.batches"],
     ["runs", "card", "plan", "engines", "controllers", "track", "data.template", "data.formats"],
     ["report_page", "eval_page", "models", "likelihood", "checkpoint", "data.sandbox", "data.sources", "chat_models"],
-    ["report", "data.load", "data.build_tiny", "rollout", "data.page", "conversation"],
+    ["report", "data.load", "data.build_tiny", "decode", "data.page", "conversation"],
+    ["rollout"],
     ["rewards", "guards", "feedback"],
     ["evaluation", "agreement"],
     ["stages.sft", "stages.rm", "stages.online", "stages.dpo", "stages.evaluate", "stages.inspect"],

@@ -43,18 +43,37 @@ def padded(row: list[int], left: int, right: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def all_but_the_first(mask: Tensor) -> Tensor:
+    """Of which tokens log-probabilities are asked: all that have another before them in their row."""
+    return (mask > 0) & (mask.cumsum(1) > 1)
+
+
 @torch.no_grad()
 def logp_of(policy: models.Policy, row: list[int], left: int = 0, right: int = 0) -> Tensor:
     """Log-probabilities of all tokens of a row but the first."""
     ids, mask = padded(row, left, right)
-    logits = policy(ids, mask, ids.shape[1] - 1)
-    return token_logp(logits, ids[:, 1:])[0][0, left : left + len(row) - 1]
+    logp = policy(ids, mask, all_but_the_first(mask))[0]
+    assert logp.shape == ids.shape and (logp != 0).equal(all_but_the_first(mask))
+    return logp[0, left + 1 : left + len(row)]
+
+
+@torch.no_grad()
+def logits_of(hf: Any, row: list[int]) -> Tensor:
+    """What the model itself says of a row alone: the logits of each token but the first."""
+    return hf(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1]
 
 
 @torch.no_grad()
 def score_of(scorer: models.Scorer, row: list[int], left: int = 0, right: int = 0) -> float:
     ids, mask = padded(row, left, right)
     return float(models.last_token_score(scorer(ids, mask), mask))
+
+
+def in_own_memory(module: nn.Module) -> Any:
+    """The same weights, no longer where the file that they come from puts them: a product is rounded by where its factors lie."""
+    for p in module.parameters():
+        p.data = p.data.clone()
+    return module.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------------- tokenizers
@@ -103,32 +122,65 @@ def test_log_probabilities_do_not_depend_on_padding(base: Any, tokenizer: Any, f
     policy = models.load_policy(base(family), tokenizer, FP32).eval()
     for row in ROWS:
         alone = logp_of(policy, row)
+        assert torch.allclose(alone, token_logp(logits_of(policy.hf, row), torch.tensor(row[1:]))[0], atol=1e-5)
         for left, right in ((4, 0), (0, 4), (3, 2)):
             assert torch.allclose(logp_of(policy, row, left, right), alone, atol=1e-5)
     # that means something only if these models notice what is in front of a token
     ids, mask = padded(ROWS[1], 4, 0)
-    seen = token_logp(policy(ids, torch.ones_like(mask), 5), ids[:, -5:])[0][0]
+    seen = policy(ids, torch.ones_like(mask), all_but_the_first(mask))[0][0, -5:]
     assert (seen - logp_of(policy, ROWS[1])).abs().max() > 1e-2
 
 
 @each_family
 def test_log_probabilities_of_a_batch_are_those_of_its_rows(base: Any, tokenizer: Any, family: str) -> None:
     policy = models.load_policy(base(family), tokenizer, FP32).eval()
-    for pad, place in ((pad_left, lambda row: slice(6 - len(row), 5)), (pad_right, lambda row: slice(0, len(row) - 1))):
+    for pad, place in ((pad_left, lambda row: slice(7 - len(row), 6)), (pad_right, lambda row: slice(1, len(row)))):
         ids, mask = pad(ROWS, PAD, CPU)
-        logp = token_logp(policy(ids, mask, 5), ids[:, 1:])[0]
+        logp = policy(ids, mask, all_but_the_first(mask))[0]
         for i, row in enumerate(ROWS):
             assert torch.allclose(logp[i, place(row)], logp_of(policy, row), atol=1e-5)
 
 
-def test_a_policy_answers_for_its_last_positions_only(tokenizer: Any) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_policy_answers_for_the_wanted_tokens_only(tokenizer: Any, plain: bool) -> None:
     policy = models.load_policy("builtin:tiny", tokenizer, FP32).eval()
-    ids, mask = pad_left(ROWS, PAD, CPU)
-    everything = policy.hf(**models.model_inputs(policy.hf, ids, mask)).logits
-    for positions in (1, 3, 5):
-        logits = policy(ids, mask, positions)
-        assert logits.shape == (3, positions, VOCABULARY)
-        assert torch.allclose(logits, everything[:, -positions - 1 : -1], atol=1e-6)
+    assert policy.is_plain()
+    policy.plain = plain
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(ROWS, PAD, CPU)
+        everything = policy.hf(**models.model_inputs(policy.hf, ids, mask)).logits
+        some = all_but_the_first(mask)
+        few = some & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4)
+        last = some & (torch.arange(ids.shape[1]) >= ids.shape[1] - 2)
+        assert 0 < few.sum() < some.sum() and 0 < last.sum() < some.sum()
+        for wanted in (some, few, last):
+            for temperature in (1.0, 0.6):
+                found = policy(ids, mask, wanted, temperature)
+                logp, entropy = token_logp(everything[:, :-1], ids[:, 1:], temperature)
+                likeliest = (everything[:, :-1].argmax(-1) == ids[:, 1:]).float()
+                for one, expected in zip(found, (logp, entropy, likeliest)):
+                    assert one.shape == ids.shape and one.dtype == torch.float32
+                    assert not one[~wanted].any() and torch.allclose(one[wanted], expected[wanted[:, 1:]], atol=1e-5)
+    likely = torch.cat([ids[:, :3], everything[:, 2:3].argmax(-1)], 1)  # no token so far was the likeliest
+    assert policy(likely, torch.ones_like(likely), torch.tensor([[False, False, True, True]] * 3))[2].tolist() == [[0, 0, 0, 1]] * 3
+
+
+@each_family
+def test_each_token_has_its_score_and_padding_that_of_the_last_one_before_it(base: Any, tokenizer: Any, family: str) -> None:
+    scorer = models.load_scorer(base(family), tokenizer, FP32).eval()
+    hf = scorer.hf
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(ROWS, PAD, CPU)
+        with torch.no_grad():
+            scores, read = scorer(ids, mask), scorer(ids, mask, padded=True)
+            states = hf.base_model(**models.model_inputs(hf.base_model, ids, mask), use_cache=False).last_hidden_state
+            assert torch.allclose(read, hf.score(states)[..., 0], atol=1e-5)  # also where nobody should look
+            for i, row in enumerate(ROWS):
+                alone = hf.score(hf.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state)[0, :, 0]
+                for found in (scores, read):
+                    assert torch.allclose(found[i][mask[i] > 0], alone, atol=1e-5)
+                if pad is pad_right:
+                    assert (scores[i, len(row) :] == scores[i, len(row) - 1]).all()
 
 
 @each_family
@@ -162,8 +214,9 @@ def test_dropout_of_the_configuration_is_off_after_loading(base: Any, tokenizer:
     as_it_comes = AutoModelForCausalLM.from_pretrained(base(family)).train()
     assert not torch.equal(as_it_comes(input_ids=ids).logits, as_it_comes(input_ids=ids).logits)
     policy, scorer = models.load_policy(base(family), tokenizer, FP32).train(), models.load_scorer(base(family), tokenizer, FP32).train()
+    wanted = all_but_the_first(mask)
     for _ in range(3):
-        assert torch.equal(policy(ids, mask, 5), policy(ids, mask, 5))
+        assert all(torch.equal(one, other) for one, other in zip(policy(ids, mask, wanted), policy(ids, mask, wanted)))
         assert torch.equal(scorer(ids, mask), scorer(ids, mask))
 
 
@@ -171,7 +224,7 @@ def test_dropout_of_the_configuration_is_off_after_loading(base: Any, tokenizer:
 def test_every_weight_of_a_model_learns(base: Any, tokenizer: Any, family: str) -> None:
     ids, mask = pad_right(ROWS, PAD, CPU)
     policy, scorer = models.load_policy(base(family), tokenizer, FP32), models.load_scorer(base(family), tokenizer, FP32)
-    token_logp(policy(ids, mask, 5), ids[:, 1:])[0].sum().backward()
+    policy(ids, mask, all_but_the_first(mask))[0].sum().backward()
     scorer(ids, mask).square().sum().backward()
     for module in (policy, scorer):
         assert [name for name, p in module.named_parameters() if p.grad is None] == []
@@ -203,10 +256,11 @@ def test_the_seed_decides_new_weights(tokenizer: Any) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(weights(1), weights(2)))
 
 
-def test_precision_is_that_of_the_weights_and_scores_are_float32(tokenizer: Any) -> None:
+def test_precision_is_that_of_the_weights_and_scores_and_log_probabilities_are_float32(tokenizer: Any) -> None:
     policy, scorer = (load("builtin:tiny", tokenizer, Precision.bf16) for load in (models.load_policy, models.load_scorer))
     assert {p.dtype for module in (policy, scorer) for p in module.parameters()} == {torch.bfloat16}
-    assert scorer(*pad_right(ROWS, PAD, CPU)).dtype == torch.float32
+    ids, mask = pad_right(ROWS, PAD, CPU)
+    assert {x.dtype for x in (scorer(ids, mask), *policy(ids, mask, all_but_the_first(mask)))} == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------------------------- vocabulary
@@ -231,7 +285,9 @@ def test_a_tokenizer_with_more_tokens_grows_the_embedding_and_keeps_what_was_the
         assert weight.shape[0] == loaded.hf.config.vocab_size == VOCABULARY + 8
         assert torch.equal(weight[:VOCABULARY], before.get_input_embeddings().weight)
     assert torch.equal(policy.hf.get_output_embeddings().weight[:VOCABULARY], before.get_output_embeddings().weight)
-    assert policy(*pad_right([[5, VOCABULARY + 7]], PAD, CPU), 1).shape == (1, 1, VOCABULARY + 8)
+    logits = logits_of(policy.hf, [5, VOCABULARY + 7])
+    assert logits.shape == (1, VOCABULARY + 8)
+    assert torch.allclose(logp_of(policy, [5, VOCABULARY + 7]), logits.log_softmax(-1)[:, -1], atol=1e-5)
 
 
 def test_a_grown_model_and_its_tokenizer_come_back_grown(tmp_path: Path, one_process: None, cfg: Config) -> None:
@@ -252,7 +308,7 @@ def test_a_grown_model_and_its_tokenizer_come_back_grown(tmp_path: Path, one_pro
 def test_a_saved_reward_model_gives_the_same_scores_here_and_in_plain_transformers(
     tmp_path: Path, base: Any, tokenizer: Any, one_process: None, cfg: Config, family: str
 ) -> None:
-    scorer = models.load_scorer(base(family), tokenizer, FP32).eval()
+    scorer = in_own_memory(models.load_scorer(base(family), tokenizer, FP32))
     ids, mask = pad_right(ROWS, PAD, CPU)
     raw = models.last_token_score(scorer(ids, mask), mask).detach()
     scorer.hf.config.score_mean, scorer.hf.config.score_std = 0.75, 2.5
@@ -267,7 +323,7 @@ def test_a_saved_reward_model_gives_the_same_scores_here_and_in_plain_transforme
     assert (stored["score_mean"], stored["score_std"], stored["pad_token_id"]) == (0.75, 2.5, PAD)
 
     torch.manual_seed(123)  # a head that were drawn anew would show
-    again = models.load_scorer(str(tmp_path / "model"), tokenizer, FP32).eval()
+    again = in_own_memory(models.load_scorer(str(tmp_path / "model"), tokenizer, FP32))
     assert torch.equal(models.last_token_score(again(ids, mask), mask), normalised)
     everyday = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     assert torch.allclose(everyday(input_ids=ids, attention_mask=mask).logits[:, 0], raw, atol=1e-6)
@@ -277,15 +333,22 @@ def test_a_saved_reward_model_gives_the_same_scores_here_and_in_plain_transforme
 def test_a_saved_policy_gives_the_same_logits_here_and_in_plain_transformers(
     tmp_path: Path, base: Any, tokenizer: Any, one_process: None, cfg: Config, family: str
 ) -> None:
-    policy = models.load_policy(base(family), tokenizer, FP32).eval()
+    policy = in_own_memory(models.load_policy(base(family), tokenizer, FP32))
     ids, mask = pad_right(ROWS, PAD, CPU)
-    logits = policy(ids, mask, 5).detach()
-    models.save_engine(engines.build_engine(lambda: policy, cfg, "ref", tmp_path), tokenizer, tmp_path / "model")
-    assert torch.equal(models.load_policy(str(tmp_path / "model"), tokenizer, FP32).eval()(ids, mask, 5), logits)
+    inputs, wanted = models.model_inputs(policy.hf, ids, mask), all_but_the_first(mask)
+    with torch.no_grad():
+        logits, (logp, entropy, correct) = policy.hf(**inputs).logits, policy(ids, mask, wanted)
+        models.save_engine(engines.build_engine(lambda: policy, cfg, "ref", tmp_path), tokenizer, tmp_path / "model")
+        again = in_own_memory(models.load_policy(str(tmp_path / "model"), tokenizer, FP32))
+        assert torch.equal(again.hf(**inputs).logits, logits)
+        assert all(torch.equal(one, other) for one, other in zip(again(ids, mask, wanted), (logp, entropy, correct)))
     everyday = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     for i, row in enumerate(ROWS):
-        alone = everyday(input_ids=torch.tensor([row])).logits[0, :-1]
+        alone = logits_of(everyday, row)
         assert torch.allclose(alone, logits[i, : len(row) - 1], atol=1e-5)
+        expected = token_logp(alone, torch.tensor(row[1:]))
+        assert torch.allclose(expected[0], logp[i, 1 : len(row)], atol=1e-5)
+        assert torch.allclose(expected[1], entropy[i, 1 : len(row)], atol=1e-5)
 
 
 def test_a_saved_model_brings_its_tokenizer_and_template(tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config) -> None:
@@ -306,11 +369,14 @@ def test_a_saved_model_brings_its_tokenizer_and_template(tmp_path: Path, tokeniz
 # ------------------------------------------------------------------------------------------ the sums that the stages train on
 
 
+@pytest.mark.parametrize("plain", [True, False])
 def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
-    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
+    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config, plain: bool
 ) -> None:
     """T2, D10: whatever the padding, the order and the company; perplexity is the mean over tokens, not over batches."""
     engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path)
+    assert engine.module.is_plain()
+    engine.module.plain = plain
     rows = [([5, 6, 7], [40, 41, EOS]), ([8], [42, 43, 44, 45, 46]), ([9, 10, 11, 12, 13], [EOS]), ([14, 15], [])]
     nll, correct, entropy = answer_sums(engine, rows, PAD)
     expected_nll, expected_correct, expected_entropy = 0.0, 0, 0.0
@@ -362,7 +428,7 @@ def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(tmp_path: Path
     width = max(len(row) for pair in pairs for row in pair)
     expected = 0.0
     for i, (one, other) in enumerate(pairs):
-        at_one, at_other = (engine(*padded(row, 0, width - len(row)))[0].tolist() for row in (one, other))
+        at_one, at_other = (engine(*padded(row, 0, width - len(row)), True)[0].tolist() for row in (one, other))
         one, other = (row + [EOS] * (width - len(row)) for row in (one, other))
         ends = [row.index(EOS) if EOS in row else width for row in (one, other)]
         differ = [t for t in range(width) if one[t] != other[t]]

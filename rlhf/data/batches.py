@@ -43,13 +43,36 @@ def global_batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[
             yield order[start : start + batch_size].tolist()
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int) -> list[Sequence[int]]:
+def micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int, longest: int | None = None
+) -> list[Sequence[int]]:
     """This process's part of a batch, cut for memory into rows of similar length (less padding; a sum does not care about order).
 
-    Args: rows: row numbers; lengths: tokens of each row of the data, indexed by row number.
+    Args: rows: row numbers.  lengths: tokens of each row of the data, indexed by row number.  micro_batch: rows at most; with `longest`,
+        the tokens of a row of full length, as many rows as have as many tokens as micro_batch such rows.
     Returns: the same number of micro-batches on every process, when len(rows) is divisible by `world`.
     """
-    return chunks(sorted(rows, key=lambda row: lengths[row])[rank::world], micro_batch)
+    order = sorted(rows, key=lambda row: lengths[row])
+    if longest is None:
+        return chunks(order[rank::world], micro_batch)
+    parts = [filled(order[r::world], lengths, micro_batch * longest) for r in range(world)]
+    mine = parts[rank]
+    while len(mine) < max(map(len, parts)):  # another process needs more of them: the fullest one is halved
+        fullest = max(range(len(mine)), key=lambda i: len(mine[i]))
+        middle = (len(mine[fullest]) + 1) // 2
+        mine[fullest : fullest + 1] = [mine[fullest][:middle], mine[fullest][middle:]]
+    return mine
+
+
+def filled(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[Sequence[int]]:
+    """Consecutive parts of at most so many tokens each, padding included, or of one row. Args: order: row numbers, short ones first."""
+    parts: list[Sequence[int]] = []
+    start = 0
+    for i in range(1, len(order) + 1):
+        if i == len(order) or (i + 1 - start) * lengths[order[i]] > tokens:
+            parts.append(order[start:i])
+            start = i
+    return parts
 
 
 def chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -10,10 +10,10 @@ import numpy as np
 
 from rlhf.config import Config
 from rlhf.data import template
-from rlhf.data.packing import first_learnt
 from rlhf.data.records import Turn
 from rlhf.data.sources import PARTS
 from rlhf.html import document, html_table
+from rlhf.likelihood import first_learnt
 
 SAMPLES = 3  # rows of a stage that are shown
 SHOWN = 200  # tokens shown of each end of a long prompt or answer

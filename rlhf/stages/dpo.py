@@ -21,13 +21,14 @@ from rlhf.data import load, template
 from rlhf.data.batches import global_batches, micro_batches, shared
 from rlhf.data.load import open_data
 from rlhf.data.sources import cache_folder, digest
+from rlhf.decode import Sampling
 from rlhf.engines import build_engine, optimizer_step, whole
 from rlhf.evaluation import Found, before_and_after, evaluate_policy
 from rlhf.likelihood import answer_logp
 from rlhf.lora import AdapterOff
 from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate, preference_loss
-from rlhf.rollout import Models, Sampling
+from rlhf.rollout import Models
 from rlhf.track import Tracker, log
 
 Rows = Sequence[tuple[list[int], list[int], list[int]]]  # token ids of prompt, chosen, rejected
@@ -67,7 +68,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         f"{len(pairs)} {precision.name} {cfg.deploy.device.name}",
     )
     reference = cached_logp(ref, pairs, pairs.lengths, pad_id, micro, cache_folder() / f"reference-{key}.safetensors")
-    together = Models(tokenizer, actor, ref, gather=plan.gather_for_rollout(cfg))
+    together = Models(tokenizer, actor, ref, gather=plan.gather_for_rollout(cfg), engine=cfg.rollout.engine)
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
     held_out_reference = pair_logp(ref, held_out, lengths, pad_id, micro)
 
@@ -104,7 +105,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
             return losses.sum() / dpo.batch_size
 
         lr = learning_rate(step, steps, dpo)
-        micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, rank, world)
+        micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, rank, world, max_prompt + max_response)
         grad_norm = optimizer_step(actor, micros, loss_of, lr)
         losses, chosen, rejected, of_chosen, of_rejected = comm.all_rows(torch.cat(columns)).double().unbind(1)
         metrics = {

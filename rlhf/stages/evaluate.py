@@ -21,13 +21,14 @@ from rlhf.data import template
 from rlhf.data.batches import uniforms
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Turn
+from rlhf.decode import Sampling
 from rlhf.engines import build_engine, release
 from rlhf.evaluation import evaluate_policy
 from rlhf.likelihood import perplexity
 from rlhf.models import check_context, context_length, load_policy, load_tokenizer, location
 from rlhf.objectives import best_of_n, wilson
 from rlhf.rewards import Rewards, Source, build_rewards, check_reward_models, load_functions
-from rlhf.rollout import Models, Sampling, make_experience
+from rlhf.rollout import Models, make_experience
 from rlhf.track import Tracker, log
 
 Answers = list[dict[str, Any]]  # a row for each prompt, as evaluate_policy gives them
@@ -84,7 +85,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         log.info(f"{name}: {where[name]}")
         free(models, keep=other)
         load = functools.partial(load_policy, where[name], tokenizer, cfg.deploy.precision)
-        models = Models(tokenizer, build_engine(load, cfg, "policy", run_dir), gather=plan.gather_for_rollout(cfg))
+        models = Models(
+            tokenizer, build_engine(load, cfg, "policy", run_dir), gather=plan.gather_for_rollout(cfg), engine=cfg.rollout.engine
+        )
         models.rewards = rewards.for_policy(tokenizer) if rewards else None
         if other and has_kl and template.same_tokens(tokenizer, other.tokenizer):
             models.ref = other.actor

@@ -27,6 +27,7 @@ from rlhf.data import load
 from rlhf.data.batches import global_batches, micro_batches, uniforms
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset
+from rlhf.decode import Sampling
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.evaluation import Found, answer_rows, before_and_after, evaluate_policy, rollout_metrics
 from rlhf.guards import Guards, Watch
@@ -40,14 +41,13 @@ from rlhf.objectives import (
     learning_rate,
     leave_one_out,
     policy_loss,
-    token_logp,
     token_rewards,
     token_weights,
     value_loss,
     whiten,
 )
 from rlhf.rewards import Rewards, build_rewards, check_reward_models, load_functions
-from rlhf.rollout import Experience, Models, Sampling, make_experience, values_before
+from rlhf.rollout import Experience, Models, make_experience, values_before
 from rlhf.track import Tracker, log
 
 Texts = load.Rows[tuple[list[int], list[int]]]
@@ -92,7 +92,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     trained = {"actor": actor} | ({"critic": critic} if ppo else {})
     for engine in trained.values():
         engine.eval()
-    models = Models(tokenizer, actor, ref, rewards, critic, plan.gather_for_rollout(cfg))
+    models = Models(tokenizer, actor, ref, rewards, critic, plan.gather_for_rollout(cfg), cfg.rollout.engine)
     guards = Guards(precision, switches, cfg.rollout.temperature)
     guards.check_models(**trained, **({} if isinstance(ref, AdapterOff) else {"reference": ref}))
     ema = MovingAverage(actor, algo.ema) if algo.ema else None
@@ -127,7 +127,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         draws = uniforms("rollout", [i + k * len(prompts) for i in batch for k in range(answers)], cfg.seed, step, max_new)
         asked, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(answers)))
         masks = {"masks_from_ids": switches.pad_is_eos, "train_mode": switches.train_mode_logp}
-        e = make_experience(models, ids, asked, draws, sampling, cfg.deploy.eval_micro_batch, **masks)
+        e = make_experience(models, ids, asked, draws, sampling, cfg.deploy.eval_micro_batch, **masks, rescore=step == 0)
         made = time.time()
         guards.check_rollout(e, tokenizer.eos_token_id, first=step == 0)
         if step == 0:
@@ -255,11 +255,12 @@ def train_on(
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(n)
         approxkl, epoch_tokens = 0.0, 0.0
         for number, minibatch in enumerate(np.split(order, algo.minibatches)):
-            micros = micro_batches(minibatch.tolist(), lengths, cfg.deploy.micro_batch, rank, world)
+            longest = None if ppo and ppo.dschat.micro_batch_means else cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+            micros = micro_batches(minibatch.tolist(), lengths, cfg.deploy.micro_batch, rank, world, longest)
             tokens = float(e.learnt[minibatch].sum())  # of this optimizer step, over all processes
             sums: dict[str, float] = defaultdict(float)
             losses: dict[str, float] = defaultdict(float)
-            guarded = epoch == number == 0 and step == warmup  # the first update of the policy
+            guarded = epoch == number == 0 and actor_learns  # before the policy moves
 
             def weights(part: Experience, tokens: float = tokens, size: int = len(minibatch), parts: int = len(micros) * world) -> Tensor:
                 if ppo and ppo.dschat.micro_batch_means:
@@ -271,9 +272,9 @@ def train_on(
             ) -> Tensor:
                 part = e.rows(rows)
                 r, weight = part.mask.shape[1], weights(part)
-                logp, entropy = token_logp(actor(part.ids, part.full_mask, r), part.response_ids, temperature)
+                logp, entropy = (x[:, -r:] for x in actor(part.ids, part.full_mask, part.wanted, temperature)[:2])
                 if guarded:
-                    guards.check_ratio(logp.detach(), part.old_logp, part.mask)
+                    guards.check_ratio(logp.detach(), part.old_logp, part.mask, first=step == warmup)
                 loss, counts = policy_loss(logp, part.old_logp, advantages[rows, :r], part.learnt, algo.clip, algo.clip_high)
                 for key, value in counts.items():
                     sums[key] = max(sums[key], float(value)) if key == "ratio_max" else sums[key] + float(value)
@@ -310,7 +311,8 @@ def train_on(
                     losses["ptx"] += float(loss.detach())
                     return loss
 
-                work += [(ptx_loss, rows) for rows in micro_batches(chosen.tolist(), texts.lengths, cfg.deploy.micro_batch, rank, world)]
+                cut = micro_batches(chosen.tolist(), texts.lengths, cfg.deploy.micro_batch, rank, world, max(texts.lengths))
+                work += [(ptx_loss, rows) for rows in cut]
             if actor_learns:
                 actor_norms.append(optimizer_step(actor, work, lambda item: item[0](item[1]), actor_lr))
                 if ema:

@@ -65,7 +65,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
             return loss / n
 
         lr = learning_rate(step, steps, cfg.rm)
-        micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size())
+        micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size(), max_prompt + max_response)
         grad_norm = optimizer_step(engine, micros, loss_of, lr)
         both = comm.all_rows(torch.cat(scores)).double()
         chosen, rejected = both[:, 0], both[:, 1]
@@ -115,7 +115,7 @@ def compare(
     """
     rows = [prompt + chosen for prompt, chosen, _ in pairs] + [prompt + rejected for prompt, _, rejected in pairs]
     ids, mask = pad_right(rows, tokenizer.pad_token_id, scorer.device)
-    at_tokens = scorer(ids, mask)
+    at_tokens = scorer(ids, mask, over == RmLoss.per_token)
     if over == RmLoss.sequence:
         chosen, rejected = last_token_score(at_tokens, mask).chunk(2)
         return chosen, rejected, pairwise_loss(chosen, rejected)

@@ -15,13 +15,13 @@ from rlhf.config import Config
 from rlhf.data import load, template
 from rlhf.data.batches import global_batches, micro_batches
 from rlhf.data.load import open_data
-from rlhf.data.packing import can_pack, first_learnt
+from rlhf.decode import Sampling
 from rlhf.engines import build_engine, optimizer_step
 from rlhf.evaluation import evaluate_policy
-from rlhf.likelihood import answer_sums, perplexity
+from rlhf.likelihood import answer_sums, first_learnt, perplexity
 from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
 from rlhf.objectives import learning_rate
-from rlhf.rollout import Models, Sampling
+from rlhf.rollout import Models
 from rlhf.track import Tracker, log
 
 Taken = dict[int, tuple[list[int], list[int]]]  # rows by their number: ids of prompt and answer
@@ -47,9 +47,6 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- model
     engine = build_engine(lambda: load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir)
     engine.train()
-    packed = cfg.sft.packing and can_pack(engine)
-    if cfg.sft.packing and not packed:
-        log.info("this architecture cannot keep packed demonstrations apart: they are padded instead, sorted by length")
     tracker = Tracker(cfg, run_dir, steps, ["loss", "mean_token_accuracy"])
 
     # ---- training
@@ -62,7 +59,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         learnt = {i: len(prompt) + len(answer) - first_learnt(prompt, cfg.sft.train_on_prompt) for i, (prompt, answer) in taken.items()}
         tokens = sum(learnt.values())  # of the whole step, over all processes
         seen["tokens"] += tokens
-        micros = micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world)
+        longest = None if cfg.sft.micro_batch_means else max_prompt + max_response
+        micros = micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world, longest)
         # each with the count that its sum is divided by
         parts = [(m, sum(learnt[i] for i in m) * len(micros) * world if cfg.sft.micro_batch_means else tokens) for m in micros]
         sums = torch.zeros(3, dtype=torch.float64)  # -log p, correct, entropy
@@ -70,7 +68,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         def loss_of(part: tuple[Sequence[int], int], sums: torch.Tensor = sums, taken: Taken = taken) -> torch.Tensor:
             micro, count = part
             some = [taken[i] for i in micro]
-            nll, correct, entropy = answer_sums(engine, some, tokenizer.pad_token_id, cfg.sft.train_on_prompt, packed)
+            nll, correct, entropy = answer_sums(engine, some, tokenizer.pad_token_id, cfg.sft.train_on_prompt)
             sums += torch.stack([nll.detach(), correct, entropy]).double().cpu()
             return nll / count
 
@@ -94,7 +92,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # ---- evaluation
     engine.eval()
     metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch)}
-    models = Models(tokenizer, engine, gather=plan.gather_for_rollout(cfg))
+    models = Models(tokenizer, engine, gather=plan.gather_for_rollout(cfg), engine=cfg.rollout.engine)
     measured, samples = evaluate_policy(models, data, max_prompt, max_response, Sampling(1.0), cfg.deploy.eval_micro_batch)
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)

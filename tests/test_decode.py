@@ -1,0 +1,152 @@
+"""The sampling loop against transformers' generate, for every architecture; tests/test_rollout.py has what it samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import EOS, FAMILIES, PAD
+from torch import Tensor, nn
+
+from rlhf import decode, models
+from rlhf.config import Precision
+from rlhf.data.batches import pad_left, uniforms
+from rlhf.decode import Sampling
+
+CPU = torch.device("cpu")
+BEGINNING = list(range(20, 32))
+PROMPTS = [[*BEGINNING, 40, 41], [8], [*BEGINNING, 300], [9, 10, 11, 12], [*BEGINNING, 40, 41], [30, 31, 32, 33, 34, 35, 36, 37, 38]]
+NEW = 20
+GREEDY = Sampling(greedy=True)
+
+
+def load(base: Any, tokenizer: Any, family: str, precision: Precision = Precision.fp32, ends: bool = True) -> models.Policy:
+    """A random policy that likes to end: the output layer gets a bias for EOS."""
+    policy = models.load_policy(base(family), tokenizer, precision).eval()
+    head = policy.hf.get_output_embeddings()
+    head.bias = nn.Parameter(torch.zeros(head.weight.shape[0], dtype=head.weight.dtype))
+    head.bias.data[EOS] = 3.0 if ends else -1e4
+    return policy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_generate_token_by_token(base: Any, tokenizer: Any, family: str) -> None:
+    policy = load(base, tokenizer, family)
+    ids, mask = pad_left(PROMPTS, PAD, CPU)
+    answers, here, _ = decode.sample(policy, ids, mask, torch.zeros(len(PROMPTS), NEW), EOS, GREEDY)
+    expected = policy.hf.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
+    expected = expected[:, ids.shape[1] :]
+    assert torch.equal(answers[:, : expected.shape[1]], expected)
+    assert torch.equal(here[:, : expected.shape[1]], ((expected == EOS).cumsum(1) - (expected == EOS).long() == 0).float())
+    assert expected.shape[1] == NEW or (expected == EOS).any(1).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(1.2, top_p=0.9), Sampling(top_k=20), GREEDY], ids=str)
+@pytest.mark.parametrize("family", ["opt", "llama", "bloom", *[pytest.param(f, marks=pytest.mark.full) for f in FAMILIES]])
+def test_both_engines_sample_the_same_answers(base: Any, tokenizer: Any, family: str, sampling: Sampling) -> None:
+    policy = load(base, tokenizer, family)
+    ids, mask = pad_left(PROMPTS, PAD, CPU)
+    draws = uniforms("test", range(len(PROMPTS)), 0, 0, NEW)
+    settings = policy.hf.generation_config
+    native, hf = (f(policy, ids, mask, draws, EOS, sampling) for f in (decode.sample, decode.generate))
+    assert torch.equal(native[0], hf[0]) and torch.equal(native[1], hf[1])
+    assert torch.allclose(native[2], hf[2], atol=1e-5)
+    assert policy.hf.generation_config is settings
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_prompt_that_is_there_several_times_is_read_once(base: Any, tokenizer: Any, family: str) -> None:
+    policy = load(base, tokenizer, family, ends=False)
+    assert policy.is_plain()
+    read: list[int] = []
+    policy.hf.get_input_embeddings().register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    prompts = [PROMPTS[0]] * 4 + [PROMPTS[2]] * 4
+    ids, mask = pad_left(prompts, PAD, CPU)
+    draws = uniforms("test", range(8), 0, 0, 5)
+    answers, *_ = decode.sample(policy, ids, mask, draws, EOS, Sampling())
+    assert read == [len(PROMPTS[0]) + 1, 8, 8, 8, 8]  # the second prompt begins as the first
+    for i in range(8):
+        alone, *_ = decode.sample(policy, *pad_left([prompts[i]], PAD, CPU), draws[i : i + 1], EOS, Sampling())
+        assert torch.equal(alone[0], answers[i])
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "bloom"])
+def test_finished_rows_cost_nothing(base: Any, tokenizer: Any, family: str) -> None:
+    policy = load(base, tokenizer, family)
+    rows: list[int] = []
+    policy.hf.get_input_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    policy.is_plain()
+    rows.clear()
+    ids, mask = pad_left(PROMPTS * 4, PAD, CPU)
+    _, here, _ = decode.sample(policy, ids, mask, uniforms("test", range(len(ids)), 0, 3, NEW), EOS, Sampling())
+    going = [int(n) for n in here.sum(0)]  # answers that have a token here
+    assert rows[1:] == [n for n in going[1:] if n] and len(set(rows[1:])) > 3
+
+
+def test_in_bf16_the_cache_is_in_float32_and_answers_are_those_of_the_model(base: Any, tokenizer: Any) -> None:
+    policy = load(base, tokenizer, "llama", Precision.bf16, ends=False)
+    ids, mask = pad_left(PROMPTS, PAD, CPU)
+    answers, here, logp = decode.sample(policy, ids, mask, uniforms("test", range(len(PROMPTS)), 0, 0, NEW), EOS, Sampling())
+    assert policy.plain
+    full, seen = torch.cat([ids, answers], 1), torch.cat([mask, here.long()], 1)
+    again = policy(full, seen, torch.cat([torch.zeros_like(mask), here], 1) > 0)[0][:, ids.shape[1] :]
+    assert float((again - logp).detach().abs().mean()) < 0.02
+    cache = decode.new_cache(policy.hf, 8)
+    k = torch.randn(2, 1, 3, 16, dtype=torch.bfloat16)
+    assert cache.update(k, k, 0)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 12), (16, 64, 48), (100, 64, 48), (5, 1024, 1024)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_equal_those_of_a_linear_layer(rows: int, inputs: int, outputs: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    model = nn.Sequential(layer)
+    own = layer.forward
+    with torch.no_grad(), decode.fast_products(model):
+        assert layer.forward != own
+        for shape in ((rows, inputs), (rows, 1, inputs), (1, rows, inputs)):
+            x = torch.randn(shape)
+            found = layer(x)
+            assert found.shape == (*shape[:-1], outputs) and found.is_contiguous()
+            assert torch.allclose(found, F.linear(x, layer.weight, layer.bias), atol=1e-5)
+    assert layer.forward == own and "forward" not in vars(layer)
+
+
+def test_products_leave_what_they_do_not_know(base: Any, tokenizer: Any) -> None:
+    """An output layer that gives log-probabilities does so again afterwards, also when sampling fails."""
+    policy = models.load_policy(base("opt"), tokenizer, Precision.fp32)
+    head = policy.hf.get_output_embeddings()
+    before = head.forward
+    with pytest.raises(RuntimeError, match="stop"), decode.fast_products(policy.hf):
+        assert head.forward != before
+        raise RuntimeError("stop")
+    assert head.forward == before
+    half = models.load_policy(base("opt"), tokenizer, Precision.bf16)
+    with decode.fast_products(half.hf):
+        assert not any("forward" in vars(m) for m in half.hf.modules() if type(m) is nn.Linear and m is not half.hf.get_output_embeddings())
+
+
+def test_a_cache_keeps_what_it_was_given() -> None:
+    """Rows of a batch that are taken out, and prompts without padding that are spread over it."""
+    layer = decode.Reserved(9)
+    random = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    flat = some(1, 2, 5, 3)
+    layer.layout = torch.tensor([[0, 0, 1], [2, 3, 4], [0, 0, 0]])
+    k, _ = layer.update(flat, flat + 1)
+    assert k is flat and layer.get_seq_length() == 3
+    layer.layout = None
+    expected = torch.stack([flat[0][:, row] for row in ([0, 0, 1], [2, 3, 4], [0, 0, 0])])
+    new = some(3, 2, 1, 3)
+    k, v = layer.update(new, new - 1)
+    assert torch.equal(k, torch.cat([expected, new], 2)) and torch.equal(v, torch.cat([expected + 1, new - 1], 2))
+    layer.batch_select_indices(torch.tensor([2, 0]))
+    last = some(2, 2, 1, 3)
+    k, v = layer.update(last, last)
+    assert torch.equal(k, torch.cat([torch.cat([expected, new], 2)[[2, 0]], last], 2)) and layer.get_seq_length() == 5
