@@ -30,7 +30,6 @@ def main(name: str, file: str) -> None:
     spec: Spec = json.loads(Path(file).read_text())
     spec["voice"] = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     ROLES[name](spec)
 
 
@@ -299,7 +298,7 @@ def product(spec: Spec) -> None:
     def after(_: Any, step: int) -> None:
         turn(counted)
 
-    checkpoint.Checkpoints.after = after  # type: ignore[method-assign]
+    checkpoint.Checkpoints.after = after  # type: ignore[method-assign, assignment]
     worker.main(run_dir)
 
 
@@ -313,17 +312,17 @@ def product_generate(spec: Spec) -> None:
 
     from rlhf.config import Precision
     from rlhf.data.batches import pad_left, uniforms
+    from rlhf.decode import Sampling, sample
     from rlhf.models import load_policy, load_tokenizer
-    from rlhf.rollout import Sampling, sample
 
     torch.set_num_threads(spec["threads"])
     turn = turns(spec, "product")
     tokenizer = load_tokenizer(spec["policy"])
-    hf = load_policy(spec["policy"], tokenizer, Precision[spec["precision"]]).eval().hf
+    policy = load_policy(spec["policy"], tokenizer, Precision[spec["precision"]]).eval()
     for step, prompts in enumerate(read_batches(spec)):
         draws = uniforms("rollout", range(len(prompts)), 1, step, spec["new"]) * 0.999  # no EOS, as in `product`
         ids, mask = pad_left(prompts, tokenizer.pad_token_id, torch.device("cpu"))
-        answers = sample(hf, ids, mask, draws, tokenizer.eos_token_id, Sampling())[1]
+        answers = sample(policy, ids, mask, draws, tokenizer.eos_token_id, Sampling())[1]
         turn(lambda mask=mask, answers=answers: {"tokens": int(mask.sum() + answers.sum())})  # type: ignore[misc]
 
 
@@ -377,7 +376,7 @@ def trl_ppo(spec: Spec) -> None:
     sys.path.insert(0, spec["trl_ppo"])
     import torch
     import transformers
-    import trl
+    import trl  # type: ignore[import-not-found]
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LogitsProcessorList
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
@@ -436,7 +435,7 @@ def trl_ppo(spec: Spec) -> None:
 
 
 def trl_trainer(spec: Spec) -> None:
-    """One optimizer step of TRL's SFTTrainer (loss on the answers only) or RewardTrainer. In bf16 weights stay fp32, as TRL's default is."""
+    """One optimizer step of TRL's SFTTrainer (loss on the answers only) or RewardTrainer. In bf16 weights stay fp32, TRL's default."""
     sys.path.insert(0, spec["trl"])
     import torch
     import transformers

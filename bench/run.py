@@ -49,7 +49,7 @@ Spec = dict[str, Any]
 
 def clocks() -> tuple[float, float, float]:
     """Seconds now; of processors that this machine has worked; and that this process and all that it has started have."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
     busy = sum(ticks[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")  # user, nice, system, irq, softirq, steal
@@ -67,7 +67,7 @@ def foreign_since(before: tuple[float, float, float]) -> float:
     return max(0.0, busy - own - 0.02) / max(wall, 1e-9)
 
 
-def wait_for_quiet(at_most: float = 60.0) -> None:
+def wait_for_quiet(at_most: float) -> None:
     end = time.monotonic() + at_most
     while time.monotonic() < end:
         before = clocks()
@@ -100,9 +100,13 @@ def ask(role: str, spec: Spec) -> dict[str, Any]:
 
 def enter(label: str, role: str, spec: Spec) -> dict[str, Any]:
     """Start a contestant and wait until it is ready."""
+    from rlhf import launch
+
     environment: dict[str, str] = os.environ | {"OMP_NUM_THREADS": str(spec["threads"])}
     if role == "product":
         spec, environment = product_run(label, spec)
+    elif role == "product_generate" or spec["same_malloc"]:
+        environment |= launch.memory_settings()
     log = Path(spec["out"]) / f"{label}.log"
     with log.open("w") as errors:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
@@ -147,10 +151,7 @@ def product_run(label: str, spec: Spec) -> tuple[Spec, dict[str, str]]:
     run_dir = Path(spec["out"]) / f"run-{label}"
     run_dir.mkdir()
     config.save(cfg, run_dir / "config.yaml")
-    # ---- the one place that knows how the launcher starts a worker
-    made = getattr(launch, "worker_environment", None)
-    environment = made(cfg) if made else {}
-    return spec | {"run_dir": str(run_dir)}, os.environ | launch.places(cfg)[0] | environment
+    return spec | {"run_dir": str(run_dir)}, os.environ | launch.places(cfg)[0]  # the one place that knows how it starts a worker
 
 
 def product_overrides(spec: Spec) -> list[str]:
@@ -174,12 +175,12 @@ def side_by_side(contenders: list[dict[str, Any]], samples: int) -> None:
     """Let all work in turns until each has so many quiet samples, or there were TRIES times as many; then end them."""
     for number in range(WARM_UP + TRIES * samples):
         for each in contenders:
-            wait_for_quiet()
+            wait_for_quiet(each["spec"]["wait"])
             before = clocks()
             sample = tell(each, "go")
             each["samples"].append(sample | {"foreign": foreign_since(before)})
         tokens = {each["label"]: each["samples"][-1]["tokens"] for each in contenders}
-        if len(set(tokens.values())) > 1 and contenders[0]["spec"]["work"] != "padding":
+        if len(set(tokens.values())) > 1:
             raise SystemExit(f"sample {number} is not the same work for all, real tokens: {tokens}")
         if all(len(quiet(each)) >= samples for each in contenders):
             break
@@ -303,9 +304,9 @@ def compare(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
     side_by_side(contenders, spec["samples"])
     rows = [row for each in contenders for row in results(each, shapes["policy"], limits)]
     ours, theirs = rows[0], rows[-1]
+    speed, size = (ours[key] / theirs[key] for key in ("tokens_s", "peak_mib"))
     said = [
-        f"{contenders[0]['label']} / {contenders[1]['peer']}: {ours['tokens_s'] / theirs['tokens_s']:.2f} times the real tokens per second, "
-        f"{ours['peak_mib'] / theirs['peak_mib']:.2f} times the memory above the imports"
+        f"product / {contenders[1]['peer']}: {speed:.2f} times the real tokens per second, {size:.2f} times the memory above the imports"
     ]
     return rows, said, {"limits": limits, "shapes": shapes, "contestants": [told(each) for each in contenders]}
 
@@ -327,10 +328,8 @@ def padding(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
         longest = int(total / size / (1 - percent / 100)) // 2 * 2
         others = [(total - longest) // 2 // (size - 1) * 2] * (size - 1)
         others[0] += total - longest - sum(others)
-        sizes = [longest, *others]
-        batches = [
-            [[[made.randrange(100, 4000) for _ in range(n // 2)] for _ in range(2)] for n in sizes] for _ in range(spec["batches_needed"])
-        ]
+        halves = [n // 2 for n in (longest, *others)]
+        batches = [[[[made.randrange(100, 4000) for _ in range(n)] for _ in "pa"] for n in halves] for _ in range(spec["batches_needed"])]
         file = Path(spec["out"]) / f"batches-{percent}.json"
         file.write_text(json.dumps(batches))
         contenders.append(enter(f"padding-{percent}", "product", spec | {"batches": str(file)}))
@@ -360,8 +359,10 @@ def vocabulary(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, A
         more.append(told(contestant))
     beyond = [row["peak_mib"] - row["states_mib"] for row in rows]
     said = ["above imports and states: " + ", ".join(f"{x:,.0f} MiB at {size:,}" for x, size in zip(beyond, VOCABULARIES))]
-    tokens = max(sum(map(sum, lengths(spec, batch, 0))) for batch in contestants.read_batches({"batches": f"{spec['out']}/batches.json"}))
-    said += ["whole logits of the largest batch in fp32: " + ", ".join(f"{4 * tokens * size / MiB:,.0f} MiB" for size in VOCABULARIES)]
+    batches = contestants.read_batches({"batches": f"{spec['out']}/batches.json"})
+    tokens = max(sum(map(sum, lengths(spec, batch, 0))) for batch in batches)
+    logits = ", ".join(f"{4 * tokens * size / MiB:,.0f} MiB" for size in VOCABULARIES)
+    said += [f"logits of all {tokens:,} real tokens of the largest batch, in fp32: {logits}"]
     return rows, said, {"limits": limits, "shapes": shapes, "contestants": more}
 
 
@@ -369,7 +370,8 @@ def train(root: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """Run train.py in a fresh directory. Returns the steps that it logs, each with `since_start`, s, and `foreign` processors since the
     step before; and as the last one, its end."""
     root.mkdir()
-    begin, started, before, steps = time.time(), time.perf_counter(), clocks(), []
+    begin, started, before = time.time(), time.perf_counter(), clocks()
+    steps: list[dict[str, Any]] = []
     with (root / "train.log").open("w") as log:
         process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *overrides, f"root={root}"], cwd=root, stdout=log, stderr=log)
     ended = False
@@ -398,7 +400,7 @@ def processes(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, An
     each = WARM_UP + -(-spec["samples"] // 2)
     for number in range(2):
         for count in steps:
-            wait_for_quiet()
+            wait_for_quiet(spec["wait"])
             given = [*product_overrides(spec | {"threads": 1}), f"deploy.gpus={count}", f"ppo.max_steps={each}"]
             steps[count] += train(Path(spec["out"]) / f"processes-{count}-{number}", given)[WARM_UP:-1]
     rows = [row_of(f"{count} of a thread each", "timing_s/step", found) for count, found in steps.items()]
@@ -411,7 +413,7 @@ def startup(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
     small += ["wandb.mode=disabled", f"deploy.threads={spec['threads']}", *spec["set"]]
     runs = []
     for number in range(1 + spec["samples"]):
-        wait_for_quiet()
+        wait_for_quiet(spec["wait"])
         steps = train(Path(spec["out"]) / f"startup-{number}", small)
         runs.append({"first": steps[0]["since_start"], "end": steps[-1]["since_start"], "foreign": max(s["foreign"] for s in steps)})
     rows = [row_of("to the first optimizer step", "first", runs[1:]), row_of("to the end of the run", "end", runs[1:])]
@@ -448,28 +450,29 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer, ppo-eos: at most")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row in sft and rm")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--wait", type=float, default=60.0, help="s, at most, for other processes to be quiet before each sample")
     parser.add_argument("--rows", type=int, default=40_000, help="of data")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the product; may be repeated")
+    parser.add_argument("--same-malloc", action="store_true", help="the peers get the malloc settings of the product's workers, too")
     parser.add_argument("--out", type=Path, help="a directory for all that is written; default: a temporary one, which stays")
     given = parser.parse_args()
     if given.work == "data":
         raise SystemExit(subprocess.call([sys.executable, str(ROOT / "bench" / "data.py"), "--rows", str(given.rows)]))
-    needed = {"sft": "trl", "rm": "trl", "ppo": "trl_ppo", "ppo-eos": "trl_ppo"}.get(given.work)
-    for name in ["pairs"] * (given.work != "startup") + [needed] * bool(needed):
+    needed = {"sft": ["trl"], "rm": ["trl"], "ppo": ["trl_ppo"], "ppo-eos": ["trl_ppo"]}.get(given.work, [])
+    for name in ["pairs"] * (given.work != "startup") + needed:
         if not getattr(given, name):
             parser.error(f"{given.work} needs --{name.replace('_', '-')}")
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
     out = Path(tempfile.mkdtemp(prefix=f"bench-{given.work}-", dir=given.out)).resolve()
-    spec: Spec = {
-        key: str(Path(value).resolve()) if key in ("pairs", "trl", "trl_ppo", "model") and value else value
-        for key, value in vars(given).items()
-    }
+    spec: Spec = dict(vars(given))
+    spec |= {name: str(Path(spec[name]).resolve()) for name in ("pairs", "trl", "trl_ppo", "model") if spec[name]}
     spec |= {"out": str(out), "policy": f"{out}/policy", "reward": f"{out}/reward"}
     spec["batch"] = given.batch or BATCH.get(given.work, 16)
     spec["prompt"] = given.prompt or (256 if given.work == "ppo-eos" else 64)
     spec["batches_needed"] = 1 + WARM_UP + TRIES * given.samples + 1
     os.environ |= {"HF_DATASETS_CACHE": f"{out}/cache", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     sys.path.insert(0, str(ROOT))
 
     about = machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf import comm, unpadded
 from rlhf.models import model_inputs
+from rlhf.track import first_line, log
 
-PREPACKED = 2**20  # elements of a weight from which on oneDNN's own layout of it is faster than any plain product
+PREPACKED = 2**20  # elements of the output layer from which on it is laid out anew
 FEW = 64  # rows
 
 
@@ -55,13 +57,17 @@ def sample(
     draws = draws.to(device)
     cache = new_cache(hf, prompt_ids.shape[1] + width)
     plain = policy.is_plain() and isinstance(cache.layers[0], Reserved)
-    seen = prompt_mask > 0  # (B, P + t) where there is a token
+    seen = prompt_mask  # (B, P + t) where there is a token
+    if plain:  # a mask of four dimensions is used as it is, added to the scores
+        seen = torch.where(prompt_mask > 0, 0.0, -torch.inf).to(torch.float32 if device.type == "cpu" else hf.dtype)
+    one = seen.new_full((n, 1), 0 if plain else 1)
     last = prompt_mask.sum(1, keepdim=True) - 1  # the position of the newest token
     done = False
     with fast_products(hf):
         logits = read_prompts(hf, prompt_ids, prompt_mask, cache, plain)
+        step = traced_step(policy) if plain else None
         for t in range(width):
-            probabilities = (logits.float() / sampling.temperature).softmax(-1)
+            probabilities = tempered(logits, sampling).softmax(-1)
             token = choose(probabilities, draws[alive, t : t + 1], sampling)
             if not done:
                 ids[alive, t], mask[alive, t] = token[:, 0], 1.0
@@ -74,11 +80,13 @@ def sample(
                 keep = going.nonzero()[:, 0] if not done else torch.zeros(1, dtype=torch.long, device=device)
                 alive, token, seen, last = alive[keep], token[keep], seen[keep], last[keep]
                 cache.batch_select_indices(keep)
-            seen = torch.cat([seen, seen.new_ones(len(token), 1)], 1)
+            seen = torch.cat([seen, one[: len(token)]], 1)
             last = last + 1
-            # a mask of four dimensions is used as it is; other models make their own, and their own positions, of the plain one
-            inputs = {"attention_mask": seen[:, None, None] if plain else seen.long()}
-            if plain or "position_ids" in model_inputs(hf, token, seen.long()):
+            if step:
+                logits = hf.get_output_embeddings()(step(token, last, seen, cache))
+                continue
+            inputs = {"attention_mask": seen[:, None, None] if plain else seen}
+            if plain or "position_ids" in model_inputs(hf, token, seen):
                 inputs["position_ids"] = last
             logits = hf(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
     return ids, mask, logp
@@ -97,6 +105,10 @@ def read_prompts(hf: Any, ids: Tensor, mask: Tensor, cache: Any, plain: bool) ->
     for layer in cache.layers:
         layer.layout = None
     return hf.get_output_embeddings()(states[layout.place[:, -1]])
+
+
+def tempered(logits: Tensor, sampling: Sampling) -> Tensor:
+    return logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
 
 
 def choose(probabilities: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
@@ -132,7 +144,7 @@ def generate(
     def chosen(ids: Tensor, logits: Tensor) -> Tensor:
         """Leaves one token to choose from, the one that `sample` would choose."""
         t = ids.shape[1] - start
-        probabilities = (logits.float() / sampling.temperature).softmax(-1)
+        probabilities = tempered(logits, sampling).softmax(-1)
         token = choose(probabilities, draws[:, t : t + 1], sampling)
         logp[:, t] = probabilities.gather(1, token)[:, 0].log()
         return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
@@ -161,34 +173,102 @@ class Reserved(DynamicLayer):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity, self.used = capacity, 0
+        self.memory: list[Tensor] = []  # keys and values (B, heads, capacity, d)
         self.layout: Tensor | None = None  # (B, P) while prompts without padding are read: where each of their tokens is in the row
-        self.memory: list[Tensor] = []
+        self.at: tuple[Tensor, Tensor] | None = None  # within a trace: where a token is written, and up to where is read
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        new, start = (key_states, value_states), self.used
+        new = [key_states, value_states]
+        if self.at is not None:
+            place, end = self.at
+            k, v = (memory.index_copy_(2, place, x.to(memory.dtype))[:, :, :end] for memory, x in zip(self.memory, new))
+            return k, v
         if self.layout is not None:
-            spread = [x[0].transpose(0, 1)[self.layout].transpose(1, 2) for x in new]  # (1, heads, N, d) -> (B, heads, P, d)
-            new = spread[0], spread[1]
+            new = [x[0].transpose(0, 1)[self.layout].transpose(1, 2) for x in new]  # (1, heads, N, d) -> (B, heads, P, d)
         if not self.memory:
             b, heads, _, d = new[0].shape
             dtype = torch.float32 if new[0].device.type == "cpu" else new[0].dtype
             self.memory = [x.new_empty(b, heads, self.capacity, x.shape[3], dtype=dtype) for x in new]
             self.is_initialized = True
-        self.used = start + new[0].shape[2]
+        start, self.used = self.used, self.used + new[0].shape[2]
         for memory, x in zip(self.memory, new):
             memory[:, :, start : self.used] = x
-        self.keys, self.values = (memory[:, :, : self.used] for memory in self.memory)
-        return (key_states, value_states) if self.layout is not None else (self.keys, self.values)
+        k, v = (memory[:, :, : self.used] for memory in self.memory)
+        return (key_states, value_states) if self.layout is not None else (k, v)
 
     def get_seq_length(self) -> int:
         return self.used
 
     def batch_select_indices(self, indices: Tensor) -> None:
         kept = [torch.empty_like(memory[: len(indices)]) for memory in self.memory]
-        for memory, old in zip(kept, (self.keys, self.values)):
-            memory[:, :, : self.used] = old[indices]
+        for memory, old in zip(kept, self.memory):
+            memory[:, :, : self.used] = old[indices, :, : self.used]
         self.memory = kept
-        self.keys, self.values = (memory[:, :, : self.used] for memory in kept)
+
+
+Step = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # tokens, positions (B, 1), seen (B, T), cache -> hidden states (B, d)
+
+
+def traced_step(policy: Any) -> Step | None:
+    """One token of every row through the model, recorded once and then run without python, which for a small model is most of the time.
+    The recording refers to the weights in place, so that it serves until they are elsewhere in memory. None on GPUs, where weights are
+    partitioned, and for a model that recorded differs from itself."""
+    weights = list(policy.hf.parameters())
+    if any(not p.is_cpu or hasattr(p, "ds_id") for p in weights):
+        return None
+    places = [p.data_ptr() for p in weights]
+    if policy.recorded is None or policy.recorded[0] != places:
+        policy.recorded = places, record(policy.hf)
+    recorded = policy.recorded[1]
+
+    def step(token: Tensor, last: Tensor, seen: Tensor, cache: Any) -> Tensor:
+        end = seen.shape[1]
+        for layer in cache.layers:
+            layer.used = end
+        memory = [x for layer in cache.layers for x in layer.memory]
+        return recorded(token, last, seen[:, None, None], torch.tensor([end - 1]), torch.tensor(end), *memory)
+
+    return step if recorded else None
+
+
+def record(hf: Any) -> Callable[..., Tensor] | None:
+    """Tokens, positions, mask, place, end, then keys and values of every layer -> hidden states (B, d). Called within fast_products."""
+    cache = new_cache(hf, 8)
+
+    def step(token: Tensor, last: Tensor, mask: Tensor, place: Tensor, end: Tensor, *memory: Tensor) -> Tensor:
+        for i, layer in enumerate(cache.layers):
+            layer.memory, layer.at, layer.used = [*memory[2 * i : 2 * i + 2]], (place, end), 1
+        inputs = {"input_ids": token, "attention_mask": mask, "position_ids": last, "past_key_values": cache}
+        return hf.base_model(**inputs, use_cache=True).last_hidden_state[:, -1]
+
+    def example(rows: int, used: int, capacity: int) -> list[Tensor]:
+        random = torch.Generator().manual_seed(0)
+        token = torch.randint(hf.get_input_embeddings().num_embeddings, (rows, 1), generator=random)
+        mask = torch.zeros(rows, 1, 1, used + 1)
+        mask[0, ..., 0] = -torch.inf
+        memory = [torch.randn(rows, *shape[0], capacity, shape[1], generator=random) for shape in shapes for _ in range(2)]
+        return [token, torch.full((rows, 1), used), mask, torch.tensor([used]), torch.tensor(used + 1), *memory]
+
+    hf.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)  # for the shapes
+    shapes = [((layer.memory[0].shape[1],), layer.memory[0].shape[3]) for layer in cache.layers]
+    learning = [p for p in hf.parameters() if p.requires_grad]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sizes are taken for constants, which is looked at below
+            for p in learning:
+                p.requires_grad_(False)
+            recorded = torch.jit.trace(step, tuple(example(3, 5, 8)), check_trace=False)
+            for rows, used, capacity in ((1, 9, 12), (4, 2, 5)):
+                one, other = (f(*example(rows, used, capacity)) for f in (recorded, step))
+                if not torch.allclose(one, other, rtol=0, atol=float(other.abs().max()) * 1e-5):
+                    return None
+        return recorded
+    except Exception as error:  # whatever a model's code does that cannot be recorded
+        log.debug(f"the sampling loop runs in python: {first_line(error)}")
+        return None
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
 
 
 def new_cache(hf: Any, capacity: int) -> Any:
@@ -201,13 +281,14 @@ def new_cache(hf: Any, capacity: int) -> Any:
 
 @contextlib.contextmanager
 def fast_products(hf: Any) -> Iterator[None]:
-    """Within this context the linear layers of a float32 model on CPU multiply a few rows at a time faster: weights do not change."""
+    """Within this context, in which weights do not change, the linear layers of a float32 model on CPU are faster with few rows."""
     layers: list[Any] = [
         m for m in hf.modules() if type(m) is nn.Linear and m.weight.is_cpu and m.weight.dtype == torch.float32 and m.weight.numel()
     ]
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = product(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+        laid_out = layer is hf.get_output_embeddings() and layer.weight.numel() >= PREPACKED and torch.backends.mkldnn.is_available()
+        layer.forward = (laid_out_product if laid_out else product)(layer.weight.detach(), layer.bias)
     try:
         yield
     finally:
@@ -219,17 +300,20 @@ def fast_products(hf: Any) -> Iterator[None]:
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x W^T + b. Large weights are laid out anew for oneDNN. With small ones W x^T is up to twice as fast as x W^T for a few rows x."""
-    if weight.numel() >= PREPACKED and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    column = weight.new_zeros(()) if bias is None else bias[:, None]
+    """x W^T + b. Computed as W x^T it is up to twice as fast for a few rows x."""
+    column = weight.new_zeros(()) if bias is None else bias.detach()[:, None]
 
     def multiply(x: Tensor) -> Tensor:
-        rows = x.view(-1, x.shape[-1])
-        if len(rows) > FEW:
+        if x.numel() > FEW * x.shape[-1]:
             return F.linear(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
         # contiguous: else attention would take its slow path
         return torch.addmm(column, weight, rows.t()).t().contiguous().view(*x.shape[:-1], len(weight))
 
     return multiply
+
+
+def laid_out_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The same with the weight in oneDNN's own layout: for the output layer, the largest by far, whose time is that of reading it."""
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, None if bias is None else bias.detach(), "none", [], "")

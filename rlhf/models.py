@@ -34,6 +34,7 @@ class Model(nn.Module):
     def __init__(self, hf: Any):
         super().__init__()
         self.hf = hf
+        self.recorded: Any = None  # of the sampling loop (rlhf/decode.py)
         self.plain: bool | None = None if unpadded.install(hf) else False  # None: to be tried at the first forward
 
     outputs: Callable[[Tensor], Tensor]  # of one sequence, ids (1, T), as the model itself gives them, (T, V or d)

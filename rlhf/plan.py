@@ -24,6 +24,9 @@ LIBRARIES = {Device.gpu: 1.5 * GIB, Device.cpu: 0.5 * GIB}  # CUDA context, cuBL
 MAX_LIVE = 10**9  # weights that DeepSpeed holds gathered at stage 3, at most (its stage3_max_live_parameters)
 ROWS = {"Dahoas/rm-static": 76256, "Dahoas/full-hh-rlhf": 112052, "Anthropic/hh-rlhf": 160800}  # preference pairs, from their cards
 
+PADDED = ("bloom",)  # families whose attention needs padding
+CHUNK, SMALLEST, LOGITS, KEPT = 512, 64, 2**21, 2**24  # of rlhf/logprobs.py, which needs torch
+
 # Elements that one block keeps per token for the backward pass: (x ffn, x hidden in fp32, x hidden in bf16). The norms of the
 # llama family compute in fp32, which a bf16 block keeps beside its own. To these comes the attention mask: one per key; BLOOM
 # keeps its attention matrix, for each head once in fp32 and three times in bf16.
@@ -223,13 +226,18 @@ def activations(arch: Arch, cfg: Config, rows: int, tokens: int) -> float:
     return arch.layers * block
 
 
-def logits(arch: Arch, cfg: Config, rows: int, positions: int, copies: int) -> float:
-    """Bytes of logits (rows, positions, V) in the training precision, and `copies` of them in fp32."""
-    return rows * positions * arch.vocab * ((2 if cfg.deploy.precision != Precision.fp32 else 4) + 4 * copies)
+def logits(arch: Arch, cfg: Config, rows: int, positions: int, trained: bool) -> float:
+    """Bytes of the logits of (rows, positions), in the training precision and twice in fp32: of a chunk, and where they are trained on
+    of the probabilities that are kept (rlhf/logprobs.py); with the families that are padded of all tokens."""
+    size, tokens = 2 if cfg.deploy.precision != Precision.fp32 else 4, rows * positions
+    if arch.family in PADDED:
+        return tokens * arch.vocab * (size + 8)
+    chunk = min(tokens, CHUNK, max(SMALLEST, LOGITS // arch.vocab))
+    return chunk * arch.vocab * (size + 8) + (min(4 * KEPT, 4 * tokens * arch.vocab) if trained else 0)
 
 
 def kv_cache(arch: Arch, cfg: Config, rows: int, tokens: int) -> float:
-    size = 4 if cfg.deploy.precision == Precision.fp32 else 2
+    size = 4 if cfg.deploy.precision == Precision.fp32 or cfg.deploy.device == Device.cpu else 2
     return 2 * arch.layers * arch.kv_heads * arch.head_dim * rows * tokens * size
 
 
@@ -259,8 +267,8 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         extra -= arch.vocab * (arch.embed or arch.hidden) if extra and model.lora.embeddings else 0
         return role_memory(cfg, name, model.name, count + extra, learning)
 
-    def update(arch: Arch, own: Role, rows: int, tokens: int, positions: int, copies: int) -> dict[str, float]:
-        parts = {"activations": activations(arch, cfg, rows, tokens), "logits": logits(arch, cfg, rows, positions, copies)}
+    def update(arch: Arch, own: Role, rows: int, tokens: int, positions: int) -> dict[str, float]:
+        parts = {"activations": activations(arch, cfg, rows, tokens), "logits": logits(arch, cfg, rows, positions, True)}
         parts["buckets"] = 2 * deploy.bucket_mb * 2**20 if deploy.zero_stage else 0
         parts["gathered weights"] = live_weights(own)
         return parts
@@ -275,7 +283,12 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     def sampling(arch: Arch, own: Role, tokens: int, states: float) -> tuple[dict[str, float], bool]:
         """The phase, and whether partitioned weights are whole in it: as set, or where they fit."""
         rows = deploy.eval_micro_batch
-        parts = {"kv cache": kv_cache(arch, cfg, rows, tokens), "logits": rows * arch.vocab * (size + 16)}  # fp64 softmax and sum
+        parts = {
+            "kv cache": kv_cache(arch, cfg, rows, tokens),
+            "logits": rows * arch.vocab * (size + 16),
+        }  # probabilities, their sum in fp64
+        if deploy.device == Device.cpu and size == 4:  # large ones are laid out anew (rlhf/decode.py)
+            parts["output layer laid out anew"] = 4.0 * arch.vocab * (arch.embed or arch.hidden)
         if deploy.zero_stage < 3:
             return parts, True
         whole = size * own.parameters  # DeepSpeed puts them together in new memory, beside the own part
@@ -292,18 +305,18 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     gathers = True
     if stage == Stage.sft and actor:
         roles = [role("actor", actor, cfg.actor, False, True)]
-        phases["update"] = update(actor, roles[0], deploy.micro_batch, prompt + answer, prompt + answer, 2)
+        phases["update"] = update(actor, roles[0], deploy.micro_batch, prompt + answer, prompt + answer)
         phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, roles[0].total + libraries)
         files = size * roles[0].parameters
     elif stage == Stage.rm and reward:
         roles = [role("reward", reward, cfg.reward, True, True)]
-        phases["update"] = update(reward, roles[0], 2 * deploy.micro_batch, prompt + answer, 0, 0)
+        phases["update"] = update(reward, roles[0], 2 * deploy.micro_batch, prompt + answer, 0)
         files = size * roles[0].parameters
     elif stage == Stage.dpo and actor:
         roles = [role("actor", actor, cfg.actor, False, True)]
         if not config.adapter_only(cfg.actor):
             roles.append(role("ref", actor, cfg.actor, False, False))
-        phases["update"] = update(actor, roles[0], 2 * deploy.micro_batch, prompt + answer, answer, 2)
+        phases["update"] = update(actor, roles[0], 2 * deploy.micro_batch, prompt + answer, answer)
         longest = prompt + cfg.rollout.max_new_tokens
         phases["sampling"], gathers = sampling(actor, roles[0], longest, sum(r.total for r in roles) + libraries)
         files = size * roles[0].parameters
@@ -316,7 +329,7 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             roles.append(role("reward", reward, cfg.reward, True, False))
         phases["scoring"] = {"gathered weights": max(map(live_weights, roles), default=0.0)}
         if actor and node.policies:
-            phases["scoring"]["logits"] = logits(actor, cfg, deploy.eval_micro_batch, answer, 2)
+            phases["scoring"]["logits"] = logits(actor, cfg, deploy.eval_micro_batch, answer, False)
             phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
             phases["sampling"]["kv cache"] *= node.beams if node.decoding == config.Decoding.beam else 1
         notes += [f"eval.rewards.{name}: not counted" for name, source in node.rewards.items() if source.path]
@@ -350,17 +363,17 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             roles.insert(1, Role("average", cfg.actor.name, roles[0].trained, 0, average, 0, 0, 0))
         phases["sampling"], gathers = sampling(actor, roles[0], prompt + answer, sum(r.total for r in roles) + libraries)
         phases["scoring"] = {
-            "logits": logits(actor, cfg, deploy.eval_micro_batch, answer, 2),
+            "logits": logits(actor, cfg, deploy.eval_micro_batch, answer, False),
             "gathered weights": max(map(live_weights, roles)),
         }
         # a text of the pretraining loss, or a demonstration with its prompt; it has logits at all its positions
         text = max(node.ptx.max_tokens, prompt + min(node.ptx.max_tokens, cfg.data.max_response_tokens)) if node.ptx.coef else 0
         longest, read = max(prompt + answer, text), max(answer, text)
-        phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, longest, read, 2)
+        phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, longest, read)
         policies = 1 + bool(node.ema) + bool(node.evaluation.every)
         files = size * policies * roles[0].parameters
         if stage == Stage.ppo:
-            phases["critic's update"] = update(critic, roles[-1], deploy.micro_batch, prompt + answer, 0, 0)
+            phases["critic's update"] = update(critic, roles[-1], deploy.micro_batch, prompt + answer, 0)
             files += size * roles[-1].parameters
     if size == 2 and stage != Stage.eval:  # gradients are copied to fp32, where the optimizer is
         trained = max(r.trained for r in roles)

@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTENTION = "unpadded"  # the name of our attention in transformers
+SIMILAR, SHORT = 0.8, 32  # attention pads sequences to those at most 1.25 times as long, and short ones to so many tokens
 SHARED = 8  # tokens; a shorter beginning in common is not worth its bookkeeping
 
 
 @dataclass
 class Layout:
-    """Where the tokens of a batch (B, T) are. N tokens in the row, W tokens in the longest sequence."""
+    """Where the tokens of a batch (B, T) are; N of them are in the row. Attention sees sequences of similar length together."""
 
     ids: Tensor  # (1, N)
     position_ids: Tensor  # (1, N) from 0 in each sequence
     place: Tensor  # (B, T) number in the row of each token; at padding that of the last real token before it
-    sequences: Tensor  # (B, W) number in the row of each sequence's tokens, some token behind its end
-    own: Tensor  # (N,) where each token of the row is found in `sequences`, as an index of its B x W elements
-    lengths: list[int]  # tokens of each sequence
-    equal: bool  # nothing is shared and all sequences are equally long: the row is `sequences`
+    parts: list[Tensor]  # (b, w) each: number in the row of the tokens of b sequences, some token behind their ends
+    own: Tensor  # (N,) where each token of the row is found in `parts`, as an index of all their elements
+    equal: bool  # nothing is shared and all sequences are equally long: the row is the only part
 
 
 def lay_out(ids: Tensor, mask: Tensor) -> Layout:
@@ -41,6 +41,7 @@ def lay_out(ids: Tensor, mask: Tensor) -> Layout:
         raise ValueError("a sequence without any token")
     left = np.full((n_rows, width), -1, np.int32)
     left[np.arange(width) < lengths[:, None]] = tokens[real]
+    starts, cuts = similar(lengths)
     sequences = np.zeros((n_rows, width), np.int64)
     order = sorted(range(n_rows), key=lambda row: left[row].tobytes()) if n_rows > 1 else [0]  # those that begin alike are neighbours
     own, position_ids, before, n = [], [], order[0], 0
@@ -53,7 +54,7 @@ def lay_out(ids: Tensor, mask: Tensor) -> Layout:
         fresh = np.arange(alike, lengths[row])
         sequences[row, :alike] = sequences[before, :alike]
         sequences[row, fresh] = n + np.arange(len(fresh))
-        own.append(row * width + fresh)
+        own.append(starts[row] + fresh)
         position_ids.append(fresh)
         n, before = n + len(fresh), row
     where = np.concatenate(own)
@@ -63,10 +64,28 @@ def lay_out(ids: Tensor, mask: Tensor) -> Layout:
     def tensor(x: Any) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(ids.device)
 
-    row_ids = left.reshape(-1)[where].astype(np.int64)[None]
-    equal = n == n_rows * width and order == list(range(n_rows))
+    parts = [sequences[rows, :w] for rows, w in cuts]
     positions = np.concatenate(position_ids)[None]
-    return Layout(tensor(row_ids), tensor(positions), tensor(place), tensor(sequences), tensor(where), lengths.tolist(), equal)
+    row_ids = np.empty(n, np.int64)
+    for row in range(n_rows):
+        row_ids[sequences[row, : lengths[row]]] = left[row, : lengths[row]]
+    equal = len(parts) == 1 and bool((parts[0].reshape(-1) == np.arange(n)).all()) if n == n_rows * width else False
+    return Layout(tensor(row_ids[None]), tensor(positions), tensor(place), [tensor(part) for part in parts], tensor(where), equal)
+
+
+def similar(lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:
+    """Parts of sequences of similar length, the padding of which costs little. Args: lengths (B,).
+    Returns: where each sequence begins among the elements of all parts; and the sequences of each part with the longest's length."""
+    starts, cuts, used = np.zeros(len(lengths), np.int64), [], 0
+    rest = np.argsort(lengths, kind="stable")
+    while len(rest):
+        longest = int(lengths[rest[-1]])
+        inside = lengths[rest] >= (SIMILAR * longest if longest > SHORT else 0)
+        rows = np.sort(rest[inside])
+        starts[rows] = used + longest * np.arange(len(rows))
+        cuts.append((rows, longest))
+        used, rest = used + longest * len(rows), rest[~inside]
+    return starts, cuts
 
 
 def inputs_of(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
@@ -99,20 +118,19 @@ def attention(
         others |= {"sliding_window": sliding_window}
         return sdpa_attention_forward(module, asked, key, value, attention_mask, dropout, scaling, **others)[0].to(query.dtype), None
     groups = query.shape[1] // key.shape[1]
-    sequences, width = layout.sequences, layout.sequences.shape[1]
-
-    def padded(x: Tensor) -> Tensor:  # (1, heads, N, d) -> (B, heads, W, d)
-        x = x[0].transpose(0, 1)
-        x = x if layout.equal else x.index_select(0, sequences.flatten())
-        return x.reshape(*sequences.shape, *x.shape[1:]).transpose(1, 2)
-
-    q, k, v = padded(query), repeat_kv(padded(key), groups), repeat_kv(padded(value), groups)
-    window = None
-    if sliding_window is not None and sliding_window < width:
-        at = torch.arange(width, device=q.device)
-        window = (at[:, None] >= at) & (at[:, None] - at < sliding_window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling)
-    out = out.transpose(1, 2).reshape(sequences.numel(), *out.shape[1::2])
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
+    found = []
+    for part in layout.parts:
+        taken = rows if layout.equal else [x.index_select(0, part.flatten()) for x in rows]
+        q, k, v = (x.reshape(*part.shape, *x.shape[1:]).transpose(1, 2) for x in taken)  # (b, heads, w, d)
+        window, w = None, part.shape[1]
+        if sliding_window is not None and sliding_window < w:
+            at = torch.arange(w, device=q.device)
+            window = (at[:, None] >= at) & (at[:, None] - at < sliding_window)
+        k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling)
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    out = found[0] if len(found) == 1 else torch.cat(found)
     return (out if layout.equal else out.index_select(0, layout.own))[None], None
 
 

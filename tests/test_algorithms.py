@@ -65,7 +65,8 @@ def test_every_algorithm_trains_and_leaves_what_belongs_to_it(runs: dict[str, Pa
     stage = CASES[name][0]
     assert (runs[name] / "ds_reward.json").exists() == (stage != "dpo"), "DPO loads no reward model"
     if stage != "dpo":
-        assert rows[0]["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+        for row in rows:
+            assert row["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
         assert not [key for row in rows for key in row if key.startswith(("val/value", "val/return", "loss/value")) or "critic" in key]
     assert (runs[name] / "model_ema").exists() == (name == "rloo_two")
 
@@ -174,9 +175,10 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
             torch.nn.init.constant_(self.module.bias, shift)
             self.module.hf = types.SimpleNamespace(config=OPTConfig())
 
-        def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: int) -> torch.Tensor:
+        def __call__(self, ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
             calls.append(len(ids))
-            return torch.zeros(len(ids), positions, 600)
+            uniform = math.log(600) * wanted
+            return -uniform, uniform, torch.zeros(ids.shape)
 
     pairs = [([5, 6], [7, 8], [9]), ([5], [6, 7, 8], [9, 10])]
     file = tmp_path / "reference.safetensors"

@@ -16,12 +16,13 @@ import torch
 from conftest import SMALL, Demo, runs_in, summary, train
 from test_config import composed
 from test_deployments import prepare, work
+from transformers import AutoModelForCausalLM
 
 from rlhf import config, layout, models
 from rlhf.config import Precision
 from rlhf.data import load, template
+from rlhf.decode import Sampling, generate
 from rlhf.objectives import wilson
-from rlhf.rollout import Sampling, search
 
 FEW = ["eval.best_of_prompts=4", "eval.best_of=4", "eval.prompts=[zh]"]
 CASES: dict[str, list[str]] = {
@@ -188,14 +189,14 @@ def test_beam_search_is_that_of_each_row_alone(runs: dict[str, Path], tokenizer:
     ids = torch.tensor([[0, 0, *prompts[0]], prompts[1]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     eos = tokenizer.eos_token_id
-    found, kept, _ = search(policy.hf, ids, mask, 12, eos, 3)
+    found, kept, logp = generate(policy, ids, mask, torch.zeros(2, 12), eos, Sampling(beams=3))
+    everyday = AutoModelForCausalLM.from_pretrained(runs["sft"] / "model").eval()
     for i, prompt in enumerate(prompts):
-        alone = policy.hf.generate(
-            torch.tensor([prompt]), num_beams=3, do_sample=False, max_new_tokens=12, eos_token_id=eos, pad_token_id=0
-        )
+        alone = everyday.generate(torch.tensor([prompt]), num_beams=3, do_sample=False, max_new_tokens=12, eos_token_id=eos, pad_token_id=0)
         tokens = alone[0, len(prompt) :].tolist()
         tokens = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
         assert found[i][kept[i] > 0].tolist() == tokens
+    assert found.shape == kept.shape == (2, 12) and (found[kept == 0] == eos).all() and not logp.any()
     assert Sampling().beams == 1
 
 

@@ -18,13 +18,15 @@ import torch
 from conftest import REPO
 from test_config import composed
 from test_track import inspect
+from torch import Tensor
 
 from rlhf import config, engines, guards, models
 from rlhf.config import Precision
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Turn
+from rlhf.decode import Sampling
 from rlhf.guards import Guards, warnings_of
-from rlhf.rollout import Experience, Models, Sampling, make_experience
+from rlhf.rollout import Experience, Models, make_experience
 
 EOS = 2
 PROMPTS = [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9]]
@@ -46,9 +48,9 @@ def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def experience(actor: Any, tokenizer: Any) -> Experience:
-    """A rollout in which one answer ends."""
-    draws = uniforms("rollout", range(4), 0, 0, 6)
-    e = make_experience(Models(tokenizer, actor, actor), PROMPTS, [[Turn("user", "Hi")]] * 4, draws, Sampling(), 4)
+    """A rollout in which one answer ends, measured as the first one of a run."""
+    draws, asked = uniforms("rollout", range(4), 0, 0, 6), [[Turn("user", "Hi")]] * 4
+    e = make_experience(Models(tokenizer, actor, actor), PROMPTS, asked, draws, Sampling(), 4, rescore=True)
     e.scores = torch.zeros(4, 1)
     e.response_ids[1, 2:], e.mask[1, 3:], e.learnt[1, 3:], e.ended[1] = EOS, 0.0, 0.0, 1.0
     e.mask, e.learnt = e.mask.clone(), e.learnt.clone()
@@ -119,14 +121,26 @@ class Deaf:
     def __init__(self, engine: Any):
         self.engine = engine
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: int) -> torch.Tensor:
+    def __call__(self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return self.engine(ids, torch.ones_like(mask), positions)
+            return self.engine(ids, torch.ones_like(mask), wanted, temperature)
 
 
-def test_a_model_that_ignores_its_mask_stops_the_run(actor: Any, experience: Experience) -> None:
-    with pytest.raises(RuntimeError, match="guard padding: padding changes log-probabilities"):
-        Guards(Precision.fp32, OFF).check_padding(Deaf(actor), experience, 1.0, 0)
+class Gossip(Deaf):
+    """A policy that hears its mask, and also the row above its own."""
+
+    def __call__(self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            logp, *others = self.engine(ids, mask, wanted, temperature)
+            return logp + 0.01 * (logp.roll(1, 0) - logp) * wanted, *others
+
+
+@pytest.mark.parametrize("broken", [Deaf, Gossip])
+def test_a_model_that_ignores_its_mask_or_mixes_its_rows_stops_the_run(actor: Any, experience: Experience, broken: type[Deaf]) -> None:
+    guard = Guards(Precision.fp32, OFF)
+    guard.check_padding(actor, experience, 1.0, 0)
+    with pytest.raises(RuntimeError, match="guard padding: padding or other answers change log-probabilities"):
+        guard.check_padding(broken(actor), experience, 1.0, 0)
 
 
 def test_dropout_stops_the_run(actor: Any) -> None:
@@ -174,6 +188,20 @@ def test_in_bf16_only_the_first_rollout_must_keep_the_sampler_s_limit(experience
     assert later.logged == {"sampler"}
     with pytest.raises(RuntimeError, match="guard sampler"):
         Guards(Precision.fp32, OFF).check_rollout(experience, EOS, first=False)
+
+
+def test_in_bf16_only_the_first_ratio_must_keep_its_limit(experience: Experience) -> None:
+    """It is looked at in every rollout, and the largest difference is what is reported."""
+    now, before, mask = experience.old_logp + 0.06, experience.old_logp, experience.mask
+    with pytest.raises(RuntimeError, match="guard ratio"):
+        Guards(Precision.bf16, OFF).check_ratio(now, before, mask)
+    later = Guards(Precision.bf16, OFF)
+    later.check_ratio(now, before, mask, first=False)
+    later.check_ratio(before, before, mask, first=False)
+    assert later.logged == {"ratio"} and later.measured["ratio"] == pytest.approx((0.06, 0.06), rel=1e-3)
+    for first in (True, False):
+        with pytest.raises(RuntimeError, match="guard ratio"):
+            Guards(Precision.fp32, OFF).check_ratio(now, before, mask, first)
 
 
 # --------------------------------------------------------------------------------------------------------------------- warnings

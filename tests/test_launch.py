@@ -167,6 +167,18 @@ def test_places_number_all_processes_of_all_nodes() -> None:
     assert (alone["RANK"], alone["WORLD_SIZE"], alone["MASTER_ADDR"], alone["DS_ACCELERATOR"]) == ("0", "1", "127.0.0.1", "cpu")
 
 
+def test_workers_keep_freed_memory_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    there = launch.places(composed("deploy.gpus=2"))
+    assert all(names <= place.keys() for place in there)
+    assert all(int(there[0][name]) >= 2**30 for name in names if name.startswith("MALLOC"))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
+    (place,) = launch.places(composed())
+    assert names & place.keys() == names - {"MALLOC_MMAP_THRESHOLD_"}, "what the user has set stays"
+
+
 def test_the_cause_is_who_was_killed_or_who_failed_first(tmp_path: Path) -> None:
     assert launch.cause_of({"rank 3": 1}, tmp_path) == "rank 3: exit code 1"
     for rank, age in ((0, 5), (2, 9)):

@@ -43,6 +43,12 @@ def output(engine: Any) -> Tensor:
     return said(engine) if isinstance(engine.module, models.Policy) else engine(IDS, MASK)
 
 
+def logits(module: models.Policy | models.Scorer) -> Tensor:
+    """What the model itself gives from the padded batch: of the last 4 tokens, or the raw score of each row."""
+    found = module.hf(**models.model_inputs(module.hf, IDS, MASK)).logits
+    return found[:, -5:-1] if isinstance(module, models.Policy) else found
+
+
 def update(engine: Any, steps: int = 2) -> None:
     engine.train()
     for _ in range(steps):
@@ -119,7 +125,7 @@ def test_merged_weights_and_adapter_say_the_same_as_the_trained_model(
     engine = build(cfg, base(family), tokenizer, tmp_path, role)
     update(engine)
     with torch.no_grad():
-        expected = output(engine)
+        expected, raw = output(engine), logits(engine.module)
     models.save_engine(engine, tokenizer, tmp_path / "model")
     load = models.load_scorer if stage == "rm" else models.load_policy
     merged = load(str(tmp_path / "model"), tokenizer, Precision.fp32).eval()
@@ -132,6 +138,7 @@ def test_merged_weights_and_adapter_say_the_same_as_the_trained_model(
             again.hf = again.hf.merge_and_unload()
         with torch.no_grad():
             got = said(again) if stage == "sft" else again(IDS, MASK)
+            assert float((logits(again) - raw).abs().max()) < 1e-4
         assert float(((got - expected) * (1 if stage == "sft" else MASK)).abs().max()) < 1e-4
 
 
@@ -170,7 +177,7 @@ def test_all_stages_with_adapters(tmp_path: Path, processes: int, zero: int) -> 
     for run in (ppo, both):
         rows = metrics(run)
         assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4), "policy and reference start equal"
-        assert rows[0]["policy/ratio_first_minibatch"] == pytest.approx(1, abs=1e-5)
+        assert [row["policy/ratio_first_minibatch"] for row in rows] == pytest.approx([1] * len(rows), abs=1e-5)
         assert rows[1]["objective/kl"] != 0 and rows[0]["policy/grad_norm"] > 0 and rows[0]["val/grad_norm"] > 0
         assert {"model", "critic"} == {path.parent.name for path in run.glob("*/adapter")}
     tokenizer = models.load_tokenizer(str(sft / "model"))

@@ -15,7 +15,7 @@ from families import FAMILIES, save_base
 from test_config import CONF, composed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import checks, config, engines, lora, models, plan
+from rlhf import checks, config, engines, logprobs, lora, models, plan
 from rlhf.config import Arch, Lora, Stage
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "tiny")
@@ -128,7 +128,8 @@ def test_model_states_are_the_measured_tensors(zero: int, precision: str, adapte
     before = storages()
     engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, cfg.deploy.precision), cfg, "actor", tmp_path)
     ids = torch.randint(5, 100, (2, 8), generator=torch.Generator().manual_seed(0))
-    engines.optimizer_step(engine, [0], lambda _: engine(ids, torch.ones_like(ids), 4).float().logsumexp(-1).sum(), 1e-3)
+    wanted = torch.arange(8).expand(2, 8) >= 4
+    engines.optimizer_step(engine, [0], lambda _: -engine(ids, torch.ones_like(ids), wanted)[0].sum(), 1e-3)
     measured = sum(size for address, size in storages().items() if address not in before)
     (role,) = plan.make_plan(cfg, Stage.sft).roles
     expected = role.weights + role.optimizer + (role.gradients if zero == 3 else 0)
@@ -204,7 +205,8 @@ def test_hand_numbers() -> None:
     assert actor.weights == 2 * actor.parameters / 8 and actor.gradients == 2 * adapter / 8 and actor.optimizer == 12 * adapter / 8
     assert [role.name for role in p.roles] == ["actor", "reward", "critic"], "the reference is the actor with its adapter off"
     assert p.phases["sampling"]["kv cache"] == 2 * 40 * 5120 * 32 * 512 * 2
-    assert p.phases["actor's update"]["logits"] == 4 * 256 * 50272 * (2 + 4 + 4)
+    assert p.phases["actor's update"]["logits"] == 64 * 50272 * (2 + 4 + 4) + 4 * 2**24
+    assert (plan.CHUNK, plan.SMALLEST, plan.LOGITS, plan.KEPT) == (logprobs.CHUNK, logprobs.SMALLEST, logprobs.LOGITS, logprobs.KEPT)
 
 
 def test_partitioned_sampling_is_chosen_where_whole_weights_do_not_fit() -> None:

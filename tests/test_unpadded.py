@@ -95,13 +95,14 @@ def test_every_token_is_there_once_and_at_its_place(seed: int) -> None:
     # a token is its whole beginning; the same one twice only where too little is alike
     assert len(beginnings_seen) <= layout.ids.shape[1] <= sum(map(len, real))
     for i, row in enumerate(real):
-        n = len(row)
-        assert layout.lengths[i] == n
-        assert layout.ids[0, layout.sequences[i, :n]].tolist() == row
-        assert layout.position_ids[0, layout.sequences[i, :n]].tolist() == list(range(n))
+        places = layout.place[i][mask[i] > 0]
+        assert layout.ids[0, places].tolist() == row
+        assert layout.position_ids[0, places].tolist() == list(range(len(row)))
         seen = (mask[i].cumsum(0) - 1).clamp(min=0)
-        assert layout.place[i].tolist() == layout.sequences[i, seen].tolist()
-    assert layout.sequences.flatten()[layout.own].tolist() == list(range(layout.ids.shape[1]))
+        assert layout.place[i].tolist() == places[seen].tolist()
+        assert any(line[: len(row)] == places.tolist() for part in layout.parts for line in part.tolist())
+    assert sum(map(len, layout.parts)) == len(rows)
+    assert torch.cat([part.flatten() for part in layout.parts])[layout.own].tolist() == list(range(layout.ids.shape[1]))
 
 
 def test_what_begins_alike_is_there_once() -> None:
@@ -109,7 +110,14 @@ def test_what_begins_alike_is_there_once() -> None:
     fresh = [8, 2, 3, 7, 1, 0]  # the last row but one shares more than BEGINNING; the last is there already, but too short to share
     assert layout.ids.shape[1] == len(BEGINNING) + sum(fresh[:5]) + 7
     alike = unpadded.lay_out(*pad_right([ROWS[0], ROWS[0]], PAD, CPU))
-    assert alike.ids.tolist() == [ROWS[0]] and alike.sequences[0].tolist() == alike.sequences[1].tolist()
+    assert alike.ids.tolist() == [ROWS[0]] and alike.parts[0].tolist() == [list(range(len(ROWS[0])))] * 2
+
+
+def test_attention_pads_little() -> None:
+    """Parts of sequences that are at least 0.8 times as long as the longest; all short ones are one part."""
+    rows = [[1] * n for n in (100, 79, 81, 5, 32, 64, 100, 63, 2)]
+    layout = unpadded.lay_out(*pad_right([[i] * len(row) for i, row in enumerate(rows)], PAD, CPU))
+    assert [tuple(part.shape) for part in layout.parts] == [(3, 100), (2, 79), (1, 63), (3, 32)]
 
 
 def test_equal_lengths_need_no_rearrangement() -> None:
