@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rlhf import comm, unpadded
+from rlhf import comm, logprobs, unpadded
 from rlhf.models import model_inputs
 from rlhf.track import first_line, log
 
-PREPACKED = 2**20  # elements of the output layer from which on it is laid out anew
 FEW = 64  # rows
 
 
@@ -281,14 +281,17 @@ def new_cache(hf: Any, capacity: int) -> Any:
 
 @contextlib.contextmanager
 def fast_products(hf: Any) -> Iterator[None]:
-    """Within this context, in which weights do not change, the linear layers of a float32 model on CPU are faster with few rows."""
+    """Within this context, in which weights do not change, the linear layers of a float32 model on CPU are faster where rows are few."""
     layers: list[Any] = [
         m for m in hf.modules() if type(m) is nn.Linear and m.weight.is_cpu and m.weight.dtype == torch.float32 and m.weight.numel()
     ]
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        laid_out = layer is hf.get_output_embeddings() and layer.weight.numel() >= PREPACKED and torch.backends.mkldnn.is_available()
-        layer.forward = (laid_out_product if laid_out else product)(layer.weight.detach(), layer.bias)
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        if layer is hf.get_output_embeddings() and logprobs.by_onednn(weight):  # the largest by far: laid out anew, it is read fastest
+            layer.forward = functools.partial(logprobs.product, weight=torch.ops.mkldnn._reorder_linear_weight(weight), bias=bias)
+        else:
+            layer.forward = functools.partial(few_rows, weight=weight, bias=bias)
     try:
         yield
     finally:
@@ -299,21 +302,10 @@ def fast_products(hf: Any) -> Iterator[None]:
                 layer.forward = own
 
 
-def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x W^T + b. Computed as W x^T it is up to twice as fast for a few rows x."""
-    column = weight.new_zeros(()) if bias is None else bias.detach()[:, None]
-
-    def multiply(x: Tensor) -> Tensor:
-        if x.numel() > FEW * x.shape[-1]:
-            return F.linear(x, weight, bias)
-        rows = x.reshape(-1, x.shape[-1])
-        # contiguous: else attention would take its slow path
-        return torch.addmm(column, weight, rows.t()).t().contiguous().view(*x.shape[:-1], len(weight))
-
-    return multiply
-
-
-def laid_out_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The same with the weight in oneDNN's own layout: for the output layer, the largest by far, whose time is that of reading it."""
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, None if bias is None else bias.detach(), "none", [], "")
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b; computed as W x^T it is up to twice as fast for a few rows x."""
+    if x.numel() > FEW * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    column = weight.new_zeros(()) if bias is None else bias[:, None]
+    # contiguous: else attention would take its slow path
+    return torch.addmm(column, weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous().view(*x.shape[:-1], len(weight))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 CHUNK, SMALLEST = 512, 64  # tokens; with fewer the product would be slow
 LOGITS = 2**21  # elements of a chunk's logits, within these bounds: 8 MiB, which stay in the cache of a CPU
-KEPT = 2**24  # so many probabilities are kept for the backward pass, 64 MiB; those of further chunks are computed again
+LARGE = 2**20  # elements of a weight
+KEPT = 2**22  # so many probabilities are kept for the backward pass, 16 MiB; those of further chunks are computed again
 
 
 def give_logp(head: nn.Module) -> None:
@@ -104,5 +105,16 @@ class TargetLogp(torch.autograd.Function):
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """(tokens, V), float32, the temperature applied."""
-    logits = F.linear(hidden, weight, bias).float()
+    multiply = product if by_onednn(weight) else F.linear
+    logits = multiply(hidden, weight, bias).float()
     return logits.div_(temperature) if temperature != 1 else logits
+
+
+def by_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies faster by a weight than what torch calls for it (MKL): in float32 on CPU, where it is not small."""
+    return weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= LARGE and torch.backends.mkldnn.is_available()
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows weight^T + bias by oneDNN, without gradient."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")

@@ -25,7 +25,7 @@ MAX_LIVE = 10**9  # weights that DeepSpeed holds gathered at stage 3, at most (i
 ROWS = {"Dahoas/rm-static": 76256, "Dahoas/full-hh-rlhf": 112052, "Anthropic/hh-rlhf": 160800}  # preference pairs, from their cards
 
 PADDED = ("bloom",)  # families whose attention needs padding
-CHUNK, SMALLEST, LOGITS, KEPT = 512, 64, 2**21, 2**24  # of rlhf/logprobs.py, which needs torch
+CHUNK, SMALLEST, LOGITS, KEPT = 512, 64, 2**21, 2**22  # of rlhf/logprobs.py, which needs torch
 
 # Elements that one block keeps per token for the backward pass: (x ffn, x hidden in fp32, x hidden in bf16). The norms of the
 # llama family compute in fp32, which a bf16 block keeps beside its own. To these comes the attention mask: one per key; BLOOM

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import importlib
 import logging
 import os
 import signal
@@ -16,7 +17,6 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
 
 
 def main(run_dir: Path) -> None:
@@ -25,7 +25,6 @@ def main(run_dir: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     from rlhf import checkpoint, comm, config, curves, engines, launch, layout, track
-    from rlhf.stages import dpo, evaluate, inspect, online, rm, sft
 
     transformers_logging.disable_progress_bar()
     started = time.time()
@@ -44,15 +43,9 @@ def main(run_dir: Path) -> None:
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.set_num_threads(config.threads(cfg))
         torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
-        stages: dict[config.Stage, Any] = {
-            config.Stage.sft: sft.run,
-            config.Stage.rm: rm.run,
-            **dict.fromkeys(config.ONLINE, online.run),
-            config.Stage.dpo: dpo.run,
-            config.Stage.eval: evaluate.run,
-            config.Stage.inspect: inspect.run,
-        }
-        metrics = stages[stage](cfg, run_dir)
+        modules = {config.Stage.eval: "evaluate", **dict.fromkeys(config.ONLINE, "online")}
+        module = importlib.import_module(f"rlhf.stages.{modules.get(stage, stage.name)}")  # the others' libraries take time
+        metrics = module.run(cfg, run_dir)
         if comm.rank() == 0:
             if stage.name in curves.PANELS:
                 curves.plot_curves(run_dir, stage.name)

@@ -57,7 +57,8 @@ def test_both_engines_sample_the_same_answers(base: Any, tokenizer: Any, family:
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_a_prompt_that_is_there_several_times_is_read_once(base: Any, tokenizer: Any, family: str) -> None:
+def test_a_prompt_that_is_there_several_times_is_read_once(base: Any, tokenizer: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "traced_step", lambda _: None)  # a recorded step calls no hook
     policy = load(base, tokenizer, family, ends=False)
     assert policy.is_plain()
     read: list[int] = []
@@ -73,7 +74,8 @@ def test_a_prompt_that_is_there_several_times_is_read_once(base: Any, tokenizer:
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "bloom"])
-def test_finished_rows_cost_nothing(base: Any, tokenizer: Any, family: str) -> None:
+def test_finished_rows_cost_nothing(base: Any, tokenizer: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "traced_step", lambda _: None)
     policy = load(base, tokenizer, family)
     rows: list[int] = []
     policy.hf.get_input_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
@@ -83,6 +85,57 @@ def test_finished_rows_cost_nothing(base: Any, tokenizer: Any, family: str) -> N
     _, here, _ = decode.sample(policy, ids, mask, uniforms("test", range(len(ids)), 0, 3, NEW), EOS, Sampling())
     going = [int(n) for n in here.sum(0)]  # answers that have a token here
     assert rows[1:] == [n for n in going[1:] if n] and len(set(rows[1:])) > 3
+
+
+RECORDED = ["opt", "gpt2", "gpt_neox", "llama", "qwen2"]
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=lambda p: p.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_step_is_the_model_whatever_its_weights_become(
+    base: Any, tokenizer: Any, family: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that change in place, as an optimizer does it, and weights that are put elsewhere."""
+    policy = load(base, tokenizer, family, precision)
+    ids, mask = pad_left(PROMPTS, PAD, CPU)
+    draws = uniforms("test", range(len(PROMPTS)), 0, 0, NEW)
+    seen = []
+    for change in (lambda p: p, lambda p: p.mul_(1.1), lambda p: setattr(p, "data", p.data * 1.1)):
+        with torch.no_grad():
+            for p in policy.parameters():
+                change(p)
+        recorded = decode.sample(policy, ids, mask, draws, EOS, Sampling())
+        assert bool(policy.recorded and policy.recorded[1]) == (family in RECORDED)
+        seen.append(policy.recorded)
+        with monkeypatch.context() as without:
+            without.setattr(decode, "traced_step", lambda _: None)
+            plain = decode.sample(policy, ids, mask, draws, EOS, Sampling())
+        assert torch.equal(recorded[0], plain[0]) and torch.allclose(recorded[2], plain[2], atol=1e-5)
+        assert all(p.requires_grad for p in policy.parameters())
+    assert seen[0] is seen[1] and (seen[2] is not seen[1] or family not in RECORDED)
+
+
+def test_what_cannot_be_recorded_runs_in_python(base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's code may ask for what a recording does not know, or do something else the next time."""
+    ids, mask = pad_left(PROMPTS, PAD, CPU)
+    draws = uniforms("test", range(len(PROMPTS)), 0, 0, NEW)
+    expected = decode.sample(load(base, tokenizer, "llama"), ids, mask, draws, EOS, Sampling())
+    for odd in ("fails", "differs"):
+        policy = load(base, tokenizer, "llama")
+        layer = policy.hf.base_model.layers[0].mlp
+        inner = layer.forward
+
+        def forward(x: Tensor, odd: str = odd, inner: Any = inner) -> Tensor:
+            if torch.jit.is_tracing():
+                if odd == "fails":
+                    raise NotImplementedError("not while it is recorded")
+                return inner(x) * 1.01
+            return inner(x)
+
+        layer.forward = forward
+        found = decode.sample(policy, ids, mask, draws, EOS, Sampling())
+        assert policy.recorded[1] is None
+        assert torch.equal(found[0], expected[0]) and all(p.requires_grad for p in policy.parameters())
 
 
 def test_in_bf16_the_cache_is_in_float32_and_answers_are_those_of_the_model(base: Any, tokenizer: Any) -> None:
@@ -99,13 +152,18 @@ def test_in_bf16_the_cache_is_in_float32_and_answers_are_those_of_the_model(base
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 12), (16, 64, 48), (100, 64, 48), (5, 1024, 1024)])
+@pytest.mark.parametrize("output_layer", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_equal_those_of_a_linear_layer(rows: int, inputs: int, outputs: int, bias: bool) -> None:
+def test_products_equal_those_of_a_linear_layer(rows: int, inputs: int, outputs: int, output_layer: bool, bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(inputs, outputs, bias=bias)
-    model = nn.Sequential(layer)
+
+    class Model(nn.Sequential):
+        def get_output_embeddings(self) -> nn.Module | None:
+            return layer if output_layer else None
+
     own = layer.forward
-    with torch.no_grad(), decode.fast_products(model):
+    with torch.no_grad(), decode.fast_products(Model(layer)):
         assert layer.forward != own
         for shape in ((rows, inputs), (rows, 1, inputs), (1, rows, inputs)):
             x = torch.randn(shape)

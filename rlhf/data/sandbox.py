@@ -9,6 +9,7 @@ Everything is made by code from `data.seed`; no files, no torch. The same seed g
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
@@ -126,6 +127,7 @@ def all_prompts() -> list[str]:
     ]
 
 
+@functools.cache  # a prompt is read once for each of its answers
 def request_of(prompt: str) -> Request:
     """What a prompt of this world asks for. Raises ValueError when the text names no thing of this world."""
     things = [word for word in words(prompt) if word in KIND_OF]
