@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -193,31 +194,31 @@ def make_batches(spec: Spec, tokenizer: Any, pairs: list[dict[str, str]]) -> lis
 
 
 def limits(spec: Spec) -> None:
-    """Says what this machine can do with so many threads: the best rate of matrix products of several shapes, GFLOP/s, in fp32 and bf16;
-    and of reading memory, GB/s."""
+    """Says what this machine can do with so many threads: the rate of matrix products of the best of several shapes, GFLOP/s, in fp32 and
+    bf16; and of reading memory, GB/s. Medians, as everything else."""
     import torch
 
     torch.set_num_threads(spec["threads"])
 
-    def best(work: Callable[[], Any]) -> float:
-        """Seconds of the fastest of some repetitions."""
+    def typical(work: Callable[[], Any]) -> float:
+        """Seconds of a repetition."""
         times: list[float] = []
         end = time.perf_counter() + 1.5
         while not times or time.perf_counter() < end:
             begin = time.perf_counter()
             work()
             times.append(time.perf_counter() - begin)
-        return min(times)
+        return statistics.median(times)
 
     found: dict[str, float] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         rates = []
         for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 768, 3072)):
             a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-            rates.append(2e-9 * m * k * n / best(lambda a=a, b=b: torch.nn.functional.linear(a, b)))  # type: ignore[misc]
+            rates.append(2e-9 * m * k * n / typical(lambda a=a, b=b: torch.nn.functional.linear(a, b)))  # type: ignore[misc]
         found[name] = max(rates)
     numbers = torch.ones(2**27)
-    found["read"] = 4e-9 * numbers.numel() / best(numbers.sum)
+    found["read"] = 4e-9 * numbers.numel() / typical(numbers.sum)
     say(spec, **found)
 
 
@@ -256,7 +257,7 @@ def product(spec: Spec) -> None:
     from rlhf.data import load
     from rlhf.data.batches import global_batches
     from rlhf.data.records import Turn as Said
-    from rlhf.stages import dpo, evaluate, inspect, online, rm, sft  # noqa: F401
+    from rlhf.stages import online, rm, sft  # noqa: F401
 
     run_dir = Path(spec["run_dir"])
     cfg = config.load(run_dir / "config.yaml")

@@ -13,7 +13,8 @@ WORK is one of
     data        bench/data.py, small
 
 Contestants (bench/contestants.py) are processes that work in turns, so that only one computes at a time, on the same token ids. The first
-samples are warm-up. A sample counts if other processes have used less than FOREIGN processors meanwhile. All numbers are medians.
+samples are warm-up. A sample counts if others used less than FOREIGN processors meanwhile, and the contestant had one. All numbers are
+medians.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from contestants import MiB, forced_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREIGN = 0.12  # processors that others may use during a sample
+OWN = 0.85  # and that a contestant must have had
 WARM_UP = 2  # samples
 TRIES = 3  # times the wanted number of samples, at most
 BATCH = {"sft": 8, "rm": 8, "padding": 8, "vocabulary": 8}  # else 16
@@ -61,10 +63,10 @@ def clocks() -> tuple[float, float, float]:
     return time.perf_counter(), busy, own
 
 
-def foreign_since(before: tuple[float, float, float]) -> float:
-    """Processors that others have used since then; what the clock's ticks cannot tell (20 ms) is left out."""
+def used_since(before: tuple[float, float, float]) -> dict[str, float]:
+    """Processors used since then, by us (`own`) and by others (`foreign`; what the clocks' ticks cannot tell, 20 ms, is left out)."""
     wall, busy, own = (now - then for now, then in zip(clocks(), before))
-    return max(0.0, busy - own - 0.02) / max(wall, 1e-9)
+    return {"own": own / max(wall, 1e-9), "foreign": max(0.0, busy - own - 0.02) / max(wall, 1e-9)}
 
 
 def wait_for_quiet(at_most: float) -> None:
@@ -72,7 +74,7 @@ def wait_for_quiet(at_most: float) -> None:
     while time.monotonic() < end:
         before = clocks()
         time.sleep(0.4)
-        if foreign_since(before) < FOREIGN / 2:
+        if used_since(before)["foreign"] < FOREIGN / 2:
             return
 
 
@@ -126,7 +128,9 @@ def hear(contestant: dict[str, Any]) -> dict[str, Any]:
     line = contestant["process"].stdout.readline()
     if not line:
         code = contestant["process"].wait()
-        raise SystemExit(f"{last_lines(contestant['log'])}\n{contestant['label']} has ended with {code}; all of it: {contestant['log']}")
+        causes = [file.read_text() for file in Path(contestant["spec"].get("run_dir", "/nowhere")).glob("error-rank*.txt")]
+        why = causes[0] if causes else last_lines(contestant["log"])
+        raise SystemExit(f"{why}\n{contestant['label']} has ended with {code}; all of it: {contestant['log']}")
     return json.loads(line)
 
 
@@ -178,7 +182,7 @@ def side_by_side(contenders: list[dict[str, Any]], samples: int) -> None:
             wait_for_quiet(each["spec"]["wait"])
             before = clocks()
             sample = tell(each, "go")
-            each["samples"].append(sample | {"foreign": foreign_since(before)})
+            each["samples"].append(sample | used_since(before))
         tokens = {each["label"]: each["samples"][-1]["tokens"] for each in contenders}
         if len(set(tokens.values())) > 1:
             raise SystemExit(f"sample {number} is not the same work for all, real tokens: {tokens}")
@@ -190,9 +194,10 @@ def side_by_side(contenders: list[dict[str, Any]], samples: int) -> None:
 
 
 def quiet(contestant: dict[str, Any]) -> list[int]:
-    """Numbers of the samples that count."""
+    """Numbers of the samples that count. A contestant always computes: one that had less than a processor was kept from it, by a host
+    beneath this machine that /proc/stat may know nothing of."""
     samples = contestant["samples"]
-    return [i for i in range(WARM_UP, len(samples)) if samples[i]["foreign"] < FOREIGN]
+    return [i for i in range(WARM_UP, len(samples)) if samples[i]["foreign"] < FOREIGN and samples[i]["own"] > OWN]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- results
@@ -381,11 +386,11 @@ def train(root: Path, overrides: list[str]) -> list[dict[str, Any]]:
         logged = [line for file in root.glob("outputs/*/metrics.jsonl") for line in file.read_text().split("\n")[:-1]]
         for line in logged[len(steps) :]:
             step = json.loads(line)
-            steps.append(step | {"since_start": step["time"] - begin, "foreign": foreign_since(before)})
+            steps.append(step | {"since_start": step["time"] - begin, **used_since(before)})
             before = clocks()
     if process.returncode:
         raise SystemExit(f"{last_lines(root / 'train.log')}\ntrain.py has ended with {process.returncode}")
-    return [*steps, {"since_start": time.perf_counter() - started, "foreign": foreign_since(before)}]
+    return [*steps, {"since_start": time.perf_counter() - started, **used_since(before)}]
 
 
 def row_of(name: str, key: str, steps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -211,64 +211,73 @@ Step = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # tokens, positions (B, 
 
 def traced_step(policy: Any) -> Step | None:
     """One token of every row through the model, recorded once and then run without python, which for a small model is most of the time.
-    The recording refers to the weights in place, so that it serves until they are elsewhere in memory. None on GPUs, where weights are
-    partitioned, and for a model that recorded differs from itself."""
-    weights = list(policy.hf.parameters())
-    if any(not p.is_cpu or hasattr(p, "ds_id") for p in weights):
+    None on GPUs, where weights are partitioned, and for a model that recorded differs from itself."""
+    weights = [owner._parameters[name].detach() for owner, name in places_of(policy.hf.base_model)]
+    if any(not p.is_cpu for p in weights) or any(hasattr(p, "ds_id") for p in policy.hf.parameters()):
         return None
-    places = [p.data_ptr() for p in weights]
-    if policy.recorded is None or policy.recorded[0] != places:
-        policy.recorded = places, record(policy.hf)
-    recorded = policy.recorded[1]
+    if policy.recorded is None:
+        policy.recorded = record(policy.hf)
+    recorded = policy.recorded
 
     def step(token: Tensor, last: Tensor, seen: Tensor, cache: Any) -> Tensor:
         end = seen.shape[1]
         for layer in cache.layers:
             layer.used = end
         memory = [x for layer in cache.layers for x in layer.memory]
-        return recorded(token, last, seen[:, None, None], torch.tensor([end - 1]), torch.tensor(end), *memory)
+        return recorded(token, last, seen[:, None, None], torch.tensor([end - 1]), torch.tensor(end), *memory, *weights)
 
     return step if recorded else None
 
 
-def record(hf: Any) -> Callable[..., Tensor] | None:
-    """Tokens, positions, mask, place, end, then keys and values of every layer -> hidden states (B, d). Called within fast_products."""
-    cache = new_cache(hf, 8)
+def record(hf: Any) -> Callable[..., Tensor] | bool:
+    """Tokens, positions, mask, place, end, then keys and values of every layer, then all weights -> hidden states (B, d). Called within
+    fast_products. False where that fails.
 
-    def step(token: Tensor, last: Tensor, mask: Tensor, place: Tensor, end: Tensor, *memory: Tensor) -> Tensor:
+    Weights are inputs: as constants of the recording, those that are equal when it is made would be taken for one.
+    """
+    cache, base = new_cache(hf, 8), hf.base_model
+    places, n_memory = places_of(base), 2 * len(cache.layers)
+    own = [owner._parameters[name] for owner, name in places]
+
+    def step(token: Tensor, last: Tensor, mask: Tensor, place: Tensor, end: Tensor, *tensors: Tensor) -> Tensor:
         for i, layer in enumerate(cache.layers):
-            layer.memory, layer.at, layer.used = [*memory[2 * i : 2 * i + 2]], (place, end), 1
-        inputs = {"input_ids": token, "attention_mask": mask, "position_ids": last, "past_key_values": cache}
-        return hf.base_model(**inputs, use_cache=True).last_hidden_state[:, -1]
+            layer.memory, layer.at, layer.used = [*tensors[2 * i : 2 * i + 2]], (place, end), 1
+        inputs = {"input_ids": token, "attention_mask": mask, "position_ids": last, "past_key_values": cache, "use_cache": True}
+        for (owner, name), weight in zip(places, tensors[n_memory:]):
+            owner._parameters[name] = weight
+        return base(**inputs).last_hidden_state[:, -1]
 
     def example(rows: int, used: int, capacity: int) -> list[Tensor]:
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator().manual_seed(rows)
         token = torch.randint(hf.get_input_embeddings().num_embeddings, (rows, 1), generator=random)
         mask = torch.zeros(rows, 1, 1, used + 1)
         mask[0, ..., 0] = -torch.inf
-        memory = [torch.randn(rows, *shape[0], capacity, shape[1], generator=random) for shape in shapes for _ in range(2)]
-        return [token, torch.full((rows, 1), used), mask, torch.tensor([used]), torch.tensor(used + 1), *memory]
+        memory = [torch.randn(rows, x.shape[1], capacity, x.shape[3], generator=random) for x in shapes]
+        weights = [p + 0.01 * p.abs().mean() * torch.randn(p.shape, generator=random).to(p.dtype) for p in own]
+        return [token, torch.full((rows, 1), used), mask, torch.tensor([used]), torch.tensor(used + 1), *memory, *weights]
 
-    hf.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)  # for the shapes
-    shapes = [((layer.memory[0].shape[1],), layer.memory[0].shape[3]) for layer in cache.layers]
-    learning = [p for p in hf.parameters() if p.requires_grad]
     try:
+        base(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        shapes = [x for layer in cache.layers for x in layer.memory]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that sizes are taken for constants, which is looked at below
-            for p in learning:
-                p.requires_grad_(False)
             recorded = torch.jit.trace(step, tuple(example(3, 5, 8)), check_trace=False)
-            for rows, used, capacity in ((1, 9, 12), (4, 2, 5)):
-                one, other = (f(*example(rows, used, capacity)) for f in (recorded, step))
-                if not torch.allclose(one, other, rtol=0, atol=float(other.abs().max()) * 1e-5):
-                    return None
+        for rows, used, capacity in ((1, 9, 12), (4, 2, 5), (2, 6, 7)):  # other sizes, and other weights each time
+            one, other = (f(*example(rows, used, capacity)) for f in (recorded, step))
+            if not torch.allclose(one, other, rtol=0, atol=float(other.abs().max()) * 1e-5):
+                return False
         return recorded
     except Exception as error:  # whatever a model's code does that cannot be recorded
         log.debug(f"the sampling loop runs in python: {first_line(error)}")
-        return None
+        return False
     finally:
-        for p in learning:
-            p.requires_grad_(True)
+        for (owner, name), weight in zip(places, own):
+            owner._parameters[name] = weight
+
+
+def places_of(module: nn.Module) -> list[tuple[Any, str]]:
+    """Where a module keeps its weights: the module that owns each, and its name there."""
+    return [(owner, name) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
 
 
 def new_cache(hf: Any, capacity: int) -> Any:
@@ -287,11 +296,13 @@ def fast_products(hf: Any) -> Iterator[None]:
     ]
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        if layer is hf.get_output_embeddings() and logprobs.by_onednn(weight):  # the largest by far: laid out anew, it is read fastest
-            layer.forward = functools.partial(logprobs.product, weight=torch.ops.mkldnn._reorder_linear_weight(weight), bias=bias)
+        if layer is hf.get_output_embeddings() and logprobs.by_onednn(
+            layer.weight
+        ):  # by far the largest: laid out anew, it is read fastest
+            laid_out, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()), layer.bias
+            layer.forward = functools.partial(logprobs.product, weight=laid_out, bias=None if bias is None else bias.detach())
         else:
-            layer.forward = functools.partial(few_rows, weight=weight, bias=bias)
+            layer.forward = functools.partial(few_rows, layer)
     try:
         yield
     finally:
@@ -302,8 +313,9 @@ def fast_products(hf: Any) -> Iterator[None]:
                 layer.forward = own
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def few_rows(layer: Any, x: Tensor) -> Tensor:
     """x W^T + b; computed as W x^T it is up to twice as fast for a few rows x."""
+    weight, bias = layer.weight, layer.bias
     if x.numel() > FEW * x.shape[-1]:
         return F.linear(x, weight, bias)
     column = weight.new_zeros(()) if bias is None else bias[:, None]

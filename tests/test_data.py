@@ -205,6 +205,31 @@ def test_processes_share_a_batch_without_gap_or_overlap(world_size: int, size: i
         assert mine == sorted(mine)  # similar lengths together
 
 
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_micro_batches_are_filled_up_to_as_many_tokens_as_full_rows_have(world_size: int, size: int) -> None:
+    """32 rows of 1 to 31 tokens; room for `size` rows of 31, padding included."""
+    lengths = [(7 * i) % 31 + 1 for i in range(40)]
+    batch = list(range(3, 35))
+    random.Random(0).shuffle(batch)
+    parts = [batches.micro_batches(batch, lengths, size, rank, world_size, longest=31) for rank in range(world_size)]
+    assert sorted(row for part in parts for micro in part for row in micro) == sorted(batch)
+    assert len({len(part) for part in parts}) == 1 and all(micro for part in parts for micro in part)
+    for part in parts:
+        assert all(len(micro) * max(lengths[row] for row in micro) <= size * 31 for micro in part)
+        mine = [lengths[row] for micro in part for row in micro]
+        assert mine == sorted(mine)
+    by_number = batches.micro_batches(batch, lengths, size, 0, world_size)
+    assert len(parts[0]) <= len(by_number) and (len(parts[0]) < len(by_number) or len(by_number) == 1)
+
+
+def test_a_process_with_fewer_micro_batches_halves_its_fullest() -> None:
+    lengths = [1, 6, 1, 6, 1, 6, 1, 6]  # process 0 has the odd one out of each pair of neighbours
+    assert batches.filled([0, 2, 4, 6], lengths, 6) == [[0, 2, 4, 6]] and batches.filled([1, 3, 5, 7], lengths, 6) == [[1], [3], [5], [7]]
+    one, other = (batches.micro_batches([0, 2, 1, 3], [2, 4, 3, 9], 1, rank, 2, longest=6) for rank in range(2))
+    assert one == [[0], [1]] and other == [[2], [3]]
+
+
 def test_chunks_are_the_rows_in_order() -> None:
     assert batches.chunks([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
     assert batches.chunks([], 2) == []
