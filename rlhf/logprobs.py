@@ -52,8 +52,8 @@ class TargetLogp(torch.autograd.Function):
         keep, kept = any(ctx.needs_input_grad[:3]), []
         size = min(CHUNK, max(SMALLEST, LOGITS // len(weight)))
         room = KEPT // len(weight)
-        for part in torch.arange(len(hidden), device=hidden.device).split(size):
-            s = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(hidden), size):
+            s = slice(start, start + size)
             logp_all = logits_of(hidden[s], weight, bias, temperature).log_softmax(-1)
             logp[s] = logp_all.gather(1, targets[s, None])[:, 0]
             correct[s] = (logp_all.amax(1) == logp[s]).float()

@@ -116,7 +116,7 @@ class Policy(Model):
             states, place = self.hidden(ids, mask)
             found = self.hf.get_output_embeddings()(states[place[rows, columns - 1]], targets, temperature)
         else:
-            first = int(columns.min())
+            first = int(columns.min()) if len(columns) else ids.shape[1]
             kept = self.hf(**model_inputs(self.hf, ids, mask), use_cache=False, logits_to_keep=ids.shape[1] - first + 1).logits
             logits = kept[rows, columns - first]
             found = *token_logp(logits, targets, temperature), (logits.argmax(-1) == targets).float()

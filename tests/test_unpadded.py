@@ -253,3 +253,13 @@ def test_a_model_that_changes_its_logits_afterwards_is_used_as_it_is(base: Any, 
     policy.hf.forward = forward
     assert not policy.is_plain()
     assert_same(policy)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_nothing_may_be_wanted(base: Any, tokenizer: Any, family: str) -> None:
+    """A process of several may have a prompt without answer, so that all have as many rows."""
+    policy = models.load_policy(base(family), tokenizer, Precision.fp32)
+    ids, mask, wanted = batch()
+    logp, entropy, correct = policy(ids, mask, torch.zeros_like(wanted))
+    assert logp.shape == ids.shape and not logp.any() and not entropy.any() and not correct.any()
+    (logp.sum() + entropy.sum()).backward()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf import comm, config, likelihood, models, objectives, plan
+from rlhf import comm, config, likelihood, logprobs, models, objectives, plan, unpadded
 from rlhf.agreement import correct
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -171,7 +171,7 @@ def cached_logp(ref: Any, pairs: Rows, lengths: Sequence[int], pad_id: int, micr
 def content_of(policy: Any) -> str:
     """A hash of a policy: configuration, weights, gathered one by one where ZeRO-3 partitions them, and the code that reads them. The
     same on every process."""
-    code = "".join(Path(module.__file__ or "").read_text() for module in (likelihood, models, objectives))
+    code = "".join(Path(module.__file__ or "").read_text() for module in (likelihood, logprobs, models, objectives, unpadded))
     sha = hashlib.sha256(f"{policy.module.hf.config.to_json_string()}{code}".encode())
     for name, weight in policy.module.named_parameters():
         if ".lora_" in name:  # the adapter, which is off
