@@ -291,9 +291,12 @@ def new_cache(hf: Any, capacity: int) -> Any:
 
 @contextlib.contextmanager
 def fast_products(hf: Any) -> Iterator[None]:
-    """Within this context, in which weights do not change, the linear layers of a float32 model on CPU are faster where rows are few."""
+    """Within this context, in which weights do not change, the linear layers of a float32 model on CPU are faster where rows are few.
+
+    Not those that ZeRO-3 gathers: where in memory they lie then is chance, and W x^T rounds by that: a resumed run would not repeat.
+    """
     layers: list[Any] = [
-        m for m in hf.modules() if type(m) is nn.Linear and m.weight.is_cpu and m.weight.dtype == torch.float32 and m.weight.numel()
+        m for m in hf.modules() if type(m) is nn.Linear and m.weight.is_cpu and m.weight.dtype == torch.float32 and not hasattr(m.weight, "ds_id")
     ]
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
