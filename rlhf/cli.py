@@ -209,7 +209,8 @@ def run_stages(composed: DictConfig, overrides: list[str]) -> tuple[Config, list
     problems = checks.check(cfg) + layout.check_models(cfg)
     if problems:
         raise ValueError("\n".join(problems))
-    usual = compose("config", [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in {*GROUPS, "pipeline"}])
+    choices = [arg for arg in overrides if arg.lstrip("+~").split("=")[0] in {*GROUPS, "pipeline"}]
+    usual = composed if choices == overrides else compose("config", choices)  # composing takes half a second
     for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
         OmegaConf.update(usual, key, OmegaConf.select(composed, key))
     baseline = config.to_typed(usual)

@@ -574,6 +574,7 @@ def schema_keys(node: Any = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+@functools.cache
 def is_known(key: str) -> bool:
     parts = key.split(".")
     return any(

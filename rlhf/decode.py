@@ -295,9 +295,8 @@ def fast_products(hf: Any) -> Iterator[None]:
 
     Not those that ZeRO-3 gathers: where in memory they lie then is chance, and W x^T rounds by that: a resumed run would not repeat.
     """
-    layers: list[Any] = [
-        m for m in hf.modules() if type(m) is nn.Linear and m.weight.is_cpu and m.weight.dtype == torch.float32 and not hasattr(m.weight, "ds_id")
-    ]
+    linear: list[Any] = [m for m in hf.modules() if type(m) is nn.Linear and not hasattr(m.weight, "ds_id")]
+    layers = [m for m in linear if m.weight.is_cpu and m.weight.dtype == torch.float32]
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         if layer is hf.get_output_embeddings() and logprobs.by_onednn(
