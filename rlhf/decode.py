@@ -213,7 +213,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # tokens, positions (B, 
 def traced_step(policy: Any) -> Step | None:
     """One token of every row through the model, recorded once and then run without python, which for a small model is most of the time.
     None on GPUs, where weights are partitioned, and for a model that recorded differs from itself."""
-    weights = [owner._parameters[name].detach() for owner, name in places_of(policy.hf.base_model)]
+    weights = [tensors[name].detach() for tensors, name in places_of(policy.hf.base_model)]
     if any(not p.is_cpu for p in weights) or any(hasattr(p, "ds_id") for p in policy.hf.parameters()):
         return None
     if policy.recorded is None:
@@ -238,14 +238,14 @@ def record(hf: Any) -> Callable[..., Tensor] | bool:
     """
     cache, base = new_cache(hf, 8), hf.base_model
     places, n_memory = places_of(base), 2 * len(cache.layers)
-    own = [owner._parameters[name] for owner, name in places]
+    own = [tensors[name] for tensors, name in places]
 
     def step(token: Tensor, last: Tensor, mask: Tensor, place: Tensor, end: Tensor, *tensors: Tensor) -> Tensor:
         for i, layer in enumerate(cache.layers):
             layer.memory, layer.at, layer.used = [*tensors[2 * i : 2 * i + 2]], (place, end), 1
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": last, "past_key_values": cache, "use_cache": True}
-        for (owner, name), weight in zip(places, tensors[n_memory:]):
-            owner._parameters[name] = weight
+        for (kept, name), weight in zip(places, tensors[n_memory:]):
+            kept[name] = weight
         return base(**inputs).last_hidden_state[:, -1]
 
     def example(rows: int, used: int, capacity: int) -> list[Tensor]:
@@ -272,13 +272,15 @@ def record(hf: Any) -> Callable[..., Tensor] | bool:
         log.debug(f"the sampling loop runs in python: {first_line(error)}")
         return False
     finally:
-        for (owner, name), weight in zip(places, own):
-            owner._parameters[name] = weight
+        for (kept, name), weight in zip(places, own):
+            kept[name] = weight
 
 
-def places_of(module: nn.Module) -> list[tuple[Any, str]]:
-    """Where a module keeps its weights: the module that owns each, and its name there."""
-    return [(owner, name) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
+def places_of(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where a module keeps the weights that it computes with: the dictionary that holds each, and its name there."""
+    kept: list[dict[str, Any]] = [owner._parameters for owner in module.modules()]
+    kept += [owner.__dict__["merged"].tensors for owner in module.modules() if "merged" in owner.__dict__]
+    return [(tensors, name) for tensors in kept for name, tensor in tensors.items() if tensor is not None]
 
 
 def new_cache(hf: Any, capacity: int) -> Any:
@@ -299,16 +301,20 @@ def fast_products(hf: Any) -> Iterator[None]:
     layers = [m for m in linear if m.weight.is_cpu and m.weight.dtype == torch.float32]
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        if layer is hf.get_output_embeddings() and logprobs.by_onednn(
-            layer.weight
-        ):  # by far the largest: laid out anew, it is read fastest
-            laid_out, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()), layer.bias
-            layer.forward = functools.partial(logprobs.product, weight=laid_out, bias=None if bias is None else bias.detach())
-        else:
-            layer.forward = functools.partial(few_rows, layer)
+        layer.forward = functools.partial(few_rows, layer)
+    head = hf.get_output_embeddings()
+    if head in layers and logprobs.by_onednn(head.weight):  # by far the largest: laid out anew, it is read fastest
+        laid_out, bias = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach()), head.bias
+        head.forward = functools.partial(logprobs.product, weight=laid_out, bias=None if bias is None else bias.detach())
+    for module in hf.modules():
+        together = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(layer in layers for layer in together) and len({layer.bias is None for layer in together}) == 1:
+            module.merged = Merged(together)
     try:
         yield
     finally:
+        for module in hf.modules():
+            module.__dict__.pop("merged", None)
         for layer, own in zip(layers, before):
             if own is None:
                 del layer.forward
@@ -318,9 +324,31 @@ def fast_products(hf: Any) -> Iterator[None]:
 
 def few_rows(layer: Any, x: Tensor) -> Tensor:
     """x W^T + b; computed as W x^T it is up to twice as fast for a few rows x."""
-    weight, bias = layer.weight, layer.bias
-    if x.numel() > FEW * x.shape[-1]:
-        return F.linear(x, weight, bias)
+    return w_xt(x, layer.weight, layer.bias) if x.numel() <= FEW * x.shape[-1] else F.linear(x, layer.weight, layer.bias)
+
+
+def w_xt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, columns first in memory."""
     column = weight.new_zeros(()) if bias is None else bias[:, None]
-    # contiguous: else attention would take its slow path
-    return torch.addmm(column, weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous().view(*x.shape[:-1], len(weight))
+    return torch.addmm(column, weight, x.reshape(-1, x.shape[-1]).t()).t().view(*x.shape[:-1], len(weight))
+
+
+class Merged:
+    """The projections to queries, keys and values as one product, where rows are few: the first that is called computes all three."""
+
+    def __init__(self, layers: list[Any]):
+        self.sizes = [len(layer.weight) for layer in layers]
+        self.tensors = {"weight": torch.cat([layer.weight.detach() for layer in layers])}
+        if layers[0].bias is not None:
+            self.tensors["bias"] = torch.cat([layer.bias.detach() for layer in layers])
+        self.x: Tensor | None = None  # what `found` was computed from
+        self.found: list[Tensor] = []
+        for i, layer in enumerate(layers):
+            layer.forward = functools.partial(self.forward, layer, i)
+
+    def forward(self, layer: Any, i: int, x: Tensor) -> Tensor:
+        if x.numel() > FEW * x.shape[-1]:
+            return F.linear(x, layer.weight, layer.bias)
+        if self.x is not x:
+            self.x, self.found = x, list(w_xt(x, self.tensors["weight"], self.tensors.get("bias")).split(self.sizes, -1))
+        return self.found[i]

@@ -115,6 +115,7 @@ def attention(
 
     if layout is None:
         asked = query.to(key.dtype)
+        asked = asked if asked.stride(-1) == 1 else asked.contiguous()  # torch's fast path wants it so
         others |= {"sliding_window": sliding_window}
         return sdpa_attention_forward(module, asked, key, value, attention_mask, dropout, scaling, **others)[0].to(query.dtype), None
     groups = query.shape[1] // key.shape[1]

@@ -170,9 +170,35 @@ def test_products_equal_those_of_a_linear_layer(rows: int, inputs: int, outputs:
         for shape in ((rows, inputs), (rows, 1, inputs), (1, rows, inputs)):
             x = torch.randn(shape)
             found = layer(x)
-            assert found.shape == (*shape[:-1], outputs) and found.is_contiguous()
+            assert found.shape == (*shape[:-1], outputs)
             assert torch.allclose(found, F.linear(x, layer.weight, layer.bias), atol=1e-5)
     assert layer.forward == own and "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_keys_and_values_are_one_product_of_few_rows(bias: bool) -> None:
+    """Those of other inputs are computed anew, as are those of other sizes and of many rows; afterwards all is as before."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 24, bias), nn.Linear(16, 8, bias), nn.Linear(16, 8, bias)
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    model = Model()
+    layers = [model.q_proj, model.k_proj, model.v_proj]
+    with torch.no_grad(), decode.fast_products(model):
+        x, other, many = torch.randn(5, 1, 16), torch.randn(2, 3, 16), torch.randn(5, 20, 16)
+        for asked, order in ((x, (0, 1, 2)), (other, (2, 0, 1)), (many, (0, 1, 2)), (x, (1,))):
+            for i in order:
+                assert torch.allclose(layers[i](asked), F.linear(asked, layers[i].weight, layers[i].bias), atol=1e-6)
+        assert sum(name.startswith("bias") for _, name in decode.places_of(model)) == 4 * bias
+        assert layers[1](x).data_ptr() == layers[0](x).data_ptr() + 24 * x.shape[0] * 4  # of one product
+    assert not any("forward" in vars(layer) for layer in layers) and not hasattr(model, "merged")
+    assert torch.equal(layers[2](x), F.linear(x, layers[2].weight, layers[2].bias))
 
 
 def test_products_leave_what_they_do_not_know(base: Any, tokenizer: Any) -> None:
