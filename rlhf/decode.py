@@ -308,7 +308,9 @@ def fast_products(hf: Any) -> Iterator[None]:
         head.forward = functools.partial(logprobs.product, weight=laid_out, bias=None if bias is None else bias.detach())
     for module in hf.modules():
         together = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(layer in layers for layer in together) and len({layer.bias is None for layer in together}) == 1:
+        if not all(layer in layers for layer in together) or len({layer.bias is None for layer in together}) > 1:
+            continue
+        if sum(layer.weight.numel() for layer in together) < logprobs.LARGE:  # else one call less is nothing, and the copy is large
             module.merged = Merged(together)
     try:
         yield
