@@ -391,7 +391,7 @@ class Eval(Sampled):
 
 @dataclass
 class Rollout:
-    engine: RolloutEngine = no_effect()  # what samples them; the same answers from the same random numbers
+    engine: RolloutEngine = no_effect()  # what samples: the same answers from the same random numbers
     max_new_tokens: int = MISSING  # sampled tokens per answer, at most
     temperature: float = MISSING  # divides the logits of policy, old policy and reference alike, > 0
     top_p: float = MISSING  # must be 1 in training; in evaluations ppo.evaluation.top_p, in chat --top-p

@@ -63,7 +63,7 @@ def sample(
     one = seen.new_full((n, 1), 0 if plain else 1)
     last = prompt_mask.sum(1, keepdim=True) - 1  # the position of the newest token
     done = False
-    # a recording that were optimised after its first runs would round otherwise from then on: a resumed run would not repeat
+    # optimised after its first runs, a recording would round differently from then on: a resumed run would not repeat
     with fast_products(hf), torch.jit.optimized_execution(False):
         logits = read_prompts(hf, prompt_ids, prompt_mask, cache, plain)
         step = traced_step(policy) if plain else None
