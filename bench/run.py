@@ -358,8 +358,9 @@ def vocabulary(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, A
         policy = f"{spec['out']}/{name}"
         contestant = enter(name, "product", spec | {"batches": f"{spec['out']}/batches.json", "policy": policy, "reward": policy})
         side_by_side([contestant], spec["samples"])
-        # a weight, its gradient and AdamW's two moments: 16 bytes in fp32; in bf16 2 + 2, and the fp32 weight beside the moments: 16 too
-        states = 16 * shapes[name]["parameters"] / MiB
+        # a weight, its gradient and AdamW's two moments: 16 bytes in fp32; in bf16 2 + 2, and the fp32 weight beside the moments: 16 too.
+        # The embedding is the output layer too, and has a gradient of each use before they are added
+        states = (16 * shapes[name]["parameters"] + 4 * shapes[name]["head"]) / MiB
         rows += [row | {"states_mib": states} for row in results(contestant, shapes[name], limits)]
         more.append(told(contestant))
     beyond = [row["peak_mib"] - row["states_mib"] for row in rows]

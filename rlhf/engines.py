@@ -55,6 +55,8 @@ def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path)
     with contextlib.redirect_stdout(None):
         engine = deepspeed.initialize(model=module, config=ds_config, model_parameters=[g for g in groups if g["params"]])[0]
     engine.gradient_notes = note_gradients(module)
+    if comm.world_size() == 1 and cfg.deploy.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # with itself: a copy of all gradients, there and back
     return engine
 
 

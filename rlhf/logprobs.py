@@ -54,13 +54,18 @@ class TargetLogp(torch.autograd.Function):
         room = KEPT // len(weight)
         for start in range(0, len(hidden), size):
             s = slice(start, start + size)
-            logp_all = logits_of(hidden[s], weight, bias, temperature).log_softmax(-1)
-            logp[s] = logp_all.gather(1, targets[s, None])[:, 0]
-            correct[s] = (logp_all.amax(1) == logp[s]).float()
-            p = logp_all.exp()
-            entropy[s] = -logp_all.mul_(p).sum(1)
+            logits = logits_of(hidden[s], weight, bias, temperature)
+            top = logits.amax(1, keepdim=True)
+            logits -= top  # nothing is lost to rounding where all of them are large
+            p = logits.softmax(-1)
+            log_sum = -p.amax(1).log()  # of the exponentials; the likeliest one's is 1
+            of_target = logits.gather(1, targets[s, None])[:, 0]
+            logp[s] = of_target - log_sum
+            correct[s] = (of_target == 0).float()
+            entropy[s] = log_sum - logits.mul_(p).sum(1)
             if keep and s.stop <= room:
                 kept.append(p)
+            del logits, p  # before the next chunk's
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.temperature, ctx.size, ctx.kept = temperature, size, kept
         ctx.mark_non_differentiable(correct)
@@ -98,6 +103,7 @@ class TargetLogp(torch.autograd.Function):
                 to_weight += to_logits.t() @ hidden[s]
             if to_bias is not None:
                 to_bias += p.sum(0)
+            del p, to_logits
         if to_weight is not None:
             to_weight = to_weight.to(weight.dtype)
         return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None, None

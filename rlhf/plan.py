@@ -227,13 +227,13 @@ def activations(arch: Arch, cfg: Config, rows: int, tokens: int) -> float:
 
 
 def logits(arch: Arch, cfg: Config, rows: int, positions: int, trained: bool) -> float:
-    """Bytes of the logits of (rows, positions), in the training precision and twice in fp32: of a chunk, and where they are trained on
-    of the probabilities that are kept (rlhf/logprobs.py); with the families that are padded of all tokens."""
-    size, tokens = 2 if cfg.deploy.precision != Precision.fp32 else 4, rows * positions
+    """Bytes of the logits of (rows, positions) and their probabilities, fp32: of a chunk, and where they are trained on of the
+    probabilities that are kept (rlhf/logprobs.py); with the families that are padded of all tokens, and in the training precision too."""
+    tokens = rows * positions
     if arch.family in PADDED:
-        return tokens * arch.vocab * (size + 8)
+        return tokens * arch.vocab * (8 + (4 if cfg.deploy.precision == Precision.fp32 else 2))
     chunk = min(tokens, CHUNK, max(SMALLEST, LOGITS // arch.vocab))
-    return chunk * arch.vocab * (size + 8) + (min(4 * KEPT, 4 * tokens * arch.vocab) if trained else 0)
+    return 8 * chunk * arch.vocab + (min(4 * KEPT, 4 * tokens * arch.vocab) if trained else 0)
 
 
 def kv_cache(arch: Arch, cfg: Config, rows: int, tokens: int) -> float:

@@ -38,7 +38,7 @@ def test_a_sample_counts_if_nobody_else_worked() -> None:
 def test_a_benchmark_runs(tmp_path: Path) -> None:
     """Generation by the product and by transformers, as small as can be."""
     draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(500)]
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(5000)]  # EOS is one of many tokens
     with (tmp_path / "pairs.jsonl").open("w") as lines:
         for _ in range(200):
             prompt, chosen, rejected = (" ".join(draw.choices(words, k=30)) for _ in range(3))

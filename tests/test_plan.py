@@ -208,7 +208,7 @@ def test_hand_numbers() -> None:
     assert actor.weights == 2 * actor.parameters / 8 and actor.gradients == 2 * adapter / 8 and actor.optimizer == 12 * adapter / 8
     assert [role.name for role in p.roles] == ["actor", "reward", "critic"], "the reference is the actor with its adapter off"
     assert p.phases["sampling"]["kv cache"] == 2 * 40 * 5120 * 32 * 512 * 2
-    assert p.phases["actor's update"]["logits"] == 64 * 50272 * (2 + 4 + 4) + 4 * 2**22
+    assert p.phases["actor's update"]["logits"] == 64 * 50272 * (4 + 4) + 4 * 2**22
     assert (plan.CHUNK, plan.SMALLEST, plan.LOGITS, plan.KEPT) == (logprobs.CHUNK, logprobs.SMALLEST, logprobs.LOGITS, logprobs.KEPT)
 
 
