@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,7 +44,7 @@ class Tracker:
         if not self.main:
             return
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  one line per step, flushed at once
-        self.wandb = start_wandb(cfg, run_dir)
+        self.wandb = ThreadPoolExecutor(1).submit(start_wandb, cfg, run_dir)  # takes seconds, in which the run can begin
         # a terminal shows a bar; anything else gets a line now and then
         self.bar = tqdm(total=total, desc=cfg.stage.name, unit="step", disable=None, dynamic_ncols=True, leave=True)
         self.last_line = 0.0
@@ -98,9 +99,9 @@ class Tracker:
 
     def tell_wandb(self, send: Callable[[Any], None]) -> None:
         """Whatever happens to W&B does not happen to the run: all is in the run's own files."""
-        if self.wandb:
+        if run := self.wandb.result():
             try:
-                send(self.wandb)
+                send(run)
             except Exception as error:  # its client raises many kinds when the server goes away
                 log.warning("W&B: %s: %s; going on, the run's own files have everything", type(error).__name__, first_line(error))
 

@@ -233,6 +233,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.full
 def test_a_pipeline_runs_what_its_algorithm_needs_and_nothing_more(pipelines: Path) -> None:
     found = runs_in(pipelines)
     assert {stage: len(some) for stage, some in found.items()} == {"sft": 1, "rm": 1, "rloo": 1, "dpo": 1}
@@ -244,6 +245,7 @@ def test_a_pipeline_runs_what_its_algorithm_needs_and_nothing_more(pipelines: Pa
         assert f"trained by {stage.upper()}" in (run / "model" / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_their_report_has_one_table_and_one_picture(pipelines: Path) -> None:
     from rlhf import report, report_page
     from rlhf import runs as of_disk

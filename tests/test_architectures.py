@@ -107,6 +107,7 @@ def test_a_foreign_reward_model_reads_prompt_and_answer_as_text(tmp_path: Path) 
     assert len(cut) == 40 and foreign.decode(cut).endswith("of that model\n\nAssistant: Yes<end>")
 
 
+@pytest.mark.full
 def test_ppo_with_a_reward_model_of_another_tokenizer(tmp_path: Path) -> None:
     """Scores are those of the text; the critic starts from the SFT policy's trunk with a zero head, so its first values are zero."""
     save_base(tmp_path / "reward-base", "llama", vocabulary=300)

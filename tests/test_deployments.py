@@ -76,7 +76,7 @@ PAIRWISE = [
     (2, 2, 2, FROZEN),
     (1, 3, 2, OPTIMIZER),
 ]
-DIAGONAL = [(2, 3, 1, ALL), (2, 3, 2, PARTITIONED), (2, 2, 1, OPTIMIZER), (1, 1, 2, NO), (1, 3, 1, FROZEN)]
+DIAGONAL = [(2, 3, 2, PARTITIONED), (1, 2, 16, NO)]
 
 
 def prepare(root: Path, name: str, stage: str, inputs: dict[str, str], overrides: Sequence[str], **deploy: object) -> Path:

@@ -22,8 +22,15 @@ from rlhf.config import Stage
 SLURM = "sbatch docs/slurm.sh"
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
-COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines() if line.strip()))
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+OF_README = commands(PAGES[0])
 FAR = re.compile(r"opt\d|_gpu|_node|data='?\[|data=(?!jsonl)")  # needs a GPU, or a model from the hub
 
 
@@ -51,7 +58,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("commands")
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.full if LONG.search(c) else []) for c in TRAINING])
+RARE = [c for c in TRAINING if LONG.search(c) or c not in OF_README]
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.full if c in RARE else []) for c in TRAINING])
 def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
     words = ["tea", "rice", "soup", "bread", "salt", "milk", "corn", "fish", "plum", "leek", "oats", "beef", "kale", "lime"]
@@ -83,6 +93,7 @@ wait %1 && wait %2
 """
 
 
+@pytest.mark.full
 def test_the_slurm_job(tmp_path: Path) -> None:
     assert [c for c in COMMANDS if c.startswith(SLURM)] == [f"{SLURM} stage=ppo actor=opt66b deploy=multi_node"]
     (tmp_path / "train.py").symlink_to(REPO / "train.py")

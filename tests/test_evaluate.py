@@ -222,6 +222,7 @@ def test_after_the_pipeline_the_win_rate_of_ppo_is_in_the_summary(demo: Demo, tm
     assert final["eval/ppo/score"] == pytest.approx(score, abs=1e-3), "as PPO itself has measured at its end"
 
 
+@pytest.mark.full
 def test_runs_and_directories_are_evaluated_by_their_path(demo: Demo, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("Is tea warm?\n\nAnd soup?\n")
     policies = f"eval.policies=[{demo.sft},{demo.ppo}/model]"

@@ -50,6 +50,7 @@ def test_two_nodes_started_by_hand_are_one_run(one_node: Path, tmp_path: Path) -
     assert train(*nodes, "deploy.node_rank=1", cwd=tmp_path).returncode == 0  # finished: nothing to wait for
 
 
+@pytest.mark.full
 def test_deepspeeds_launcher_starts_the_same_run(one_node: Path, tmp_path: Path) -> None:
     """The command for a hostfile, on two "nodes" that are both this machine; without ssh each is told its number."""
     hostfile = tmp_path / "hostfile"

@@ -24,7 +24,8 @@ HOSTILE = "</script><script>document.title='run'</script>"
 
 def write_run(root: Path, *overrides: str, gold: float = 1.0, steps: int = 12, finished: bool = True) -> Path:
     """A PPO run as it lies on the disk: a score that rises to `gold`, answers, a checkpoint where it is not finished."""
-    cfg = composed("stage=ppo", f"root={root}", *overrides)
+    cfg = composed("stage=ppo", *overrides)
+    cfg.root = str(root)
     run = root / "outputs" / layout.run_name(cfg, Stage.ppo, composed("stage=ppo"))
     run.mkdir(parents=True)
     config.save(layout.config_of_stage(cfg, Stage.ppo, {}), run / "config.yaml")

@@ -94,7 +94,7 @@ def same(one: Path, two: Path) -> None:
 
 # stage, processes, ZeRO
 PAIRWISE = [(stage, n, zero) for stage in ("sft", "rm", "ppo") for n in (1, 2) for zero in (0, 2, 3)]
-DIAGONAL = [("sft", 1, 0), ("rm", 1, 2), ("ppo", 2, 3)]
+DIAGONAL = [("sft", 2, 3), ("rm", 1, 2)]  # and PPO, killed while saving, with one process and ZeRO 0
 
 
 @pytest.mark.parametrize(
@@ -235,6 +235,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert parent.returncode == 130 and not (run / "summary.json").exists()
 
 
+@pytest.mark.full
 def test_a_torn_checkpoint_is_left_out_and_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
     parent, run = running(*SLOW, cwd=tmp_path, until=7)
     os.kill(parent.pid, signal.SIGKILL)

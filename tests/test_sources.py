@@ -94,16 +94,17 @@ def assert_counts_add_up(data: Dataset) -> None:
 # ------------------------------------------------------------------------------------------------------------------------ splits
 
 
-def test_parts_have_their_shares_and_do_not_overlap(tmp_path: Path) -> None:
-    """T16 on 50,000 rows, in two processes."""
-    file = jsonl(tmp_path / "a.jsonl", rows(*range(50_000)))
+@pytest.mark.parametrize("n", [10_000, pytest.param(50_000, marks=pytest.mark.full)])
+def test_parts_have_their_shares_and_do_not_overlap(tmp_path: Path, n: int) -> None:
+    """T16, in two processes."""
+    file = jsonl(tmp_path / "a.jsonl", rows(*range(n)))
     cfg = config(workers=2, mine=file)
     data = sources.load_sources(cfg)
     assert_apart(data)
     assert_counts_add_up(data)
-    share = {part: len(questions) / 50_000 for part, questions in parts(data).items()}
+    share = {part: len(questions) / n for part, questions in parts(data).items()}
     expected = {"sft": 0.9 * 0.2, "rm": 0.9 * 0.4, "ppo": 0.9 * 0.4, "eval": 0.1}
-    assert all(abs(share[part] - expected[part]) < 4 * (expected[part] / 50_000) ** 0.5 for part in expected), share
+    assert all(abs(share[part] - expected[part]) < 4 * (expected[part] / n) ** 0.5 for part in expected), share
     cfg.seed = 2
     assert parts(sources.load_sources(cfg)) != parts(data)
 

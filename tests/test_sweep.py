@@ -69,6 +69,7 @@ def test_jobs_with_long_overrides_keep_folders_of_their_own(tmp_path: Path) -> N
     assert len([*(tmp_path / "multirun" / "deep").iterdir()]) == 2
 
 
+@pytest.mark.full
 def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_only(tmp_path: Path) -> None:
     """Two at once; the job that fails is one whose function is not there yet."""
     own = "~ppo.rewards.model", "+ppo.rewards={mine: {function: 'mine:f'}}"

@@ -31,6 +31,7 @@ def steps_at(server: Server, run: Path) -> list[int]:
     return [row["step"] for row in server.history((run / "wandb_id").read_text()) if "loss" in row]
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_goes_on_in_the_same_wandb_run(server: Server, tmp_path: Path) -> None:
     more = [*SFT, "checkpoint.every_steps=2", "exp=study", "wandb.tags=[mine]", "wandb.notes=try it"]
     parent, run = running(*more, cwd=tmp_path, until=5, env=os.environ | server.environment)
