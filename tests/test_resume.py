@@ -205,21 +205,21 @@ def running(*args: str, cwd: Path, until: int = 3, **options: object) -> tuple[s
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_path: Path) -> None:
-    long = [*SLOW, "sft.max_steps=150"]
-    parent, run = running(*long, "checkpoint.every_steps=null", cwd=tmp_path)
+    long = [*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null"]
+    parent, run = running(*long, cwd=tmp_path)
     second = train(*long, cwd=tmp_path)  # one run, one owner
     assert second.returncode == 1 and f"pid {parent.pid} on" in second.stderr and "being trained by another process" in second.stderr
     parent.send_signal(signal.SIGTERM)
     said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 130 and "asked to stop after step" in said and "the same command goes on" in said, said
     step = layout.checkpoints(run)[0][0][1]["step"]
-    assert lines(run / "metrics.jsonl") == step < 150
+    assert lines(run / "metrics.jsonl") == step < 400
     refused = train(*long, "deploy.gpus=2", cwd=tmp_path)
     assert refused.returncode == 1 and "made with deploy.gpus=1, not deploy.gpus=2: go on with deploy.gpus=1" in refused.stderr
     assert "fresh=true" in refused.stderr
     done = train(*long, cwd=tmp_path)
-    assert done.returncode == 0 and f"going on after step {step} of 150" in done.stderr, done.stderr
-    assert [row["step"] for row in metrics(run)] == list(range(1, 151))
+    assert done.returncode == 0 and f"going on after step {step} of 400" in done.stderr, done.stderr
+    assert [row["step"] for row in metrics(run)] == list(range(1, 401))
     assert not (run / "checkpoints").exists(), "a finished run keeps its models, not its optimizer states"
     again = train(*long, "fresh=true", cwd=tmp_path)
     assert again.returncode == 0 and (run / "attempts" / "1" / "summary.json").exists()
