@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rlhf import comm, logprobs, unpadded
+from rlhf import comm, kernels, unpadded
 from rlhf.models import model_inputs
 from rlhf.track import first_line, log
 
-FEW = 64  # rows
+FEW = 64  # rows; with more, torch's products are as fast as ours
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,6 @@ def record(hf: Any) -> Callable[..., Tensor] | bool:
 def places_of(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where a module keeps the weights that it computes with: the dictionary that holds each, and its name there."""
     kept: list[dict[str, Any]] = [owner._parameters for owner in module.modules()]
-    kept += [owner.__dict__["merged"].tensors for owner in module.modules() if "merged" in owner.__dict__]
     return [(tensors, name) for tensors in kept for name, tensor in tensors.items() if tensor is not None]
 
 
@@ -293,30 +292,15 @@ def new_cache(hf: Any, capacity: int) -> Any:
 
 @contextlib.contextmanager
 def fast_products(hf: Any) -> Iterator[None]:
-    """Within this context, in which weights do not change, the linear layers of a float32 model on CPU are faster where rows are few.
-
-    Not those that ZeRO-3 gathers: where in memory they lie then is chance, and W x^T rounds by that: a resumed run would not repeat.
-    """
-    linear: list[Any] = [m for m in hf.modules() if type(m) is nn.Linear and not hasattr(m.weight, "ds_id")]
-    layers = [m for m in linear if m.weight.is_cpu and m.weight.dtype == torch.float32]
+    """Within this context, in which there are no gradients, the linear layers of a float32 model on CPU are faster where rows are few."""
+    layers: list[Any] = [m for m in hf.modules() if type(m) is nn.Linear and m.weight.is_cpu and m.weight.dtype == torch.float32]
+    layers = layers if layers and kernels.load() else []
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = functools.partial(few_rows, layer)
-    head = hf.get_output_embeddings()
-    if head in layers and logprobs.by_onednn(head.weight):  # by far the largest: laid out anew, it is read fastest
-        laid_out, bias = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach()), head.bias
-        head.forward = functools.partial(logprobs.product, weight=laid_out, bias=None if bias is None else bias.detach())
-    for module in hf.modules():
-        together = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")]
-        if not all(layer in layers for layer in together) or len({layer.bias is None for layer in together}) > 1:
-            continue
-        if sum(layer.weight.numel() for layer in together) < logprobs.LARGE:  # else one call less is nothing, and the copy is large
-            module.merged = Merged(together)
     try:
         yield
     finally:
-        for module in hf.modules():
-            module.__dict__.pop("merged", None)
         for layer, own in zip(layers, before):
             if own is None:
                 del layer.forward
@@ -325,32 +309,5 @@ def fast_products(hf: Any) -> Iterator[None]:
 
 
 def few_rows(layer: Any, x: Tensor) -> Tensor:
-    """x W^T + b; computed as W x^T it is up to twice as fast for a few rows x."""
-    return w_xt(x, layer.weight, layer.bias) if x.numel() <= FEW * x.shape[-1] else F.linear(x, layer.weight, layer.bias)
-
-
-def w_xt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, columns first in memory."""
-    column = weight.new_zeros(()) if bias is None else bias[:, None]
-    return torch.addmm(column, weight, x.reshape(-1, x.shape[-1]).t()).t().view(*x.shape[:-1], len(weight))
-
-
-class Merged:
-    """The projections to queries, keys and values as one product, where rows are few: the first that is called computes all three."""
-
-    def __init__(self, layers: list[Any]):
-        self.sizes = [len(layer.weight) for layer in layers]
-        self.tensors = {"weight": torch.cat([layer.weight.detach() for layer in layers])}
-        if layers[0].bias is not None:
-            self.tensors["bias"] = torch.cat([layer.bias.detach() for layer in layers])
-        self.x: Tensor | None = None  # what `found` was computed from
-        self.found: list[Tensor] = []
-        for i, layer in enumerate(layers):
-            layer.forward = functools.partial(self.forward, layer, i)
-
-    def forward(self, layer: Any, i: int, x: Tensor) -> Tensor:
-        if x.numel() > FEW * x.shape[-1]:
-            return F.linear(x, layer.weight, layer.bias)
-        if self.x is not x:
-            self.x, self.found = x, list(w_xt(x, self.tensors["weight"], self.tensors.get("bias")).split(self.sizes, -1))
-        return self.found[i]
+    multiply = kernels.linear if x.numel() <= FEW * x.shape[-1] else F.linear
+    return multiply(x, layer.weight, layer.bias)

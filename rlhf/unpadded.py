@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf import kernels
+
 ATTENTION = "unpadded"  # the name of our attention in transformers
 SIMILAR, SHORT = 0.8, 32  # attention pads sequences to those at most 1.25 times as long, and short ones to so many tokens
 SHARED = 8  # tokens; a shorter beginning in common is not worth its bookkeeping
@@ -115,7 +117,10 @@ def attention(
 
     if layout is None:
         asked = query.to(key.dtype)
-        asked = asked if asked.stride(-1) == 1 else asked.contiguous()  # torch's fast path wants it so
+        asked = asked if asked.stride(-1) == 1 else asked.contiguous()  # torch's fast path, and ours, wants it so
+        if attention_mask is not None and one_token(asked, key, value, attention_mask) and others.get("position_bias") is None:
+            scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+            return kernels.attend(asked, key, value, attention_mask, scale).to(query.dtype), None
         others |= {"sliding_window": sliding_window}
         return sdpa_attention_forward(module, asked, key, value, attention_mask, dropout, scaling, **others)[0].to(query.dtype), None
     groups = query.shape[1] // key.shape[1]
@@ -133,6 +138,14 @@ def attention(
         found.append(out.transpose(1, 2).flatten(0, 1))
     out = found[0] if len(found) == 1 else torch.cat(found)
     return (out if layout.equal else out.index_select(0, layout.own))[None], None
+
+
+def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Whether this is what our kernel is for: sampling on CPU, one token to a cache in float32."""
+    if query.shape[2] != 1 or not key.is_cpu or key.dtype != torch.float32 or torch.is_grad_enabled() or key.shape != value.shape:
+        return False
+    masked = mask.dtype == torch.float32 and mask.dim() == 4 and mask.shape[1] == 1
+    return masked and key.stride(-1) == value.stride(-1) == 1 and kernels.load()
 
 
 def install(hf: Any) -> bool:

@@ -1,0 +1,182 @@
+// What torch has no fast kernel for on CPUs: a linear layer of few rows, and attention of one token to many, in float32. Sampling is
+// made of these two (rlhf/decode.py). Built and loaded by rlhf/kernels.py.
+//
+// A result depends on its own row alone, in whatever batch, on whatever number of threads and at whatever address it is computed.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+using torch::stable::Tensor;
+
+constexpr int64_t WIDE = 8;         // floats of a vector
+constexpr int64_t PART = 256;       // terms of a sum
+constexpr int64_t ALONE = 1 << 15;  // multiplications that are not worth a second thread
+constexpr int64_t AHEAD = 32;       // tokens: so far ahead the cache is fetched from memory, which is what attention waits for
+typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int Ints __attribute__((vector_size(32)));
+
+static inline Vec load(const float* p) { return *(const Vec*)p; }
+static inline const float* floats(const Tensor& x) { return (const float*)x.const_data_ptr(); }
+
+// ------------------------------------------------------------------------------------------------------------------ linear layer
+
+// y[r][c] = sum over i of x[r][i] w[c][i] + b[c], for C columns and V vectors of rows. Rows are the lanes of a vector: x comes
+// transposed, (k, V * WIDE), and w as it is. Each weight is read once; those of the next columns are fetched meanwhile.
+template <int C, int V>
+static inline void tile(const float* xt, const float* w, const float* b, float* y, int64_t k, int64_t n, int64_t rows) {
+  Vec sum[C][V] = {};
+  for (int64_t i = 0; i < k;) {
+    Vec part[C][V] = {};  // sums of sums are rounded less than one long sum
+    for (const int64_t end = std::min(k, i + PART); i < end; i++) {
+      Vec x[V];
+      for (int v = 0; v < V; v++) x[v] = load(xt + (i * V + v) * WIDE);
+      if (i % 16 == 0)
+        for (int c = 0; c < C; c++) __builtin_prefetch(w + (C + c) * k + i);
+      for (int c = 0; c < C; c++)
+        for (int v = 0; v < V; v++) part[c][v] += w[c * k + i] * x[v];
+    }
+    for (int c = 0; c < C; c++)
+      for (int v = 0; v < V; v++) sum[c][v] += part[c][v];
+  }
+  for (int c = 0; c < C; c++)
+    for (int64_t r = 0; r < rows; r++) y[r * n + c] = sum[c][r / WIDE][r % WIDE] + (b ? b[c] : 0.f);
+}
+
+template <int C, int V>
+static void columns(const float* xt, const float* w, const float* b, float* y, int64_t k, int64_t n, int64_t rows, int64_t from, int64_t to) {
+  for (; from + C <= to; from += C) tile<C, V>(xt, w + from * k, b ? b + from : nullptr, y + from, k, n, rows);
+  for (; from < to; from++) tile<1, V>(xt, w + from * k, b ? b + from : nullptr, y + from, k, n, rows);
+}
+
+// x (m, k), w (n, k), b (n,), all contiguous -> (m, n)
+static Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  const int64_t m = x.size(0), k = x.size(1), n = w.size(0), threads = torch::stable::get_num_threads();
+  Tensor y = torch::stable::new_empty(x, {m, n});
+  const float *xs = floats(x), *ws = floats(w), *bs = bias ? floats(*bias) : nullptr;
+  float* ys = (float*)y.mutable_data_ptr();
+  std::vector<float> xt;
+  for (int64_t first = 0; first < m; first += 2 * WIDE) {
+    const int64_t rows = std::min(2 * WIDE, m - first), lanes = rows > WIDE ? 2 * WIDE : WIDE;
+    xt.assign(k * lanes, 0.f);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < k; i++) xt[i * lanes + r] = xs[(first + r) * k + i];
+    const int64_t share = std::max((n + threads - 1) / threads, ALONE / (k * lanes));
+    torch::stable::parallel_for(0, n, (share + 5) / 6 * 6, [&](int64_t from, int64_t to) {
+      auto f = lanes > WIDE ? columns<6, 2> : columns<6, 1>;
+      f(xt.data(), ws, bs, ys + first * n, k, n, rows, from, to);
+    });
+  }
+  return y;
+}
+
+// --------------------------------------------------------------------------------------------------------------------- attention
+
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+
+static inline Vec sums(const Vec* a) {  // the sum of each of 8 vectors
+  Vec b[4], c[2];
+  for (int i = 0; i < 4; i++) {
+    const Vec l = a[2 * i], r = a[2 * i + 1];
+    b[i] = PICK(l, r, 0, 8, 2, 10, 4, 12, 6, 14) + PICK(l, r, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 2; i++) {
+    const Vec l = b[2 * i], r = b[2 * i + 1];
+    c[i] = PICK(l, r, 0, 1, 8, 9, 4, 5, 12, 13) + PICK(l, r, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return PICK(c[0], c[1], 0, 1, 2, 3, 8, 9, 10, 11) + PICK(c[0], c[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// exp(x) for x <= 0, to 2e-7 of itself, 0 below -87: 2^n e^f with |f| <= ln(2) / 2 and Taylor's series of e^f
+static inline Vec exponential(Vec x) {
+  const Ints tiny = x < -87.f;
+  x = tiny ? Vec{} - 87.f : x;
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+  const Vec whole = __builtin_convertvector(n, Vec);
+  const Vec f = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, the first of which is exact
+  Vec e = Vec{} + 1.f / 5040;
+  for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f}) e = e * f + c;
+  return tiny ? Vec{} : e * (Vec)((n + 127) << 23);
+}
+
+// One token's attention: scores to T keys, softmax, and the mean of the values. q (d,), k and v (T, d) with rows kt and vt apart, added
+// (T,), scores room for T + WIDE -> out (d,)
+static void attend_one(const float* q, const float* k, const float* v, const float* added, float* scores, float* out, int64_t T, int64_t d,
+                       int64_t kt, int64_t vt, float scale) {
+  float top = -INFINITY;
+  for (int64_t t = 0; t < T; t += WIDE) {
+    const int64_t here = std::min(WIDE, T - t);
+    Vec sum[WIDE] = {};
+    int64_t i = 0;
+    for (; i + WIDE <= d; i += WIDE)
+      for (int64_t j = 0; j < WIDE; j++) {
+        const float* key = k + (t + std::min(j, here - 1)) * kt + i;
+        __builtin_prefetch(key + AHEAD * kt);
+        sum[j] += load(q + i) * load(key);
+      }
+    const Vec all = sums(sum);
+    for (int64_t j = 0; j < here; j++) {
+      float score = all[j];
+      for (int64_t rest = i; rest < d; rest++) score += q[rest] * k[(t + j) * kt + rest];
+      scores[t + j] = score * scale + added[t + j];
+      top = std::max(top, scores[t + j]);
+    }
+  }
+  std::fill(scores + T, scores + T + WIDE, -INFINITY);
+  Vec parts = {};
+  for (int64_t t = 0; t < T; t += WIDE) parts += *(Vec*)(scores + t) = exponential(load(scores + t) - top);
+  float total = 0;
+  for (int64_t j = 0; j < WIDE; j++) total += parts[j];
+
+  constexpr int64_t N = 8;
+  int64_t i = 0;
+  for (; i + N * WIDE <= d; i += N * WIDE) {
+    Vec sum[N] = {};
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t j = 0; j < N; j++) {
+        const float* value = v + t * vt + i + j * WIDE;
+        __builtin_prefetch(value + AHEAD * vt);
+        sum[j] += scores[t] * load(value);
+      }
+    for (int64_t j = 0; j < N; j++) *(Vec*)(out + i + j * WIDE) = sum[j] / total;
+  }
+  for (; i < d; i++) {
+    float sum = 0;
+    for (int64_t t = 0; t < T; t++) sum += scores[t] * v[t * vt + i];
+    out[i] = sum / total;
+  }
+}
+
+// q (B, heads, 1, d), k and v (B, groups, T, d), mask (B, 1, 1, T), added to the scores; contiguous in the last dimension
+// -> (B, 1, heads, d). A row of which the mask leaves nothing has no result (NaN).
+static Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
+  const int64_t B = q.size(0), heads = q.size(1), d = q.size(3), groups = k.size(1), T = k.size(2);
+  Tensor y = torch::stable::new_empty(q, {B, 1, heads, d});
+  const float *qs = floats(q), *ks = floats(k), *vs = floats(v), *added = floats(mask);
+  float* ys = (float*)y.mutable_data_ptr();
+  const auto at = [](const Tensor& x, int64_t b, int64_t h) { return b * x.stride(0) + h * x.stride(1); };
+  const int64_t kt = k.stride(2), vt = v.stride(2), row = mask.stride(0);
+  torch::stable::parallel_for(0, B * heads, std::max<int64_t>(1, ALONE / (2 * T * d)), [&](int64_t from, int64_t to) {
+    std::vector<float> scores(T + WIDE);
+    for (; from < to; from++) {
+      const int64_t b = from / heads, h = from % heads, g = h / (heads / groups);
+      attend_one(qs + at(q, b, h), ks + at(k, b, g), vs + at(v, b, g), added + b * row, scores.data(), ys + from * d, T, d, kt, vt, scale);
+    }
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY(rlhf, library) {
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rlhf, CPU, library) {
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("attend", TORCH_BOX(&attend));
+}
