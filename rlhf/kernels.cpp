@@ -44,8 +44,11 @@ static inline void tile(const float* xt, const float* w, const float* b, float* 
     for (int c = 0; c < C; c++)
       for (int v = 0; v < V; v++) sum[c][v] += part[c][v];
   }
+  float found[C][V * WIDE];
   for (int c = 0; c < C; c++)
-    for (int64_t r = 0; r < rows; r++) y[r * n + c] = sum[c][r / WIDE][r % WIDE] + (b ? b[c] : 0.f);
+    for (int v = 0; v < V; v++) *(Vec*)&found[c][v * WIDE] = sum[c][v] + (b ? b[c] : 0.f);
+  for (int64_t r = 0; r < rows; r++)
+    for (int c = 0; c < C; c++) y[r * n + c] = found[c][r];
 }
 
 template <int C, int V>
@@ -64,8 +67,9 @@ static Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
   for (int64_t first = 0; first < m; first += 2 * WIDE) {
     const int64_t rows = std::min(2 * WIDE, m - first), lanes = rows > WIDE ? 2 * WIDE : WIDE;
     xt.assign(k * lanes, 0.f);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < k; i++) xt[i * lanes + r] = xs[(first + r) * k + i];
+    for (int64_t from = 0; from < k; from += 64)
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = from; i < std::min(k, from + 64); i++) xt[i * lanes + r] = xs[(first + r) * k + i];
     const int64_t share = std::max((n + threads - 1) / threads, ALONE / (k * lanes));
     torch::stable::parallel_for(0, n, (share + 5) / 6 * 6, [&](int64_t from, int64_t to) {
       auto f = lanes > WIDE ? columns<6, 2> : columns<6, 1>;
