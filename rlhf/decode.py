@@ -293,7 +293,8 @@ def new_cache(hf: Any, capacity: int) -> Any:
 @contextlib.contextmanager
 def fast_products(hf: Any) -> Iterator[None]:
     """Within this context, in which there are no gradients, the linear layers of a float32 model on CPU are faster where rows are few."""
-    layers: list[Any] = [m for m in hf.modules() if type(m) is nn.Linear and m.weight.is_cpu and m.weight.dtype == torch.float32]
+    linear: list[Any] = [m for m in hf.modules() if type(m) is nn.Linear]
+    layers = [m for m in linear if m.weight.is_cpu and m.weight.dtype == torch.float32 and m.weight.is_contiguous()]
     layers = layers if layers and kernels.load() else []
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:

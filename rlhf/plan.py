@@ -287,8 +287,6 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             "kv cache": kv_cache(arch, cfg, rows, tokens),
             "logits": rows * arch.vocab * (size + 16),
         }  # probabilities, their sum in fp64
-        if deploy.device == Device.cpu and size == 4:  # large ones are laid out anew (rlhf/decode.py)
-            parts["output layer laid out anew"] = 4.0 * arch.vocab * (arch.embed or arch.hidden)
         if deploy.zero_stage < 3:
             return parts, True
         whole = size * own.parameters  # DeepSpeed puts them together in new memory, beside the own part

@@ -40,7 +40,7 @@ def test_it_learns_to_stop(demo: Demo, tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
     """4 passes of 4 minibatches on a bandit reach at least 95 % of the optimum (T9)."""
-    settings = [*own_reward("thanks"), "rollout.max_new_tokens=4", "ppo.kl.coef=0.01", "ppo.lr=3e-4"]
+    settings = [*own_reward("thanks"), "rollout.max_new_tokens=4", "ppo.kl.coef=0.1", "ppo.lr=3e-4", "ppo.prompt_epochs=2"]
     rows, final = learn(demo, tmp_path, f"seed={seed}", *settings)
     print(f"{final['eval/score_before']:.3f} -> {final['eval/score']:.3f} of 1, KL {final['eval/kl']:.2f}")
     assert rows[0]["objective/scores"] < 0.3 and final["eval/score"] >= 0.95
