@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf import comm, layout
+from rlhf import comm, kernels, layout
 from rlhf.config import Config, placement
 from rlhf.track import first_line, log
 
@@ -73,6 +73,8 @@ class Checkpoints:
         for name, part in self.memory.items():
             part.update(state["memory"][name]) if isinstance(part, dict) else part.load_state_dict(state["memory"][name])
         set_random_state(state["random"])
+        if about.get("kernels") is not None and about["kernels"] != kernels.load():
+            log.warning("our kernels for CPU sampled before this checkpoint or sample after it, not both: last digits will differ")
         log.info(f"going on after step {about['step']} of {self.total}, from {path}")
         return about["step"]
 
@@ -124,7 +126,8 @@ class Checkpoints:
         if comm.rank() == 0:
             files = {str(file.relative_to(temporary)): file.stat().st_size for file in sorted(temporary.rglob("*")) if file.is_file()}
             self.bytes = float(sum(files.values()))
-            layout.write_json(temporary / "checkpoint.json", {"step": step, "placement": self.placement, "files": files})
+            about = {"step": step, "placement": self.placement, "kernels": kernels.loaded, "files": files}
+            layout.write_json(temporary / "checkpoint.json", about)
             for file in [*files, "checkpoint.json"]:  # a name that appears before its bytes would be worth nothing after a power cut
                 with open(temporary / file, "rb") as written:
                     os.fsync(written.fileno())

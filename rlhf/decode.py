@@ -19,7 +19,7 @@ from rlhf import comm, kernels, unpadded
 from rlhf.models import model_inputs
 from rlhf.track import first_line, log
 
-FEW = 64  # rows; with more, torch's products are as fast as ours
+FEW = 64  # rows; with more, torch's products are as fast as ours. A recorded step, made of few rows, uses ours for any number
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def record(hf: Any) -> Callable[..., Tensor] | bool:
 def places_of(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where a module keeps the weights that it computes with: the dictionary that holds each, and its name there."""
     kept: list[dict[str, Any]] = [owner._parameters for owner in module.modules()]
-    return [(tensors, name) for tensors in kept for name, tensor in tensors.items() if tensor is not None]
+    return [(parameters, name) for parameters in kept for name, tensor in parameters.items() if tensor is not None]
 
 
 def new_cache(hf: Any, capacity: int) -> Any:
@@ -295,7 +295,8 @@ def fast_products(hf: Any) -> Iterator[None]:
     """Within this context, in which there are no gradients, the linear layers of a float32 model on CPU are faster where rows are few."""
     linear: list[Any] = [m for m in hf.modules() if type(m) is nn.Linear]
     layers = [m for m in linear if m.weight.is_cpu and m.weight.dtype == torch.float32 and m.weight.is_contiguous()]
-    layers = layers if layers and kernels.load() else []
+    if not layers or torch.is_autocast_enabled("cpu") or not kernels.load():  # autocast: another precision than the weights' is wanted
+        layers = []
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = functools.partial(few_rows, layer)

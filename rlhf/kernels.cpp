@@ -1,7 +1,8 @@
 // What torch has no fast kernel for on CPUs: a linear layer of few rows, and attention of one token to many, in float32. Sampling is
 // made of these two (rlhf/decode.py). Built and loaded by rlhf/kernels.py.
 //
-// A result depends on its own row alone, in whatever batch, on whatever number of threads and at whatever address it is computed.
+// A result depends on its own row alone: these kernels round alike in whatever batch, on whatever number of threads and at whatever
+// address. (The sampling loop does not quite: it uses torch's linear layer for more rows than decode.FEW.)
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,7 +23,12 @@ typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(32)));
 
 static inline Vec load(const float* p) { return *(const Vec*)p; }
-static inline const float* floats(const Tensor& x) { return (const float*)x.const_data_ptr(); }
+
+static const float* floats(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == torch::headeronly::ScalarType::Float, "float32 on a CPU is wanted");
+  STD_TORCH_CHECK(x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) == 1, "the last dimension must be contiguous");
+  return (const float*)x.const_data_ptr();
+}
 
 // ------------------------------------------------------------------------------------------------------------------ linear layer
 
@@ -59,6 +65,8 @@ static void columns(const float* xt, const float* w, const float* b, float* y, i
 
 // x (m, k), w (n, k), b (n,), all contiguous -> (m, n)
 static Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && x.size(1) > 0, "linear: sizes do not fit");
+  STD_TORCH_CHECK(x.is_contiguous() && w.is_contiguous() && (!bias || bias->numel() == w.size(0)), "linear: not contiguous, or a wrong bias");
   const int64_t m = x.size(0), k = x.size(1), n = w.size(0), threads = torch::stable::get_num_threads();
   Tensor y = torch::stable::new_empty(x, {m, n});
   const float *xs = floats(x), *ws = floats(w), *bs = bias ? floats(*bias) : nullptr;
@@ -81,7 +89,11 @@ static Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
 
 // --------------------------------------------------------------------------------------------------------------------- attention
 
+#ifdef __clang__
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // which GCC knows since 12 only
+#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
 
 static inline Vec sums(const Vec* a) {  // the sum of each of 8 vectors
   Vec b[4], c[2];
@@ -106,6 +118,27 @@ static inline Vec exponential(Vec x) {
   Vec e = Vec{} + 1.f / 5040;
   for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f}) e = e * f + c;
   return tiny ? Vec{} : e * (Vec)((n + 127) << 23);
+}
+
+// sum over t of p[t] v[t][i] / total, for N vectors of i; several sums at a time, as an addition would wait for the one before it
+template <int N>
+static inline void mean(const float* p, const float* v, float* out, int64_t T, int64_t vt, float total) {
+  constexpr int SUMS = 8 / N;
+  Vec sum[SUMS][N] = {};
+  int64_t t = 0;
+  for (; t + SUMS <= T; t += SUMS)
+    for (int s = 0; s < SUMS; s++)
+      for (int j = 0; j < N; j++) {
+        const float* value = v + (t + s) * vt + j * WIDE;
+        __builtin_prefetch(value + AHEAD * vt);
+        sum[s][j] += p[t + s] * load(value);
+      }
+  for (; t < T; t++)
+    for (int j = 0; j < N; j++) sum[0][j] += p[t] * load(v + t * vt + j * WIDE);
+  for (int j = 0; j < N; j++) {
+    for (int s = 1; s < SUMS; s++) sum[0][j] += sum[s][j];
+    *(Vec*)(out + j * WIDE) = sum[0][j] / total;
+  }
 }
 
 // One token's attention: scores to T keys, softmax, and the mean of the values. q (d,), k and v (T, d) with rows kt and vt apart, added
@@ -137,18 +170,10 @@ static void attend_one(const float* q, const float* k, const float* v, const flo
   float total = 0;
   for (int64_t j = 0; j < WIDE; j++) total += parts[j];
 
-  constexpr int64_t N = 8;
   int64_t i = 0;
-  for (; i + N * WIDE <= d; i += N * WIDE) {
-    Vec sum[N] = {};
-    for (int64_t t = 0; t < T; t++)
-      for (int64_t j = 0; j < N; j++) {
-        const float* value = v + t * vt + i + j * WIDE;
-        __builtin_prefetch(value + AHEAD * vt);
-        sum[j] += scores[t] * load(value);
-      }
-    for (int64_t j = 0; j < N; j++) *(Vec*)(out + i + j * WIDE) = sum[j] / total;
-  }
+  for (; i + 8 * WIDE <= d; i += 8 * WIDE) mean<8>(scores, v + i, out + i, T, vt, total);
+  if (i + 4 * WIDE <= d) mean<4>(scores, v + i, out + i, T, vt, total), i += 4 * WIDE;
+  for (; i + WIDE <= d; i += WIDE) mean<1>(scores, v + i, out + i, T, vt, total);
   for (; i < d; i++) {
     float sum = 0;
     for (int64_t t = 0; t < T; t++) sum += scores[t] * v[t * vt + i];
@@ -159,7 +184,12 @@ static void attend_one(const float* q, const float* k, const float* v, const flo
 // q (B, heads, 1, d), k and v (B, groups, T, d), mask (B, 1, 1, T), added to the scores; contiguous in the last dimension
 // -> (B, 1, heads, d). A row of which the mask leaves nothing has no result (NaN).
 static Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && mask.dim() == 4, "attend: four dimensions are wanted");
   const int64_t B = q.size(0), heads = q.size(1), d = q.size(3), groups = k.size(1), T = k.size(2);
+  for (const Tensor* x : {&k, &v})
+    STD_TORCH_CHECK(x->size(0) == B && x->size(1) == groups && x->size(2) == T && x->size(3) == d, "attend: sizes do not fit");
+  STD_TORCH_CHECK(q.size(2) == 1 && heads % groups == 0 && T > 0 && d > 0, "attend: sizes do not fit");
+  STD_TORCH_CHECK(mask.size(0) == B && mask.size(1) == 1 && mask.size(2) == 1 && mask.size(3) == T, "attend: the mask does not fit");
   Tensor y = torch::stable::new_empty(q, {B, 1, heads, d});
   const float *qs = floats(q), *ks = floats(k), *vs = floats(v), *added = floats(mask);
   float* ys = (float*)y.mutable_data_ptr();

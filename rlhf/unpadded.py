@@ -118,7 +118,8 @@ def attention(
     if layout is None:
         asked = query.to(key.dtype)
         asked = asked if asked.stride(-1) == 1 else asked.contiguous()  # torch's fast path, and ours, wants it so
-        if attention_mask is not None and one_token(asked, key, value, attention_mask) and others.get("position_bias") is None:
+        plain = not dropout and others.get("position_bias") is None and others.get("softcap") is None
+        if plain and attention_mask is not None and one_token(asked, key, value, attention_mask):
             scale = scaling if scaling is not None else query.shape[-1] ** -0.5
             return kernels.attend(asked, key, value, attention_mask, scale).to(query.dtype), None
         others |= {"sliding_window": sliding_window}
@@ -144,8 +145,8 @@ def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     """Whether this is what our kernel is for: sampling on CPU, one token to a cache in float32."""
     if query.shape[2] != 1 or not key.is_cpu or key.dtype != torch.float32 or torch.is_grad_enabled() or key.shape != value.shape:
         return False
-    masked = mask.dtype == torch.float32 and mask.dim() == 4 and mask.shape[1] == 1
-    return masked and key.stride(-1) == value.stride(-1) == 1 and kernels.load()
+    fits = mask.dtype == torch.float32 and mask.shape == (query.shape[0], 1, 1, key.shape[2])
+    return fits and key.stride(-1) == value.stride(-1) == mask.stride(-1) == 1 and kernels.load()
 
 
 def install(hf: Any) -> bool:

@@ -160,13 +160,29 @@ def test_products_equal_those_of_a_linear_layer(rows: int, bias: bool) -> None:
     layer = nn.Linear(64, 48, bias=bias)
     own = layer.forward
     with torch.no_grad(), decode.fast_products(nn.Sequential(layer)):
-        assert layer.forward != own
+        assert (layer.forward != own) == kernels.load()
         for shape in ((rows, 64), (rows, 1, 64), (1, rows, 64)):
             x = torch.randn(shape)
             found = layer(x)
             assert found.shape == (*shape[:-1], 48)
             assert torch.allclose(found, F.linear(x, layer.weight, layer.bias), atol=1e-5)
     assert layer.forward == own and "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_autocast_is_what_the_products_are_in(base: Any, tokenizer: Any, family: str) -> None:
+    """Weights in float32 that are to be multiplied in bf16 are no case for our kernels, which are for float32."""
+    policy = load(base, tokenizer, family)
+    ids, mask = pad_left(PROMPTS[1:4], PAD, CPU)
+    draws = uniforms("test", range(3), 0, 0, NEW)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with decode.fast_products(policy.hf):
+            assert policy.hf.base_model.get_input_embeddings().weight.dtype == torch.float32
+            layer = next(m for m in policy.hf.base_model.modules() if type(m) is nn.Linear)
+            assert layer(torch.randn(2, layer.in_features)).dtype == torch.bfloat16
+        answers, here, logp = decode.sample(policy, ids, mask, draws, EOS, Sampling())
+    exact, *_ = decode.sample(policy, ids, mask, draws, EOS, Sampling())
+    assert bool(here[:, 0].all()) and logp.isfinite().all() and answers.shape == exact.shape
 
 
 def test_without_a_compiler_answers_are_the_same(base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +204,7 @@ def test_products_leave_what_they_do_not_know(base: Any, tokenizer: Any) -> None
     head = policy.hf.get_output_embeddings()
     before = head.forward
     with pytest.raises(RuntimeError, match="stop"), decode.fast_products(policy.hf):
-        assert head.forward != before
+        assert (head.forward != before) == kernels.load()
         raise RuntimeError("stop")
     assert head.forward == before
     half = models.load_policy(base("opt"), tokenizer, Precision.bf16)
