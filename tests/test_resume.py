@@ -14,14 +14,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPO, SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
+from test_config import composed
 from test_deployments import begin, prepare, work
 
-from rlhf import config, layout
+from rlhf import checkpoint, config, kernels, layout
 
 TEN_STEPS = ["sft.max_steps=10", "rm.max_steps=10", "sft.batch_size=8", "rm.batch_size=8", "checkpoint.every_steps=5"]
 # all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy, warnings
@@ -313,23 +315,34 @@ def test_placement_names_all_that_bits_depend_on() -> None:
     }
 
 
-def test_without_room_on_the_disk_a_checkpoint_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    from test_config import composed
-
-    from rlhf import checkpoint
+def checkpoints_of(run: Path) -> checkpoint.Checkpoints:
+    """Of an engine that has a thousand bytes to keep."""
 
     def write(directory: Path, tag: str, **_: object) -> None:
         (directory / tag).mkdir()
         (directory / tag / "weights").write_bytes(b"x" * 1000)
 
-    engine = SimpleNamespace(device=torch.device("cpu"), save_checkpoint=write)
+    engine = SimpleNamespace(device=torch.device("cpu"), save_checkpoint=write, load_checkpoint=lambda *_, **__: ("there", {}))
     before = signal.getsignal(signal.SIGTERM)
-    saving = checkpoint.Checkpoints(
-        composed("checkpoint.every_steps=1", "checkpoint.keep=2"), tmp_path, 9, {"actor": engine}, {"a": {"n": 1}}
-    )
+    saving = checkpoint.Checkpoints(composed("checkpoint.every_steps=1", "checkpoint.keep=2"), run, 9, {"actor": engine}, {"a": {"n": 1}})
     signal.signal(signal.SIGTERM, before)
+    return saving
+
+
+def test_going_on_with_other_kernels_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    saving = checkpoints_of(tmp_path)
+    for before, now in ((True, True), (True, False), (False, True), (None, True)):  # None: nothing was sampled
+        monkeypatch.setattr(kernels, "loaded", before)
+        saving.save(1)
+        monkeypatch.setattr(kernels, "loaded", now)
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="rlhf"):
+            assert saving.resume() == 1
+        assert ("last digits will differ" in caplog.text) == (before is not None and before != now)
+
+
+def test_without_room_on_the_disk_a_checkpoint_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = checkpoints_of(tmp_path)
     saving.after(1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=500))
