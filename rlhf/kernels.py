@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -15,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.track import first_line, log
-
+log = logging.getLogger("rlhf")
 SOURCE = Path(__file__).with_name("kernels.cpp")
 STABLE_ABI = (2, 10)  # the first torch that has all of the interface that SOURCE uses
 loaded: bool | None = None  # whether our kernels are in use; None until somebody wants them
@@ -34,7 +34,7 @@ def load() -> bool:
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None)
             lines = said.splitlines() if isinstance(said, str) else []
-            wrong = next((line for line in lines if "error" in line), first_line(error.__cause__ or error))
+            wrong = next((line for line in lines if "error" in line), str(error.__cause__ or error).split("\n")[0])
             log.info(f"sampling uses torch's kernels for CPU, which are slower than ours: {wrong}")
     return loaded
 

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rlhf"
 LAYERS = [  # imports run downwards only; a module may import those of the lines above its own
     ["config"],
-    ["ds", "layout", "checks", "launch", "curves", "html", "dashboard", "comm"],
+    ["ds", "layout", "checks", "launch", "curves", "html", "dashboard", "comm", "kernels"],
     ["objectives", "logprobs", "unpadded", "lora", "data.records", "data.batches"],
     ["runs", "card", "plan", "engines", "controllers", "track", "data.template", "data.formats"],
     ["report_page", "eval_page", "models", "likelihood", "checkpoint", "data.sandbox", "data.sources", "chat_models"],
