@@ -278,8 +278,8 @@ def record(hf: Any) -> Callable[..., Tensor] | bool:
 
 def places_of(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where a module keeps the weights that it computes with: the dictionary that holds each, and its name there."""
-    kept: list[dict[str, Any]] = [owner._parameters for owner in module.modules()]
-    return [(parameters, name) for parameters in kept for name, tensor in parameters.items() if tensor is not None]
+    kept: list[Any] = [owner._parameters for owner in module.modules()]
+    return [(parameters, name) for parameters in kept for name in parameters if parameters[name] is not None]
 
 
 def new_cache(hf: Any, capacity: int) -> Any:
