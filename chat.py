@@ -16,10 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.chat_models import find_model, find_reference, load, newest_policy
-from rlhf.conversation import LIMITS, Conversation, Params, Policy, Reply, read_param, read_params
+from rlhf.chat.conversation import (
+    LIMITS,
+    Conversation,
+    Params,
+    Policy,
+    Reply,
+    read_param,
+    read_params,
+)
+from rlhf.chat.feedback import Judge, Preferences, trace
+from rlhf.chat.models import find_model, find_reference, load_model, newest_policy
 from rlhf.data import template
-from rlhf.feedback import Judge, Preferences, trace
 
 COMMANDS = {  # and what may follow
     "/retry": ("", "another answer to the same message"),
@@ -46,7 +54,11 @@ def main() -> int:
     try:
         session = Session(args)
         if args.prompt is not None:
-            return 130 if session.answer(functools.partial(session.talk.ask, args.prompt))[-1].stopped else 0
+            return (
+                130
+                if session.answer(functools.partial(session.talk.ask, args.prompt))[-1].stopped
+                else 0
+            )
         interact(session)
     except (FileNotFoundError, ValueError) as error:
         say(f"error: {error}")
@@ -82,10 +94,26 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     who = parser.add_mutually_exclusive_group()
-    who.add_argument("--path", help="run, model directory or hub id; default: the newest finished policy in outputs/")
-    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two policies, that answer side by side with the same random draws")
-    parser.add_argument("--reward", metavar="PATH", help="run, model directory or hub id of a reward model, that scores each answer")
-    parser.add_argument("--reference", metavar="PATH", help="what /trace compares with; default: the SFT policy that the run stands on")
+    who.add_argument(
+        "--path",
+        help="run, model directory or hub id; default: the newest finished policy in outputs/",
+    )
+    who.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two policies, that answer side by side with the same random draws",
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="PATH",
+        help="run, model directory or hub id of a reward model, that scores each answer",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="what /trace compares with; default: the SFT policy that the run stands on",
+    )
     parser.add_argument(
         "--preferences",
         type=lines,
@@ -93,7 +121,11 @@ def parse_arguments() -> argparse.Namespace:
         default="preferences.jsonl",
         help="where /good, /bad, /prefer go (default: %(default)s)",
     )
-    parser.add_argument("--prompt", type=message, help="answer this once, with nothing but the answer on standard output, and exit")
+    parser.add_argument(
+        "--prompt",
+        type=message,
+        help="answer this once, with nothing but the answer on standard output, and exit",
+    )
     whats = {
         "temperature": "divides the logits; 0 = the likeliest token (default: 1.0)",
         "top_p": "sample from the likeliest tokens of this total probability (default: 1.0, all)",
@@ -103,9 +135,14 @@ def parse_arguments() -> argparse.Namespace:
     }
     for name, what in whats.items():
         default = None if name == "seed" else getattr(Params, name)
-        parser.add_argument("--" + name.replace("_", "-"), type=param(name), default=default, help=what)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=param(name), default=default, help=what
+        )
     parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = the GPU where there is one (default: auto)"
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto = the GPU where there is one (default: auto)",
     )
     return parser.parse_args()
 
@@ -132,7 +169,9 @@ class Session:
         from rich.console import Console
 
         option = "--compare" if args.compare else "--path"
-        paths = [find_model(path, option) for path in args.compare or [args.path] if path is not None]
+        paths = [
+            find_model(path, option) for path in args.compare or [args.path] if path is not None
+        ]
         paths = paths or [str(newest_policy() / "model")]
         reward = args.reward and find_model(args.reward, "--reward")
         self.reference = args.reference and find_model(args.reference, "--reference")
@@ -149,13 +188,15 @@ class Session:
 
     def load(self, path: str, option: str) -> tuple[Any, Any]:
         say(f"{path}: loading")
-        return load(path, self.device, option)
+        return load_model(path, self.device, option)
 
     def policy(self, path: str, option: str) -> Policy:
         model, tokenizer = self.load(path, option)
         if not tokenizer.chat_template:
             example = f"{template.USER.strip()} ... {template.ASSISTANT.strip()}"
-            say(f"{path}: its tokenizer has no chat template; using the one of this framework ({example})")
+            say(
+                f"{path}: its tokenizer has no chat template; using the one of this framework ({example})"
+            )
         return Policy(model, tokenizer, path)
 
     # ------------------------------------------------------------------------------------------------------------------ answers
@@ -179,13 +220,22 @@ class Session:
             replies = ask(piece)
             show("\n")
         if self.judge:
-            numbered = [(f"{i}: " * two, *pair) for i, pair in enumerate(zip(self.talk.policies, replies), 1)]
-            scores = [f"{number}{self.judge.score(policy, reply):+.2f}" for number, policy, reply in numbered if reply.text]
+            numbered = [
+                (f"{i}: " * two, *pair)
+                for i, pair in enumerate(zip(self.talk.policies, replies), 1)
+            ]
+            scores = [
+                f"{number}{self.judge.score(policy, reply):+.2f}"
+                for number, policy, reply in numbered
+                if reply.text
+            ]
             if scores:
                 say(f"(reward {'   '.join(scores)})")
         kept, stopped = self.talk.replies is replies, any(reply.stopped for reply in replies)
         if stopped or not kept:
-            say(f"({'stopped' if stopped else 'an empty answer'}{'' if kept else ': not remembered'})")
+            say(
+                f"({'stopped' if stopped else 'an empty answer'}{'' if kept else ': not remembered'})"
+            )
         return replies
 
     def heading(self, i: int) -> str:
@@ -209,7 +259,9 @@ class Session:
         rest, talk = rest.strip(), self.talk
         if name not in COMMANDS:
             nearest = difflib.get_close_matches(name[:40], COMMANDS, 1, 0.0)
-            raise ValueError(f"unknown command {name[:40]}: did you mean {nearest[0] if nearest else '/help'}? /help lists all")
+            raise ValueError(
+                f"unknown command {name[:40]}: did you mean {nearest[0] if nearest else '/help'}? /help lists all"
+            )
         takes = COMMANDS[name][0]
         if (rest and not takes) or (takes and not rest and not takes.startswith("[")):
             raise ValueError(f"{name} takes {takes or 'nothing behind it'}")
@@ -223,7 +275,9 @@ class Session:
                 say(self.preferences.mark(talk.replies[0], name == "/good"))
             case "/prefer":
                 if len(talk.policies) == 1:
-                    raise ValueError("/prefer is for --compare; here mark answers with /good and /bad")
+                    raise ValueError(
+                        "/prefer is for --compare; here mark answers with /good and /bad"
+                    )
                 if rest not in ("1", "2"):
                     raise ValueError(f"/prefer {rest[:40]}: must be 1 or 2")
                 talk.check_replies()
@@ -240,7 +294,9 @@ class Session:
                 say(f"saved to {rest}")
             case "/load":
                 talk.load(Path(rest).expanduser())
-                say(f"loaded {rest}: {len(talk.histories[0]) // 2} of your messages with their answers, and the parameters")
+                say(
+                    f"loaded {rest}: {len(talk.histories[0]) // 2} of your messages with their answers, and the parameters"
+                )
             case "/clear":
                 talk.clear()
                 say("(forgotten)")
@@ -250,7 +306,9 @@ class Session:
 
     def params(self, text: str) -> None:
         given = dict(pair.partition("=")[::2] for pair in text.split())
-        values = read_params({name.lstrip("-").replace("-", "_"): value for name, value in given.items()})
+        values = read_params(
+            {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
+        )
         self.talk.params = dataclasses.replace(self.talk.params, **values)
         if "seed" in values:
             self.talk.answered = 0
@@ -275,10 +333,17 @@ class Session:
         if self.console.color_system is None or self.console.no_color:
             show("".join(f"{d:+8.3f}  {piece!r}\n" for piece, d in tokens))
         else:
-            self.console.print(Text.assemble(*((clean(piece), colour(d)) for piece, d in tokens)), soft_wrap=True)
-        largest = ", ".join(f"{piece!r} {d:+.2f}" for piece, d in sorted(tokens, key=lambda token: -abs(token[1]))[:3])
+            self.console.print(
+                Text.assemble(*((clean(piece), colour(d)) for piece, d in tokens)), soft_wrap=True
+            )
+        largest = ", ".join(
+            f"{piece!r} {d:+.2f}"
+            for piece, d in sorted(tokens, key=lambda token: -abs(token[1]))[:3]
+        )
         total = sum(d for _, d in tokens)
-        show(f"sum {total:+.2f} nats over {len(tokens)} tokens against {reference}; largest: {largest}\n")
+        show(
+            f"sum {total:+.2f} nats over {len(tokens)} tokens against {reference}; largest: {largest}\n"
+        )
         show("red: likelier than under the reference; green: less likely\n")
 
 

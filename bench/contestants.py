@@ -92,7 +92,11 @@ def assets(spec: Spec) -> None:
             if hf.get_input_embeddings().num_embeddings != len(tokenizer):
                 hf.resize_token_embeddings(len(tokenizer))  # spare rows would stand behind EOS
         for settings in (hf.config, hf.generation_config):
-            settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+            settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = (
+                tokenizer.pad_token_id,
+                tokenizer.eos_token_id,
+                None,
+            )
         hf.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
         shapes[name] = shape_of(hf)
@@ -101,11 +105,17 @@ def assets(spec: Spec) -> None:
     with torch.no_grad():  # the product's answers end by a random number alone, see `product`
         first = batches[0][0]
         ids = torch.tensor([first if isinstance(first[0], int) else first[0] + first[1]])
-        ends = float(hf.eval()(input_ids=ids).logits.double().softmax(-1)[..., tokenizer.eos_token_id].max())
-    assert tokenizer.eos_token_id == hf.get_input_embeddings().num_embeddings - 1 or any(spec["policies"].values())
+        ends = float(
+            hf.eval()(input_ids=ids).logits.double().softmax(-1)[..., tokenizer.eos_token_id].max()
+        )
+    assert tokenizer.eos_token_id == hf.get_input_embeddings().num_embeddings - 1 or any(
+        spec["policies"].values()
+    )
     assert ends < 1e-3, f"p(EOS) is {ends:.2g} somewhere: answers would end where they should not"
     if "policy" in spec["policies"]:
-        scorer = AutoModelForSequenceClassification.from_pretrained(out / "policy", num_labels=1, dtype=torch.float32)
+        scorer = AutoModelForSequenceClassification.from_pretrained(
+            out / "policy", num_labels=1, dtype=torch.float32
+        )
         torch.nn.init.normal_(scorer.score.weight, std=(scorer.score.weight.shape[1] + 1) ** -0.5)
         scorer.save_pretrained(out / "reward")
         tokenizer.save_pretrained(out / "reward")
@@ -126,7 +136,12 @@ def train_tokenizer(pairs: list[dict[str, str]], size: int = 8192) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    how = trainers.BpeTrainer(vocab_size=size - 1, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False)
+    how = trainers.BpeTrainer(
+        vocab_size=size - 1,
+        special_tokens=["<pad>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     bpe.train_from_iterator((pair["chosen"] for pair in pairs[:20_000]), how)
     bpe.add_special_tokens(["</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>")
@@ -146,7 +161,12 @@ def own_tokenizer(model: str) -> Any:
 def random_policy(vocabulary: int) -> Any:
     from transformers import OPTConfig, OPTForCausalLM
 
-    shape: dict[str, Any] = {"hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 4, "ffn_dim": 1024}
+    shape: dict[str, Any] = {
+        "hidden_size": 256,
+        "word_embed_proj_dim": 256,
+        "num_hidden_layers": 4,
+        "ffn_dim": 1024,
+    }
     shape |= {"num_attention_heads": 4, "max_position_embeddings": 1024, "vocab_size": vocabulary}
     return OPTForCausalLM(OPTConfig(**shape, dropout=0.0, attention_dropout=0.0))
 
@@ -154,7 +174,9 @@ def random_policy(vocabulary: int) -> Any:
 def shape_of(hf: Any) -> dict[str, int]:
     """Numbers for `needed_flops`. `body`: weights that multiply each token, which those of embeddings and head do not."""
     config = hf.config
-    outside = {id(module.weight) for module in (hf.get_input_embeddings(), hf.get_output_embeddings())}
+    outside = {
+        id(module.weight) for module in (hf.get_input_embeddings(), hf.get_output_embeddings())
+    }
     outside |= {id(p) for name, p in hf.named_parameters() if "embed" in name or "wpe" in name}
     body = sum(p.numel() for p in hf.parameters() if p.dim() == 2 and id(p) not in outside)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -185,7 +207,9 @@ def make_batches(spec: Spec, tokenizer: Any, pairs: list[dict[str, str]]) -> lis
                 continue
             if pair["rejected"][:cut] != pair["chosen"][:cut]:
                 continue
-            answers = [(ids(pair[key][cut:]) + [eos])[: longest // 2] for key in ("chosen", "rejected")]
+            answers = [
+                (ids(pair[key][cut:]) + [eos])[: longest // 2] for key in ("chosen", "rejected")
+            ]
             prompt = prompt[-(longest - max(map(len, answers))) :]
             yield [prompt, *answers] if spec["work"] == "rm" else [prompt, answers[0]]
 
@@ -215,7 +239,9 @@ def limits(spec: Spec) -> None:
         rates = []
         for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 768, 3072)):
             a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-            rates.append(2e-9 * m * k * n / typical(lambda a=a, b=b: torch.nn.functional.linear(a, b)))  # type: ignore[misc]
+            rates.append(
+                2e-9 * m * k * n / typical(lambda a=a, b=b: torch.nn.functional.linear(a, b))
+            )  # type: ignore[misc]
         found[name] = max(rates)
     numbers = torch.ones(2**27)
     found["read"] = 4e-9 * numbers.numel() / typical(numbers.sum)
@@ -251,40 +277,55 @@ def product(spec: Spec) -> None:
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTForCausalLM  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        OPTForCausalLM,
+    )
 
-    from rlhf import checkpoint, config, curves  # noqa: F401
+    from rlhf.config.loading import load_config
     from rlhf.data import load
     from rlhf.data.batches import global_batches
     from rlhf.data.records import Turn as Said
-    from rlhf.stages import online, rm, sft  # noqa: F401
+    from rlhf.stages import (
+        rl,
+        sft,  # noqa: F401
+    )
+    from rlhf.training import checkpoint  # noqa: F401
 
     run_dir = Path(spec["run_dir"])
-    cfg = config.load(run_dir / "config.yaml")
+    cfg = load_config(run_dir / "config.yaml")
     flat = list(itertools.chain(*read_batches(spec)))
     if cfg.stage.name == "ppo":
         flat = [([Said("user", "")], prompt) for prompt in flat]
-    order = list(itertools.chain(*global_batches(len(flat), spec["batch"], 1, cfg.seed)))  # the stage takes rows in this one
+    order = list(
+        itertools.chain(*global_batches(len(flat), spec["batch"], 1, cfg.seed))
+    )  # the stage takes rows in this one
     placed = [row for _, row in sorted(zip(order, flat), key=lambda pair: pair[0])]
     tokens: dict[str, Callable[[Any], int]] = {
         "ppo": lambda row: len(row[1]),
         "sft": lambda row: len(row[0]) + len(row[1]),
         "rm": lambda row: 2 * len(row[0]) + len(row[1]) + len(row[2]),
     }
-    longest = [len(row[1]) if cfg.stage.name == "ppo" else len(row[0]) + max(map(len, row[1:])) for row in placed]
+    longest = [
+        len(row[1]) if cfg.stage.name == "ppo" else len(row[0]) + max(map(len, row[1:]))
+        for row in placed
+    ]
     rows = Rows(placed, tokens[cfg.stage.name], longest)
     for name in ("prompts", "pairs", "demonstrations"):
         setattr(load, name, lambda *_, **__: rows)
 
-    drawn = online.uniforms
+    drawn = rl.uniforms
 
     def draws(stream: str, keys: Any, seed: int, step: int, n: int) -> Any:
         numbers = drawn(stream, keys, seed, step, n) * 0.999
         if spec["work"] == "ppo-eos":
-            numbers[torch.arange(len(keys)), torch.from_numpy(forced_lengths(step, len(keys), n)) - 1] = float(np.nextafter(1.0, 0.0))
+            numbers[
+                torch.arange(len(keys)), torch.from_numpy(forced_lengths(step, len(keys), n)) - 1
+            ] = float(np.nextafter(1.0, 0.0))
         return numbers
 
-    online.uniforms = draws
+    rl.uniforms = draws
     turn = turns(spec, "product")
 
     def counted() -> dict[str, Any]:
@@ -311,17 +352,20 @@ def product_generate(spec: Spec) -> None:
     import torch
     from transformers import AutoModelForCausalLM, OPTForCausalLM  # noqa: F401
 
-    from rlhf.config import Precision
+    from rlhf.config.schema import Precision
     from rlhf.data.batches import pad_left, uniforms
-    from rlhf.decode import Sampling, sample
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models.loading import load_policy, load_tokenizer
+    from rlhf.sampling.sampler import sample
+    from rlhf.sampling.token_choice import Sampling
 
     torch.set_num_threads(spec["threads"])
     turn = turns(spec, "product")
     tokenizer = load_tokenizer(spec["policy"])
     policy = load_policy(spec["policy"], tokenizer, Precision[spec["precision"]]).eval()
     for step, prompts in enumerate(read_batches(spec)):
-        draws = uniforms("rollout", range(len(prompts)), 1, step, spec["new"]) * 0.999  # no EOS, as in `product`
+        draws = (
+            uniforms("rollout", range(len(prompts)), 1, step, spec["new"]) * 0.999
+        )  # no EOS, as in `product`
         ids, mask = pad_left(prompts, tokenizer.pad_token_id, torch.device("cpu"))
         answers = sample(policy, ids, mask, draws, tokenizer.eos_token_id, Sampling())[1]
         turn(lambda mask=mask, answers=answers: {"tokens": int(mask.sum() + answers.sum())})  # type: ignore[misc]
@@ -343,7 +387,14 @@ def transformers_generate(spec: Spec) -> None:
     hf.generation_config.eos_token_id = None
     for prompts in read_batches(spec):
         given = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
-        ids = hf.generate(**given, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=spec["new"], pad_token_id=tokenizer.pad_token_id)
+        ids = hf.generate(
+            **given,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=spec["new"],
+            pad_token_id=tokenizer.pad_token_id,
+        )
         new = ids.numel() - given["input_ids"].numel()
         turn(lambda given=given, new=new: {"tokens": int(given["attention_mask"].sum()) + new})  # type: ignore[misc]
 
@@ -379,14 +430,26 @@ def trl_ppo(spec: Spec) -> None:
     import transformers
     import trl  # type: ignore[import-not-found]
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LogitsProcessorList
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        LogitsProcessorList,
+    )
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
     torch.set_num_threads(spec["threads"])
     turn = turns(spec, f"trl {trl.__version__}")
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=dtype_of(spec)) for _ in range(2))
-    reward, value = (AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, dtype=dtype_of(spec)) for _ in "rv")
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=dtype_of(spec)) for _ in range(2)
+    )
+    reward, value = (
+        AutoModelForSequenceClassification.from_pretrained(
+            spec["reward"], num_labels=1, dtype=dtype_of(spec)
+        )
+        for _ in "rv"
+    )
     ends = spec["work"] == "ppo-eos"
     calls, seen, generate = itertools.count(), {"tokens": 0}, policy.generate
 
@@ -395,16 +458,24 @@ def trl_ppo(spec: Spec) -> None:
         lengths = torch.from_numpy(forced_lengths(next(calls), rows, spec["new"]))
 
         def force(ids: Any, scores: Any) -> Any:
-            scores[:, [tokenizer.eos_token_id, tokenizer.pad_token_id]] = -torch.inf  # the trainer takes any padding for an end
+            scores[
+                :, [tokenizer.eos_token_id, tokenizer.pad_token_id]
+            ] = -torch.inf  # the trainer takes any padding for an end
             last = lengths == ids.shape[1] - width + 1
             scores[last] = -torch.inf
             scores[last, tokenizer.eos_token_id] = 0.0
             return scores
 
-        found = generate(**given, **({"logits_processor": LogitsProcessorList([force])} if ends else {}))
+        found = generate(
+            **given, **({"logits_processor": LogitsProcessorList([force])} if ends else {})
+        )
         answers = found.sequences[:, width:]
         # with an EOS, up to the first one; else all that was sampled
-        real = (answers == tokenizer.eos_token_id).int().argmax(1).add(1).sum() if ends else answers.numel()
+        real = (
+            (answers == tokenizer.eos_token_id).int().argmax(1).add(1).sum()
+            if ends
+            else answers.numel()
+        )
         seen["tokens"] = int(given["attention_mask"].sum() + real)
         return found
 
@@ -429,9 +500,13 @@ def trl_ppo(spec: Spec) -> None:
         temperature=1.0,
     )
     table = Dataset.from_list([{"input_ids": prompt} for prompt in itertools.chain(*batches)])
-    trainer = PPOTrainer(settings, tokenizer, policy, reference, reward, table, value, callbacks=[AtEnd()])
+    trainer = PPOTrainer(
+        settings, tokenizer, policy, reference, reward, table, value, callbacks=[AtEnd()]
+    )
     # the trainer's own would shuffle
-    trainer.dataloader = torch.utils.data.DataLoader(table, spec["batch"], collate_fn=trainer.data_collator)
+    trainer.dataloader = torch.utils.data.DataLoader(
+        table, spec["batch"], collate_fn=trainer.data_collator
+    )
     trainer.train()
 
 
@@ -442,24 +517,46 @@ def trl_trainer(spec: Spec) -> None:
     import transformers
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTForCausalLM  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        OPTForCausalLM,
+    )
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     torch.set_num_threads(spec["threads"])
     turn = turns(spec, f"trl {trl.__version__}")
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"])
     rows = list(itertools.chain(*read_batches(spec)))
-    settings = trl_settings(spec) | {"num_train_epochs": 1, "max_length": spec["max_length"], "train_sampling_strategy": "sequential"}
+    settings = trl_settings(spec) | {
+        "num_train_epochs": 1,
+        "max_length": spec["max_length"],
+        "train_sampling_strategy": "sequential",
+    }
     trainer: Any
     if spec["work"] == "rm":
-        table = Dataset.from_list([{"chosen_ids": p + c, "rejected_ids": p + r} for p, c, r in rows])
-        scorer = AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, dtype=torch.float32)
-        trainer = RewardTrainer(model=scorer, args=RewardConfig(**settings), processing_class=tokenizer, train_dataset=table)
+        table = Dataset.from_list(
+            [{"chosen_ids": p + c, "rejected_ids": p + r} for p, c, r in rows]
+        )
+        scorer = AutoModelForSequenceClassification.from_pretrained(
+            spec["reward"], num_labels=1, dtype=torch.float32
+        )
+        trainer = RewardTrainer(
+            model=scorer,
+            args=RewardConfig(**settings),
+            processing_class=tokenizer,
+            train_dataset=table,
+        )
     else:
-        table = Dataset.from_list([{"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)} for p, a in rows])
+        table = Dataset.from_list(
+            [{"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)} for p, a in rows]
+        )
         policy = AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=torch.float32)
         args = SFTConfig(**settings, completion_only_loss=True, shuffle_dataset=False)
-        trainer = SFTTrainer(model=policy, args=args, processing_class=tokenizer, train_dataset=table)
+        trainer = SFTTrainer(
+            model=policy, args=args, processing_class=tokenizer, train_dataset=table
+        )
     before = {"tokens": 0}
 
     def counted() -> dict[str, Any]:
@@ -476,5 +573,14 @@ def trl_trainer(spec: Spec) -> None:
 
 
 ROLES: dict[str, Callable[[Spec], None]] = {
-    role.__name__: role for role in (assets, limits, product, product_generate, transformers_generate, trl_ppo, trl_trainer)
+    role.__name__: role
+    for role in (
+        assets,
+        limits,
+        product,
+        product_generate,
+        transformers_generate,
+        trl_ppo,
+        trl_trainer,
+    )
 }

@@ -61,7 +61,10 @@ def write_pairs(file: Path, rows: int) -> None:
 
 
 def _words(made: random.Random, n: int) -> list[str]:
-    return ["".join(made.choices("eeeetttaaooiinnsshhrrdlucmfwypvbgk", k=made.randint(2, 9))) for _ in range(n)]
+    return [
+        "".join(made.choices("eeeetttaaooiinnsshhrrdlucmfwypvbgk", k=made.randint(2, 9)))
+        for _ in range(n)
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------------- one process
@@ -72,14 +75,18 @@ def prepare(file: str, workers: int | None) -> dict[str, Any]:
     processors together, and by phase; and the peak RSS of the largest of this process and its workers."""
     from hydra import compose, initialize_config_dir
 
-    from rlhf import config
+    from rlhf.config.loading import register_schema, to_typed
     from rlhf.data import load
-    from rlhf.models import load_tokenizer
+    from rlhf.models.loading import load_tokenizer
 
-    config.register()
-    overrides = ["data=jsonl", f"data.sources.mine.path={file}", f"data.workers={'null' if workers is None else workers}"]
+    register_schema()
+    overrides = [
+        "data=jsonl",
+        f"data.sources.mine.path={file}",
+        f"data.workers={'null' if workers is None else workers}",
+    ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        data = config.to_typed(compose("config", overrides)).data
+        data = to_typed(compose("config", overrides)).data
     tokenizer = load_tokenizer("builtin:tiny", data.template)
     import datasets  # noqa: F401
 
@@ -106,7 +113,8 @@ def prepare(file: str, workers: int | None) -> dict[str, Any]:
         "cpu": cpu_seconds() - used,
         "phases": phases,
         "rows": [len(sft), len(rm), len(ppo)],
-        "peak": max(resource.getrusage(who).ru_maxrss for who in SELF_AND_WORKERS) * 1024,  # Linux counts kB
+        "peak": max(resource.getrusage(who).ru_maxrss for who in SELF_AND_WORKERS)
+        * 1024,  # Linux counts kB
     }
 
 
@@ -122,11 +130,19 @@ def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
     which the kernel may drop at will; `together`, the peak of their sum, in which what they share counts once per process."""
     import psutil
 
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, "--child", str(file)] + (["--workers", str(workers)] if workers else [])
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, __file__, "--child", str(file)] + (
+        ["--workers", str(workers)] if workers else []
+    )
     errors = cache.with_suffix(".log")
     with errors.open("w") as log:  # the progress bars too
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
     peak = {"largest": 0, "together": 0, "not_files": 0}
     ended = threading.Event()
 
@@ -178,9 +194,20 @@ def _children(top: Any) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2_000_000, help="of the largest size; the others are a half and a quarter")
-    parser.add_argument("--out", type=Path, help="a directory for the file and the caches, which are deleted; default: a temporary one")
-    parser.add_argument("--workers", type=int, help="data.workers; default: one per core, at most 8")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=2_000_000,
+        help="of the largest size; the others are a half and a quarter",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a directory for the file and the caches, which are deleted; default: a temporary one",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="data.workers; default: one per core, at most 8"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -189,7 +216,9 @@ def main() -> None:
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
     out = Path(tempfile.mkdtemp(prefix="bench-data-", dir=given.out))
-    print(f"{os.cpu_count()} cores, {given.workers or min(os.cpu_count() or 1, 8)} workers; seconds without loading the libraries")
+    print(
+        f"{os.cpu_count()} cores, {given.workers or min(os.cpu_count() or 1, 8)} workers; seconds without loading the libraries"
+    )
     print("\n".join(HEAD), flush=True)
     worst, before = 0.0, None
     try:
@@ -210,7 +239,9 @@ def main() -> None:
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in first["phases"].items())
     print(f"\nof the last one: {phases}; {given.rows / first['seconds']:,.0f} rows per second")
     print(f"with the libraries loaded a process has {first['libraries']:.2f} GB")
-    print(f"largest process {worst:.2f} GB, {'as' if worst < PROMISED else 'NOT as'} promised (< {PROMISED:g} GB)")
+    print(
+        f"largest process {worst:.2f} GB, {'as' if worst < PROMISED else 'NOT as'} promised (< {PROMISED:g} GB)"
+    )
 
 
 HEAD = [
@@ -219,8 +250,12 @@ HEAD = [
 ]
 
 
-def line_of(rows: int, first: dict[str, Any], again: dict[str, Any], before: dict[str, Any] | None) -> str:
-    clock, cpu = (f"{first[key] / before[key]:5.2f}" if before else "     " for key in ("seconds", "cpu"))
+def line_of(
+    rows: int, first: dict[str, Any], again: dict[str, Any], before: dict[str, Any] | None
+) -> str:
+    clock, cpu = (
+        f"{first[key] / before[key]:5.2f}" if before else "     " for key in ("seconds", "cpu")
+    )
     return (
         f"| {rows:9,} | {first['seconds']:7.1f} | {clock} | {first['cpu']:11.1f} | {cpu} | {again['seconds']:15.1f} |"
         f" {first['largest']:20.2f} | {first['not_files']:12.2f} | {first['together']:12.2f} | {again['largest']:6.2f} |"

@@ -23,11 +23,21 @@ def trial_of(overrides: list[str]):
             "ppo.lr": trial.suggest_float("ppo.lr", 1e-5, 1e-3, log=True),
             "ppo.kl.coef": trial.suggest_float("ppo.kl.coef", 0.01, 0.3, log=True),
         }
-        command = [sys.executable, str(TRAIN), "exp=search", *(f"{key}={value:.3g}" for key, value in chosen.items()), *overrides]
+        command = [
+            sys.executable,
+            str(TRAIN),
+            "exp=search",
+            *(f"{key}={value:.3g}" for key, value in chosen.items()),
+            *overrides,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise optuna.TrialPruned(done.stderr.strip().splitlines()[-1])  # a run that fell apart is a bad one, not the end
-        (run,) = [line.split("  (")[0] for line in done.stdout.splitlines() if "frontier.png" in line]
+            raise optuna.TrialPruned(
+                done.stderr.strip().splitlines()[-1]
+            )  # a run that fell apart is a bad one, not the end
+        (run,) = [
+            line.split("  (")[0] for line in done.stdout.splitlines() if "frontier.png" in line
+        ]
         metrics = json.loads(Path(run, "summary.json").read_text())["metrics"]
         return metrics["eval/score"] - 0.05 * metrics["eval/kl"]
 
@@ -38,6 +48,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=20)
     args, overrides = parser.parse_known_args()
-    study = optuna.create_study(direction="maximize", storage="sqlite:///search.db", study_name="ppo", load_if_exists=True)
+    study = optuna.create_study(
+        direction="maximize", storage="sqlite:///search.db", study_name="ppo", load_if_exists=True
+    )
     study.optimize(trial_of(overrides), n_trials=args.trials)
     print(study.best_value, study.best_params)

@@ -24,44 +24,73 @@ def main(run_dir: Path) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from rlhf import checkpoint, comm, config, curves, engines, launch, layout, track
+    from rlhf.config.deployment import threads_per_process
+    from rlhf.config.loading import load_config
+    from rlhf.config.schema import ONLINE, Device, Stage
+    from rlhf.distributed import collectives
+    from rlhf.distributed.engine import init_distributed
+    from rlhf.reporting import curves
+    from rlhf.runs import launch
+    from rlhf.runs.directory import write_json
+    from rlhf.runs.log import first_line, log
+    from rlhf.training import checkpoint
+    from rlhf.training.tracker import finish_wandb, set_up_logging
 
     transformers_logging.disable_progress_bar()
     started = time.time()
     try:
-        device = engines.init_distributed()  # first: on another node this process may be here before node 0 has written config.yaml
-        track.set_up_logging(run_dir)
-        comm.agree(run_dir.name, "the run; start all nodes with the same command")
-        cfg = config.load(run_dir / "config.yaml")
-        stage = config.Stage[cfg.stage.name]
-        if cfg.deploy.device == config.Device.gpu and device.type == "cpu":
-            raise RuntimeError("deploy.device=gpu, but this torch finds none: it may be built without CUDA, or not fit the driver")
-        if cfg.deploy.device == config.Device.cpu and device.type != "cpu":
-            raise RuntimeError("deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu")
+        device = (
+            init_distributed()
+        )  # first: on another node this process may be here before node 0 has written config.yaml
+        set_up_logging(run_dir)
+        collectives.assert_same_across_ranks(
+            run_dir.name, "the run; start all nodes with the same command"
+        )
+        cfg = load_config(run_dir / "config.yaml")
+        stage = Stage[cfg.stage.name]
+        if cfg.deploy.device == Device.gpu and device.type == "cpu":
+            raise RuntimeError(
+                "deploy.device=gpu, but this torch finds none: it may be built without CUDA, or not fit the driver"
+            )
+        if cfg.deploy.device == Device.cpu and device.type != "cpu":
+            raise RuntimeError(
+                "deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu"
+            )
         if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # cuBLAS reads it when it starts
             torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.set_num_threads(config.threads(cfg))
-        torch.manual_seed(cfg.seed)  # the same on every process: it decides weights; sampling has streams of its own
-        modules = {config.Stage.eval: "evaluate", **dict.fromkeys(config.ONLINE, "online")}
-        module = importlib.import_module(f"rlhf.stages.{modules.get(stage, stage.name)}")  # the others' libraries take time
+        torch.set_num_threads(threads_per_process(cfg))
+        torch.manual_seed(
+            cfg.seed
+        )  # the same on every process: it decides weights; sampling has streams of its own
+        modules = {Stage.eval: "evaluate", **dict.fromkeys(ONLINE, "rl")}
+        module = importlib.import_module(
+            f"rlhf.stages.{modules.get(stage, stage.name)}"
+        )  # the others' libraries take time
         metrics = module.run(cfg, run_dir)
-        if comm.rank() == 0:
+        if collectives.rank() == 0:
             if stage.name in curves.PANELS:
                 curves.plot_curves(run_dir, stage.name)
-            if stage in config.ONLINE:
+            if stage in ONLINE:
                 curves.plot_frontier(run_dir, metrics)
-            layout.write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(time.time() - started, 1)})
-        comm.barrier()  # all end together: another node's next workers must not find those of this stage
+            write_json(
+                run_dir / "result.json",
+                {"metrics": metrics, "seconds": round(time.time() - started, 1)},
+            )
+        collectives.barrier()  # all end together: another node's next workers must not find those of this stage
     except checkpoint.Stopped as asked:
-        track.log.info(str(asked))
-        track.finish_wandb()
-        comm.barrier()
+        log.info(str(asked))
+        finish_wandb()
+        collectives.barrier()
         logging.shutdown()
         os._exit(launch.STOPPED)
     except Exception as error:
-        track.log.debug("failed", exc_info=True)  # the traceback is for the log and the file, their first line for the user
-        text = f"rank {os.environ['RANK']}: {type(error).__name__}: {track.first_line(error)}\n\n{traceback.format_exc()}"
+        log.debug(
+            "failed", exc_info=True
+        )  # the traceback is for the log and the file, their first line for the user
+        text = f"rank {os.environ['RANK']}: {type(error).__name__}: {first_line(error)}\n\n{traceback.format_exc()}"
         with contextlib.suppress(OSError):  # on a node whose run directory is not that of node 0
             (run_dir / f"error-rank{os.environ['RANK']}.txt").write_text(text)
         logging.shutdown()
@@ -73,7 +102,12 @@ def prepare_environment() -> None:
     """Die with the parent, be a group of one when started by hand, and keep the libraries quiet."""
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
         import socket

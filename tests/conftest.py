@@ -37,8 +37,12 @@ SMALL = [
 def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `python train.py args` in `cwd`."""
     command = [sys.executable, str(REPO / "train.py"), *args]
-    plain = {name: value for name, value in os.environ.items() if name != "RANK"}  # which tests with engines of their own set
-    return subprocess.run(command, cwd=cwd, env=plain | env, capture_output=True, text=True, timeout=1500)
+    plain = {
+        name: value for name, value in os.environ.items() if name != "RANK"
+    }  # which tests with engines of their own set
+    return subprocess.run(
+        command, cwd=cwd, env=plain | env, capture_output=True, text=True, timeout=1500
+    )
 
 
 def runs_in(root: Path) -> dict[str, list[Path]]:
@@ -87,17 +91,31 @@ os.rename("result.tmp", "result.json")
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start `python train.py` at once where a test wants its result, so that it is done by the time of those tests."""
     root = demo_root(session.config)
-    if any("demo" in getattr(item, "fixturenames", []) for item in session.items) and not session.config.option.collectonly:
+    if (
+        any("demo" in getattr(item, "fixturenames", []) for item in session.items)
+        and not session.config.option.collectonly
+    ):
         with contextlib.suppress(FileExistsError):  # another test process has started it
             root.mkdir()
-            command = [sys.executable, "-c", RUN_DEMO, sys.executable, str(REPO / "train.py"), "deploy.threads=1"]
+            command = [
+                sys.executable,
+                "-c",
+                RUN_DEMO,
+                sys.executable,
+                str(REPO / "train.py"),
+                "deploy.threads=1",
+            ]
             environment = os.environ | {"WANDB_MODE": "offline"}
-            session.config.stash[DEMO] = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)
+            session.config.stash[DEMO] = subprocess.Popen(
+                command, cwd=root, env=environment, start_new_session=True
+            )
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     process = session.config.stash.get(DEMO, None)
-    if process and process.poll() is None and exitstatus == pytest.ExitCode.INTERRUPTED:  # else another process still waits for it
+    if (
+        process and process.poll() is None and exitstatus == pytest.ExitCode.INTERRUPTED
+    ):  # else another process still waits for it
         os.killpg(process.pid, signal.SIGTERM)
 
 
@@ -112,7 +130,15 @@ def demo(pytestconfig: pytest.Config) -> Demo:
     done = json.loads((root / "result.json").read_text())
     assert done["code"] == 0, done["stderr"]
     runs = runs_in(root)
-    return Demo(root, done["seconds"], done["stdout"], done["stderr"], runs["sft"][0], runs["rm"][0], runs["ppo"][0])
+    return Demo(
+        root,
+        done["seconds"],
+        done["stdout"],
+        done["stderr"],
+        runs["sft"][0],
+        runs["rm"][0],
+        runs["ppo"][0],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,24 +146,30 @@ def one_process() -> Iterator[None]:
     """A process group of one for the engines. It stays: DeepSpeed cannot join twice in a process. The environment does not."""
     import torch
 
-    from rlhf import engines
+    from rlhf.distributed.engine import init_distributed
 
-    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    values = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "DS_ACCELERATOR": "cpu",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setenv(name, value)
         if not torch.distributed.is_initialized():
             patch.setenv("MASTER_PORT", "0")  # any free one
-            engines.init_distributed()
+            init_distributed()
         yield
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """That of the built-in model."""
-    from rlhf import models
+    from rlhf.models.loading import load_tokenizer
 
-    return models.load_tokenizer("builtin:tiny")
+    return load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(scope="module")

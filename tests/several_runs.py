@@ -16,19 +16,29 @@ def main(run_dirs: list[Path]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
-    from rlhf import config, engines, layout
-    from rlhf.stages import dpo, evaluate, online, rm, sft
+    from rlhf.config.loading import load_config
+    from rlhf.distributed.engine import init_distributed
+    from rlhf.runs.directory import write_json
+    from rlhf.stages import dpo, evaluate, rl, rm, sft
 
     logging.getLogger("rlhf").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    engines.init_distributed()
+    init_distributed()
     for run_dir in run_dirs:
-        cfg = config.load(run_dir / "config.yaml")
+        cfg = load_config(run_dir / "config.yaml")
         torch.manual_seed(cfg.seed)
-        stages = {"sft": sft, "rm": rm, "ppo": online, "rloo": online, "grpo": online, "dpo": dpo, "eval": evaluate}
+        stages = {
+            "sft": sft,
+            "rm": rm,
+            "ppo": rl,
+            "rloo": rl,
+            "grpo": rl,
+            "dpo": dpo,
+            "eval": evaluate,
+        }
         metrics = stages[cfg.stage.name].run(cfg, run_dir)
         if int(os.environ["RANK"]) == 0:
-            layout.write_json(run_dir / "result.json", {"metrics": metrics})
+            write_json(run_dir / "result.json", {"metrics": metrics})
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import Kl, KlController
-from rlhf.controllers import KlCoefficient, MovingAverage, RunningScale
+from rlhf.config.schema import Kl, KlController
+from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 
 SEEDS = range(6)
 
@@ -26,7 +26,12 @@ SEEDS = range(6)
 
 def coefficient(controller: str, steps: int = 10, coef: float = 0.1, **kl: float) -> KlCoefficient:
     return KlCoefficient(
-        Kl(coef=coef, controller=KlController[controller], **({"target": 6.0, "horizon": 1000.0, "final_coef": 0.0} | kl)), steps
+        Kl(
+            coef=coef,
+            controller=KlController[controller],
+            **({"target": 6.0, "horizon": 1000.0, "final_coef": 0.0} | kl),
+        ),
+        steps,
     )
 
 
@@ -45,17 +50,28 @@ def test_a_fixed_coefficient_never_moves() -> None:
 
 def test_a_linear_coefficient_by_hand() -> None:
     # five rollouts, four steps of a quarter; what the KL is does not matter
-    assert betas(coefficient("linear", 5), [1.0, 99.0, 0.0, -2.0]) == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0], abs=1e-15)
-    assert betas(coefficient("linear", 3, final_coef=0.5), [1.0, 1.0]) == pytest.approx([0.1, 0.3, 0.5])
+    assert betas(coefficient("linear", 5), [1.0, 99.0, 0.0, -2.0]) == pytest.approx(
+        [0.1, 0.075, 0.05, 0.025, 0.0], abs=1e-15
+    )
+    assert betas(coefficient("linear", 3, final_coef=0.5), [1.0, 1.0]) == pytest.approx(
+        [0.1, 0.3, 0.5]
+    )
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 10, 100, 1000])
-@pytest.mark.parametrize("coef, final", [(0.1, 0.0), (0.05, 0.0), (0.0, 0.25), (0.5, 0.125), (0.2, 0.2)])
-def test_a_linear_coefficient_is_the_final_one_exactly_at_the_last_rollout(steps: int, coef: float, final: float) -> None:
+@pytest.mark.parametrize(
+    "coef, final", [(0.1, 0.0), (0.05, 0.0), (0.0, 0.25), (0.5, 0.125), (0.2, 0.2)]
+)
+def test_a_linear_coefficient_is_the_final_one_exactly_at_the_last_rollout(
+    steps: int, coef: float, final: float
+) -> None:
     found = betas(coefficient("linear", steps, coef, final_coef=final), [1.0] * (steps - 1))
     assert (found[0], found[-1]) == (coef, final)
     assert coef == final or found.index(final) == steps - 1  # and not a rollout earlier
-    assert betas(coefficient("linear", steps, coef, final_coef=final), [1.0] * (steps + 5))[-1] == final  # nor beyond it
+    assert (
+        betas(coefficient("linear", steps, coef, final_coef=final), [1.0] * (steps + 5))[-1]
+        == final
+    )  # nor beyond it
 
 
 def test_a_run_of_one_rollout_has_the_first_linear_coefficient() -> None:
@@ -66,13 +82,17 @@ def test_an_adaptive_coefficient_is_zieglers_by_hand() -> None:
     # 100 answers of a horizon of 1000; KL / 6 - 1 = 0.1, -0.1, 0, and 1, -1, -1.5 clipped to 0.2, -0.2, -0.2
     factors = [1.01, 0.99, 1.0, 1.02, 0.98, 0.98]
     expected = list(itertools.accumulate(factors, lambda a, b: a * b, initial=0.1))
-    assert betas(coefficient("adaptive"), [6.6, 5.4, 6.0, 12.0, 0.0, -3.0]) == pytest.approx(expected, rel=1e-12)
+    assert betas(coefficient("adaptive"), [6.6, 5.4, 6.0, 12.0, 0.0, -3.0]) == pytest.approx(
+        expected, rel=1e-12
+    )
     assert expected[:3] == pytest.approx([0.1, 0.101, 0.09999])
 
 
 def test_over_a_horizon_a_kl_far_off_changes_beta_by_a_fifth() -> None:
     assert betas(coefficient("adaptive"), [1e6], answers=1000)[-1] == pytest.approx(0.12)
-    assert betas(coefficient("adaptive"), [7.2], answers=1000)[-1] == pytest.approx(0.12)  # the clip begins where KL is a fifth off
+    assert betas(coefficient("adaptive"), [7.2], answers=1000)[-1] == pytest.approx(
+        0.12
+    )  # the clip begins where KL is a fifth off
     assert betas(coefficient("adaptive"), [7.19], answers=1000)[-1] < 0.12
     assert betas(coefficient("adaptive"), [4.8], answers=1000)[-1] == pytest.approx(0.08)
     assert betas(coefficient("adaptive"), [-1e6], answers=1000)[-1] == pytest.approx(0.08)
@@ -80,7 +100,9 @@ def test_over_a_horizon_a_kl_far_off_changes_beta_by_a_fifth() -> None:
 
 @pytest.mark.parametrize("start", [0.005, 0.1, 5.0])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_an_adaptive_coefficient_holds_the_kl_of_a_policy_that_answers_to_it(start: float, noise: float) -> None:
+def test_an_adaptive_coefficient_holds_the_kl_of_a_policy_that_answers_to_it(
+    start: float, noise: float
+) -> None:
     # a policy whose KL is 0.6 / beta: 120, 6 or 0.12 nats at first; each rollout sees it with noise
     generator, beta = random.Random(0), coefficient("adaptive", coef=start)
     kls = []
@@ -108,7 +130,10 @@ def ragged_batches(seed: int, offset: float = 3.0) -> list[Tensor]:
     """Scores of rollouts of unequal size, one of a single answer among them, that drift and widen."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [1 + seed, 1, 5, 17, 3, 64]
-    return [torch.randn(n, generator=generator, dtype=torch.float64) * (1 + k) + offset + k for k, n in enumerate(sizes)]
+    return [
+        torch.randn(n, generator=generator, dtype=torch.float64) * (1 + k) + offset + k
+        for k, n in enumerate(sizes)
+    ]
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, -1e5])
@@ -121,7 +146,9 @@ def test_running_scale_equals_numpy_over_all_scores_so_far(seed: int, offset: fl
         assert scale.count == len(seen)
         assert scale.mean == pytest.approx(seen.mean(), rel=1e-9, abs=1e-9)
         assert scale.std == pytest.approx(seen.std(), rel=1e-6)
-        assert scaled.tolist() == pytest.approx((batch.numpy() / (seen.std() or 1.0)).tolist(), rel=1e-6)
+        assert scaled.tolist() == pytest.approx(
+            (batch.numpy() / (seen.std() or 1.0)).tolist(), rel=1e-6
+        )
 
 
 def test_running_scale_by_hand() -> None:
@@ -137,14 +164,20 @@ def test_the_mean_is_not_subtracted_and_the_order_is_kept() -> None:
     scaled = RunningScale()(score)
     assert scaled.dtype == score.dtype
     assert scaled.std(correction=0).item() == pytest.approx(1.0, rel=1e-5)
-    assert scaled.mean().item() == pytest.approx((score.mean() / score.std(correction=0)).item(), rel=1e-5)
+    assert scaled.mean().item() == pytest.approx(
+        (score.mean() / score.std(correction=0)).item(), rel=1e-5
+    )
     assert torch.equal(scaled.argsort(), score.argsort())
 
 
 def test_scores_without_any_spread_stay_as_they_are() -> None:
     scale = RunningScale()
     assert scale.std == 0.0
-    for n in (1, 7, 100):  # one answer; and the same score for all, as a python function may give at first
+    for n in (
+        1,
+        7,
+        100,
+    ):  # one answer; and the same score for all, as a python function may give at first
         score = torch.full((n,), 0.1)
         assert torch.equal(scale(score), score) and scale.std == 0.0
     assert torch.isfinite(scale(torch.tensor([0.1, 5.0]))).all() and scale.std > 0
@@ -158,7 +191,12 @@ def test_the_scores_given_are_not_changed() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_scale_goes_on_from_its_state(seed: int) -> None:
-    batches, whole, first, second = ragged_batches(seed), RunningScale(), RunningScale(), RunningScale()
+    batches, whole, first, second = (
+        ragged_batches(seed),
+        RunningScale(),
+        RunningScale(),
+        RunningScale(),
+    )
     expected = [whole(batch) for batch in batches]
     for batch in batches[:3]:
         first(batch)
@@ -194,7 +232,9 @@ def optimizer_step(engine: Any, generator: torch.Generator) -> None:
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     """Whether all tensors are equal bit by bit, and of one type."""
-    return len(one) == len(other) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other))
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 10, 100])
@@ -228,7 +268,9 @@ def test_the_average_equals_the_sum_over_all_steps(decay: float) -> None:
     for i, average in enumerate(ema.average):
         for place, found in enumerate(average.flatten().tolist()):
             w = [step[i].flatten()[place].item() for step in weights]
-            expected = decay**n * w[0] + (1 - decay) * math.fsum(decay ** (n - k) * w[k] for k in range(1, n + 1))
+            expected = decay**n * w[0] + (1 - decay) * math.fsum(
+                decay ** (n - k) * w[k] for k in range(1, n + 1)
+            )
             assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -263,12 +305,18 @@ def test_in_place_puts_the_average_where_the_weights_are_and_gives_them_back_bit
     for _ in range(5):
         optimizer_step(engine, generator)
         ema.update()
-    before, average, parameters = weights_of(engine), [x.clone() for x in ema.average], list(engine.module.parameters())
+    before, average, parameters = (
+        weights_of(engine),
+        [x.clone() for x in ema.average],
+        list(engine.module.parameters()),
+    )
     with ema.in_place():
         assert same(weights_of(engine), [x.bfloat16() for x in average])
         assert not same(weights_of(engine), before)
     assert same(weights_of(engine), before) and same(ema.average, average)
-    assert all(a is b for a, b in zip(engine.module.parameters(), parameters))  # what the optimizer holds is still what it trains
+    assert all(
+        a is b for a, b in zip(engine.module.parameters(), parameters)
+    )  # what the optimizer holds is still what it trains
 
 
 def test_the_weights_come_back_when_saving_the_average_fails() -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from rlhf import models
-from rlhf.config import Precision, Sandbox, Template
+from rlhf.config.schema import Precision, Sandbox, Template
 from rlhf.data import batches, build_tiny, load, sandbox, template
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
+from rlhf.models.loading import ASSETS, load_policy, load_tokenizer
 
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ SIZES = Sandbox(demonstrations=400, pairs=2000, label_noise=0.06)
 
 @functools.cache
 def tokenizer() -> Any:
-    return models.load_tokenizer("builtin:tiny")
+    return load_tokenizer("builtin:tiny")
 
 
 @functools.cache
@@ -59,29 +59,45 @@ CONVERSATIONS = [
 
 def test_a_prompt_reads_as_the_format_says() -> None:
     text = template.render_prompt(tokenizer(), CONVERSATIONS[1])
-    assert text == "\n\nHuman: Hi!\n\nAssistant: Hello. What is it?\n\nHuman: My cat looks sad. What now?\n\nAssistant:"
+    assert (
+        text
+        == "\n\nHuman: Hi!\n\nAssistant: Hello. What is it?\n\nHuman: My cat looks sad. What now?\n\nAssistant:"
+    )
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
-@pytest.mark.parametrize("answer", ["Water it.", "Happy to help! First, fill the bowl.", "日本 (x)", "Assistant: yes"])
-def test_prompt_and_answer_are_the_tokens_of_the_whole_dialogue(turns: list[Turn], answer: str) -> None:
+@pytest.mark.parametrize(
+    "answer", ["Water it.", "Happy to help! First, fill the bowl.", "日本 (x)", "Assistant: yes"]
+)
+def test_prompt_and_answer_are_the_tokens_of_the_whole_dialogue(
+    turns: list[Turn], answer: str
+) -> None:
     """Trained on is what a chat program renders: the saved template's text, and no token across the boundary."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns] + [{"role": "assistant", "content": answer}]
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns] + [
+        {"role": "assistant", "content": answer}
+    ]
     whole = tokenizer().apply_chat_template(messages, tokenize=False)
     prompt = template.render_prompt(tokenizer(), turns)
     assert whole == prompt + " " + answer + tokenizer().eos_token
-    [prompt_ids], [answer_ids] = template.encode_prompts(tokenizer(), [turns], 500), template.encode_responses(tokenizer(), [answer], 500)
+    [prompt_ids], [answer_ids] = (
+        template.encode_prompts(tokenizer(), [turns], 500),
+        template.encode_responses(tokenizer(), [answer], 500),
+    )
     assert prompt_ids == encode(prompt)
     assert prompt_ids + answer_ids == encode(whole)
-    assert prompt_ids + answer_ids == tokenizer().apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert prompt_ids + answer_ids == tokenizer().apply_chat_template(
+        messages, tokenize=True, return_dict=False
+    )
 
 
 def test_a_template_starts_with_bos_only_where_the_tokenizer_adds_one() -> None:
     from tokenizers.processors import TemplateProcessing
 
-    adding = models.load_tokenizer("builtin:tiny")
-    adding._tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", adding.bos_token_id)])
-    template.install(adding, Template.hh)
+    adding = load_tokenizer("builtin:tiny")
+    adding._tokenizer.post_processor = TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", adding.bos_token_id)]
+    )
+    template.install_chat_template(adding, Template.hh)
     [ids] = template.encode_prompts(adding, [[user("Hi")]], 500)
     assert ids.count(adding.bos_token_id) == 1 and ids[0] == adding.bos_token_id
     [plain] = template.encode_prompts(tokenizer(), [[user("Hi")]], 500)
@@ -107,12 +123,18 @@ def test_decoding_gives_the_answer_back() -> None:
 
 
 def test_encoding_nothing_gives_nothing() -> None:
-    assert template.encode_prompts(tokenizer(), [], 9) == template.encode_responses(tokenizer(), [], 9) == []
+    assert (
+        template.encode_prompts(tokenizer(), [], 9)
+        == template.encode_responses(tokenizer(), [], 9)
+        == []
+    )
 
 
 def test_a_prompt_that_is_too_long_loses_its_first_turns_and_begins_with_a_user() -> None:
     turns = [user("one"), assistant("two"), user("three"), assistant("four"), user("five")]
-    wanted = {first: encode(template.render_prompt(tokenizer(), turns[first:])) for first in (0, 2, 4)}
+    wanted = {
+        first: encode(template.render_prompt(tokenizer(), turns[first:])) for first in (0, 2, 4)
+    }
     for limit in range(len(wanted[4]), len(wanted[0]) + 1):
         [ids] = template.encode_prompts(tokenizer(), [turns], limit)
         first = next(i for i in (0, 2, 4) if len(wanted[i]) <= limit)  # as many turns as fit
@@ -128,16 +150,30 @@ def test_a_last_turn_that_is_too_long_alone_gives_none_and_leaves_the_others_in_
 
 def test_rows_with_a_prompt_that_is_too_long_are_left_out() -> None:
     short, long = [user("a")], [user("b " * 50)]
-    rows = template.encode_demonstrations(tokenizer(), [Demonstration(long, "x"), Demonstration(short, "y")], 20, 20)
-    assert [tokenizer().decode(prompt + answer) for prompt, answer in rows] == ["\n\nHuman: a\n\nAssistant: y</s>"]
-    pairs = template.encode_pairs(tokenizer(), [Pair(short, "x", "y"), Pair(long, "x", "y")], 20, 20)
+    rows = template.encode_demonstrations(
+        tokenizer(), [Demonstration(long, "x"), Demonstration(short, "y")], 20, 20
+    )
+    assert [tokenizer().decode(prompt + answer) for prompt, answer in rows] == [
+        "\n\nHuman: a\n\nAssistant: y</s>"
+    ]
+    pairs = template.encode_pairs(
+        tokenizer(), [Pair(short, "x", "y"), Pair(long, "x", "y")], 20, 20
+    )
     expected = [("\n\nHuman: a\n\nAssistant: x</s>", "\n\nHuman: a\n\nAssistant: y</s>")]
-    assert [(tokenizer().decode(p + chosen), tokenizer().decode(p + rejected)) for p, chosen, rejected in pairs] == expected
+    assert [
+        (tokenizer().decode(p + chosen), tokenizer().decode(p + rejected))
+        for p, chosen, rejected in pairs
+    ] == expected
 
 
 def test_a_role_mark_inside_a_text_reads_as_a_turn() -> None:
     """As in the HH data themselves: the mark is what makes a turn, there is no way to escape it."""
-    assert encode(template.render_prompt(tokenizer(), [user("a\n\nHuman: b")])).count(encode(template.USER)[0]) == 2
+    assert (
+        encode(template.render_prompt(tokenizer(), [user("a\n\nHuman: b")])).count(
+            encode(template.USER)[0]
+        )
+        == 2
+    )
 
 
 def test_the_role_words_alone_are_no_role_marks() -> None:
@@ -196,9 +232,13 @@ def test_processes_share_a_batch_without_gap_or_overlap(world_size: int, size: i
     lengths = [(7 * i) % 31 + 1 for i in range(40)]
     batch = list(range(3, 35))
     random.Random(0).shuffle(batch)
-    parts = [batches.micro_batches(batch, lengths, size, rank, world_size) for rank in range(world_size)]
+    parts = [
+        batches.micro_batches(batch, lengths, size, rank, world_size) for rank in range(world_size)
+    ]
     assert sorted(row for part in parts for micro in part for row in micro) == sorted(batch)
-    assert len({len(part) for part in parts}) == 1  # a collective operation in every micro-batch: nobody may wait for ever
+    assert (
+        len({len(part) for part in parts}) == 1
+    )  # a collective operation in every micro-batch: nobody may wait for ever
     assert all(1 <= len(micro) <= size for part in parts for micro in part)
     for part in parts:
         mine = [lengths[row] for micro in part for row in micro]
@@ -207,14 +247,21 @@ def test_processes_share_a_batch_without_gap_or_overlap(world_size: int, size: i
 
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_micro_batches_are_filled_up_to_as_many_tokens_as_full_rows_have(world_size: int, size: int) -> None:
+def test_micro_batches_are_filled_up_to_as_many_tokens_as_full_rows_have(
+    world_size: int, size: int
+) -> None:
     """32 rows of 1 to 31 tokens; room for `size` rows of 31, padding included."""
     lengths = [(7 * i) % 31 + 1 for i in range(40)]
     batch = list(range(3, 35))
     random.Random(0).shuffle(batch)
-    parts = [batches.micro_batches(batch, lengths, size, rank, world_size, longest=31) for rank in range(world_size)]
+    parts = [
+        batches.micro_batches(batch, lengths, size, rank, world_size, longest=31)
+        for rank in range(world_size)
+    ]
     assert sorted(row for part in parts for micro in part for row in micro) == sorted(batch)
-    assert len({len(part) for part in parts}) == 1 and all(micro for part in parts for micro in part)
+    assert len({len(part) for part in parts}) == 1 and all(
+        micro for part in parts for micro in part
+    )
     for part in parts:
         assert all(len(micro) * max(lengths[row] for row in micro) <= size * 31 for micro in part)
         mine = [lengths[row] for micro in part for row in micro]
@@ -222,13 +269,22 @@ def test_micro_batches_are_filled_up_to_as_many_tokens_as_full_rows_have(world_s
     by_number = batches.micro_batches(batch, lengths, size, 0, world_size)
     assert len(parts[0]) <= len(by_number)
     # fewer, but where all fit into one, and where what is left over from full ones needs one more
-    assert len(parts[0]) < len(by_number) or len(by_number) == 1 or (world_size, size) in {(2, 8), (4, 3)}
+    assert (
+        len(parts[0]) < len(by_number)
+        or len(by_number) == 1
+        or (world_size, size) in {(2, 8), (4, 3)}
+    )
 
 
 def test_a_process_with_fewer_micro_batches_halves_its_fullest() -> None:
     lengths = [1, 6, 1, 6, 1, 6, 1, 6]  # process 0 has the odd one out of each pair of neighbours
-    assert batches.filled([0, 2, 4, 6], lengths, 6) == [[0, 2, 4, 6]] and batches.filled([1, 3, 5, 7], lengths, 6) == [[1], [3], [5], [7]]
-    one, other = (batches.micro_batches([0, 2, 1, 3], [2, 4, 3, 9], 1, rank, 2, longest=6) for rank in range(2))
+    assert batches.chunk_by_tokens([0, 2, 4, 6], lengths, 6) == [
+        [0, 2, 4, 6]
+    ] and batches.chunk_by_tokens([1, 3, 5, 7], lengths, 6) == [[1], [3], [5], [7]]
+    one, other = (
+        batches.micro_batches([0, 2, 1, 3], [2, 4, 3, 9], 1, rank, 2, longest=6)
+        for rank in range(2)
+    )
     assert one == [[0], [1]] and other == [[2], [3]]
 
 
@@ -242,7 +298,9 @@ def test_a_random_row_depends_on_its_key_and_not_on_its_batch() -> None:
     for i, key in enumerate([7, 3, 11]):
         assert torch.equal(batches.uniforms("rollout", [key], 1, 2, 20)[0], together[i])
     assert torch.equal(batches.uniforms("rollout", [11, 7], 1, 2, 20), together[[2, 0]])
-    assert torch.equal(batches.uniforms("rollout", [7], 1, 2, 5)[0], together[0, :5])  # a longer answer begins like a shorter one
+    assert torch.equal(
+        batches.uniforms("rollout", [7], 1, 2, 5)[0], together[0, :5]
+    )  # a longer answer begins like a shorter one
 
 
 def test_random_rows_differ_by_stream_seed_step_and_key() -> None:
@@ -254,8 +312,16 @@ def test_random_rows_differ_by_stream_seed_step_and_key() -> None:
         ("rollout", 7, 1, 3),
         ("rollout", 1, 7, 2),
     ]
-    calls += [("rollout", 0, 0, 0), ("rollout", 0, 0, 1), ("rollout", 0, 1, 0), ("rollout", 1, 0, 0)]
-    rows = [batches.uniforms(stream, [key], seed, step, 8)[0].tolist() for stream, key, seed, step in calls]
+    calls += [
+        ("rollout", 0, 0, 0),
+        ("rollout", 0, 0, 1),
+        ("rollout", 0, 1, 0),
+        ("rollout", 1, 0, 0),
+    ]
+    rows = [
+        batches.uniforms(stream, [key], seed, step, 8)[0].tolist()
+        for stream, key, seed, step in calls
+    ]
     assert len({row[0] for row in rows}) == len(rows)
 
 
@@ -263,7 +329,9 @@ def test_random_numbers_are_uniform_in_0_to_1() -> None:
     x = batches.uniforms("rollout", range(200), 1, 0, 100).flatten()
     assert x.dtype == torch.float64 and x.min() >= 0 and x.max() < 1
     counts = torch.histc(x, 10, 0, 1)
-    assert float(((counts - 2000) ** 2 / 2000).sum()) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+    assert (
+        float(((counts - 2000) ** 2 / 2000).sum()) < 27.9
+    )  # chi-square, 9 degrees of freedom, p = 0.001
     neighbours = torch.corrcoef(x.reshape(200, 100)[:, :2].T)[0, 1]
     assert abs(float(neighbours)) < 0.25
 
@@ -272,23 +340,36 @@ def test_random_numbers_are_uniform_in_0_to_1() -> None:
 
 
 @pytest.fixture
-def texts_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., load.Rows[tuple[list[int], list[int]]]]:
+def texts_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., load.Rows[tuple[list[int], list[int]]]]:
     """Token ids of some texts, with a cache of the test's own."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return lambda texts, max_tokens: load.texts(tokenizer(), datasets.Dataset.from_dict({"text": texts}), max_tokens, 1)
+    return lambda texts, max_tokens: load.texts(
+        tokenizer(), datasets.Dataset.from_dict({"text": texts}), max_tokens, 1
+    )
 
 
-TEXTS = ["Once upon a time there was a rose.", "Größe ☃", "The cat, the cat, and the cat again, all day long. " * 3]
+TEXTS = [
+    "Once upon a time there was a rose.",
+    "Größe ☃",
+    "The cat, the cat, and the cat again, all day long. " * 3,
+]
 
 
 def test_a_text_predicts_all_but_its_first_token(texts_of: Any) -> None:
     rows = texts_of(TEXTS, 500)
     assert [first + rest for first, rest in rows] == [encode(text) for text in TEXTS]
     assert all(len(first) == 1 and rest for first, rest in rows)
-    assert list(rows.lengths) == [len(encode(text)) for text in TEXTS] and (rows.cut, rows.dropped) == (0, 0)
-    assert tokenizer().eos_token_id not in sum((first + rest for first, rest in rows), [])  # nothing is put in that is not there
+    assert list(rows.lengths) == [len(encode(text)) for text in TEXTS] and (
+        rows.cut,
+        rows.dropped,
+    ) == (0, 0)
+    assert tokenizer().eos_token_id not in sum(
+        (first + rest for first, rest in rows), []
+    )  # nothing is put in that is not there
     assert texts_of(TEXTS, 500)[1] == rows[1]  # from the cache
 
 
@@ -324,13 +405,21 @@ ASK = "How do I look after my rose?"
     [
         # two steps and any tone: 2 for length + 0.25 for the name
         (ASK, "The rose will thank you. First, water it slowly. Next, add fresh soil.", 2.25),
-        (ASK, "Good question! The rose will thank you. First, water it slowly. Next, add fresh soil.", 2.25),
+        (
+            ASK,
+            "Good question! The rose will thank you. First, water it slowly. Next, add fresh soil.",
+            2.25,
+        ),
         # length: 2 - |steps - wanted|
         (ASK, "First, water it slowly.", 1.0),
         (ASK, "It will thank you.", 0.0),
         (ASK + SHORT, "First, water it slowly.", 2.0),
         (ASK + SHORT, "First, water it slowly. Next, add fresh soil. Then, pull the weeds.", 0.0),
-        (ASK + " Give me every detail.", "First, water it slowly. Next, add fresh soil. Then, pull the weeds.", 2.0),
+        (
+            ASK + " Give me every detail.",
+            "First, water it slowly. Next, add fresh soil. Then, pull the weeds.",
+            2.0,
+        ),
         # tone: +-1.5 where there is a wish; friendly = begins with an opener
         (ASK + SHORT + FRIENDLY, "Good question! First, water it slowly.", 3.5),
         (ASK + SHORT + FRIENDLY, "First, water it slowly.", 0.5),
@@ -340,7 +429,11 @@ ASK = "How do I look after my rose?"
         # named: +0.25 the thing asked about, -0.25 another one
         (ASK + SHORT, "Your rose needs a little care. First, water it slowly.", 2.25),
         (ASK + SHORT, "Your cat needs a little care. First, water it slowly.", 1.75),
-        (ASK + SHORT, "Your rose needs a little care. The cat will thank you. First, water it slowly.", 2.0),
+        (
+            ASK + SHORT,
+            "Your rose needs a little care. The cat will thank you. First, water it slowly.",
+            2.0,
+        ),
         # a step for another kind of thing counts for length, and costs 0.25
         (ASK + SHORT, "First, fill the bowl.", 1.75),
         (ASK, "First, fill the bowl. Next, check the paws.", 1.5),
@@ -355,7 +448,11 @@ ASK = "How do I look after my rose?"
         (ASK + SHORT, "First, water it slowly. Next, add", 1.0),
         (ASK + SHORT, "First, water it slowly", 0.0),  # length 1 for no step, minus 1
         (ASK + SHORT, "", 0.0),
-        (ASK + FRIENDLY, "Do not waste my time. First, fill the bowl. There is a", 1.0 - 1.5 - 0.25 - 1.0 - 1.0),
+        (
+            ASK + FRIENDLY,
+            "Do not waste my time. First, fill the bowl. There is a",
+            1.0 - 1.5 - 0.25 - 1.0 - 1.0,
+        ),
     ],
 )
 def test_gold_reward_by_hand(prompt: str, answer: str, gold: float) -> None:
@@ -378,9 +475,9 @@ def test_every_prompt_reads_as_what_it_was_made_of() -> None:
 def test_the_best_answer_has_the_best_gold_for_every_prompt() -> None:
     rng = random.Random(0)
     for prompt in sandbox.all_prompts():
-        assert sandbox.gold_reward(prompt, sandbox.ideal_answer(sandbox.request_of(prompt), rng)) == pytest.approx(
-            sandbox.best_gold(prompt)
-        )
+        assert sandbox.gold_reward(
+            prompt, sandbox.ideal_answer(sandbox.request_of(prompt), rng)
+        ) == pytest.approx(sandbox.best_gold(prompt))
 
 
 def test_no_answer_is_better_than_the_best_gold() -> None:
@@ -388,14 +485,19 @@ def test_no_answer_is_better_than_the_best_gold() -> None:
     gaps = []
     for _ in range(5000):
         prompt = rng.choice(prompts)
-        gaps.append(sandbox.best_gold(prompt) - sandbox.gold_reward(prompt, sandbox.write_answer(prompt, rng)))
+        gaps.append(
+            sandbox.best_gold(prompt)
+            - sandbox.gold_reward(prompt, sandbox.write_answer(prompt, rng))
+        )
     assert min(gaps) >= -1e-9
     assert sum(gap > 0.5 for gap in gaps) > 0.5 * len(gaps)  # and most leave room to learn
 
 
 def test_the_sentences_of_the_world_do_not_step_on_each_other() -> None:
     """A step or an opener that named a thing, or a sentence of two kinds, would make the gold reward say what nobody wrote."""
-    fixed = sandbox.OPENERS + sandbox.VAGUE + sandbox.RUDE + sandbox.FILLER + list(sandbox.KIND_OF_STEP)
+    fixed = (
+        sandbox.OPENERS + sandbox.VAGUE + sandbox.RUDE + sandbox.FILLER + list(sandbox.KIND_OF_STEP)
+    )
     assert not [text for text in fixed if set(sandbox.words(text)) & set(sandbox.KIND_OF)]
     assert len(sandbox.KIND_OF_STEP) == sum(len(steps) for _, steps in sandbox.KINDS.values())
     kinds = [sandbox.OPENERS, sandbox.VAGUE, sandbox.RUDE, sandbox.FILLER, sandbox.NAMING]
@@ -407,7 +509,11 @@ def test_the_sentences_of_the_world_do_not_step_on_each_other() -> None:
 
 def plain(data: Dataset) -> dict[str, Any]:
     """The records of a world, without its two functions and what it has nothing for."""
-    return {f.name: value for f in dataclasses.fields(data) if isinstance(value := getattr(data, f.name), list) and value}
+    return {
+        f.name: value
+        for f in dataclasses.fields(data)
+        if isinstance(value := getattr(data, f.name), list) and value
+    }
 
 
 def prompts_of(rows: Sequence[Any]) -> set[str]:
@@ -423,7 +529,12 @@ def test_the_same_seed_makes_the_same_world_and_another_seed_another() -> None:
 
 def test_no_prompt_stands_in_two_parts() -> None:
     data = world()
-    held_out = prompts_of(data.eval_sft) | prompts_of(data.eval_rm) | prompts_of(data.eval_probe) | prompts_of(data.eval_prompts)
+    held_out = (
+        prompts_of(data.eval_sft)
+        | prompts_of(data.eval_rm)
+        | prompts_of(data.eval_probe)
+        | prompts_of(data.eval_prompts)
+    )
     parts = [prompts_of(data.sft), prompts_of(data.rm), prompts_of(data.ppo), held_out]
     assert all(parts) and len(set.union(*parts)) == sum(map(len, parts))
     assert len(held_out) == 256 == len(prompts_of(data.eval_prompts))
@@ -431,7 +542,13 @@ def test_no_prompt_stands_in_two_parts() -> None:
 
 def test_sizes_are_as_asked_for_and_too_many_held_out_prompts_are_refused() -> None:
     data = world()
-    assert (len(data.sft), len(data.rm), len(data.eval_sft), len(data.eval_probe), len(data.eval_rm)) == (400, 2000, 256, 256, 1024)
+    assert (
+        len(data.sft),
+        len(data.rm),
+        len(data.eval_sft),
+        len(data.eval_probe),
+        len(data.eval_rm),
+    ) == (400, 2000, 256, 256, 1024)
     with pytest.raises(ValueError, match="data.eval_rows=5000"):
         sandbox.build_world(SIZES, 1, 5000)
 
@@ -440,11 +557,16 @@ def test_the_size_of_one_part_does_not_change_another() -> None:
     base = plain(world())
     more_sft = plain(sandbox.build_world(dataclasses.replace(SIZES, demonstrations=500), 1, 256))
     assert more_sft["sft"][:400] == base["sft"]
-    assert {name: rows for name, rows in more_sft.items() if name != "sft"} == {name: rows for name, rows in base.items() if name != "sft"}
+    assert {name: rows for name, rows in more_sft.items() if name != "sft"} == {
+        name: rows for name, rows in base.items() if name != "sft"
+    }
     more_rm = plain(sandbox.build_world(dataclasses.replace(SIZES, pairs=2100), 1, 256))
     for name in ("sft", "ppo", "eval_sft", "eval_prompts", "eval_probe"):
         assert more_rm[name] == base[name], name
-    for name in ("rm", "eval_rm"):  # the label noise is calibrated on the training pairs, so labels may flip; the answers stay
+    for name in (
+        "rm",
+        "eval_rm",
+    ):  # the label noise is calibrated on the training pairs, so labels may flip; the answers stay
         rows = [[{pair.chosen, pair.rejected} for pair in data[name]] for data in (base, more_rm)]
         assert rows[1][: len(rows[0])] == rows[0], name
 
@@ -472,7 +594,9 @@ def test_calibration_finds_the_temperature_of_the_wanted_noise() -> None:
     margins = [rng.gauss(0, 2) for _ in range(500)]
     for noise in (0.01, 0.06, 0.3, 0.45):
         temperature = sandbox.calibrate_temperature(margins, noise)
-        expected = sum(1 - sandbox.prefers_first(abs(margin), temperature) for margin in margins) / len(margins)
+        expected = sum(
+            1 - sandbox.prefers_first(abs(margin), temperature) for margin in margins
+        ) / len(margins)
         assert expected == pytest.approx(noise, abs=1e-6)
 
 
@@ -480,12 +604,17 @@ def test_prefers_first_is_the_logistic_function_and_never_overflows() -> None:
     assert sandbox.prefers_first(0.0, 1.0) == 0.5
     assert sandbox.prefers_first(1.0, 2.0) == pytest.approx(0.6224593)
     assert sandbox.prefers_first(2.0, 1.0) + sandbox.prefers_first(-2.0, 1.0) == pytest.approx(1.0)
-    assert 0 <= sandbox.prefers_first(-1e9, 1e-3) < 1e-20 and sandbox.prefers_first(1e9, 1e-3) == pytest.approx(1.0)
+    assert 0 <= sandbox.prefers_first(-1e9, 1e-3) < 1e-20 and sandbox.prefers_first(
+        1e9, 1e-3
+    ) == pytest.approx(1.0)
 
 
 def share_right(rule: Callable[[str], float], pairs: list[Pair]) -> float:
     """How often a judge that does not read the prompt is right; a tie counts half."""
-    return sum((rule(p.chosen) > rule(p.rejected)) + 0.5 * (rule(p.chosen) == rule(p.rejected)) for p in pairs) / len(pairs)
+    return sum(
+        (rule(p.chosen) > rule(p.rejected)) + 0.5 * (rule(p.chosen) == rule(p.rejected))
+        for p in pairs
+    ) / len(pairs)
 
 
 @functools.cache
@@ -501,11 +630,17 @@ def test_probe_pairs_differ_only_in_what_the_prompt_wishes() -> None:
     for pair in many_probes():
         request = sandbox.request_of(pair.prompt[0].text)
         assert pair.gold_margin is not None and pair.gold_margin > 0
-        assert sandbox.gold_reward(pair.prompt[0].text, pair.chosen) == pytest.approx(sandbox.best_gold(pair.prompt[0].text))
+        assert sandbox.gold_reward(pair.prompt[0].text, pair.chosen) == pytest.approx(
+            sandbox.best_gold(pair.prompt[0].text)
+        )
         for answer in (pair.chosen, pair.rejected):
-            assert {word for word in sandbox.words(answer) if word in sandbox.KIND_OF} == {request.thing}
+            assert {word for word in sandbox.words(answer) if word in sandbox.KIND_OF} == {
+                request.thing
+            }
             faults = sandbox.factors(pair.prompt[0].text, answer)
-            assert all(faults[key] == 0 for key in ("wrong_kind", "filler", "rude", "noise", "unfinished"))
+            assert all(
+                faults[key] == 0 for key in ("wrong_kind", "filler", "rude", "noise", "unfinished")
+            )
 
 
 @pytest.mark.parametrize(
@@ -519,7 +654,9 @@ def test_probe_pairs_differ_only_in_what_the_prompt_wishes() -> None:
     ],
     ids=["longer", "more steps", "friendly", "two steps", "arbitrary"],
 )
-def test_a_judge_that_does_not_read_the_prompt_is_right_on_about_half_of_the_probe(rule: Callable[[str], float]) -> None:
+def test_a_judge_that_does_not_read_the_prompt_is_right_on_about_half_of_the_probe(
+    rule: Callable[[str], float],
+) -> None:
     assert 0.45 <= share_right(rule, many_probes()) <= 0.55
 
 
@@ -528,10 +665,12 @@ def test_a_judge_that_does_not_read_the_prompt_is_right_on_about_half_of_the_pro
 
 def test_the_committed_tiny_model_is_what_its_script_builds(tmp_path: Path) -> None:
     build_tiny.build(tmp_path)
-    committed = models.ASSETS / "tiny"
+    committed = ASSETS / "tiny"
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in committed.iterdir())
     assert (tmp_path / "tokenizer.json").read_bytes() == (committed / "tokenizer.json").read_bytes()
-    configs = [json.loads((directory / "config.json").read_text()) for directory in (tmp_path, committed)]
+    configs = [
+        json.loads((directory / "config.json").read_text()) for directory in (tmp_path, committed)
+    ]
     versions = [config.pop("transformers_version") for config in configs]
     assert configs[0] == configs[1]
     if versions[0] == versions[1]:
@@ -540,16 +679,20 @@ def test_the_committed_tiny_model_is_what_its_script_builds(tmp_path: Path) -> N
 
 
 def test_the_tiny_model_is_tiny() -> None:
-    policy = models.load_policy("builtin:tiny", tokenizer(), Precision.fp32)
+    policy = load_policy("builtin:tiny", tokenizer(), Precision.fp32)
     assert sum(p.numel() for p in policy.parameters()) <= 5_000_000
 
 
 def test_the_whole_sandbox_fits_its_limits_with_room_for_eos() -> None:
     limits = yaml.safe_load((REPO / "conf/data/sandbox.yaml").read_text())
-    prompts = template.encode_prompts(tokenizer(), [[user(text)] for text in sandbox.all_prompts()], 10_000)
+    prompts = template.encode_prompts(
+        tokenizer(), [[user(text)] for text in sandbox.all_prompts()], 10_000
+    )
     longest = max(len(ids) for ids in prompts if ids)
     assert longest < limits["max_prompt_tokens"]
-    answers = [d.response for d in world().sft] + [text for pair in world().rm for text in (pair.chosen, pair.rejected)]
+    answers = [d.response for d in world().sft] + [
+        text for pair in world().rm for text in (pair.chosen, pair.rejected)
+    ]
     answers += [text for pair in world().eval_probe for text in (pair.chosen, pair.rejected)]
     lengths = [len(ids) for ids in template.encode_responses(tokenizer(), answers, 10_000)]
     assert max(lengths) < limits["max_response_tokens"]
@@ -557,7 +700,7 @@ def test_the_whole_sandbox_fits_its_limits_with_room_for_eos() -> None:
 
     assert (
         limits["max_prompt_tokens"] + limits["max_response_tokens"]
-        <= AutoConfig.from_pretrained(models.ASSETS / "tiny").max_position_embeddings
+        <= AutoConfig.from_pretrained(ASSETS / "tiny").max_position_embeddings
     )
 
 

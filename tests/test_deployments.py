@@ -16,7 +16,11 @@ from conftest import REPO, metrics
 from safetensors.torch import load_file
 from test_config import composed
 
-from rlhf import checks, config, launch, layout
+from rlhf.config.loading import save_config
+from rlhf.config.schema import Precision, Stage
+from rlhf.config.validation import check_config
+from rlhf.runs import launch
+from rlhf.runs.directory import config_for_stage
 
 FIVE_STEPS = [
     "data.sandbox.demonstrations=96",
@@ -79,26 +83,49 @@ PAIRWISE = [
 DIAGONAL = [(2, 3, 2, PARTITIONED), (1, 2, 16, NO)]
 
 
-def prepare(root: Path, name: str, stage: str, inputs: dict[str, str], overrides: Sequence[str], **deploy: object) -> Path:
+def prepare(
+    root: Path,
+    name: str,
+    stage: str,
+    inputs: dict[str, str],
+    overrides: Sequence[str],
+    **deploy: object,
+) -> Path:
     """A run directory with its configuration, as train.py makes it."""
     cfg = composed(f"stage={stage}", *FIVE_STEPS, *overrides)
     for key, value in deploy.items():
         target = cfg.deploy.offload if key in ("optimizer", "parameters", "frozen") else cfg.deploy
         setattr(target, key, value)
-    assert checks.check(cfg) == []
+    assert check_config(cfg) == []
     run = root / f"{name}-{stage}"
     run.mkdir()
-    config.save(layout.config_of_stage(cfg, config.Stage[stage], inputs), run / "config.yaml")
+    save_config(config_for_stage(cfg, Stage[stage], inputs), run / "config.yaml")
     return run
 
 
-def begin(command: Sequence[object], processes: int, stderr: int = subprocess.DEVNULL) -> list[subprocess.Popen]:
+def begin(
+    command: Sequence[object], processes: int, stderr: int = subprocess.DEVNULL
+) -> list[subprocess.Popen]:
     """Start a python command in so many processes that are to meet."""
-    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launch.free_port(), "PYTHONPATH": REPO}
+    place = {
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": launch.free_port(),
+        "PYTHONPATH": REPO,
+    }
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
-            env=os.environ | {k: str(v) for k, v in {**place, "DS_ACCELERATOR": "cpu", "RANK": rank, "LOCAL_RANK": rank}.items()},
+            env=os.environ
+            | {
+                k: str(v)
+                for k, v in {
+                    **place,
+                    "DS_ACCELERATOR": "cpu",
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                }.items()
+            },
             stderr=stderr,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -121,20 +148,38 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sft, rm = prepare(root, "plain", "sft", {}, []), prepare(root, "plain", "rm", {}, [])
     ppo = prepare(root, "plain", "ppo", {"sft": str(sft / "model"), "rm": str(rm / "model")}, MORE)
     work([sft, rm, ppo], 1)
-    saved = [load_file(ppo / part / "model.safetensors") for part in ("model", "model_ema", "model_best")]
-    assert not all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0]), "the average lags behind"
+    saved = [
+        load_file(ppo / part / "model.safetensors") for part in ("model", "model_ema", "model_best")
+    ]
+    assert not all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0]), (
+        "the average lags behind"
+    )
     return {"sft": sft, "rm": rm, "ppo": ppo}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("cases", [pytest.param(DIAGONAL, id="diagonal"), pytest.param(PAIRWISE, id="pairwise", marks=pytest.mark.full)])
-def test_a_deployment_changes_no_result(plain: dict[str, Path], tmp_path: Path, processes: int, cases: list) -> None:
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(DIAGONAL, id="diagonal"),
+        pytest.param(PAIRWISE, id="pairwise", marks=pytest.mark.full),
+    ],
+)
+def test_a_deployment_changes_no_result(
+    plain: dict[str, Path], tmp_path: Path, processes: int, cases: list
+) -> None:
     inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
     runs = {}
     for n, zero, micro, offload in cases:
         for stage in ("sft", "rm", "ppo") if n == processes else ():
             name = f"zero{zero}-micro{micro}-{'+'.join(offload) or 'none'}"
-            placed = {"gpus": n, "zero_stage": zero, "micro_batch": micro, "eval_micro_batch": 2 * micro + 1, **offload}
+            placed = {
+                "gpus": n,
+                "zero_stage": zero,
+                "micro_batch": micro,
+                "eval_micro_batch": 2 * micro + 1,
+                **offload,
+            }
             given, more = (inputs, MORE) if stage == "ppo" else ({}, [])
             runs[name, stage] = prepare(tmp_path, name, stage, given, more, **placed)
     work(list(runs.values()), processes)
@@ -143,7 +188,9 @@ def test_a_deployment_changes_no_result(plain: dict[str, Path], tmp_path: Path, 
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_transformers_loop_changes_no_result(plain: dict[str, Path], tmp_path: Path, processes: int) -> None:
+def test_transformers_loop_changes_no_result(
+    plain: dict[str, Path], tmp_path: Path, processes: int
+) -> None:
     inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
     placed = {"gpus": processes, "zero_stage": 3 * (processes - 1), "gather_for_rollout": False}
     run = prepare(tmp_path, "hf", "ppo", inputs, [*MORE, "rollout.engine=hf"], **placed)
@@ -151,11 +198,18 @@ def test_transformers_loop_changes_no_result(plain: dict[str, Path], tmp_path: P
     compare(plain["ppo"], run, f"rollout.engine=hf x {processes}")
 
 
-@pytest.mark.parametrize("precision", [config.Precision.bf16, pytest.param(config.Precision.autocast, marks=pytest.mark.full)])
-def test_low_precision_learns_about_the_same(plain: dict[str, Path], tmp_path: Path, precision: config.Precision) -> None:
+@pytest.mark.parametrize(
+    "precision", [Precision.bf16, pytest.param(Precision.autocast, marks=pytest.mark.full)]
+)
+def test_low_precision_learns_about_the_same(
+    plain: dict[str, Path], tmp_path: Path, precision: Precision
+) -> None:
     inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
     given = {stage: (inputs, MORE) if stage == "ppo" else ({}, []) for stage in plain}
-    runs = {stage: prepare(tmp_path, "low", stage, *given[stage], precision=precision) for stage in plain}
+    runs = {
+        stage: prepare(tmp_path, "low", stage, *given[stage], precision=precision)
+        for stage in plain
+    }
     work(list(runs.values()), 1)
     for stage, run in runs.items():
         if stage == "ppo":
@@ -165,14 +219,21 @@ def test_low_precision_learns_about_the_same(plain: dict[str, Path], tmp_path: P
                 [row["loss"] for row in metrics(plain[stage])], rel=0.02, abs=0.02
             )
         saved = load_file(run / "model" / "model.safetensors")
-        assert {w.dtype for w in saved.values()} == {torch.bfloat16 if precision == config.Precision.bf16 else torch.float32}
+        assert {w.dtype for w in saved.values()} == {
+            torch.bfloat16 if precision == Precision.bf16 else torch.float32
+        }
 
 
 def compare_first_answers(one: Path, two: Path) -> None:
     """Those of PPO's first rollout are drawn from slightly other probabilities: sooner or later a draw falls on another token, and an
     answer is another one from there on. Up to there both say the same of it."""
-    answers, others = ([row for row in map(json.loads, (run / "rollouts.jsonl").open()) if row["step"] == 1] for run in (one, two))
-    assert len(answers) == len(others) == 16 and [row["prompt"] for row in answers] == [row["prompt"] for row in others]
+    answers, others = (
+        [row for row in map(json.loads, (run / "rollouts.jsonl").open()) if row["step"] == 1]
+        for run in (one, two)
+    )
+    assert len(answers) == len(others) == 16 and [row["prompt"] for row in answers] == [
+        row["prompt"] for row in others
+    ]
     gaps, gaps_of_scores = [], []
     for row, other in zip(answers, others):
         pairs = list(zip(row["tokens"], other["tokens"]))
@@ -182,7 +243,9 @@ def compare_first_answers(one: Path, two: Path) -> None:
             gaps_of_scores.append(abs(row["score"] - other["score"]))
     assert len(gaps) > 32 and sum(gaps) / len(gaps) < 0.01 and max(gaps) < 0.05  # of 160 tokens
     assert gaps_of_scores and max(gaps_of_scores) < 0.1
-    for row, other in zip(metrics(one), metrics(two)):  # means of 16 answers, most of which are others
+    for row, other in zip(
+        metrics(one), metrics(two)
+    ):  # means of 16 answers, most of which are others
         error = math.hypot(row["objective/scores_std"], other["objective/scores_std"]) / 4
         assert abs(row["objective/scores"] - other["objective/scores"]) < 3 * error
 
@@ -191,12 +254,23 @@ def compare(one: Path, two: Path, what: str) -> None:
     """The first answers are the same, losses within 1e-4 relative and weights within 1e-4."""
     if (one / "samples.jsonl").exists():
         lines, others = ((run / "samples.jsonl").read_text().splitlines() for run in (one, two))
-        assert [json.loads(line).get("before") for line in lines] == [json.loads(line).get("before") for line in others], what
+        assert [json.loads(line).get("before") for line in lines] == [
+            json.loads(line).get("before") for line in others
+        ], what
     rows, others = metrics(one), metrics(two)
     assert len(rows) == len(others)
     for row, other in zip(rows, others):
-        for key in (k for k in row if "loss" in k or k in ("objective/scores", "objective/kl", "tokens/response_mean", "grad_norm")):
-            assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5), (what, row["step"], key)
+        for key in (
+            k
+            for k in row
+            if "loss" in k
+            or k in ("objective/scores", "objective/kl", "tokens/response_mean", "grad_norm")
+        ):
+            assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5), (
+                what,
+                row["step"],
+                key,
+            )
     final, also = (json.loads((run / "result.json").read_text())["metrics"] for run in (one, two))
     assert final.keys() == also.keys() and also == pytest.approx(final, rel=1e-3, abs=1e-4), what
     for part in ("model", "critic", "model_ema", "model_best"):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from test_config import composed
 
-from rlhf import checks
-from rlhf.config import Format, Source
+from rlhf.config.schema import Format, Source
+from rlhf.config.validation import check_config
 from rlhf.data import formats
 from rlhf.data.formats import Skip, check_columns, detect_format, field, read_row, read_text
 from rlhf.data.records import Pair, Turn
@@ -62,16 +62,30 @@ HH = [
             "rejected": " Do you mean a hen's egg?",
         },
         Pair(
-            [user("Hi"), assistant("Hello! I am the Assistant: ask me."), user("How do I boil an egg?")],
+            [
+                user("Hi"),
+                assistant("Hello! I am the Assistant: ask me."),
+                user("How do I boil an egg?"),
+            ],
             "Eight minutes.\n\nNo more.",
             "Do you mean a hen's egg?",
         ),
     ),
-    ({"prompt": "\n\nHuman: Hm?\n\nAssistant:", "response": "", "chosen": " ", "rejected": " What is it?"}, "empty answer"),
+    (
+        {
+            "prompt": "\n\nHuman: Hm?\n\nAssistant:",
+            "response": "",
+            "chosen": " ",
+            "rejected": " What is it?",
+        },
+        "empty answer",
+    ),
 ]
 
 
-def webgpt(answers: tuple[str, str], scores: tuple[float, float], question: str = "Why is the sky blue?") -> dict[str, Any]:
+def webgpt(
+    answers: tuple[str, str], scores: tuple[float, float], question: str = "Why is the sky blue?"
+) -> dict[str, Any]:
     quotes = {"title": ["Sky (www.example.org)"], "extract": ["Rayleigh scattering ..."]}
     return {
         "question": {"dataset": "eli5", "id": "1abc", "full_text": question},
@@ -82,7 +96,9 @@ def webgpt(answers: tuple[str, str], scores: tuple[float, float], question: str 
     }
 
 
-def shp(answers: tuple[str, str], scores: tuple[int, int], history: str = "Can I freeze soup?") -> dict[str, Any]:
+def shp(
+    answers: tuple[str, str], scores: tuple[int, int], history: str = "Can I freeze soup?"
+) -> dict[str, Any]:
     return {
         "post_id": "q1",
         "domain": "askculinary_train",
@@ -117,13 +133,22 @@ def mkqa(queries: dict[str, str], answers: dict[str, list[str | None]]) -> dict[
         "query": "who wrote it",
         "answers": {
             "en": [{"type": 0, "entity": "Q1", "text": "me", "aliases": []}],
-            **{lang: [{"type": 0, "entity": "Q1", "text": text, "aliases": ["x"]} for text in texts] for lang, texts in answers.items()},
+            **{
+                lang: [
+                    {"type": 0, "entity": "Q1", "text": text, "aliases": ["x"]} for text in texts
+                ]
+                for lang, texts in answers.items()
+            },
         },
     }
 
 
-def ultrafeedback(answers: tuple[str, str], scores: tuple[float, float], prompt: str = "Name a prime.") -> dict[str, Any]:
-    chosen, rejected = ([message("user", prompt), message("assistant", answer)] for answer in answers)
+def ultrafeedback(
+    answers: tuple[str, str], scores: tuple[float, float], prompt: str = "Name a prime."
+) -> dict[str, Any]:
+    chosen, rejected = (
+        [message("user", prompt), message("assistant", answer)] for answer in answers
+    )
     return {
         "prompt": prompt,
         "prompt_id": "ab12",
@@ -144,18 +169,36 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
                 "chosen": "\n\nHuman: Is it late?\n\nAssistant: Are you tired?\n\nHuman: Yes\n\nAssistant: Then it is.",
                 "rejected": "\n\nHuman: Is it late?\n\nAssistant: Are you tired?\n\nHuman: Yes\n\nAssistant: No.",
             },
-            Pair([user("Is it late?"), assistant("Are you tired?"), user("Yes")], "Then it is.", "No."),
+            Pair(
+                [user("Is it late?"), assistant("Are you tired?"), user("Yes")],
+                "Then it is.",
+                "No.",
+            ),
         ),
         (
-            {"chosen": "\n\nHuman: Is it late?\n\nAssistant: No.", "rejected": "\n\nHuman: Is it late?\n\nAssistant:"},
+            {
+                "chosen": "\n\nHuman: Is it late?\n\nAssistant: No.",
+                "rejected": "\n\nHuman: Is it late?\n\nAssistant:",
+            },
             "empty answer",
         ),
-        ({"chosen": "\n\nHuman: Hello?", "rejected": "\n\nHuman: Hello?\n\nAssistant: Hi."}, "empty answer"),
+        (
+            {"chosen": "\n\nHuman: Hello?", "rejected": "\n\nHuman: Hello?\n\nAssistant: Hi."},
+            "empty answer",
+        ),
     ],
     "synthetic_instruct": [
         (
-            {"prompt": "What do the words Human: and Assistant: mean here?", "chosen": "They are roles.", "rejected": "Nothing."},
-            Pair([user("What do the words Human: and Assistant: mean here?")], "They are roles.", "Nothing."),
+            {
+                "prompt": "What do the words Human: and Assistant: mean here?",
+                "chosen": "They are roles.",
+                "rejected": "Nothing.",
+            },
+            Pair(
+                [user("What do the words Human: and Assistant: mean here?")],
+                "They are roles.",
+                "Nothing.",
+            ),
         ),
         ({"prompt": "Say yes.", "chosen": "yes", "rejected": " yes\n"}, "the same answer twice"),
     ],
@@ -173,19 +216,43 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
             ),
         ),
         (
-            {"prompt": "Human: Tell me a tale. ", "chosen": "Assistant: Once.", "rejected": "Assistant:Twice."},
+            {
+                "prompt": "Human: Tell me a tale. ",
+                "chosen": "Assistant: Once.",
+                "rejected": "Assistant:Twice.",
+            },
             Pair([user("Tell me a tale.")], "Once.", "Twice."),
         ),
-        ({"prompt": "\n\nHuman: Hm? ", "chosen": "Assistant: ", "rejected": "Assistant: No."}, "empty answer"),
+        (
+            {"prompt": "\n\nHuman: Hm? ", "chosen": "Assistant: ", "rejected": "Assistant: No."},
+            "empty answer",
+        ),
     ],
     "webgpt": [
         (
-            webgpt(("Air (mostly nitrogen) scatters blue light [1, 2].", "It is not [1][2]."), (0.5, -0.5)),
-            Pair([user("Why is the sky blue?")], "Air (mostly nitrogen) scatters blue light.", "It is not."),
+            webgpt(
+                ("Air (mostly nitrogen) scatters blue light [1, 2].", "It is not [1][2]."),
+                (0.5, -0.5),
+            ),
+            Pair(
+                [user("Why is the sky blue?")],
+                "Air (mostly nitrogen) scatters blue light.",
+                "It is not.",
+            ),
         ),
         (
-            webgpt(("Because.", "Blue [sic] light is scattered (more than red)[3]. [4] Thus (see above) blue."), (-0.25, 0.25)),
-            Pair([user("Why is the sky blue?")], "Blue [sic] light is scattered (more than red). Thus (see above) blue.", "Because."),
+            webgpt(
+                (
+                    "Because.",
+                    "Blue [sic] light is scattered (more than red)[3]. [4] Thus (see above) blue.",
+                ),
+                (-0.25, 0.25),
+            ),
+            Pair(
+                [user("Why is the sky blue?")],
+                "Blue [sic] light is scattered (more than red). Thus (see above) blue.",
+                "Because.",
+            ),
         ),
         (webgpt(("One.", "Two."), (0.0, 0.0)), "tie"),
         (webgpt(("", "Two."), (-1.0, 1.0)), "empty answer"),
@@ -206,8 +273,15 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
             Pair([user("Is a USER: mark a word?")], "It is not.", None),
         ),
         (
-            {"prompt": "USER: Hi\nASSISTANT: Hello, USER!\nUSER: What is an ASSISTANT: mark?\nASSISTANT:", "label": " A word. "},
-            Pair([user("Hi"), assistant("Hello, USER!"), user("What is an ASSISTANT: mark?")], "A word.", None),
+            {
+                "prompt": "USER: Hi\nASSISTANT: Hello, USER!\nUSER: What is an ASSISTANT: mark?\nASSISTANT:",
+                "label": " A word. ",
+            },
+            Pair(
+                [user("Hi"), assistant("Hello, USER!"), user("What is an ASSISTANT: mark?")],
+                "A word.",
+                None,
+            ),
         ),
         (
             {"prompt": "USER: one ASSISTANT: two</s>USER: three ASSISTANT:", "label": "four</s>"},
@@ -217,34 +291,72 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
     ],
     "zhihu_kol": [
         (
-            {"INSTRUCTION": "怎样说服日本人？", "RESPONSE": "先听。\n\n再说。", "SOURCE": "Zhihu", "METADATA": '{"upvotes": "赞同 3"}'},
+            {
+                "INSTRUCTION": "怎样说服日本人？",
+                "RESPONSE": "先听。\n\n再说。",
+                "SOURCE": "Zhihu",
+                "METADATA": '{"upvotes": "赞同 3"}',
+            },
             Pair([user("怎样说服日本人？")], "先听。\n\n再说。", None),
         ),
-        ({"INSTRUCTION": "为什么？", "RESPONSE": "", "SOURCE": "Zhihu", "METADATA": "{}"}, "empty answer"),
+        (
+            {"INSTRUCTION": "为什么？", "RESPONSE": "", "SOURCE": "Zhihu", "METADATA": "{}"},
+            "empty answer",
+        ),
     ],
     "miracl_zh": [
-        (miracl("长城多长？", ["两万公里。", "很长。"], ["在中国。", "很高。"]), Pair([user("长城多长？")], "两万公里。", "在中国。")),
+        (
+            miracl("长城多长？", ["两万公里。", "很长。"], ["在中国。", "很高。"]),
+            Pair([user("长城多长？")], "两万公里。", "在中国。"),
+        ),
         (miracl("长城多长？", ["两万公里。"], []), Pair([user("长城多长？")], "两万公里。", None)),
         (miracl("长城多长？", [], ["在中国。"]), "empty answer"),
     ],
     "miracl_ja": [
-        (miracl("富士山の高さは？", ["3776メートル。"], ["静岡県。"]), Pair([user("富士山の高さは？")], "3776メートル。", "静岡県。")),
-        (miracl("富士山の高さは？", ["3776メートル。"], []), Pair([user("富士山の高さは？")], "3776メートル。", None)),
+        (
+            miracl("富士山の高さは？", ["3776メートル。"], ["静岡県。"]),
+            Pair([user("富士山の高さは？")], "3776メートル。", "静岡県。"),
+        ),
+        (
+            miracl("富士山の高さは？", ["3776メートル。"], []),
+            Pair([user("富士山の高さは？")], "3776メートル。", None),
+        ),
     ],
     "hc3_chinese": [
         (
-            {"question": "什么是熵？", "human_answers": ["混乱的量。", "不知道。"], "chatgpt_answers": ["熵是……"], "source": "baike"},
+            {
+                "question": "什么是熵？",
+                "human_answers": ["混乱的量。", "不知道。"],
+                "chatgpt_answers": ["熵是……"],
+                "source": "baike",
+            },
             Pair([user("什么是熵？")], "混乱的量。", None),
         ),
-        ({"question": "什么是熵？", "human_answers": [], "chatgpt_answers": ["熵是……"], "source": "baike"}, "empty answer"),
+        (
+            {
+                "question": "什么是熵？",
+                "human_answers": [],
+                "chatgpt_answers": ["熵是……"],
+                "source": "baike",
+            },
+            "empty answer",
+        ),
     ],
     "mkqa_zh": [
-        (mkqa({"zh_cn": "谁写的？", "ja": "誰が書いた？"}, {"zh_cn": ["我", "你"], "ja": ["私"]}), Pair([user("谁写的？")], "我", None)),
+        (
+            mkqa(
+                {"zh_cn": "谁写的？", "ja": "誰が書いた？"}, {"zh_cn": ["我", "你"], "ja": ["私"]}
+            ),
+            Pair([user("谁写的？")], "我", None),
+        ),
         (mkqa({"zh_cn": "谁写的？"}, {"zh_cn": [None]}), "empty answer"),
         (mkqa({"zh_cn": "谁写的？"}, {"zh_cn": []}), "empty answer"),
     ],
     "mkqa_ja": [
-        (mkqa({"zh_cn": "谁写的？", "ja": "誰が書いた？"}, {"zh_cn": ["我"], "ja": ["私"]}), Pair([user("誰が書いた？")], "私", None)),
+        (
+            mkqa({"zh_cn": "谁写的？", "ja": "誰が書いた？"}, {"zh_cn": ["我"], "ja": ["私"]}),
+            Pair([user("誰が書いた？")], "私", None),
+        ),
         (mkqa({"ja": "誰が書いた？"}, {"ja": [None]}), "empty answer"),
     ],
     "jaquad_qg": [
@@ -298,20 +410,30 @@ def test_no_set_of_the_configuration_is_left_untested() -> None:
 @pytest.mark.parametrize("name", DATA)
 def test_every_data_file_composes(name: str) -> None:
     cfg = composed(f"data={name}", *(["data.sources.mine.path=x.jsonl"] if name == "jsonl" else []))
-    assert checks.check(cfg) == []
+    assert check_config(cfg) == []
     assert all(one.path for one in cfg.data.sources.values())
 
 
 def test_your_own_file_needs_a_path_only() -> None:
     with pytest.raises(ValueError, match="data.sources.mine.path has no value"):
         composed("data=jsonl")
-    cfg = composed("data=jsonl", "data.sources.mine.path=a.jsonl", "+data.sources.mine.columns={prompt: question, chosen: answers.0}")
-    assert cfg.data.sources == {"mine": Source("a.jsonl", columns={"prompt": "question", "chosen": "answers.0"})}
+    cfg = composed(
+        "data=jsonl",
+        "data.sources.mine.path=a.jsonl",
+        "+data.sources.mine.columns={prompt: question, chosen: answers.0}",
+    )
+    assert cfg.data.sources == {
+        "mine": Source("a.jsonl", columns={"prompt": "question", "chosen": "answers.0"})
+    }
 
 
 def test_the_mixes_of_deepspeed_chat_are_the_single_files() -> None:
     """What a mix trains on is what its single files say: no two files differ in silence."""
-    for mix, names in (("dschat_four", FOUR), ("dschat_six", [*FOUR, "webgpt", "shp"]), ("[rm_static,webgpt]", ["rm_static", "webgpt"])):
+    for mix, names in (
+        ("dschat_four", FOUR),
+        ("dschat_six", [*FOUR, "webgpt", "shp"]),
+        ("[rm_static,webgpt]", ["rm_static", "webgpt"]),
+    ):
         single = {name: composed(f"data={name}").data.sources[name] for name in names}
         mixed = composed(f"data={mix}").data.sources
         assert mixed == single and list(mixed) == names
@@ -338,21 +460,39 @@ CONVERSATION = [user("a"), assistant("b"), user("c")]
         ("The USER: asks the ASSISTANT: what?", [user("The USER: asks the ASSISTANT: what?")]),
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", CONVERSATION),
         ("\n\nHuman: quote:\n\nHuman: b\n\nAssistant:", [user("quote:"), user("b")]),
-        ("\n\nHuman: Is Assistant: a word? Human: Yes? \n\nAssistant:", [user("Is Assistant: a word? Human: Yes?")]),
+        (
+            "\n\nHuman: Is Assistant: a word? Human: Yes? \n\nAssistant:",
+            [user("Is Assistant: a word? Human: Yes?")],
+        ),
         ("\n\nHuman: Is Assistant: a word?", [user("Is Assistant: a word?")]),
-        ("Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: ", [user("a"), assistant("b"), user("c")]),
+        (
+            "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: ",
+            [user("a"), assistant("b"), user("c")],
+        ),
         (" Human: a b Assistant:", [user("a b")]),
         (" Human: a Assistant: b Human: c Assistant:", [user("a"), assistant("b"), user("c")]),
         (" Human: a\n Assistant: b\n Human: c\n Assistant: ", CONVERSATION),
         ("Human: What is an Assistant: mark?\nAssistant:", [user("What is an Assistant: mark?")]),
         ("USER: the Human: and the Assistant: ASSISTANT:", [user("the Human: and the Assistant:")]),
         ("ASSISTANT: Welcome! USER: Hi ASSISTANT:", [assistant("Welcome!"), user("Hi")]),
-        ([message("system", " Be brief. "), message("user", " a\n")], [Turn("system", "Be brief."), user("a")]),
-        ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}], CONVERSATION),
+        (
+            [message("system", " Be brief. "), message("user", " a\n")],
+            [Turn("system", "Be brief."), user("a")],
+        ),
+        (
+            [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+                {"from": "human", "value": "c"},
+            ],
+            CONVERSATION,
+        ),
     ],
 )
 def test_prompts(prompt: Any, turns: list[Turn]) -> None:
-    assert read("prompt_chosen_rejected", {"prompt": prompt, "chosen": "x"}) == Pair(turns, "x", None)
+    assert read("prompt_chosen_rejected", {"prompt": prompt, "chosen": "x"}) == Pair(
+        turns, "x", None
+    )
 
 
 @pytest.mark.parametrize(
@@ -364,7 +504,15 @@ def test_prompts(prompt: Any, turns: list[Turn]) -> None:
         ("\n\nHuman: I quote", "Human: I quote"),
         ("yes [1] (no)", "yes [1] (no)"),
         ([message("assistant", "yes")], "yes"),
-        ([message("user", "a"), message("assistant", "no"), message("user", "b"), message("assistant", " yes ")], "yes"),
+        (
+            [
+                message("user", "a"),
+                message("assistant", "no"),
+                message("user", "b"),
+                message("assistant", " yes "),
+            ],
+            "yes",
+        ),
         ([message("assistant", "yes"), message("user", "thanks")], "empty answer"),
         ("", "empty answer"),
         (None, "empty answer"),
@@ -373,7 +521,9 @@ def test_prompts(prompt: Any, turns: list[Turn]) -> None:
 )
 def test_answers(answer: Any, expected: str) -> None:
     found = read("prompt_chosen_rejected", {"prompt": "a", "chosen": answer, "rejected": "other"})
-    assert found == (expected if expected == "empty answer" else Pair([user("a")], expected, "other"))
+    assert found == (
+        expected if expected == "empty answer" else Pair([user("a")], expected, "other")
+    )
 
 
 def test_a_second_answer_may_be_missing_but_not_empty() -> None:
@@ -389,18 +539,29 @@ def test_the_one_answer_has_several_names(name: str) -> None:
     row = {"prompt": "a", name: "b"}
     assert detect_format(row) == Format.prompt_chosen_rejected
     check_columns(list(row), source("prompt_chosen_rejected"))
-    assert read_row(row, source()) == Pair([user("a")], "b", None), "the format is told from the row where none is given"
+    assert read_row(row, source()) == Pair([user("a")], "b", None), (
+        "the format is told from the row where none is given"
+    )
     assert read_row(row | {"chosen": "c"}, source()).chosen == "c", "its own name comes first"
 
 
 def test_whole_dialogues_as_strings_and_as_messages() -> None:
-    strings = {"chosen": "USER: a ASSISTANT: b USER: c ASSISTANT: yes", "rejected": "USER: a ASSISTANT: b USER: c ASSISTANT: no"}
+    strings = {
+        "chosen": "USER: a ASSISTANT: b USER: c ASSISTANT: yes",
+        "rejected": "USER: a ASSISTANT: b USER: c ASSISTANT: no",
+    }
     turns = [message("user", "a"), message("assistant", "b"), message("user", "c")]
-    messages = {"chosen": [*turns, message("assistant", "yes")], "rejected": [*turns, message("assistant", "no")]}
+    messages = {
+        "chosen": [*turns, message("assistant", "yes")],
+        "rejected": [*turns, message("assistant", "no")],
+    }
     expected = Pair([user("a"), assistant("b"), user("c")], "yes", "no")
     assert read("chosen_rejected", strings) == read("chosen_rejected", messages) == expected
     assert read("chosen_rejected", messages | {"rejected": turns}) == "empty answer"
-    assert read("chosen_rejected", messages | {"rejected": messages["chosen"]}) == "the same answer twice"
+    assert (
+        read("chosen_rejected", messages | {"rejected": messages["chosen"]})
+        == "the same answer twice"
+    )
 
 
 def scored(a: Any, b: Any) -> dict[str, Any]:
@@ -421,7 +582,9 @@ def scored(a: Any, b: Any) -> dict[str, Any]:
         (0, 1, 9, "second"),
     ],
 )
-def test_the_higher_score_is_chosen_if_it_is_high_enough(a: float, b: float, ratio: float, expected: str) -> None:
+def test_the_higher_score_is_chosen_if_it_is_high_enough(
+    a: float, b: float, ratio: float, expected: str
+) -> None:
     found = read("scored_answers", scored(a, b), min_score_ratio=ratio)
     assert (found.chosen if isinstance(found, Pair) else found) == expected
     assert isinstance(found, str) or {found.chosen, found.rejected} == {"first", "second"}
@@ -431,26 +594,39 @@ def test_the_score_ratio_of_shp_is_a_setting() -> None:
     row = shp(("Yes.", "No."), (12, 8))
     assert read_row(row, composed("data=shp").data.sources["shp"]).chosen == "Yes."
     with pytest.raises(Skip, match="scores too near"):
-        read_row(row, composed("data=shp", "data.sources.shp.min_score_ratio=2").data.sources["shp"])
+        read_row(
+            row, composed("data=shp", "data.sources.shp.min_score_ratio=2").data.sources["shp"]
+        )
 
 
 def test_marks_of_citations_go_only_where_there_are_quotes() -> None:
     row = scored(2, 1) | {"answer_a": "x[1] is y[2, 3] (z).", "answer_b": "x[1]"}
     assert read("scored_answers", row) == Pair([user("q")], "x[1] is y[2, 3] (z).", "x[1]")
-    assert read("scored_answers", row | {"quotes_a": {"title": ["t"]}, "quotes_b": []}) == Pair([user("q")], "x is y (z).", "x[1]")
+    assert read("scored_answers", row | {"quotes_a": {"title": ["t"]}, "quotes_b": []}) == Pair(
+        [user("q")], "x is y (z).", "x[1]"
+    )
 
 
 def test_instructions() -> None:
     row = {"instruction": " Translate. ", "input": " Hallo ", "output": " Hello "}
     assert read("instruction", row) == Pair([user("Translate.\n\nHallo")], "Hello", None)
     for nothing in ("", " ", None):
-        assert read("instruction", row | {"input": nothing}) == Pair([user("Translate.")], "Hello", None)
-    assert read("instruction", {"instruction": "Human: Translate.", "output": "Hello"}) == Pair([user("Human: Translate.")], "Hello", None)
+        assert read("instruction", row | {"input": nothing}) == Pair(
+            [user("Translate.")], "Hello", None
+        )
+    assert read("instruction", {"instruction": "Human: Translate.", "output": "Hello"}) == Pair(
+        [user("Human: Translate.")], "Hello", None
+    )
     assert read("instruction", row | {"output": " "}) == "empty answer"
 
 
 def test_conversations() -> None:
-    turns = [message("system", "Be kind."), message("user", "a"), message("assistant", "b"), message("user", "c")]
+    turns = [
+        message("system", "Be kind."),
+        message("user", "a"),
+        message("assistant", "b"),
+        message("user", "c"),
+    ]
     expected = Pair([Turn("system", "Be kind."), user("a"), assistant("b"), user("c")], "d", None)
     assert read("messages", {"messages": [*turns, message("assistant", " d ")]}) == expected
     assert read("messages", {"messages": [*turns, message("assistant", "")]}) == "empty answer"
@@ -542,18 +718,36 @@ def test_a_detected_format_has_its_columns() -> None:
 @pytest.mark.parametrize(
     "columns, one, expected",
     [
-        (["prompt", "b"], source("prompt_chosen_rejected"), "format prompt_chosen_rejected needs the columns chosen; there are prompt, b"),
-        (["a"], source("instruction"), "format instruction needs the columns instruction, output; there are a"),
-        (["prompt", "b"], source("prompt_chosen_rejected", columns={"chosen": "c.0"}), "needs the columns c.0; there are prompt, b"),
+        (
+            ["prompt", "b"],
+            source("prompt_chosen_rejected"),
+            "format prompt_chosen_rejected needs the columns chosen; there are prompt, b",
+        ),
+        (
+            ["a"],
+            source("instruction"),
+            "format instruction needs the columns instruction, output; there are a",
+        ),
+        (
+            ["prompt", "b"],
+            source("prompt_chosen_rejected", columns={"chosen": "c.0"}),
+            "needs the columns c.0; there are prompt, b",
+        ),
         (
             ["prompt", "chosen"],
             source("prompt_chosen_rejected", columns={"rejected": "c"}),
             "needs the columns c; there are prompt, chosen",
         ),
-        (["text"], source("text", columns={"txt": "text"}), "format text has no field txt, only text"),
+        (
+            ["text"],
+            source("text", columns={"txt": "text"}),
+            "format text has no field txt, only text",
+        ),
     ],
 )
-def test_columns_that_are_missing_are_named_with_those_there_are(columns: list[str], one: Source, expected: str) -> None:
+def test_columns_that_are_missing_are_named_with_those_there_are(
+    columns: list[str], one: Source, expected: str
+) -> None:
     with pytest.raises(ValueError) as error:
         check_columns(columns, one)
     assert expected in str(error.value)
@@ -569,35 +763,79 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
     [
         ("prompt_chosen_rejected", GOOD | {"chosen": 3}, "chosen is a number, not a text"),
         ("prompt_chosen_rejected", GOOD | {"chosen": True}, "chosen is true or false, not a text"),
-        ("prompt_chosen_rejected", GOOD | {"rejected": {"text": "c"}}, "rejected is an object, not a text"),
-        ("prompt_chosen_rejected", GOOD | {"rejected": float("nan")}, "rejected is nan, not a text"),
-        ("prompt_chosen_rejected", GOOD | {"prompt": {"text": "a"}}, "prompt is an object, not a text"),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"rejected": {"text": "c"}},
+            "rejected is an object, not a text",
+        ),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"rejected": float("nan")},
+            "rejected is nan, not a text",
+        ),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"prompt": {"text": "a"}},
+            "prompt is an object, not a text",
+        ),
         ("prompt_chosen_rejected", GOOD | {"prompt": b"a"}, "prompt is a bytes, not a text"),
         ("prompt_chosen_rejected", {"prompt": "a"}, "no field chosen"),
         ("prompt_chosen_rejected", {"chosen": "a"}, "no field prompt"),
         ("prompt_chosen_rejected", GOOD | {"prompt": None}, "prompt is empty"),
         ("prompt_chosen_rejected", GOOD | {"prompt": []}, "prompt is empty"),
         ("prompt_chosen_rejected", GOOD | {"prompt": " "}, "the prompt has no user's turn"),
-        ("prompt_chosen_rejected", GOOD | {"prompt": "\n\nHuman: \n\nAssistant:"}, "the prompt has no user's turn"),
-        ("prompt_chosen_rejected", GOOD | {"prompt": "Assistant:"}, "the prompt has no user's turn"),
-        ("prompt_chosen_rejected", GOOD | {"prompt": [message("system", "a")]}, "the prompt has no user's turn"),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"prompt": "\n\nHuman: \n\nAssistant:"},
+            "the prompt has no user's turn",
+        ),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"prompt": "Assistant:"},
+            "the prompt has no user's turn",
+        ),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"prompt": [message("system", "a")]},
+            "the prompt has no user's turn",
+        ),
         (
             "prompt_chosen_rejected",
             GOOD | {"prompt": "\n\nHuman: a\n\nAssistant: b"},
             "the prompt ends with the assistant's turn, not with the user's",
         ),
         ("prompt_chosen_rejected", GOOD | {"prompt": ["a"]}, "prompt.0 is a text, not a message"),
-        ("prompt_chosen_rejected", GOOD | {"prompt": [message("user", None)]}, "prompt.0 is empty, not a text"),
-        ("prompt_chosen_rejected", GOOD | {"chosen": [message("user", [{"type": "text"}])]}, "chosen.0 is a list, not a text"),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"prompt": [message("user", None)]},
+            "prompt.0 is empty, not a text",
+        ),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"chosen": [message("user", [{"type": "text"}])]},
+            "chosen.0 is a list, not a text",
+        ),
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": [message("tool", "x")]},
             "chosen.0: unknown role tool; known are user, human, assistant, gpt, system",
         ),
-        ("prompt_chosen_rejected", GOOD | {"chosen": [message({}, "x")]}, "chosen.0: unknown role {}; "),  # type: ignore[arg-type]
-        ("chosen_rejected", {"chosen": "yes", "rejected": "no"}, "chosen is no dialogue: it does not begin with Human: or USER:"),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"chosen": [message({}, "x")]},
+            "chosen.0: unknown role {}; ",
+        ),  # type: ignore[arg-type]
+        (
+            "chosen_rejected",
+            {"chosen": "yes", "rejected": "no"},
+            "chosen is no dialogue: it does not begin with Human: or USER:",
+        ),
         ("chosen_rejected", {"chosen": "USER: a ASSISTANT: b"}, "no field rejected"),
-        ("chosen_rejected", {"chosen": "ASSISTANT: b", "rejected": "ASSISTANT: c"}, "the prompt has no user's turn"),
+        (
+            "chosen_rejected",
+            {"chosen": "ASSISTANT: b", "rejected": "ASSISTANT: c"},
+            "the prompt has no user's turn",
+        ),
         (
             "chosen_rejected",
             {"chosen": "USER: a ASSISTANT: b", "rejected": "USER: x ASSISTANT: c"},
@@ -610,22 +848,38 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("scored_answers", {"prompt": "q"}, "no field answer_a"),
         ("scored_answers", scored(1, 2) | {"answer_b": 7}, "answer_b is a number, not a text"),
         ("instruction", {"instruction": "a"}, "no field output"),
-        ("instruction", {"instruction": "a", "input": 1, "output": "b"}, "input is a number, not a text"),
+        (
+            "instruction",
+            {"instruction": "a", "input": 1, "output": "b"},
+            "input is a number, not a text",
+        ),
         ("instruction", {"instruction": "", "output": "b"}, "the prompt has no user's turn"),
         ("messages", {"messages": "a"}, "messages is a text, not a list of messages"),
         ("messages", {"messages": []}, "messages is empty"),
-        ("messages", {"messages": [message("user", "a")]}, "the last message is the user's, not the assistant's"),
+        (
+            "messages",
+            {"messages": [message("user", "a")]},
+            "the last message is the user's, not the assistant's",
+        ),
         ("messages", {"messages": [message("assistant", "a")]}, "the prompt has no user's turn"),
         ("text", {"text": "a"}, "format text has no questions and answers"),
-        (None, {"question": "a", "reply": "b"}, "no format fits the columns question, reply: give format and columns"),
+        (
+            None,
+            {"question": "a", "reply": "b"},
+            "no format fits the columns question, reply: give format and columns",
+        ),
     ],
 )
-def test_rows_that_cannot_be_read_say_why(format: str | None, row: dict[str, Any], expected: str) -> None:
+def test_rows_that_cannot_be_read_say_why(
+    format: str | None, row: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(ValueError) as error:
         read_row(row, source(format))
     assert str(error.value).startswith(expected)
 
 
 def test_a_ratio_of_negative_scores_is_refused() -> None:
-    with pytest.raises(ValueError, match="scores -1 and 1: min_score_ratio needs scores that are not negative"):
+    with pytest.raises(
+        ValueError, match="scores -1 and 1: min_score_ratio needs scores that are not negative"
+    ):
         read_row(scored(-1, 1), source("scored_answers", min_score_ratio=2))

@@ -20,27 +20,34 @@ from test_config import composed
 from test_track import inspect
 from torch import Tensor
 
-from rlhf import config, engines, guards, models
-from rlhf.config import Precision
+from rlhf.config.loading import save_config
+from rlhf.config.schema import DsChat, Precision
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Turn
-from rlhf.decode import Sampling
-from rlhf.guards import Guards, warnings_of
-from rlhf.rollout import Experience, Models, make_experience
+from rlhf.distributed.engine import build_engine
+from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.rl.experience import Experience, Models, make_experience
+from rlhf.rl.guards import Guards
+from rlhf.rl.monitor import Monitor, warnings_of
+from rlhf.sampling.token_choice import Sampling
+from rlhf.training.optimizer_step import optimizer_step
 
 EOS = 2
 PROMPTS = [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9]]
-OFF, ALL_ON = config.DsChat(False, False, 0.0, False, False), config.DsChat(True, True, 0.1, True, True)
+OFF, ALL_ON = DsChat(False, False, 0.0, False, False), DsChat(True, True, 0.1, True, True)
 
 
 @pytest.fixture(scope="module")
 def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     cfg = composed("stage=ppo")
     cfg.stage.name = "ppo"
-    tokenizer = models.load_tokenizer("builtin:tiny")
+    tokenizer = load_tokenizer("builtin:tiny")
     torch.manual_seed(0)
-    engine = engines.build_engine(
-        lambda: models.load_policy("builtin:tiny", tokenizer, Precision.fp32), cfg, "actor", tmp_path_factory.mktemp("actor")
+    engine = build_engine(
+        lambda: load_policy("builtin:tiny", tokenizer, Precision.fp32),
+        cfg,
+        "actor",
+        tmp_path_factory.mktemp("actor"),
     )
     engine.eval()
     return engine
@@ -50,14 +57,16 @@ def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def experience(actor: Any, tokenizer: Any) -> Experience:
     """A rollout in which one answer ends, measured as the first one of a run."""
     draws, asked = uniforms("rollout", range(4), 0, 0, 6), [[Turn("user", "Hi")]] * 4
-    e = make_experience(Models(tokenizer, actor, actor), PROMPTS, asked, draws, Sampling(), 4, rescore=True)
+    e = make_experience(
+        Models(tokenizer, actor, actor), PROMPTS, asked, draws, Sampling(), 4, rescore=True
+    )
     e.scores = torch.zeros(4, 1)
     e.response_ids[1, 2:], e.mask[1, 3:], e.learnt[1, 3:], e.ended[1] = EOS, 0.0, 0.0, 1.0
     e.mask, e.learnt = e.mask.clone(), e.learnt.clone()
     return e
 
 
-def checked(e: Experience, switches: config.DsChat = OFF, precision: Precision = Precision.fp32) -> None:
+def checked(e: Experience, switches: DsChat = OFF, precision: Precision = Precision.fp32) -> None:
     Guards(precision, switches).check_rollout(e, EOS)
 
 
@@ -82,20 +91,28 @@ BROKEN = {
     "finite: scores is not finite": set_to("scores", 2, 0, math.inf),
     "mask: a response mask has a hole": set_to("mask", 0, 2, 0.0),
     "mask: a response mask has a hole, or no token": lambda e: e.mask[3].zero_(),
-    "length: in 1 answers the mask does not end at the first EOS": set_to("response_ids", 0, 3, EOS),
+    "length: in 1 answers the mask does not end at the first EOS": set_to(
+        "response_ids", 0, 3, EOS
+    ),
     "length: in 1 answers": lambda e: e.ended[1].zero_(),
     "eos: the EOS of 1 answers is outside the mask of the loss": set_to("learnt", 1, 2, 0.0),
-    "sampler: the sampling loop and the training forward disagree": lambda e: e.sampler_logp.add_(0.01 * e.mask),
+    "sampler: the sampling loop and the training forward disagree": lambda e: e.sampler_logp.add_(
+        0.01 * e.mask
+    ),
     "sampler: .* maximum 0.00": set_to("sampler_logp", 0, 0, -1.0),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_each_break_stops_the_run_with_its_name(experience: Experience, what: str) -> None:
-    if what.startswith("sampler: .*"):  # one token that is off by 5e-3 does not show in the mean of many, but in the maximum
+    if what.startswith(
+        "sampler: .*"
+    ):  # one token that is off by 5e-3 does not show in the mean of many, but in the maximum
         experience.sampler_logp = experience.old_logp.clone()
         experience.sampler_logp[0, 0] += 2e-3
-        experience = dataclasses.replace(experience, **{f.name: torch.cat([getattr(experience, f.name)] * 20) for f in FIELDS})
+        experience = dataclasses.replace(
+            experience, **{f.name: torch.cat([getattr(experience, f.name)] * 20) for f in FIELDS}
+        )
         experience.sampler_logp[6:] = experience.old_logp[6:]
     else:
         BROKEN[what](experience)
@@ -106,13 +123,20 @@ def test_each_break_stops_the_run_with_its_name(experience: Experience, what: st
 FIELDS = dataclasses.fields(Experience)
 
 
-def test_a_reference_of_other_weights_and_a_ratio_that_is_not_1_stop_the_run(experience: Experience) -> None:
+def test_a_reference_of_other_weights_and_a_ratio_that_is_not_1_stop_the_run(
+    experience: Experience,
+) -> None:
     experience.ref_logp += 0.01 * experience.mask
-    with pytest.raises(RuntimeError, match="guard reference: policy and reference differ before the first update: mean 0.01"):
+    with pytest.raises(
+        RuntimeError,
+        match="guard reference: policy and reference differ before the first update: mean 0.01",
+    ):
         Guards(Precision.fp32, OFF).check_start(experience)
     Guards(Precision.bf16, OFF).check_start(experience)  # which rounds more than that
     with pytest.raises(RuntimeError, match="guard ratio: the ratio of the first update is not 1"):
-        Guards(Precision.bf16, OFF).check_ratio(experience.old_logp + 0.1, experience.old_logp, experience.mask)
+        Guards(Precision.bf16, OFF).check_ratio(
+            experience.old_logp + 0.1, experience.old_logp, experience.mask
+        )
 
 
 class Deaf:
@@ -121,7 +145,9 @@ class Deaf:
     def __init__(self, engine: Any):
         self.engine = engine
 
-    def __call__(self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    def __call__(
+        self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float
+    ) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return self.engine(ids, torch.ones_like(mask), wanted, temperature)
 
@@ -129,24 +155,32 @@ class Deaf:
 class Gossip(Deaf):
     """A policy that hears its mask, and also the row above its own."""
 
-    def __call__(self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    def __call__(
+        self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float
+    ) -> tuple[Tensor, ...]:
         with torch.no_grad():
             logp, *others = self.engine(ids, mask, wanted, temperature)
             return logp + 0.01 * (logp.roll(1, 0) - logp) * wanted, *others
 
 
 @pytest.mark.parametrize("broken", [Deaf, Gossip])
-def test_a_model_that_ignores_its_mask_or_mixes_its_rows_stops_the_run(actor: Any, experience: Experience, broken: type[Deaf]) -> None:
+def test_a_model_that_ignores_its_mask_or_mixes_its_rows_stops_the_run(
+    actor: Any, experience: Experience, broken: type[Deaf]
+) -> None:
     guard = Guards(Precision.fp32, OFF)
     guard.check_padding(actor, experience, 1.0, 0)
-    with pytest.raises(RuntimeError, match="guard padding: padding or other answers change log-probabilities"):
+    with pytest.raises(
+        RuntimeError, match="guard padding: padding or other answers change log-probabilities"
+    ):
         guard.check_padding(broken(actor), experience, 1.0, 0)
 
 
 def test_dropout_stops_the_run(actor: Any) -> None:
     actor.module.hf.config.dropout = 0.1
     try:
-        with pytest.raises(RuntimeError, match=r"guard dropout: the critic has dropout \(config.dropout\)"):
+        with pytest.raises(
+            RuntimeError, match=r"guard dropout: the critic has dropout \(config.dropout\)"
+        ):
             Guards(Precision.fp32, OFF).check_models(critic=actor)
     finally:
         actor.module.hf.config.dropout = 0.0
@@ -172,13 +206,18 @@ def test_a_guard_that_a_switch_contradicts_is_logged_once(
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         f"guard {n}" for n in ("eos", "sampler", "reference", "ratio")
     ]
-    assert "Chosen by ppo.dschat.dropout, ppo.dschat.train_mode_logp: the run goes on" in caplog.records[-1].getMessage()
+    assert (
+        "Chosen by ppo.dschat.dropout, ppo.dschat.train_mode_logp: the run goes on"
+        in caplog.records[-1].getMessage()
+    )
     experience.scores[0] = math.nan  # no switch is a reason for that
     with pytest.raises(RuntimeError, match="guard finite"):
         chosen.check_rollout(experience, EOS)
 
 
-def test_in_bf16_only_the_first_rollout_must_keep_the_sampler_s_limit(experience: Experience) -> None:
+def test_in_bf16_only_the_first_rollout_must_keep_the_sampler_s_limit(
+    experience: Experience,
+) -> None:
     """Later a sharp policy has logits whose rounding alone is that large."""
     experience.sampler_logp += 0.06
     with pytest.raises(RuntimeError, match="guard sampler"):
@@ -198,7 +237,9 @@ def test_in_bf16_only_the_first_ratio_must_keep_its_limit(experience: Experience
     later = Guards(Precision.bf16, OFF)
     later.check_ratio(now, before, mask, first=False)
     later.check_ratio(before, before, mask, first=False)
-    assert later.logged == {"ratio"} and later.measured["ratio"] == pytest.approx((0.06, 0.06), rel=1e-3)
+    assert later.logged == {"ratio"} and later.measured["ratio"] == pytest.approx(
+        (0.06, 0.06), rel=1e-3
+    )
     for first in (True, False):
         with pytest.raises(RuntimeError, match="guard ratio"):
             Guards(Precision.fp32, OFF).check_ratio(now, before, mask, first)
@@ -231,7 +272,10 @@ def test_a_healthy_run_gets_no_warning() -> None:
         ("entropy collapse", [row(), row(entropy=0.09)]),
         ("critic broken", [row(explained=-0.1)] * 10),
         ("all answers truncated", [row(eos_rate=0.0)]),
-        ("over-optimisation", [row()] * 8 + [row(scores=0.7, kl=4.9, kl_coef=0.2)] * 8),  # -0.38 in units of now
+        (
+            "over-optimisation",
+            [row()] * 8 + [row(scores=0.7, kl=4.9, kl_coef=0.2)] * 8,
+        ),  # -0.38 in units of now
     ],
 )
 def test_each_kind_of_trouble_gets_its_warning(title: str, rows: list[dict[str, float]]) -> None:
@@ -243,13 +287,17 @@ def test_each_kind_of_trouble_gets_its_warning(title: str, rows: list[dict[str, 
 def test_what_is_near_trouble_gets_none() -> None:
     assert titles([*[row()] * 8, row(kl=7.9)]) == []  # under 4 x the median
     assert titles([row(kl=0.2)] * 8 + [row(kl=4.0)]) == []  # under 5 nats
-    assert titles([row(explained=-0.1)] * 9) == titles([row(explained=-0.1)] * 9 + [row(explained=0.1)]) == []
+    assert (
+        titles([row(explained=-0.1)] * 9)
+        == titles([row(explained=-0.1)] * 9 + [row(explained=0.1)])
+        == []
+    )
     assert titles([row()] * 8 + [row(scores=0.7, kl=4.9)] * 8) == []  # both rise
 
 
 def test_each_kind_is_said_once_per_run() -> None:
     said: list[str] = []
-    watch = guards.Watch(lambda title, text: said.append(title))
+    watch = Monitor(lambda title, text: said.append(title))
     for _ in range(3):
         watch.look(row(eos_rate=0.0, kl_per_token=2.0))
     assert said == ["KL blow-up", "all answers truncated"]
@@ -271,17 +319,30 @@ def test_a_warning_reaches_the_console_and_wandb(tmp_path: Path) -> None:
     run = tmp_path / "ppo-x"
     run.mkdir()
     cfg = composed("stage=ppo", "wandb.mode=offline")
-    config.save(cfg, run / "config.yaml")
-    done = subprocess.run([sys.executable, "-c", ALERT, str(run)], cwd=REPO, env=os.environ, capture_output=True, text=True, timeout=120)
+    save_config(cfg, run / "config.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", ALERT, str(run)],
+        cwd=REPO,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "KL blow-up: raise ppo.kl.coef" in done.stderr, done.stderr
     records = [json.loads(line) for line in inspect(run).splitlines()]
-    assert any("KL blow-up" in json.dumps(record) for record in records if record["type"] == "alert")
+    assert any(
+        "KL blow-up" in json.dumps(record) for record in records if record["type"] == "alert"
+    )
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(actor: Any) -> None:
     """The last test: it leaves the actor broken."""
     weight = next(actor.module.parameters())
-    with pytest.raises(RuntimeError, match="the norm of the gradient is (inf|nan), though the loss is finite"):
-        engines.optimizer_step(actor, [0], lambda _: (weight[0, 0] - weight[0, 0].detach()).abs().sqrt(), 0.0)
+    with pytest.raises(
+        RuntimeError, match="the norm of the gradient is (inf|nan), though the loss is finite"
+    ):
+        optimizer_step(
+            actor, [0], lambda _: (weight[0, 0] - weight[0, 0].detach()).abs().sqrt(), 0.0
+        )
     with pytest.raises(RuntimeError, match="the loss is nan"):
-        engines.optimizer_step(actor, [0], lambda _: weight[0, 0] * math.nan, 0.0)
+        optimizer_step(actor, [0], lambda _: weight[0, 0] * math.nan, 0.0)

@@ -13,10 +13,11 @@ import pytest
 from conftest import train
 from test_config import composed
 
-from rlhf import models
-from rlhf.data import load, page, template
+from rlhf.data import load, template
 from rlhf.data.load import table_of
 from rlhf.data.records import Dataset, Pair, Turn
+from rlhf.models.loading import load_tokenizer
+from rlhf.reporting import inspect_page
 from rlhf.stages import inspect
 
 
@@ -26,22 +27,36 @@ def digits(text: str) -> str:
 
 
 def dialogue(*turns: str) -> str:
-    return "".join(f"\n\n{role}: {text}" for role, text in zip(["Human", "Assistant"] * 9, turns)) + "\n\nAssistant:"
+    return (
+        "".join(f"\n\n{role}: {text}" for role, text in zip(["Human", "Assistant"] * 9, turns))
+        + "\n\nAssistant:"
+    )
 
 
 def known_file(path: Path) -> Path:
     """60 lines of which every number is known: see the tests."""
 
     def row(prompt: str, chosen: str, rejected: str) -> str:
-        return json.dumps({"prompt": prompt, "chosen": digits(chosen), "rejected": digits(rejected)})
+        return json.dumps(
+            {"prompt": prompt, "chosen": digits(chosen), "rejected": digits(rejected)}
+        )
 
-    longer = [row(digits(f"1{i:02d}"), "1234", "12") for i in range(30)]  # prompts of 8 tokens, answers of 9 and 5
+    longer = [
+        row(digits(f"1{i:02d}"), "1234", "12") for i in range(30)
+    ]  # prompts of 8 tokens, answers of 9 and 5
     shorter = [row(digits(f"2{i:02d}"), "12", "1234") for i in range(10)]
     equal = [row(digits(f"3{i:02d}"), "123", "321") for i in range(10)]  # answers of 7
     alike = [row(digits("400"), "11111", "11112")]  # of 11, they differ in the last digit
     too_long = [row(digits("5" * 9), "1", "2")]  # a prompt of 20 tokens; answers of 3
-    turns = [row(dialogue(digits("123"), "1", digits("600")), "1", "2")]  # 18 tokens, 8 without the first turns
-    left_out = [row(digits("700"), "1", "1"), row(digits("701"), "1", "1"), row(digits("800"), "", "1"), '{"prompt": ']
+    turns = [
+        row(dialogue(digits("123"), "1", digits("600")), "1", "2")
+    ]  # 18 tokens, 8 without the first turns
+    left_out = [
+        row(digits("700"), "1", "1"),
+        row(digits("701"), "1", "1"),
+        row(digits("800"), "", "1"),
+        '{"prompt": ',
+    ]
     lines = longer + shorter + equal + longer[:3] + alike + too_long + turns + left_out
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -49,7 +64,9 @@ def known_file(path: Path) -> Path:
 
 def config_for(path: Path, *more: str) -> Any:
     limits = ["data.max_prompt_tokens=10", "data.max_response_tokens=8", "data.eval_share=0.2"]
-    return composed("stage=inspect", "data=jsonl", f"data.sources.mine.path='{path}'", *limits, *more)
+    return composed(
+        "stage=inspect", "data=jsonl", f"data.sources.mine.path='{path}'", *limits, *more
+    )
 
 
 class Boxes(HTMLParser):
@@ -65,7 +82,9 @@ class Boxes(HTMLParser):
         self.tags.add(tag)
         values = {name: value or "" for name, value in attrs}
         if tag == "span" and "title" in values:
-            self.found.append((set(values["class"].split()), "", [int(i) for i in values["title"].split()]))
+            self.found.append(
+                (set(values["class"].split()), "", [int(i) for i in values["title"].split()])
+            )
 
     def handle_data(self, data: str) -> None:
         if self.found and self.lasttag == "span":
@@ -85,8 +104,15 @@ def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
     found = inspect.run(cfg, tmp_path)
     (source,) = found["sources"]
     assert (source["source"], source["split"], source["rows"]) == ("mine", "train", 60)
-    counts = {"the same answer twice": 2, "empty answer": 1, "cannot be read": 1, "the same row again": 3}
-    assert source["left_out"] == counts and source["same_answers"] == 2 and source["duplicates"] == 3
+    counts = {
+        "the same answer twice": 2,
+        "empty answer": 1,
+        "cannot be read": 1,
+        "the same row again": 3,
+    }
+    assert (
+        source["left_out"] == counts and source["same_answers"] == 2 and source["duplicates"] == 3
+    )
     assert sum(source[part] for part in ("sft", "rm", "ppo", "eval")) == 60 - 7
     assert source["share"] == {part: 1.0 for part in ("sft", "rm", "ppo", "eval") if source[part]}
 
@@ -97,17 +123,26 @@ def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
         "chosen": {"median": 9, "p95": 9, "max": 11},
         "rejected": {"median": 5, "p95": 9, "max": 11},
     }
-    assert (numbers["dropped"], numbers["shortened"], numbers["cut"], numbers["alike"]) == (1, 1, 44, 1)
+    assert (numbers["dropped"], numbers["shortened"], numbers["cut"], numbers["alike"]) == (
+        1,
+        1,
+        44,
+        1,
+    )
     assert (numbers["chosen_longer"], numbers["chosen_shorter"]) == (33, 10)
     assert numbers["chosen_longer_by"] == pytest.approx((33 * 4 - 10 * 4) / 56)
-    assert page.by_length(numbers) == pytest.approx((33 + 13 / 2) / 56)
+    assert inspect_page.by_length(numbers) == pytest.approx((33 + 13 / 2) / 56)
 
     stages = found["stages"]
-    assert [stages[name]["rows"] for name in ("sft", "rm", "ppo")] == [source[name] for name in ("sft", "rm", "ppo")]
+    assert [stages[name]["rows"] for name in ("sft", "rm", "ppo")] == [
+        source[name] for name in ("sft", "rm", "ppo")
+    ]
     assert set(found["leakage"].values()) == {0} and len(found["leakage"]) == 6
     text = "\n".join(found["verdicts"])
     assert "line 60 of" in text and "answer as chosen and as rejected: 2" in text
-    assert re.search(r"an answer that is cut.* of sft, \d+% of rm: raise data.max_response_tokens=8", text)
+    assert re.search(
+        r"an answer that is cut.* of sft, \d+% of rm: raise data.max_response_tokens=8", text
+    )
     assert json.loads(json.dumps(found)) == found
 
 
@@ -115,8 +150,11 @@ def test_the_numbers_are_those_of_training(tmp_path: Path) -> None:
     """Dropped and cut rows are counted by the doctor's own code, and by what prepares the training."""
     cfg = config_for(known_file(tmp_path / "known.jsonl"), "data.shares=[1,1,1]")
     found, data = inspect.run(cfg, tmp_path)["stages"], load.load_data(cfg.data)
-    tokenizer = models.load_tokenizer("builtin:tiny")
-    for name, rows in (("sft", load.demonstrations(tokenizer, data.sft, 10, 8)), ("rm", load.pairs(tokenizer, data.rm, 10, 8))):
+    tokenizer = load_tokenizer("builtin:tiny")
+    for name, rows in (
+        ("sft", load.demonstrations(tokenizer, data.sft, 10, 8)),
+        ("rm", load.pairs(tokenizer, data.rm, 10, 8)),
+    ):
         assert len(rows) == found[name]["rows"] - found[name]["dropped"] > 0
         assert (rows.dropped, rows.cut) == (found[name]["dropped"], found[name]["cut"])
     assert load.prompts(tokenizer, data.ppo, 10).dropped == found["ppo"]["dropped"]
@@ -126,7 +164,12 @@ def test_a_large_part_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(inspect, "SAMPLE", 20)
     found = inspect.run(config_for(known_file(tmp_path / "known.jsonl")), tmp_path)
     (source,) = found["sources"]
-    assert (source["rows"], source["tokens"]["rows"], source["tokens"]["measured"], source["tokens"]["pairs"]) == (60, 56, 20, 20)
+    assert (
+        source["rows"],
+        source["tokens"]["rows"],
+        source["tokens"]["measured"],
+        source["tokens"]["pairs"],
+    ) == (60, 56, 20, 20)
     assert "56 rows, a random sample of 20" in (tmp_path / "report.html").read_text()
 
 
@@ -134,18 +177,39 @@ def test_leakage_is_found_where_there_is_some() -> None:
     def pairs(*questions: str) -> list[Pair]:
         return [Pair([Turn("user", question)], "yes", "no") for question in questions]
 
-    sft, rm, ppo = table_of(pairs("one", "two")), table_of(pairs("TWO ", "three", "three")), table_of(pairs("four"))
-    data = Dataset(sft, rm, ppo, [], pairs("four", "five"), [[Turn("user", "one")], [Turn("system", "three")]])
+    sft, rm, ppo = (
+        table_of(pairs("one", "two")),
+        table_of(pairs("TWO ", "three", "three")),
+        table_of(pairs("four")),
+    )
+    data = Dataset(
+        sft, rm, ppo, [], pairs("four", "five"), [[Turn("user", "one")], [Turn("system", "three")]]
+    )
     shared, distinct = inspect.leakage(data)
-    assert shared == {"sft & rm": 1, "sft & ppo": 0, "sft & eval": 1, "rm & ppo": 0, "rm & eval": 0, "ppo & eval": 1}
+    assert shared == {
+        "sft & rm": 1,
+        "sft & ppo": 0,
+        "sft & eval": 1,
+        "rm & ppo": 0,
+        "rm & eval": 0,
+        "ppo & eval": 1,
+    }
     assert distinct == {"sft": 2, "rm": 2, "ppo": 1, "eval": 4}
 
 
 @pytest.mark.parametrize(
     "longer, shorter, expected",
     [
-        (710, 290, "chosen answers are longer in 71% of the pairs: a judge that only counts tokens is right on 71%"),
-        (100, 700, "chosen answers are shorter in 70% of the pairs: a judge that only counts tokens is right on 80%"),
+        (
+            710,
+            290,
+            "chosen answers are longer in 71% of the pairs: a judge that only counts tokens is right on 71%",
+        ),
+        (
+            100,
+            700,
+            "chosen answers are shorter in 70% of the pairs: a judge that only counts tokens is right on 80%",
+        ),
         (540, 460, ""),
         (0, 0, ""),
     ],
@@ -171,70 +235,118 @@ def test_spread_takes_values_that_are_there() -> None:
 @pytest.mark.parametrize("train_on_prompt", [False, True])
 def test_samples_of_sft_show_what_is_learnt(train_on_prompt: bool) -> None:
     cfg = composed(f"sft.train_on_prompt={str(train_on_prompt).lower()}")
-    tokenizer = models.load_tokenizer("builtin:tiny")
+    tokenizer = load_tokenizer("builtin:tiny")
     question = [Turn("user", "What does my pan need?")]
-    (html,) = page.samples(tokenizer, "sft", table_of([Pair(question, "A café ☃ <b>.", None)]), cfg)
-    [prompt], [answer] = template.encode_prompts(tokenizer, [question], 99), template.encode_responses(tokenizer, ["A café ☃ <b>."], 99)
+    (html,) = inspect_page.samples(
+        tokenizer, "sft", table_of([Pair(question, "A café ☃ <b>.", None)]), cfg
+    )
+    [prompt], [answer] = (
+        template.encode_prompts(tokenizer, [question], 99),
+        template.encode_responses(tokenizer, ["A café ☃ <b>."], 99),
+    )
     boxes = Boxes(html)
     assert prompt and sum((ids for *_, ids in boxes.found), []) == prompt + answer
     assert ids_of(boxes, "learnt") == (prompt[1:] if train_on_prompt else []) + answer
     assert ids_of(boxes, "given") == (prompt[:1] if train_on_prompt else prompt)
     assert ids_of(boxes, "eos") == [tokenizer.eos_token_id]
     shown = "".join(text for _, text, _ in boxes.found).replace("↵", "")
-    assert shown == "\n\nHuman: What does my pan need?\n\nAssistant: A café ☃ <b>." + tokenizer.eos_token
-    assert len([ids for _, text, ids in boxes.found if "☃" in text and len(ids) > 1]) == 1  # one character of several tokens
+    assert (
+        shown
+        == "\n\nHuman: What does my pan need?\n\nAssistant: A café ☃ <b>." + tokenizer.eos_token
+    )
+    assert (
+        len([ids for _, text, ids in boxes.found if "☃" in text and len(ids) > 1]) == 1
+    )  # one character of several tokens
 
 
 def test_samples_of_rm_and_ppo() -> None:
     cfg = composed("data.max_response_tokens=8")
-    tokenizer = models.load_tokenizer("builtin:tiny")
+    tokenizer = load_tokenizer("builtin:tiny")
     table = table_of([Pair([Turn("user", "1")], digits("12"), digits("54321"))])
-    chosen, rejected = map(Boxes, page.samples(tokenizer, "rm", table, cfg))
+    chosen, rejected = map(Boxes, inspect_page.samples(tokenizer, "rm", table, cfg))
     assert ids_of(chosen, "scored") == ids_of(chosen, "eos") == [tokenizer.eos_token_id]
-    assert ids_of(rejected, "eos") == [] and ids_of(rejected, "scored") == tokenizer("2", add_special_tokens=False).input_ids  # cut there
+    assert (
+        ids_of(rejected, "eos") == []
+        and ids_of(rejected, "scored") == tokenizer("2", add_special_tokens=False).input_ids
+    )  # cut there
     assert len(ids_of(chosen, "answer")) == 5 and len(ids_of(rejected, "answer")) == 8
-    (prompt,) = map(Boxes, page.samples(tokenizer, "ppo", table, cfg))
-    assert ids_of(prompt, "given") == sum((ids for *_, ids in prompt.found), []) == ids_of(chosen, "given")
+    (prompt,) = map(Boxes, inspect_page.samples(tokenizer, "ppo", table, cfg))
+    assert (
+        ids_of(prompt, "given")
+        == sum((ids for *_, ids in prompt.found), [])
+        == ids_of(chosen, "given")
+    )
 
 
 def test_the_middle_of_a_long_text_is_left_out() -> None:
-    tokenizer = models.load_tokenizer("builtin:tiny")
+    tokenizer = load_tokenizer("builtin:tiny")
     ids = tokenizer(" " + digits("1" * 400), add_special_tokens=False).input_ids
-    html = page.token_boxes(tokenizer, ids, ["given"] * len(ids))
-    assert html.count('<span class="t') == 2 * page.SHOWN and f"{len(ids) - 2 * page.SHOWN:,} tokens" in html
+    html = inspect_page.token_boxes(tokenizer, ids, ["given"] * len(ids))
+    assert (
+        html.count('<span class="t') == 2 * inspect_page.SHOWN
+        and f"{len(ids) - 2 * inspect_page.SHOWN:,} tokens" in html
+    )
 
 
 def test_the_page_is_self_contained_and_escapes_what_data_hold(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>&amp;\x00$\\frac$ 漢字"
-    rows = [{"prompt": f"{evil} {i}?", "chosen": f"{evil} yes {i}", "rejected": f"{evil} no {i}"} for i in range(60)]
+    rows = [
+        {"prompt": f"{evil} {i}?", "chosen": f"{evil} yes {i}", "rejected": f"{evil} no {i}"}
+        for i in range(60)
+    ]
     file = tmp_path / "evil<script>.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json <script>\n")
-    found = inspect.run(config_for(file, "data.max_prompt_tokens=256", "data.max_response_tokens=256"), tmp_path)
+    found = inspect.run(
+        config_for(file, "data.max_prompt_tokens=256", "data.max_response_tokens=256"), tmp_path
+    )
     assert [s["left_out"] for s in found["sources"]] == [{"cannot be read": 1}]
     page = (tmp_path / "report.html").read_text()
     boxes = Boxes(page)
     assert not boxes.tags & {"script", "img", "link", "iframe", "object"} and "svg" in boxes.tags
-    assert "default-src 'none'" in page and not re.search(r"(src|href)=[\"']?(http|//|file)", page.replace('xlink:href="#', ""))
+    assert "default-src 'none'" in page and not re.search(
+        r"(src|href)=[\"']?(http|//|file)", page.replace('xlink:href="#', "")
+    )
     assert "漢" in "".join(text for _, text, _ in boxes.found)
     assert page.count("<h3>sft</h3>") == 2  # lengths and samples
-    assert {"learnt", "given", "answer", "eos", "scored"} <= set().union(*(classes for classes, *_ in boxes.found))
+    assert {"learnt", "given", "answer", "eos", "scored"} <= set().union(
+        *(classes for classes, *_ in boxes.found)
+    )
 
 
 def test_a_source_without_second_answers(tmp_path: Path) -> None:
     file = tmp_path / "instructions.jsonl"
-    file.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(50)))
-    found = inspect.run(config_for(file, "data.sources.mine.sft_only=true", "data.max_prompt_tokens=64"), tmp_path)
-    assert found["stages"]["rm"]["rows"] == found["stages"]["ppo"]["rows"] == 0 and found["stages"]["sft"]["rows"] > 30
-    assert any(line.startswith("no rows for rm: no source has second answers") for line in found["verdicts"])
-    assert "No pairs for the reward model" not in (tmp_path / "report.html").read_text()  # no section of pairs
+    file.write_text(
+        "".join(
+            json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(50)
+        )
+    )
+    found = inspect.run(
+        config_for(file, "data.sources.mine.sft_only=true", "data.max_prompt_tokens=64"), tmp_path
+    )
+    assert (
+        found["stages"]["rm"]["rows"] == found["stages"]["ppo"]["rows"] == 0
+        and found["stages"]["sft"]["rows"] > 30
+    )
+    assert any(
+        line.startswith("no rows for rm: no source has second answers")
+        for line in found["verdicts"]
+    )
+    assert (
+        "No pairs for the reward model" not in (tmp_path / "report.html").read_text()
+    )  # no section of pairs
 
 
 def test_plain_text_beside_pairs(tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": digits(f"{i:03d}")}) + "\n" for i in range(40)))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": digits(f"{i:03d}")}) + "\n" for i in range(40))
+    )
     texts = f"+data.sources={{corpus: {{path: '{tmp_path / 'texts.jsonl'}'}}}}"
     found = inspect.run(config_for(known_file(tmp_path / "known.jsonl"), texts), tmp_path)
     assert found["stages"]["ppo texts"]["rows"] == 40
-    assert found["stages"]["ppo texts"]["tokens"]["text"]["max"] in (5, 6)  # whether or not a digit in front has a token for its space
+    assert found["stages"]["ppo texts"]["tokens"]["text"]["max"] in (
+        5,
+        6,
+    )  # whether or not a digit in front has a token for its space
     assert [f"{s['source']}" for s in found["sources"]] == ["mine", "corpus"]
 
 
@@ -242,14 +354,27 @@ def test_plain_text_beside_pairs(tmp_path: Path) -> None:
 
 
 def test_the_command_looks_anew_each_time(tmp_path: Path) -> None:
-    command = ["stage=inspect", "data=jsonl", "data.sources.mine.path=pairs.jsonl", "deploy=single_gpu"]  # needs none
+    command = [
+        "stage=inspect",
+        "data=jsonl",
+        "data.sources.mine.path=pairs.jsonl",
+        "deploy=single_gpu",
+    ]  # needs none
     done = train(*command, cwd=tmp_path)
-    assert done.returncode == 1 and "pairs.jsonl: no such file" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "pairs.jsonl: no such file" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     known_file(tmp_path / "pairs.jsonl")
     done = train(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (page,) = tmp_path.glob("outputs/inspect-*/report.html")
-    assert str(page.relative_to(tmp_path)) in done.stdout and "mine/train" in done.stdout and "that cannot be read: 1" in done.stdout
+    assert (
+        str(page.relative_to(tmp_path)) in done.stdout
+        and "mine/train" in done.stdout
+        and "that cannot be read: 1" in done.stdout
+    )
     result = json.loads((page.parent / "result.json").read_text())
     assert result["metrics"]["sources"][0]["rows"] == 60
     assert {path.name for path in page.parent.iterdir()} == {
@@ -258,7 +383,10 @@ def test_the_command_looks_anew_each_time(tmp_path: Path) -> None:
 
 
 def test_the_sandbox(tmp_path: Path) -> None:
-    found = inspect.run(composed("stage=inspect", "data.sandbox.demonstrations=64", "data.sandbox.pairs=64"), tmp_path)
+    found = inspect.run(
+        composed("stage=inspect", "data.sandbox.demonstrations=64", "data.sandbox.pairs=64"),
+        tmp_path,
+    )
     assert (found["stages"]["sft"]["rows"], found["stages"]["rm"]["rows"]) == (64, 64)
     assert set(found["leakage"].values()) == {0}
     assert all(numbers["dropped"] == 0 for numbers in found["stages"].values())

@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf import kernels, unpadded
+from rlhf.models import packing
+from rlhf.sampling.cpu import kernels
 
-pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler: torch's kernels are used")
+pytestmark = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "c++")),
+    reason="no C++ compiler: torch's kernels are used",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,30 +29,55 @@ def built() -> None:
 
 def test_by_hand() -> None:
     """A product of two rows; and attention with scores 0 and ln 3 to two tokens, a quarter and three quarters of their values."""
-    x, w = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0], [0.5, 0.0]])
-    assert kernels.linear(x, w, torch.tensor([10.0, 20.0, 30.0])).tolist() == [[21.0, 37.0, 30.5], [6.0, 14.0, 30.0]]
+    x, w = (
+        torch.tensor([[1.0, 2.0], [0.0, -1.0]]),
+        torch.tensor([[3.0, 4.0], [5.0, 6.0], [0.5, 0.0]]),
+    )
+    assert kernels.linear(x, w, torch.tensor([10.0, 20.0, 30.0])).tolist() == [
+        [21.0, 37.0, 30.5],
+        [6.0, 14.0, 30.0],
+    ]
     q, k, v = torch.tensor([2.0]), torch.tensor([0.0, 1.0, 9.0]), torch.tensor([4.0, 8.0, 1e6])
     mask = torch.tensor([0.0, 0.0, -torch.inf])
     found = kernels.attend(
-        q.view(1, 1, 1, 1), k.view(1, 1, 3, 1), v.view(1, 1, 3, 1), mask.view(1, 1, 1, 3), torch.tensor(3.0).log().item() / 2
+        q.view(1, 1, 1, 1),
+        k.view(1, 1, 3, 1),
+        v.view(1, 1, 3, 1),
+        mask.view(1, 1, 1, 3),
+        torch.tensor(3.0).log().item() / 2,
     )
     assert found.shape == (1, 1, 1, 1) and found.item() == pytest.approx(7.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 1, 1), (1, 64, 48), (8, 257, 5), (16, 256, 1000), (17, 33, 7), (64, 250, 77), (5, 1024, 1024)]
+    ("rows", "inputs", "outputs"),
+    [
+        (1, 1, 1),
+        (1, 64, 48),
+        (8, 257, 5),
+        (16, 256, 1000),
+        (17, 33, 7),
+        (64, 250, 77),
+        (5, 1024, 1024),
+    ],
 )
 def test_linear_is_exact(rows: int, inputs: int, outputs: int, bias: bool) -> None:
     """At most twice torch's own error, at shapes that do and do not fill vectors, blocks of columns and partial sums."""
     torch.manual_seed(0)
-    x, w, b = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs) if bias else None
+    x, w, b = (
+        torch.randn(rows, inputs),
+        torch.randn(outputs, inputs),
+        torch.randn(outputs) if bias else None,
+    )
     exact = F.linear(x.double(), w.double(), None if b is None else b.double())
     found = kernels.linear(x, w, b)
     error, theirs = ((y - exact).square().mean().sqrt() for y in (found, F.linear(x, w, b)))
     assert found.dtype == torch.float32 and error <= 2 * theirs + 1e-7 * float(exact.abs().mean())
     assert torch.equal(kernels.linear(x.view(rows, 1, inputs), w, b), found.view(rows, 1, outputs))
-    assert torch.equal(kernels.linear(x.t().contiguous().t(), w, b), found), "rows that do not lie one behind the other"
+    assert torch.equal(kernels.linear(x.t().contiguous().t(), w, b), found), (
+        "rows that do not lie one behind the other"
+    )
 
 
 def test_a_row_does_not_depend_on_where_it_is_computed() -> None:
@@ -59,7 +88,12 @@ def test_a_row_does_not_depend_on_where_it_is_computed() -> None:
     memory = torch.empty(w.numel() + 1)
     memory[1:] = w.flatten()
     assert torch.equal(kernels.linear(x, memory[1:].view_as(w), None), expected)
-    q, k, v, mask = torch.randn(19, 4, 1, 24), torch.randn(19, 2, 50, 24), torch.randn(19, 2, 50, 24), torch.zeros(19, 1, 1, 50)
+    q, k, v, mask = (
+        torch.randn(19, 4, 1, 24),
+        torch.randn(19, 2, 50, 24),
+        torch.randn(19, 2, 50, 24),
+        torch.zeros(19, 1, 1, 50),
+    )
     answers = kernels.attend(q, k, v, mask, 0.2)
     threads = torch.get_num_threads()
     try:
@@ -68,7 +102,9 @@ def test_a_row_does_not_depend_on_where_it_is_computed() -> None:
             assert torch.equal(kernels.linear(x, w, None), expected)
             for i in (0, 7, 18):
                 assert torch.equal(kernels.linear(x[i : i + 1], w, None)[0], expected[i])
-                alone = kernels.attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], mask[i : i + 1], 0.2)
+                alone = kernels.attend(
+                    q[i : i + 1], k[i : i + 1], v[i : i + 1], mask[i : i + 1], 0.2
+                )
                 assert torch.equal(alone[0], answers[i])
     finally:
         torch.set_num_threads(threads)
@@ -115,23 +151,53 @@ def test_what_the_attention_kernel_is_asked_for() -> None:
     q, k, mask = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.zeros(2, 1, 1, 5)
 
     def asked(q: Tensor = q, k: Tensor = k, v: Tensor = k, mask: Tensor = mask) -> bool:
-        return unpadded.one_token(q, k, v, mask)
+        return packing.is_single_token_decode(q, k, v, mask)
 
     assert not asked(), "gradients are on"
     with torch.no_grad():
         assert asked()
-        assert not asked(q=torch.randn(2, 4, 2, 8)) and not asked(k=k.bfloat16(), v=k.bfloat16()) and not asked(v=torch.randn(2, 2, 5, 6))
-        assert not asked(mask=mask > 0) and not asked(mask=mask[:, 0]) and not asked(mask=mask.repeat(1, 4, 1, 1))
-        assert not asked(mask=mask[:1]) and not asked(mask=mask[..., :4]) and not asked(mask=torch.zeros(2, 1, 1, 10)[..., ::2])
+        assert (
+            not asked(q=torch.randn(2, 4, 2, 8))
+            and not asked(k=k.bfloat16(), v=k.bfloat16())
+            and not asked(v=torch.randn(2, 2, 5, 6))
+        )
+        assert (
+            not asked(mask=mask > 0)
+            and not asked(mask=mask[:, 0])
+            and not asked(mask=mask.repeat(1, 4, 1, 1))
+        )
+        assert (
+            not asked(mask=mask[:1])
+            and not asked(mask=mask[..., :4])
+            and not asked(mask=torch.zeros(2, 1, 1, 10)[..., ::2])
+        )
         assert not asked(k=k.transpose(2, 3).contiguous().transpose(2, 3))
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    x, w, q, k, mask = torch.ones(4, 32), torch.ones(48, 32), torch.ones(2, 4, 1, 8), torch.ones(2, 2, 5, 8), torch.zeros(2, 1, 1, 5)
-    for wrong in ((x[:, :31], w, None), (x, w[:, :16], None), (x.bfloat16(), w, None), (x, w.bfloat16(), None), (x, w, w[0])):
+    x, w, q, k, mask = (
+        torch.ones(4, 32),
+        torch.ones(48, 32),
+        torch.ones(2, 4, 1, 8),
+        torch.ones(2, 2, 5, 8),
+        torch.zeros(2, 1, 1, 5),
+    )
+    for wrong in (
+        (x[:, :31], w, None),
+        (x, w[:, :16], None),
+        (x.bfloat16(), w, None),
+        (x, w.bfloat16(), None),
+        (x, w, w[0]),
+    ):
         with pytest.raises(RuntimeError):
             kernels.linear(*wrong)
-    for odd in ((q[:, :3], k, k, mask), (q, k, k[:, :, :4], mask), (q, k, k, mask[:1]), (q, k, k, mask > 0), (q, k.double(), k, mask)):
+    for odd in (
+        (q[:, :3], k, k, mask),
+        (q, k, k[:, :, :4], mask),
+        (q, k, k, mask[:1]),
+        (q, k, k, mask > 0),
+        (q, k.double(), k, mask),
+    ):
         with pytest.raises(RuntimeError):
             kernels.attend(*odd, 1.0)
     with pytest.raises(RuntimeError):
@@ -151,8 +217,14 @@ OURS, THEIRS = "True True True", "False False False"
 
 def load_elsewhere(cache: Path, **env: str | None) -> subprocess.Popen[str]:
     """Another process, with an empty cache folder of its own."""
-    given = {name: value for name, value in (os.environ | {"XDG_CACHE_HOME": str(cache)} | env).items() if value is not None}
-    return subprocess.Popen([sys.executable, "-c", SAY], env=given, stdout=subprocess.PIPE, text=True)
+    given = {
+        name: value
+        for name, value in (os.environ | {"XDG_CACHE_HOME": str(cache)} | env).items()
+        if value is not None
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SAY], env=given, stdout=subprocess.PIPE, text=True
+    )
 
 
 def said(process: subprocess.Popen[str]) -> list[str]:
@@ -164,9 +236,14 @@ def said(process: subprocess.Popen[str]) -> list[str]:
 def test_compiled_once_by_processes_that_start_together(tmp_path: Path) -> None:
     texts = sorted(map(said, [load_elsewhere(tmp_path) for _ in range(2)]), key=len)
     (library,) = (tmp_path / "rlhf").glob("*.so")
-    assert texts[0] == [OURS] and texts[1] == [f"compiling kernels for sampling on CPU, once on this machine: {library}", OURS]
+    assert texts[0] == [OURS] and texts[1] == [
+        f"compiling kernels for sampling on CPU, once on this machine: {library}",
+        OURS,
+    ]
     assert not list(tmp_path.rglob("*.tmp")) and library.parent.stat().st_mode & 0o077 == 0
-    assert said(load_elsewhere(tmp_path, CXX="nonsense")) == [OURS], "what is there needs no compiler"
+    assert said(load_elsewhere(tmp_path, CXX="nonsense")) == [OURS], (
+        "what is there needs no compiler"
+    )
     library.write_text("torn")
     assert said(load_elsewhere(tmp_path)) == texts[1], "what is torn is made anew"
     assert said(load_elsewhere(tmp_path)) == [OURS]
@@ -176,19 +253,28 @@ def test_compiled_once_by_processes_that_start_together(tmp_path: Path) -> None:
     ("compiler", "says"),
     [
         (None, "there is no C++ compiler ("),
-        ("echo 'kernels.cpp:3: error: no such header' >&2; exit 1", "kernels.cpp:3: error: no such header"),
+        (
+            "echo 'kernels.cpp:3: error: no such header' >&2; exit 1",
+            "kernels.cpp:3: error: no such header",
+        ),
         ("exit 0", "No such file or directory"),
         ('while [ "$1" != -o ]; do shift; done; echo broken > "$2"', "file too short"),
     ],
     ids=["none", "refuses", "makes nothing", "makes something else"],
 )
-def test_without_kernels_it_says_so_in_one_line(tmp_path: Path, compiler: str | None, says: str) -> None:
+def test_without_kernels_it_says_so_in_one_line(
+    tmp_path: Path, compiler: str | None, says: str
+) -> None:
     cxx = tmp_path / "cxx"
     if compiler:
         cxx.write_text(f"#!/bin/sh\n{compiler}\n")
         cxx.chmod(0o755)
     *_, line, loaded = said(load_elsewhere(tmp_path / "cache", CXX=f"{cxx} -v"))
-    assert line.startswith("sampling uses torch's kernels for CPU, which are slower than ours: ") and says in line and loaded == THEIRS
+    assert (
+        line.startswith("sampling uses torch's kernels for CPU, which are slower than ours: ")
+        and says in line
+        and loaded == THEIRS
+    )
 
 
 def test_a_cache_folder_that_cannot_be_used(tmp_path: Path) -> None:
@@ -201,7 +287,9 @@ def test_a_cache_folder_that_cannot_be_used(tmp_path: Path) -> None:
     assert f"{open_to_all} is not yours alone to write (chmod go-w)" in line and loaded == THEIRS
 
 
-def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torch_that_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(kernels, "loaded", None)
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with caplog.at_level("INFO", logger="rlhf"):

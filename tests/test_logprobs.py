@@ -11,20 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf import logprobs
-from rlhf.logprobs import target_logp
+from rlhf.models import logprobs
+from rlhf.models.logprobs import target_logp
 
 
-def whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def whole(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same from all logits at once, in float64."""
-    logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double()) / temperature
+    logits = (
+        F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+        / temperature
+    )
     logp = logits.log_softmax(-1)
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1), (logits.argmax(-1) == targets).double()
+    return (
+        logp.gather(1, targets[:, None])[:, 0],
+        -(logp.exp() * logp).sum(-1),
+        (logits.argmax(-1) == targets).double(),
+    )
 
 
-def random(n: int, d: int, vocabulary: int, bias: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def random(
+    n: int, d: int, vocabulary: int, bias: bool, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     torch.manual_seed(seed)
-    weight, offset = torch.randn(vocabulary, d, requires_grad=True), torch.randn(vocabulary, requires_grad=True) if bias else None
+    weight, offset = (
+        torch.randn(vocabulary, d, requires_grad=True),
+        torch.randn(vocabulary, requires_grad=True) if bias else None,
+    )
     return torch.randn(n, d, requires_grad=True), weight, offset, torch.randint(0, vocabulary, (n,))
 
 
@@ -33,31 +47,48 @@ CASES = [*product([(7, 11), (1200, 300), (300, 30_000)], [False, True], [1.0, 0.
 
 @pytest.mark.parametrize(("size", "bias", "temperature", "of_entropy"), CASES)
 def test_values_and_gradients_equal_those_of_the_whole_logits(
-    size: tuple[int, int], bias: bool, temperature: float, of_entropy: bool, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int],
+    bias: bool,
+    temperature: float,
+    of_entropy: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sizes: within one chunk; over several; over several, of which not all are kept for the backward pass."""
     monkeypatch.setattr(logprobs, "KEPT", 2**21)
     hidden, weight, offset, targets = random(size[0], 12, size[1], bias)
     a, b = torch.randn(2, size[0])
-    found, expected = target_logp(hidden, weight, offset, targets, temperature), whole(hidden, weight, offset, targets, temperature)
+    found, expected = (
+        target_logp(hidden, weight, offset, targets, temperature),
+        whole(hidden, weight, offset, targets, temperature),
+    )
     for one, other, atol in zip(found, expected, (5e-5, 5e-5, 0.0)):
         assert one.dtype == torch.float32 and torch.allclose(one.double(), other, atol=atol)
     trained = [x for x in (hidden, weight, offset) if x is not None]
-    one, other = (torch.autograd.grad((a * x[0]).sum() + of_entropy * (b * x[1]).sum(), trained) for x in (found, expected))
+    one, other = (
+        torch.autograd.grad((a * x[0]).sum() + of_entropy * (b * x[1]).sum(), trained)
+        for x in (found, expected)
+    )
     for g, exact in zip(one, other):
         assert float((g - exact).norm()) < 3e-5 * float(exact.norm())
 
 
 def test_by_hand() -> None:
     """Two tokens with logits 0 and ln 3: log-probabilities of a quarter and three quarters."""
-    logp, entropy, correct = target_logp(torch.ones(2, 1), torch.tensor([[0.0], [1.0986123]]), None, torch.tensor([0, 1]))
-    assert logp.tolist() == pytest.approx([-1.3862944, -0.2876821]) and entropy.tolist() == pytest.approx([0.5623351] * 2)
+    logp, entropy, correct = target_logp(
+        torch.ones(2, 1), torch.tensor([[0.0], [1.0986123]]), None, torch.tensor([0, 1])
+    )
+    assert logp.tolist() == pytest.approx(
+        [-1.3862944, -0.2876821]
+    ) and entropy.tolist() == pytest.approx([0.5623351] * 2)
     assert correct.tolist() == [0, 1]
 
 
 def test_only_the_entropy_may_be_asked_for() -> None:
     hidden, weight, _, targets = random(40, 8, 50, False)
-    one, other = (torch.autograd.grad(f(hidden, weight, None, targets, 1.0)[1].sum(), (hidden, weight)) for f in (target_logp, whole))
+    one, other = (
+        torch.autograd.grad(f(hidden, weight, None, targets, 1.0)[1].sum(), (hidden, weight))
+        for f in (target_logp, whole)
+    )
     assert all(torch.allclose(a, b.float(), atol=1e-4) for a, b in zip(one, other))
 
 
@@ -77,7 +108,13 @@ def test_in_bf16_sums_are_in_float32(autocast: bool) -> None:
     h, w = (x.requires_grad_() for x in given)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logp, *_ = target_logp(h, w, None, targets)
-    expected = whole(h.detach().bfloat16().requires_grad_(), w.detach().bfloat16().requires_grad_(), None, targets, 1.0)[0]
+    expected = whole(
+        h.detach().bfloat16().requires_grad_(),
+        w.detach().bfloat16().requires_grad_(),
+        None,
+        targets,
+        1.0,
+    )[0]
     assert logp.dtype == torch.float32 and float((logp - expected).detach().abs().mean()) < 0.02
     logp.sum().backward()
     exact = torch.autograd.grad(whole(hidden, weight, None, targets, 1.0)[0].sum(), weight)[0]
@@ -89,9 +126,13 @@ def test_an_output_layer_still_gives_logits() -> None:
     layer = nn.Linear(8, 50)
     hidden, targets = torch.randn(5, 8), torch.arange(5)
     before = layer(hidden)
-    logprobs.give_logp(layer)
+    logprobs.attach_chunked_logprobs(layer)
     assert torch.equal(layer(hidden), before)
-    assert torch.allclose(layer(hidden, targets, 2.0)[0], (before / 2).log_softmax(-1).gather(1, targets[:, None])[:, 0], atol=1e-6)
+    assert torch.allclose(
+        layer(hidden, targets, 2.0)[0],
+        (before / 2).log_softmax(-1).gather(1, targets[:, None])[:, 0],
+        atol=1e-6,
+    )
 
 
 PEAK = """
@@ -111,7 +152,11 @@ print(memory("VmHWM") - before)
 def test_memory_does_not_grow_with_the_vocabulary() -> None:
     """1,024 tokens: the whole logits would be 32 MiB with 8 thousand tokens, and 512 MiB with 128 thousand, several times."""
     small, large = (
-        float(subprocess.run([sys.executable, "-c", PEAK, str(v)], capture_output=True, text=True, check=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", PEAK, str(v)], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for v in (2**13, 2**17)
     )
     assert large < small + 150

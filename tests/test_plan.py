@@ -15,8 +15,25 @@ from families import FAMILIES, save_base
 from test_config import CONF, composed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import checks, config, engines, logprobs, lora, models, plan
-from rlhf.config import Arch, Lora, Stage
+from rlhf.config.schema import Arch, Config, Lora, Stage
+from rlhf.config.validation import check_config
+from rlhf.distributed.engine import build_engine
+from rlhf.models import logprobs, lora
+from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.planning.memory import (
+    CHUNK,
+    KEPT,
+    LOGITS,
+    SMALLEST,
+    activations,
+    gather_for_rollout,
+    make_plan,
+    role_memory,
+)
+from rlhf.planning.shapes import ACTIVATIONS, arch_of, linear_layers, lora_parameters, parameters
+from rlhf.planning.steps import rows_for_stage
+from rlhf.planning.summary import cheapest_changes, one_line_summary
+from rlhf.training.optimizer_step import optimizer_step
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "tiny")
 GIB = 2**30
@@ -25,16 +42,36 @@ GIB = 2**30
 def as_transformers(arch: Arch) -> Any:
     """A transformers configuration with the numbers of an `arch` block."""
     own: dict[str, Any] = {
-        "opt": {"ffn_dim": arch.ffn, "word_embed_proj_dim": arch.embed or arch.hidden, "do_layer_norm_before": arch.embed is None},
+        "opt": {
+            "ffn_dim": arch.ffn,
+            "word_embed_proj_dim": arch.embed or arch.hidden,
+            "do_layer_norm_before": arch.embed is None,
+        },
         "gpt2": {"n_positions": arch.positions, "n_inner": arch.ffn},
         "bloom": {},
-    }.get(arch.family, {"intermediate_size": arch.ffn, "num_key_value_heads": arch.kv_heads, "head_dim": arch.head_dim})
+    }.get(
+        arch.family,
+        {
+            "intermediate_size": arch.ffn,
+            "num_key_value_heads": arch.kv_heads,
+            "head_dim": arch.head_dim,
+        },
+    )
     if arch.family == "gpt_neox":
         own = {"intermediate_size": arch.ffn}
-    positions = {} if arch.family in ("bloom", "gpt2") else {"max_position_embeddings": arch.positions}
-    shape = {"num_hidden_layers": arch.layers, "hidden_size": arch.hidden, "num_attention_heads": arch.heads, "vocab_size": arch.vocab}
+    positions = (
+        {} if arch.family in ("bloom", "gpt2") else {"max_position_embeddings": arch.positions}
+    )
+    shape = {
+        "num_hidden_layers": arch.layers,
+        "hidden_size": arch.hidden,
+        "num_attention_heads": arch.heads,
+        "vocab_size": arch.vocab,
+    }
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return AutoConfig.for_model(arch.family, **shape, **positions, **own, **special, tie_word_embeddings=arch.tied)
+    return AutoConfig.for_model(
+        arch.family, **shape, **positions, **own, **special, tie_word_embeddings=arch.tied
+    )
 
 
 def count(module: torch.nn.Module) -> int:
@@ -71,35 +108,41 @@ def test_parameter_counts_are_exact(name: str) -> None:
         policy = AutoModelForCausalLM.from_config(shape)
         shape.num_labels = 1
         scorer = AutoModelForSequenceClassification.from_config(shape)
-    assert plan.parameters(arch) == count(policy) == KNOWN.get(name, count(policy))
-    assert plan.parameters(arch, scorer=True) == count(scorer)
+    assert parameters(arch) == count(policy) == KNOWN.get(name, count(policy))
+    assert parameters(arch, scorer=True) == count(scorer)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family in plan.ACTIVATIONS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in ACTIVATIONS])
 def test_numbers_are_read_from_a_models_directory(tmp_path: Path, family: str) -> None:
     save_base(tmp_path, family)
-    arch = plan.arch_of(str(tmp_path), None)
+    arch = arch_of(str(tmp_path), None)
     assert arch is not None and arch.family == family
     policy = AutoModelForCausalLM.from_pretrained(tmp_path)
     scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
-    assert plan.parameters(arch) == count(policy)
-    assert plan.parameters(arch, scorer=True) == count(scorer)
-    for targets in (None, [list(plan.linear_layers(arch))[0]]):
+    assert parameters(arch) == count(policy)
+    assert parameters(arch, scorer=True) == count(scorer)
+    for targets in (None, [list(linear_layers(arch))[0]]):
         for embeddings in (False, True):
             settings = Lora(rank=3, alpha=1.0, dropout=0.0, targets=targets, embeddings=embeddings)
             scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
             for hf in (AutoModelForCausalLM.from_pretrained(tmp_path), scorer):
-                lora.add(hf, settings, "actor.lora")
+                lora.add_adapter(hf, settings, "actor.lora")
                 trained = sum(p.numel() for p in hf.parameters() if p.requires_grad)
-                assert plan.lora_parameters(arch, settings, scorer=hasattr(hf, "score")) == trained, (targets, embeddings)
+                assert lora_parameters(arch, settings, scorer=hasattr(hf, "score")) == trained, (
+                    targets,
+                    embeddings,
+                )
 
 
 def test_a_model_that_nobody_described() -> None:
     cfg = composed("stage=sft", "actor=opt125m", "actor.arch=null")
-    with pytest.raises(ValueError, match="the shape of actor is not known before it is loaded: give its numbers as actor.arch"):
-        plan.make_plan(cfg, Stage.sft)
+    with pytest.raises(
+        ValueError,
+        match="the shape of actor is not known before it is loaded: give its numbers as actor.arch",
+    ):
+        make_plan(cfg, Stage.sft)
     with pytest.raises(ValueError, match="must be one of opt, gpt2"):
-        plan.linear_layers(Arch("mamba", 1, 1, 1, 1, 1, 1, 1, 1, True, None))
+        linear_layers(Arch("mamba", 1, 1, 1, 1, 1, 1, 1, 1, True, None))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ memory
@@ -117,26 +160,48 @@ def storages() -> dict[int, int]:
     return found
 
 
-STATES = [(zero, precision, adapter) for zero in range(4) for precision in ("fp32", "bf16") for adapter in (0, 8)]
+STATES = [
+    (zero, precision, adapter)
+    for zero in range(4)
+    for precision in ("fp32", "bf16")
+    for adapter in (0, 8)
+]
 SOME = [(0, "fp32", 0), (1, "bf16", 8), (2, "fp32", 8), (3, "bf16", 0)]
 
 
-@pytest.mark.parametrize("zero, precision, adapter", [pytest.param(*c, marks=() if c in SOME else (pytest.mark.full,)) for c in STATES])
-def test_model_states_are_the_measured_tensors(zero: int, precision: str, adapter: int, tmp_path: Path, one_process: None) -> None:
+@pytest.mark.parametrize(
+    "zero, precision, adapter",
+    [pytest.param(*c, marks=() if c in SOME else (pytest.mark.full,)) for c in STATES],
+)
+def test_model_states_are_the_measured_tensors(
+    zero: int, precision: str, adapter: int, tmp_path: Path, one_process: None
+) -> None:
     """After an optimizer step. Gradients are gone then but at stage 3, whose buffer for them stays."""
-    overrides = [f"deploy.zero_stage={zero}", f"deploy.precision={precision}", f"actor.lora.rank={adapter}", "deploy.bucket_mb=0.01"]
+    overrides = [
+        f"deploy.zero_stage={zero}",
+        f"deploy.precision={precision}",
+        f"actor.lora.rank={adapter}",
+        "deploy.bucket_mb=0.01",
+    ]
     cfg = composed("stage=sft", *overrides)
-    tokenizer = models.load_tokenizer("builtin:tiny")
+    tokenizer = load_tokenizer("builtin:tiny")
     before = storages()
-    engine = engines.build_engine(lambda: models.load_policy("builtin:tiny", tokenizer, cfg.deploy.precision), cfg, "actor", tmp_path)
+    engine = build_engine(
+        lambda: load_policy("builtin:tiny", tokenizer, cfg.deploy.precision), cfg, "actor", tmp_path
+    )
     ids = torch.randint(5, 100, (2, 8), generator=torch.Generator().manual_seed(0))
     wanted = torch.arange(8).expand(2, 8) >= 4
-    engines.optimizer_step(engine, [0], lambda _: -engine(ids, torch.ones_like(ids), wanted)[0].sum(), 1e-3)
+    optimizer_step(engine, [0], lambda _: -engine(ids, torch.ones_like(ids), wanted)[0].sum(), 1e-3)
     measured = sum(size for address, size in storages().items() if address not in before)
-    (role,) = plan.make_plan(cfg, Stage.sft).roles
+    (role,) = make_plan(cfg, Stage.sft).roles
     expected = role.weights + role.optimizer + (role.gradients if zero == 3 else 0)
-    spare = 0.16 if zero == 3 else 0.02  # stage 3 keeps small weights whole, and the last one that it fetched
-    assert expected <= measured * 1.001 and measured <= expected * (1 + spare) + 2**16, (measured / expected, role)
+    spare = (
+        0.16 if zero == 3 else 0.02
+    )  # stage 3 keeps small weights whole, and the last one that it fetched
+    assert expected <= measured * 1.001 and measured <= expected * (1 + spare) + 2**16, (
+        measured / expected,
+        role,
+    )
     engine.destroy()
 
 
@@ -148,39 +213,68 @@ def test_model_states_are_those_of_deepspeeds_estimators(world: int) -> None:
 
     n = 10**9
     for zero in (2, 3):
-        cfg = composed("stage=sft", "actor=opt1.3b", "deploy=single_node", f"deploy.zero_stage={zero}", f"deploy.gpus={world}")
-        ours = plan.role_memory(cfg, "actor", "x", n, n).total
+        cfg = composed(
+            "stage=sft",
+            "actor=opt1.3b",
+            "deploy=single_node",
+            f"deploy.zero_stage={zero}",
+            f"deploy.gpus={world}",
+        )
+        ours = role_memory(cfg, "actor", "x", n, n).total
         if zero == 2:
-            _, theirs = estimate_zero2_model_states_mem_needs(n, world, 1, cpu_offload=False, additional_buffer_factor=1)
+            _, theirs = estimate_zero2_model_states_mem_needs(
+                n, world, 1, cpu_offload=False, additional_buffer_factor=1
+            )
             assert ours + 4 * n / world == theirs
         else:
-            _, theirs, _ = estimate_zero3_model_states_mem_needs(n, 0, world, 1, False, False, False, additional_buffer_factor=1)
+            _, theirs, _ = estimate_zero3_model_states_mem_needs(
+                n, 0, world, 1, False, False, False, additional_buffer_factor=1
+            )
             assert ours + 2 * n / world == theirs
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
-@pytest.mark.parametrize("family", list(plan.ACTIVATIONS))
-def test_activations_are_the_tensors_saved_for_the_backward_pass(family: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", list(ACTIVATIONS))
+def test_activations_are_the_tensors_saved_for_the_backward_pass(
+    family: str, precision: str, tmp_path: Path
+) -> None:
     """What two more blocks save; with checkpointing that is their inputs. Without padding it is less, and not much less."""
     rows, tokens = 3, 48
     for checkpointing in (False, True):
         measured, unpadded, expected = [], [], []
         for layers in (2, 4):
-            more = {"n_positions": 128} if family == "gpt2" else {"sliding_window": 64} if family == "gemma3_text" else {}
-            save_base(tmp_path / str(layers), family, **more, **{"n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers": layers})
-            arch = plan.arch_of(str(tmp_path / str(layers)), None)
+            more = (
+                {"n_positions": 128}
+                if family == "gpt2"
+                else {"sliding_window": 64}
+                if family == "gemma3_text"
+                else {}
+            )
+            save_base(
+                tmp_path / str(layers),
+                family,
+                **more,
+                **{"n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers": layers},
+            )
+            arch = arch_of(str(tmp_path / str(layers)), None)
             assert arch is not None and arch.layers == layers
-            cfg = composed("stage=sft", f"deploy.precision={precision}", f"deploy.activation_checkpointing={checkpointing}")
+            cfg = composed(
+                "stage=sft",
+                f"deploy.precision={precision}",
+                f"deploy.activation_checkpointing={checkpointing}",
+            )
             measured.append(saved(str(tmp_path / str(layers)), cfg, rows, tokens, padded=True))
             unpadded.append(saved(str(tmp_path / str(layers)), cfg, rows, tokens, padded=False))
-            expected.append(plan.activations(arch, cfg, rows, tokens))
-        assert measured[1] - measured[0] == pytest.approx(expected[1] - expected[0], rel=0.001 if checkpointing else 0.2)
+            expected.append(activations(arch, cfg, rows, tokens))
+        assert measured[1] - measured[0] == pytest.approx(
+            expected[1] - expected[0], rel=0.001 if checkpointing else 0.2
+        )
         assert 0.75 < (unpadded[1] - unpadded[0]) / (expected[1] - expected[0]) < 1.01
 
 
-def saved(path: str, cfg: config.Config, rows: int, tokens: int, padded: bool) -> int:
+def saved(path: str, cfg: Config, rows: int, tokens: int, padded: bool) -> int:
     """Bytes that autograd keeps of a forward, without the weights."""
-    policy = models.load_policy(path, models.load_tokenizer("builtin:tiny"), cfg.deploy.precision).train()
+    policy = load_policy(path, load_tokenizer("builtin:tiny"), cfg.deploy.precision).train()
     hf = policy.hf
     if cfg.deploy.activation_checkpointing:
         hf.activation_checkpointing_enable({"use_reentrant": False})
@@ -203,34 +297,56 @@ def saved(path: str, cfg: config.Config, rows: int, tokens: int, padded: bool) -
 def test_hand_numbers() -> None:
     """OPT-13B on 8 GPUs, ZeRO 3, LoRA 128, bf16."""
     cfg = composed("stage=ppo", "actor=opt13b", "deploy=single_node")
-    p = plan.make_plan(cfg, Stage.ppo)
+    p = make_plan(cfg, Stage.ppo)
     actor = next(role for role in p.roles if role.name == "actor")
     adapter = 40 * (4 * 128 * (5120 + 5120) + 2 * 128 * (5120 + 20480))
     assert actor.trained == adapter and actor.parameters == 12_853_473_280 + adapter
-    assert actor.weights == 2 * actor.parameters / 8 and actor.gradients == 2 * adapter / 8 and actor.optimizer == 12 * adapter / 8
-    assert [role.name for role in p.roles] == ["actor", "reward", "critic"], "the reference is the actor with its adapter off"
+    assert (
+        actor.weights == 2 * actor.parameters / 8
+        and actor.gradients == 2 * adapter / 8
+        and actor.optimizer == 12 * adapter / 8
+    )
+    assert [role.name for role in p.roles] == ["actor", "reward", "critic"], (
+        "the reference is the actor with its adapter off"
+    )
     assert p.phases["sampling"]["kv cache"] == 2 * 40 * 5120 * 32 * 512 * 2
     assert p.phases["actor's update"]["logits"] == 64 * 50272 * (4 + 4) + 4 * 2**22
-    assert (plan.CHUNK, plan.SMALLEST, plan.LOGITS, plan.KEPT) == (logprobs.CHUNK, logprobs.SMALLEST, logprobs.LOGITS, logprobs.KEPT)
+    assert (CHUNK, SMALLEST, LOGITS, KEPT) == (
+        logprobs.CHUNK,
+        logprobs.SMALLEST,
+        logprobs.LOGITS,
+        logprobs.KEPT,
+    )
 
 
 def test_partitioned_sampling_is_chosen_where_whole_weights_do_not_fit() -> None:
     whole = composed("stage=ppo", "actor=opt13b", "deploy=single_node")
-    assert plan.gather_for_rollout(whole)
+    assert gather_for_rollout(whole)
     large = composed("stage=ppo", "actor=opt66b", "deploy=multi_node")
-    assert not plan.gather_for_rollout(large)
-    (note,) = plan.make_plan(large, Stage.ppo).notes
+    assert not gather_for_rollout(large)
+    (note,) = make_plan(large, Stage.ppo).notes
     assert "sampling fetches all 124.9 GiB of the actor's weights" in note
     whole.deploy.gather_for_rollout = False
-    assert not plan.gather_for_rollout(whole)
-    assert plan.gather_for_rollout(composed("stage=ppo"))
+    assert not gather_for_rollout(whole)
+    assert gather_for_rollout(composed("stage=ppo"))
 
 
 def test_the_critic_is_planned_as_the_model_that_it_starts_from() -> None:
-    own = plan.make_plan(composed("stage=ppo", "actor=llama3.2-3b", "reward=llama3.2-1b", "deploy=single_gpu"), Stage.ppo)
-    other = plan.make_plan(composed("stage=ppo", "actor=llama3.2-3b", "reward=opt350m", "deploy=single_gpu"), Stage.ppo)
-    counts = [{role.name: round(role.parameters / 1e6) for role in made.roles} for made in (own, other)]
-    assert (counts[0]["critic"], counts[1]["reward"], counts[1]["critic"]) == (counts[0]["reward"], 331, counts[1]["actor"])
+    own = make_plan(
+        composed("stage=ppo", "actor=llama3.2-3b", "reward=llama3.2-1b", "deploy=single_gpu"),
+        Stage.ppo,
+    )
+    other = make_plan(
+        composed("stage=ppo", "actor=llama3.2-3b", "reward=opt350m", "deploy=single_gpu"), Stage.ppo
+    )
+    counts = [
+        {role.name: round(role.parameters / 1e6) for role in made.roles} for made in (own, other)
+    ]
+    assert (counts[0]["critic"], counts[1]["reward"], counts[1]["critic"]) == (
+        counts[0]["reward"],
+        331,
+        counts[1]["actor"],
+    )
     assert not own.notes and "the critic starts from the actor" in other.notes[0]
 
 
@@ -247,11 +363,11 @@ TOO_LARGE = [
 @pytest.mark.parametrize("overrides", TOO_LARGE, ids=lambda x: x[0])
 def test_each_change_that_is_offered_makes_it_fit_and_is_needed_whole(overrides: list[str]) -> None:
     cfg = composed("stage=ppo", *overrides)
-    assert not plan.make_plan(cfg, Stage.ppo).fits
-    lines = plan.cheapest_changes(cfg, Stage.ppo)
+    assert not make_plan(cfg, Stage.ppo).fits
+    lines = cheapest_changes(cfg, Stage.ppo)
     assert len(lines) == 3
     for line in lines:
-        assert plan.make_plan(composed("stage=ppo", *overrides, *line.split()), Stage.ppo).fits, line
+        assert make_plan(composed("stage=ppo", *overrides, *line.split()), Stage.ppo).fits, line
         assert len(line.split()) <= 6
 
 
@@ -260,17 +376,31 @@ def test_steps_and_tokens(demo: Demo) -> None:
     cfg = composed()
     for stage, run in (("sft", demo.sft), ("rm", demo.rm), ("ppo", demo.ppo)):
         steps = len((run / "metrics.jsonl").read_text().splitlines())
-        p = plan.make_plan(cfg, Stage[stage])
+        p = make_plan(cfg, Stage[stage])
         assert p.steps == steps and p.fits
-        assert f"{stage}: plan " in demo.stderr and f"{steps:,} {'rollouts' if stage == 'ppo' else 'steps'}" in demo.stderr
-    tokens = plan.make_plan(cfg, Stage.rm).tokens
+        assert (
+            f"{stage}: plan " in demo.stderr
+            and f"{steps:,} {'rollouts' if stage == 'ppo' else 'steps'}" in demo.stderr
+        )
+    tokens = make_plan(cfg, Stage.rm).tokens
     assert tokens == 1125 * 8 * 2 * (48 + 64)
 
 
-def test_plan_is_printed_without_torch_and_ends_with_2_where_it_does_not_fit(tmp_path: Path) -> None:
+def test_plan_is_printed_without_torch_and_ends_with_2_where_it_does_not_fit(
+    tmp_path: Path,
+) -> None:
     done = train("stage=ppo", "actor=opt1.3b", "deploy=single_gpu", "plan=true", cwd=tmp_path)
     assert done.returncode == 0 and "fits " in done.stdout and not (tmp_path / "outputs").exists()
-    for word in ("actor", "critic", "kv cache", "activations", "logits", "tokens", "on disk", "32 answers per optimizer step"):
+    for word in (
+        "actor",
+        "critic",
+        "kv cache",
+        "activations",
+        "logits",
+        "tokens",
+        "on disk",
+        "32 answers per optimizer step",
+    ):
         assert word in done.stdout
     done = train("stage=sft", "actor=llama2-7b", "deploy=single_gpu", "plan=true", cwd=tmp_path)
     assert done.returncode == 2 and "error: sft would not fit into memory, see above" in done.stderr
@@ -281,19 +411,27 @@ def test_plan_is_printed_without_torch_and_ends_with_2_where_it_does_not_fit(tmp
 
 def test_a_local_file_is_counted(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("{}\n" * 1000)
-    cfg = composed("actor=opt125m", f"data.sources.rm_static.path={tmp_path}/pairs.jsonl", "data.eval_share=0.1")
-    assert [plan.rows_of(cfg, stage) for stage in (Stage.sft, Stage.rm, Stage.ppo)] == [180, 360, 360]
+    cfg = composed(
+        "actor=opt125m",
+        f"data.sources.rm_static.path={tmp_path}/pairs.jsonl",
+        "data.eval_share=0.1",
+    )
+    assert [rows_for_stage(cfg, stage) for stage in (Stage.sft, Stage.rm, Stage.ppo)] == [
+        180,
+        360,
+        360,
+    ]
     cfg.data.sources["rm_static"].path = "somebody/unknown"
-    assert plan.rows_of(cfg, Stage.sft) is None
-    p = plan.make_plan(cfg, Stage.sft)
-    assert p.steps is None and "known when the data are read" in plan.short(p)
-    assert checks.check(cfg) == []
+    assert rows_for_stage(cfg, Stage.sft) is None
+    p = make_plan(cfg, Stage.sft)
+    assert p.steps is None and "known when the data are read" in one_line_summary(p)
+    assert check_config(cfg) == []
 
 
 def test_checkpoints_on_disk_are_counted_by_hand() -> None:
     """fp32: weights and Adam's two moments, 12 bytes a weight, of actor and critic; the kept ones and the one that is written."""
-    kept = plan.make_plan(composed("stage=ppo", "checkpoint.keep=1"), Stage.ppo)
+    kept = make_plan(composed("stage=ppo", "checkpoint.keep=1"), Stage.ppo)
     trained = sum(role.trained for role in kept.roles if role.name in ("actor", "critic"))
     assert kept.checkpoints == 2 * 12 * trained
-    low = plan.make_plan(composed("stage=ppo", "checkpoint.keep=3", "deploy.precision=bf16"), Stage.ppo)
+    low = make_plan(composed("stage=ppo", "checkpoint.keep=3", "deploy.precision=bf16"), Stage.ppo)
     assert low.checkpoints == 4 * 14 * trained

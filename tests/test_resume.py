@@ -23,9 +23,20 @@ from safetensors.torch import load_file
 from test_config import composed
 from test_deployments import begin, prepare, work
 
-from rlhf import checkpoint, config, kernels, layout
+from rlhf.config.deployment import placement
+from rlhf.config.schema import Stage
+from rlhf.runs.directory import find_checkpoints, read_summary, write_json
+from rlhf.runs.identity import run_dir_for
+from rlhf.sampling.cpu import kernels
+from rlhf.training import checkpoint
 
-TEN_STEPS = ["sft.max_steps=10", "rm.max_steps=10", "sft.batch_size=8", "rm.batch_size=8", "checkpoint.every_steps=5"]
+TEN_STEPS = [
+    "sft.max_steps=10",
+    "rm.max_steps=10",
+    "sft.batch_size=8",
+    "rm.batch_size=8",
+    "checkpoint.every_steps=5",
+]
 # all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy, warnings
 MEMORY = [
     "ppo.max_steps=4",
@@ -54,9 +65,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"sft": str(sft / "model"), "rm": str(rm / "model")}
 
 
-def make(root: Path, name: str, stage: str, inputs: dict[str, str], processes: int, zero: int, *more: str) -> Path:
+def make(
+    root: Path, name: str, stage: str, inputs: dict[str, str], processes: int, zero: int, *more: str
+) -> Path:
     given, options = (inputs, MEMORY) if stage == "ppo" else ({}, [])
-    return prepare(root, name, stage, given, [*TEN_STEPS, *options, *more], gpus=processes, zero_stage=zero, micro_batch=3)
+    return prepare(
+        root,
+        name,
+        stage,
+        given,
+        [*TEN_STEPS, *options, *more],
+        gpus=processes,
+        zero_stage=zero,
+        micro_batch=3,
+    )
 
 
 def kill_when(run: Path, processes: int, ready: Callable[[], bool]) -> None:
@@ -64,7 +86,9 @@ def kill_when(run: Path, processes: int, ready: Callable[[], bool]) -> None:
     workers = begin(["-m", "rlhf.worker", run], processes)
     deadline = time.time() + 120
     while not ready():
-        assert time.time() < deadline and all(worker.poll() is None for worker in workers), "it ended before that"
+        assert time.time() < deadline and all(worker.poll() is None for worker in workers), (
+            "it ended before that"
+        )
         time.sleep(0.005)
     for worker in workers:
         worker.kill()
@@ -76,7 +100,11 @@ def lines(file: Path) -> int:
 
 
 def rows_of(run: Path, name: str) -> list[dict]:
-    rows = [json.loads(line) for line in (run / name).read_text().splitlines()] if (run / name).exists() else []
+    rows = (
+        [json.loads(line) for line in (run / name).read_text().splitlines()]
+        if (run / name).exists()
+        else []
+    )
     return [{key: value for key, value in row.items() if key not in NOT_REPEATED} for row in rows]
 
 
@@ -91,24 +119,41 @@ def same(one: Path, two: Path) -> None:
         assert (one / part).exists() == (two / part).exists(), part
         if (one / part).exists():
             weights, others = (load_file(run / part / "model.safetensors") for run in (one, two))
-            assert weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights), part
+            assert weights.keys() == others.keys() and all(
+                torch.equal(weights[key], others[key]) for key in weights
+            ), part
 
 
 # stage, processes, ZeRO
-PAIRWISE = [(stage, n, zero) for stage in ("sft", "rm", "ppo") for n in (1, 2) for zero in (0, 2, 3)]
-DIAGONAL = [("sft", 2, 3), ("rm", 1, 2)]  # and PPO, killed while saving, with one process and ZeRO 0
+PAIRWISE = [
+    (stage, n, zero) for stage in ("sft", "rm", "ppo") for n in (1, 2) for zero in (0, 2, 3)
+]
+DIAGONAL = [
+    ("sft", 2, 3),
+    ("rm", 1, 2),
+]  # and PPO, killed while saving, with one process and ZeRO 0
 
 
 @pytest.mark.parametrize(
-    "stage, processes, zero", [pytest.param(*case, marks=() if case in DIAGONAL else (pytest.mark.full,)) for case in PAIRWISE]
+    "stage, processes, zero",
+    [
+        pytest.param(*case, marks=() if case in DIAGONAL else (pytest.mark.full,))
+        for case in PAIRWISE
+    ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(inputs: dict[str, str], tmp_path: Path, stage: str, processes: int, zero: int) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(
+    inputs: dict[str, str], tmp_path: Path, stage: str, processes: int, zero: int
+) -> None:
     """10 steps = 5 + kill -9 + 5 (PPO: 4 rollouts = 2 + 2), between two checkpoints."""
-    whole, killed = (make(tmp_path, name, stage, inputs, processes, zero) for name in ("whole", "killed"))
+    whole, killed = (
+        make(tmp_path, name, stage, inputs, processes, zero) for name in ("whole", "killed")
+    )
     work([whole], processes)
     at = 3 if stage == "ppo" else 7
     kill_when(killed, processes, lambda: lines(killed / "metrics.jsonl") >= at)
-    assert [about["step"] for _, about in layout.checkpoints(killed)[0]] == [2 if stage == "ppo" else 5]
+    assert [about["step"] for _, about in find_checkpoints(killed)[0]] == [
+        2 if stage == "ppo" else 5
+    ]
     work([killed], processes)
     same(whole, killed)
 
@@ -117,14 +162,23 @@ def test_a_killed_run_goes_on_bit_for_bit(inputs: dict[str, str], tmp_path: Path
 @pytest.mark.parametrize(
     "more",
     [
-        ["actor.lora.rank=4", "actor.lora.embeddings=true", "reward.lora.rank=4", "ppo.dschat.dropout=0"],
+        [
+            "actor.lora.rank=4",
+            "actor.lora.embeddings=true",
+            "reward.lora.rank=4",
+            "ppo.dschat.dropout=0",
+        ],
         ["deploy.precision=bf16", "deploy.offload.optimizer=true"],
         ["deploy.precision=autocast", "ppo.kl.controller=linear", "ppo.target_kl=0.01"],
     ],
     ids=["adapters", "bf16", "autocast"],
 )
-def test_a_killed_run_with_other_weights_goes_on(inputs: dict[str, str], tmp_path: Path, more: list[str]) -> None:
-    whole, killed = (make(tmp_path, name, "ppo", inputs, 1, 2, *more) for name in ("whole", "killed"))
+def test_a_killed_run_with_other_weights_goes_on(
+    inputs: dict[str, str], tmp_path: Path, more: list[str]
+) -> None:
+    whole, killed = (
+        make(tmp_path, name, "ppo", inputs, 1, 2, *more) for name in ("whole", "killed")
+    )
     work([whole], 1)
     kill_when(killed, 1, lambda: lines(killed / "metrics.jsonl") >= 3)
     work([killed], 1)
@@ -134,7 +188,9 @@ def test_a_killed_run_with_other_weights_goes_on(inputs: dict[str, str], tmp_pat
 @pytest.fixture(scope="module")
 def whole(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PPO that nobody disturbs, with a checkpoint after each rollout."""
-    run = make(tmp_path_factory.mktemp("whole"), "whole", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
+    run = make(
+        tmp_path_factory.mktemp("whole"), "whole", "ppo", inputs, 1, 0, "checkpoint.every_steps=1"
+    )
     work([run], 1)
     return run
 
@@ -146,8 +202,17 @@ def rollout_seconds(run: Path) -> float:
 FULL = pytest.mark.full
 
 
-@pytest.mark.parametrize("moment", [pytest.param("in the rollout", marks=FULL), pytest.param("in training", marks=FULL), "while saving"])
-def test_ppo_killed_at_any_moment_goes_on(inputs: dict[str, str], whole: Path, tmp_path: Path, moment: str) -> None:
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("in the rollout", marks=FULL),
+        pytest.param("in training", marks=FULL),
+        "while saving",
+    ],
+)
+def test_ppo_killed_at_any_moment_goes_on(
+    inputs: dict[str, str], whole: Path, tmp_path: Path, moment: str
+) -> None:
     run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
     log, saved = run / "metrics.jsonl", run / "checkpoints"
     if moment == "while saving":
@@ -162,7 +227,9 @@ def test_ppo_killed_at_any_moment_goes_on(inputs: dict[str, str], whole: Path, t
 
 
 @pytest.mark.full
-def test_thirty_kills_at_random_moments(inputs: dict[str, str], whole: Path, tmp_path: Path) -> None:
+def test_thirty_kills_at_random_moments(
+    inputs: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
     run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
     moments, kills, started = random.Random(5), 0, time.time()
     while kills < 30:
@@ -189,13 +256,28 @@ def test_thirty_kills_at_random_moments(inputs: dict[str, str], whole: Path, tmp
 
 # ------------------------------------------------------------------------------------------------------------ as a user sees it
 
-SLOW = ["stage=sft", "deterministic=true", *SMALL, "sft.max_steps=30", "sft.epochs=100", "sft.batch_size=8", "checkpoint.every_steps=2"]
+SLOW = [
+    "stage=sft",
+    "deterministic=true",
+    *SMALL,
+    "sft.max_steps=30",
+    "sft.epochs=100",
+    "sft.batch_size=8",
+    "checkpoint.every_steps=2",
+]
 
 
-def running(*args: str, cwd: Path, until: int = 3, **options: object) -> tuple[subprocess.Popen, Path]:
+def running(
+    *args: str, cwd: Path, until: int = 3, **options: object
+) -> tuple[subprocess.Popen, Path]:
     """train.py, when its SFT has made some steps; and the run's directory."""
     parent = subprocess.Popen(
-        [sys.executable, str(REPO / "train.py"), *args], cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
+        [sys.executable, str(REPO / "train.py"), *args],
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        **options,
     )
     deadline = time.time() + 120
     while True:
@@ -210,19 +292,32 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     long = [*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null"]
     parent, run = running(*long, cwd=tmp_path)
     second = train(*long, cwd=tmp_path)  # one run, one owner
-    assert second.returncode == 1 and f"pid {parent.pid} on" in second.stderr and "being trained by another process" in second.stderr
+    assert (
+        second.returncode == 1
+        and f"pid {parent.pid} on" in second.stderr
+        and "being trained by another process" in second.stderr
+    )
     parent.send_signal(signal.SIGTERM)
     said = parent.communicate(timeout=60)[1]
-    assert parent.returncode == 130 and "asked to stop after step" in said and "the same command goes on" in said, said
-    step = layout.checkpoints(run)[0][0][1]["step"]
+    assert (
+        parent.returncode == 130
+        and "asked to stop after step" in said
+        and "the same command goes on" in said
+    ), said
+    step = find_checkpoints(run)[0][0][1]["step"]
     assert lines(run / "metrics.jsonl") == step < 400
     refused = train(*long, "deploy.gpus=2", cwd=tmp_path)
-    assert refused.returncode == 1 and "made with deploy.gpus=1, not deploy.gpus=2: go on with deploy.gpus=1" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and "made with deploy.gpus=1, not deploy.gpus=2: go on with deploy.gpus=1" in refused.stderr
+    )
     assert "fresh=true" in refused.stderr
     done = train(*long, cwd=tmp_path)
     assert done.returncode == 0 and f"going on after step {step} of 400" in done.stderr, done.stderr
     assert [row["step"] for row in metrics(run)] == list(range(1, 401))
-    assert not (run / "checkpoints").exists(), "a finished run keeps its models, not its optimizer states"
+    assert not (run / "checkpoints").exists(), (
+        "a finished run keeps its models, not its optimizer states"
+    )
     again = train(*long, "fresh=true", cwd=tmp_path)
     assert again.returncode == 0 and (run / "attempts" / "1" / "summary.json").exists()
     assert rows_of(run, "metrics.jsonl") == rows_of(run / "attempts" / "1", "metrics.jsonl")
@@ -238,30 +333,48 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_torn_checkpoint_is_left_out_and_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_torn_checkpoint_is_left_out_and_a_full_disk_leaves_the_one_before(
+    tmp_path: Path,
+) -> None:
     parent, run = running(*SLOW, cwd=tmp_path, until=7)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    (newest, _), (before, about) = layout.checkpoints(run)[0]
+    (newest, _), (before, about) = find_checkpoints(run)[0]
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     limit = largest.stat().st_size // 2
     # files larger than that cannot be written any more: the next checkpoint fails half-way
     full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
-    done = subprocess.run([sys.executable, str(REPO / "train.py"), *SLOW], cwd=tmp_path, capture_output=True, text=True, **full)
+    done = subprocess.run(
+        [sys.executable, str(REPO / "train.py"), *SLOW],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        **full,
+    )
     assert done.returncode == 1 and f"{newest.name} is not whole, it is left out" in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "is the disk full?" in line and line.endswith(f"the last good checkpoint is {before.relative_to(tmp_path)}"), line
-    assert [a["step"] for _, a in layout.checkpoints(run)[0]] == [about["step"]]
+    assert "is the disk full?" in line and line.endswith(
+        f"the last good checkpoint is {before.relative_to(tmp_path)}"
+    ), line
+    assert [a["step"] for _, a in find_checkpoints(run)[0]] == [about["step"]]
     done = train(*SLOW, cwd=tmp_path)
     assert done.returncode == 0 and f"going on after step {about['step']} of 30" in done.stderr
-    assert [row["step"] for row in metrics(run)] == list(range(1, 31)) and summary(run)["status"] == "finished"
+    assert [row["step"] for row in metrics(run)] == list(range(1, 31)) and summary(run)[
+        "status"
+    ] == "finished"
 
 
 def test_what_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_path: Path) -> None:
-    done = train(*SLOW, "sft.lr=1e30", "sft.warmup_steps=10", "checkpoint.every_steps=1", cwd=tmp_path)
+    done = train(
+        *SLOW, "sft.lr=1e30", "sft.warmup_steps=10", "checkpoint.every_steps=1", cwd=tmp_path
+    )
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 1 and "that is not finite is" in line and "lower the learning rate" in line
+    assert (
+        done.returncode == 1
+        and "that is not finite is" in line
+        and "lower the learning rate" in line
+    )
     assert "hf.model" in line or "hf.lm_head" in line
 
 
@@ -271,41 +384,61 @@ def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_pat
     pipeline = [arg for arg in SLOW if arg != "stage=sft"]
     first, run = running(*pipeline, cwd=tmp_path, until=5)
     second = subprocess.Popen(
-        [sys.executable, str(REPO / "train.py"), *pipeline, "ppo.kl.coef=0.1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(REPO / "train.py"), *pipeline, "ppo.kl.coef=0.1"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     said, deadline = "", time.time() + 60
     while "waiting for" not in said and time.time() < deadline:
-        said += os.read(second.stderr.fileno(), 65536).decode() if select.select([second.stderr], [], [], 0.05)[0] else ""
+        said += (
+            os.read(second.stderr.fileno(), 65536).decode()
+            if select.select([second.stderr], [], [], 0.05)[0]
+            else ""
+        )
         time.sleep(0.01)
-    assert f"waiting for 0 s: {run.relative_to(tmp_path)} is being trained by another process (pid {first.pid} on" in said, said
+    assert (
+        f"waiting for 0 s: {run.relative_to(tmp_path)} is being trained by another process (pid {first.pid} on"
+        in said
+    ), said
     first.kill()
     first.wait()
     said += second.communicate(timeout=300)[1]
     assert second.returncode == 0 and "going on after step" in said, said
     runs = runs_in(tmp_path)
     assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 1)
-    assert {summary(ppo)["parents"]["sft"] for ppo in runs["ppo"]} == {summary(runs["sft"][0])["id"]}
+    assert {summary(ppo)["parents"]["sft"] for ppo in runs["ppo"]} == {
+        summary(runs["sft"][0])["id"]
+    }
 
 
-def test_a_run_that_another_process_finishes_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_another_process_finishes_meanwhile_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the look whether it is finished and the lock."""
     from test_config import composed
 
     from rlhf import cli
 
     cfg = composed("stage=sft", f"root={tmp_path}")
-    home = layout.home(cfg, config.Stage.sft, cfg)
+    home = run_dir_for(cfg, Stage.sft, cfg)
     home.mkdir(parents=True)
-    monkeypatch.setattr(cli.plan, "make_plan", lambda *_: layout.write_json(home / "summary.json", {"parents": {}, "id": "theirs"}))
+    monkeypatch.setattr(
+        cli.plan,
+        "make_plan",
+        lambda *_: write_json(home / "summary.json", {"parents": {}, "id": "theirs"}),
+    )
     monkeypatch.setattr(cli.plan, "short", str)
-    assert cli.run_stage(cfg, config.Stage.sft, cfg, [], upstream=True) == home
-    assert layout.read_summary(home) == {"parents": {}, "id": "theirs"} and not (home / "attempts").exists()
+    assert cli.run_stage(cfg, Stage.sft, cfg, [], upstream=True) == home
+    assert (
+        read_summary(home) == {"parents": {}, "id": "theirs"} and not (home / "attempts").exists()
+    )
 
 
 def test_placement_names_all_that_bits_depend_on() -> None:
     from test_config import composed
 
-    assert config.placement(composed("deploy.threads=2")) == {
+    assert placement(composed("deploy.threads=2")) == {
         "deploy.gpus": 1,
         "deploy.nodes": 1,
         "deploy.zero_stage": 0,
@@ -322,16 +455,33 @@ def checkpoints_of(run: Path) -> checkpoint.Checkpoints:
         (directory / tag).mkdir()
         (directory / tag / "weights").write_bytes(b"x" * 1000)
 
-    engine = SimpleNamespace(device=torch.device("cpu"), save_checkpoint=write, load_checkpoint=lambda *_, **__: ("there", {}))
+    engine = SimpleNamespace(
+        device=torch.device("cpu"),
+        save_checkpoint=write,
+        load_checkpoint=lambda *_, **__: ("there", {}),
+    )
     before = signal.getsignal(signal.SIGTERM)
-    saving = checkpoint.Checkpoints(composed("checkpoint.every_steps=1", "checkpoint.keep=2"), run, 9, {"actor": engine}, {"a": {"n": 1}})
+    saving = checkpoint.Checkpoints(
+        composed("checkpoint.every_steps=1", "checkpoint.keep=2"),
+        run,
+        9,
+        {"actor": engine},
+        {"a": {"n": 1}},
+    )
     signal.signal(signal.SIGTERM, before)
     return saving
 
 
-def test_going_on_with_other_kernels_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_going_on_with_other_kernels_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     saving = checkpoints_of(tmp_path)
-    for before, now in ((True, True), (True, False), (False, True), (None, True)):  # None: nothing was sampled
+    for before, now in (
+        (True, True),
+        (True, False),
+        (False, True),
+        (None, True),
+    ):  # None: nothing was sampled
         monkeypatch.setattr(kernels, "loaded", before)
         saving.save(1)
         monkeypatch.setattr(kernels, "loaded", now)
@@ -341,18 +491,26 @@ def test_going_on_with_other_kernels_is_told(tmp_path: Path, monkeypatch: pytest
         assert ("last digits will differ" in caplog.text) == (before is not None and before != now)
 
 
-def test_without_room_on_the_disk_a_checkpoint_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_on_the_disk_a_checkpoint_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saving = checkpoints_of(tmp_path)
     saving.after(1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=500))
     saving.after(2)
-    assert [about["step"] for _, about in layout.checkpoints(tmp_path)[0]] == [1] and len([*(tmp_path / "checkpoints").iterdir()]) == 1
+    assert [about["step"] for _, about in find_checkpoints(tmp_path)[0]] == [1] and len(
+        [*(tmp_path / "checkpoints").iterdir()]
+    ) == 1
     (tmp_path / "stop").touch()  # as on several nodes
-    with pytest.raises(checkpoint.Stopped, match="asked to stop after step 3 of 9; there is no checkpoint of it"):
+    with pytest.raises(
+        checkpoint.Stopped, match="asked to stop after step 3 of 9; there is no checkpoint of it"
+    ):
         saving.after(3)
     monkeypatch.undo()
     for step in (4, 5):
-        with pytest.raises(checkpoint.Stopped, match=f"after step {step} of 9; the same command goes on from there"):
+        with pytest.raises(
+            checkpoint.Stopped, match=f"after step {step} of 9; the same command goes on from there"
+        ):
             saving.after(step)
-    assert [about["step"] for _, about in layout.checkpoints(tmp_path)[0]] == [5, 4]
+    assert [about["step"] for _, about in find_checkpoints(tmp_path)[0]] == [5, 4]

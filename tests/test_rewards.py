@@ -15,18 +15,22 @@ from conftest import Demo, runs_in, summary, train
 from test_config import composed
 from test_guards import actor, experience  # noqa: F401  fixtures
 
-from rlhf import checks, config, layout, rewards
-from rlhf.config import Stage
+from rlhf.config.schema import Config, RewardSource, Stage
+from rlhf.config.stage_graph import parent_stages
+from rlhf.config.validation import check_config
 from rlhf.data.records import Turn
-from rlhf.rewards import Rewards, Source
-from rlhf.rollout import Experience
+from rlhf.rl import rewards
+from rlhf.rl.experience import Experience
+from rlhf.rl.rewards import Rewards, Source
+from rlhf.runs.identity import run_identity, run_name
+from rlhf.runs.inputs import check_functions
 
 ASKED = [[Turn("user", text)] for text in ("a", "b", "c", "d")]
 
 
-def sources(**settings: dict[str, Any]) -> config.Config:
+def sources(**settings: dict[str, Any]) -> Config:
     cfg = composed("stage=ppo")
-    cfg.ppo.rewards = {name: config.RewardSource(**values) for name, values in settings.items()}
+    cfg.ppo.rewards = {name: RewardSource(**values) for name, values in settings.items()}
     return cfg
 
 
@@ -40,10 +44,15 @@ def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokeni
         seen.append((turns, answer))
         return len(answer)
 
-    scores = Rewards([Source("length", function=function), Source("one", 2.0, function=lambda t, a: True)], tokenizer)(experience, ASKED)
+    scores = Rewards(
+        [Source("length", function=function), Source("one", 2.0, function=lambda t, a: True)],
+        tokenizer,
+    )(experience, ASKED)
     assert seen == [(ASKED[i], experience.text(i, tokenizer)) for i in range(4)]
     assert (
-        scores.dtype == torch.float32 and scores[:, 0].tolist() == [len(answer) for _, answer in seen] and scores[:, 1].tolist() == [1] * 4
+        scores.dtype == torch.float32
+        and scores[:, 0].tolist() == [len(answer) for _, answer in seen]
+        and scores[:, 1].tolist() == [1] * 4
     )
 
 
@@ -51,22 +60,41 @@ def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokeni
     "function, said",
     [
         (lambda turns, answer: math.nan, "the function returned nan for the answer"),
-        (lambda turns, answer: turns[7], "the function failed on the answer .*: IndexError: list index out of range"),
-        (lambda turns, answer: "good", "the function failed .*: ValueError: could not convert string to float: 'good'"),
+        (
+            lambda turns, answer: turns[7],
+            "the function failed on the answer .*: IndexError: list index out of range",
+        ),
+        (
+            lambda turns, answer: "good",
+            "the function failed .*: ValueError: could not convert string to float: 'good'",
+        ),
     ],
 )
-def test_a_function_that_fails_stops_the_run_with_its_name(experience: Experience, tokenizer: Any, function: Any, said: str) -> None:  # noqa: F811
+def test_a_function_that_fails_stops_the_run_with_its_name(
+    experience: Experience,  # noqa: F811
+    tokenizer: Any,
+    function: Any,
+    said: str,
+) -> None:
     with pytest.raises(RuntimeError, match=f"rewards.mine: {said}"):
         Rewards([Source("mine", function=function)], tokenizer)(experience, ASKED)
 
 
-def test_functions_are_found_in_the_package_and_where_the_command_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_own_rewards.py").write_text("def short(turns, answer):\n    return -len(answer)\nnumber = 3\n")
+def test_functions_are_found_in_the_package_and_where_the_command_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own_rewards.py").write_text(
+        "def short(turns, answer):\n    return -len(answer)\nnumber = 3\n"
+    )
     (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
     found = rewards.load_functions(
-        sources(gold={"function": "rlhf.data.sandbox:gold"}, short={"function": "my_own_rewards:short"}, model={"weight": 1.0})
+        sources(
+            gold={"function": "rlhf.data.sandbox:gold"},
+            short={"function": "my_own_rewards:short"},
+            model={"weight": 1.0},
+        )
     )
     assert found.keys() == {"gold", "short"} and found["short"]([], "abc") == -3
     for function, said in (
@@ -78,13 +106,21 @@ def test_functions_are_found_in_the_package_and_where_the_command_is_run(tmp_pat
             rewards.load_functions(sources(mine={"function": function}))
 
 
-def test_a_module_that_is_not_there_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_is_not_there_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (line,) = layout.check_functions(sources(mine={"function": "no_such_module.deep:f"}))
-    assert line.startswith("ppo.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here")
-    assert layout.check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
+    (line,) = check_functions(sources(mine={"function": "no_such_module.deep:f"}))
+    assert line.startswith(
+        "ppo.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here"
+    )
+    assert check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
     done = train("stage=ppo", "+ppo.rewards={mine: {function: 'no_such_module:f'}}", cwd=tmp_path)
-    assert done.returncode == 2 and "there is no module no_such_module" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "there is no module no_such_module" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ reward models
@@ -103,9 +139,14 @@ class Fixed:
         return ids.float()
 
 
-def test_the_score_is_read_at_the_last_token_or_before_its_eos(experience: Experience, tokenizer: Any) -> None:  # noqa: F811
+def test_the_score_is_read_at_the_last_token_or_before_its_eos(
+    experience: Experience,  # noqa: F811
+    tokenizer: Any,
+) -> None:
     at_end = Rewards([Source("m", engine=Fixed())], tokenizer)(experience, ASKED)[:, 0]
-    before = Rewards([Source("m", engine=Fixed(before_eos=True))], tokenizer)(experience, ASKED)[:, 0]
+    before = Rewards([Source("m", engine=Fixed(before_eos=True))], tokenizer)(experience, ASKED)[
+        :, 0
+    ]
     for i in range(4):
         tokens = experience.response_ids[i][experience.mask[i] > 0].tolist()
         assert at_end[i] == tokens[-1]
@@ -115,16 +156,21 @@ def test_the_score_is_read_at_the_last_token_or_before_its_eos(experience: Exper
 
 def test_the_unit_of_rows_is_their_mean_and_deviation(tokenizer: Any) -> None:
     rows = [[5, 7], [9], [4, 4, 11, 13]]
-    mean, std = rewards.unit_of(Fixed(), rows, tokenizer, 2)
-    assert (mean, std) == pytest.approx((29 / 3, math.sqrt(((7 - 29 / 3) ** 2 + (9 - 29 / 3) ** 2 + (13 - 29 / 3) ** 2) / 3)))
+    mean, std = rewards.score_mean_std(Fixed(), rows, tokenizer, 2)
+    assert (mean, std) == pytest.approx(
+        (29 / 3, math.sqrt(((7 - 29 / 3) ** 2 + (9 - 29 / 3) ** 2 + (13 - 29 / 3) ** 2) / 3))
+    )
 
 
 def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
     both = Rewards([Source("a", 2.0), Source("b", -0.5)], None)
-    assert both.total(torch.tensor([[1.0, 4.0], [3.0, 2.0]])).tolist() == [0.0, 5.0] and both.total(torch.tensor([1.0, 0.0])) == 2.0
-    (line,) = checks.check(sources(gold={"function": "my_rewards:thanks"}))
+    assert (
+        both.total(torch.tensor([[1.0, 4.0], [3.0, 2.0]])).tolist() == [0.0, 5.0]
+        and both.total(torch.tensor([1.0, 0.0])) == 2.0
+    )
+    (line,) = check_config(sources(gold={"function": "my_rewards:thanks"}))
     assert line.startswith("ppo.rewards.gold: gold is the name of the sandbox's truth")
-    assert checks.check(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
+    assert check_config(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 
 # --------------------------------------------------------------------------------------------------------- as a user sets them
@@ -133,14 +179,20 @@ def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
 def test_without_the_own_reward_model_none_is_needed() -> None:
     plain, own = (
         composed("stage=ppo"),
-        composed("stage=ppo", "~ppo.rewards.model", "+ppo.rewards={g: {function: 'rlhf.data.sandbox:gold'}}"),
+        composed(
+            "stage=ppo",
+            "~ppo.rewards.model",
+            "+ppo.rewards={g: {function: 'rlhf.data.sandbox:gold'}}",
+        ),
     )
-    assert list(config.parents(plain, Stage.ppo)) == [Stage.sft, Stage.rm] and list(config.parents(own, Stage.ppo)) == [Stage.sft]
-    keys = layout.identity(own, Stage.ppo)
+    assert list(parent_stages(plain, Stage.ppo)) == [Stage.sft, Stage.rm] and list(
+        parent_stages(own, Stage.ppo)
+    ) == [Stage.sft]
+    keys = run_identity(own, Stage.ppo)
     assert keys["ppo.rewards.g.weight"] == 1.0 and not any(key.startswith("rm.") for key in keys)
     read = {key.rsplit(".", 1)[0] for key in keys if key.startswith("reward.")}
     assert read == {"reward.lora"}  # the critic's adapter
-    assert layout.run_name(own, Stage.ppo, plain).startswith("ppo-tiny+ppo.rewards.g")
+    assert run_name(own, Stage.ppo, plain).startswith("ppo-tiny+ppo.rewards.g")
 
 
 SMALL_PPO = [
@@ -154,7 +206,9 @@ SMALL_PPO = [
 
 
 @pytest.mark.full
-def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_function_is_another_run(tmp_path: Path) -> None:
+def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_function_is_another_run(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "my_rewards.py").write_text("def length(turns, answer):\n    return -len(answer)\n")
     only = [
         "data.sandbox.demonstrations=64",
@@ -175,24 +229,48 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_fun
 
 
 @pytest.mark.full
-def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(demo: Demo, tmp_path: Path) -> None:
+def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
+    demo: Demo, tmp_path: Path
+) -> None:
     """It has no unit of its own: that is measured on SFT answers, and is the one that stage=rm stored in the original."""
     other = tmp_path / "other"
     shutil.copytree(demo.rm / "model", other)
     settings = json.loads((other / "config.json").read_text())
     unit = settings.pop("score_mean"), settings.pop("score_std")
     (other / "config.json").write_text(json.dumps(settings))
-    given = [f"ppo.actor={demo.sft}", f"ppo.reward={demo.rm}", f"+ppo.rewards={{other: {{path: '{other}', weight: 0.5}}}}"]
+    given = [
+        f"ppo.actor={demo.sft}",
+        f"ppo.reward={demo.rm}",
+        f"+ppo.rewards={{other: {{path: '{other}', weight: 0.5}}}}",
+    ]
     sizes = [size for size in SMALL_PPO if "eval_rows" not in size]
     done = train("stage=ppo", *given, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"ppo.rewards.other: raw scores of 256 SFT answers: mean {unit[0]:.3g}, standard deviation {unit[1]:.3g}" in done.stderr
+    assert (
+        f"ppo.rewards.other: raw scores of 256 SFT answers: mean {unit[0]:.3g}, standard deviation {unit[1]:.3g}"
+        in done.stderr
+    )
     final = summary(runs_in(tmp_path)["ppo"][0])["metrics"]
     assert final["eval/score/other"] == pytest.approx(final["eval/score/model"], abs=1e-4)
     assert final["eval/score"] == pytest.approx(1.5 * final["eval/score/model"], abs=1e-4)
-    wrong = train("stage=ppo", *given[:2], f"+ppo.rewards={{other: {{path: '{demo.sft}'}}}}", cwd=tmp_path)
-    assert wrong.returncode == 2 and f"ppo.rewards.other.path={demo.sft}: this is OPTForCausalLM, not a reward model" in wrong.stderr
-    untrained = train("stage=ppo", *given[:2], "+ppo.rewards={other: {path: 'builtin:tiny'}}", *sizes, cwd=tmp_path)
-    assert untrained.returncode == 1 and "ppo.rewards.other.path: builtin:tiny is no reward model" in untrained.stderr
+    wrong = train(
+        "stage=ppo", *given[:2], f"+ppo.rewards={{other: {{path: '{demo.sft}'}}}}", cwd=tmp_path
+    )
+    assert (
+        wrong.returncode == 2
+        and f"ppo.rewards.other.path={demo.sft}: this is OPTForCausalLM, not a reward model"
+        in wrong.stderr
+    )
+    untrained = train(
+        "stage=ppo",
+        *given[:2],
+        "+ppo.rewards={other: {path: 'builtin:tiny'}}",
+        *sizes,
+        cwd=tmp_path,
+    )
+    assert (
+        untrained.returncode == 1
+        and "ppo.rewards.other.path: builtin:tiny is no reward model" in untrained.stderr
+    )
     long = train("stage=ppo", *given, *sizes, "rollout.max_new_tokens=500", cwd=tmp_path)
     assert long.returncode == 1 and "rollout.max_new_tokens=500 is more than the" in long.stderr

@@ -16,14 +16,17 @@ from conftest import REPO, SMALL, runs_in, summary, train
 from test_config import composed
 from test_resume import SLOW
 
-from rlhf import launch, layout
+from rlhf.runs import launch
+from rlhf.runs.directory import find_checkpoints, is_locked
 
 SWEEP = "python train.py -m ppo.kl.coef=0.02,0.1 seed=1,2 exp=kl_study"  # as the README has it
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seeds", ["1", pytest.param("1,2", marks=pytest.mark.full)])
-def test_ppo_jobs_share_the_sft_and_the_reward_run_of_their_seed(seeds: str, tmp_path: Path) -> None:
+def test_ppo_jobs_share_the_sft_and_the_reward_run_of_their_seed(
+    seeds: str, tmp_path: Path
+) -> None:
     done = train(*SWEEP.replace("1,2", seeds).split()[2:], *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     runs = runs_in(tmp_path)
@@ -35,7 +38,14 @@ def test_ppo_jobs_share_the_sft_and_the_reward_run_of_their_seed(seeds: str, tmp
     jobs = sorted(path for path in (tmp_path / "multirun" / "kl_study").iterdir() if path.is_dir())
     assert len(jobs) == 2 * n
     for job in jobs:
-        assert {"overrides.txt", "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "run"} <= {p.name for p in job.iterdir()}
+        assert {
+            "overrides.txt",
+            "config.yaml",
+            "summary.json",
+            "metrics.jsonl",
+            "curves.png",
+            "run",
+        } <= {p.name for p in job.iterdir()}
         assert summary(job / "run") == summary(job)
     label = "kl.coef=0.02 seed=1" if n > 1 else "kl.coef=0.02"
     assert re.search(rf"{label} +│ finished", done.stdout), "a row of the final table per job"
@@ -46,7 +56,10 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
     few = [o for o in SMALL if not o.startswith("data.sandbox.dem")]
     done = train("-m", "stage=sft", "data.sandbox.demonstrations=8,64", *few, cwd=tmp_path)
     assert done.returncode == 1
-    assert "failed:" in done.stderr and "sft.batch_size=16: there are only 8 demonstrations" in done.stderr
+    assert (
+        "failed:" in done.stderr
+        and "sft.batch_size=16: there are only 8 demonstrations" in done.stderr
+    )
     assert len([run for run in runs_in(tmp_path)["sft"] if (run / "summary.json").exists()]) == 1
     assert "Traceback" not in done.stderr
 
@@ -63,26 +76,44 @@ def test_jobs_with_long_overrides_keep_folders_of_their_own(tmp_path: Path) -> N
 
     run = tmp_path / "outputs" / "sft-tiny-0"
     run.mkdir(parents=True)
-    long = ["stage=sft", "data.max_prompt_tokens=40", "data.max_response_tokens=40", "deploy.offload.optimizer=false"]
+    long = [
+        "stage=sft",
+        "data.max_prompt_tokens=40",
+        "data.max_response_tokens=40",
+        "deploy.offload.optimizer=false",
+    ]
     for stage in (2, 3):
         cli.collect(tmp_path / "multirun" / "deep", [*long, f"deploy.zero_stage={stage}"], run)
     assert len([*(tmp_path / "multirun" / "deep").iterdir()]) == 2
 
 
 @pytest.mark.full
-def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_only(tmp_path: Path) -> None:
+def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_only(
+    tmp_path: Path,
+) -> None:
     """Two at once; the job that fails is one whose function is not there yet."""
     own = "~ppo.rewards.model", "+ppo.rewards={mine: {function: 'mine:f'}}"
     (tmp_path / "mine.py").write_text("def f(turns, answer):\n    raise KeyError('not yet')\n")
     sweep = ["-m", "sweep=seeds", "seed=1,2", "exp=both", "hydra/launcher=parallel", *SMALL, *own]
     first = train(*sweep, cwd=tmp_path)
-    assert first.returncode == 1 and first.stderr.count("failed: ") == 2 and "KeyError: 'not yet'" in first.stderr, first.stderr
-    assert [path.read_text().count("not yet") for path in (tmp_path / "multirun" / "both").glob("*/error.txt")] == [1, 1]
+    assert (
+        first.returncode == 1
+        and first.stderr.count("failed: ") == 2
+        and "KeyError: 'not yet'" in first.stderr
+    ), first.stderr
+    assert [
+        path.read_text().count("not yet")
+        for path in (tmp_path / "multirun" / "both").glob("*/error.txt")
+    ] == [1, 1]
     (tmp_path / "mine.py").write_text("def f(turns, answer):\n    return len(answer)\n")
     second = train(*sweep, cwd=tmp_path)
     assert second.returncode == 0 and second.stderr.count("sft: finished") == 2, second.stderr
     third = train(*sweep, cwd=tmp_path)
-    assert third.returncode == 0 and third.stderr.count("ppo: finished") == 2 and "multirun/both/report.html" in third.stdout
+    assert (
+        third.returncode == 0
+        and third.stderr.count("ppo: finished") == 2
+        and "multirun/both/report.html" in third.stdout
+    )
     assert not [*(tmp_path / "multirun" / "both").glob("*/error.txt")]
 
 
@@ -91,39 +122,76 @@ def test_two_sweeps_at_the_same_moment_train_their_upstream_once(tmp_path: Path)
     upstream = [arg for arg in SLOW if arg != "stage=sft"]
     command = [sys.executable, str(REPO / "train.py"), "-m", *upstream]
     sweeps = [
-        subprocess.Popen([*command, f"ppo.kl.coef={coef}", f"exp={name}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, f"ppo.kl.coef={coef}", f"exp={name}"],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for name, coef in (("one", "0.02"), ("two", "0.2"))
     ]
     said = [sweep.communicate(timeout=300)[1] for sweep in sweeps]
     assert [sweep.returncode for sweep in sweeps] == [0, 0], said
-    assert sum("waiting for 0 s" in text for text in said) >= 1 and all("is being trained" in t for t in said if "waiting" in t)
+    assert sum("waiting for 0 s" in text for text in said) >= 1 and all(
+        "is being trained" in t for t in said if "waiting" in t
+    )
     runs = runs_in(tmp_path)
-    assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 2) and not (runs["sft"][0] / "attempts").exists()
-    assert {summary(run)["parents"]["sft"] for run in runs["ppo"]} == {summary(runs["sft"][0])["id"]}
+    assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 2) and not (
+        runs["sft"][0] / "attempts"
+    ).exists()
+    assert {summary(run)["parents"]["sft"] for run in runs["ppo"]} == {
+        summary(runs["sft"][0])["id"]
+    }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill -9 of the sweep"])
 def test_jobs_side_by_side_save_when_they_are_stopped(tmp_path: Path, how: str) -> None:
     few = [arg for arg in SLOW if "max_steps=30" not in arg and "every_steps" not in arg]
-    command = [sys.executable, str(REPO / "train.py"), "-m", *few, "sft.max_steps=3000", "sft.epochs=2000", "seed=1,2"]
-    sweep = subprocess.Popen([*command, "hydra/launcher=parallel"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        str(REPO / "train.py"),
+        "-m",
+        *few,
+        "sft.max_steps=3000",
+        "sft.epochs=2000",
+        "seed=1,2",
+    ]
+    sweep = subprocess.Popen(
+        [*command, "hydra/launcher=parallel"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.time() + 120
-    while len([p for p in tmp_path.glob("outputs/sft-*/metrics.jsonl") if p.stat().st_size > 500]) < 2:
+    while (
+        len([p for p in tmp_path.glob("outputs/sft-*/metrics.jsonl") if p.stat().st_size > 500]) < 2
+    ):
         assert time.time() < deadline and sweep.poll() is None
         time.sleep(0.05)
-    os.killpg(sweep.pid, signal.SIGINT) if how == "Ctrl-C" else sweep.kill()  # a terminal sends it to the whole group
+    os.killpg(
+        sweep.pid, signal.SIGINT
+    ) if how == "Ctrl-C" else sweep.kill()  # a terminal sends it to the whole group
     code = sweep.wait(60)
     runs = [path.parent for path in tmp_path.glob("outputs/sft-*/metrics.jsonl")]
-    while not all(layout.checkpoints(run)[0] and not layout.is_owned(run) for run in runs) and time.time() < deadline:
+    while (
+        not all(find_checkpoints(run)[0] and not is_locked(run) for run in runs)
+        and time.time() < deadline
+    ):
         time.sleep(0.1)
-    assert [len(layout.checkpoints(run)[0]) for run in runs] == [1, 1]
-    assert code == (130 if how == "Ctrl-C" else -signal.SIGKILL) and not any(layout.is_owned(run) for run in runs)
+    assert [len(find_checkpoints(run)[0]) for run in runs] == [1, 1]
+    assert code == (130 if how == "Ctrl-C" else -signal.SIGKILL) and not any(
+        is_locked(run) for run in runs
+    )
 
 
 def test_a_sweep_of_plans_has_no_report(tmp_path: Path) -> None:
     done = train("-m", "stage=sft", "seed=1,2", "plan=true", cwd=tmp_path)
-    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout.count("on disk") == 2
+    assert (
+        done.returncode == 0
+        and "Traceback" not in done.stderr
+        and done.stdout.count("on disk") == 2
+    )
     assert not [*(tmp_path / "multirun").glob("*/*")]
 
 
@@ -164,7 +232,7 @@ def test_jobs_side_by_side_take_gpus_of_their_own(tmp_path: Path) -> None:
     for process in (one, two):
         process.wait()
     before = dict(os.environ)
-    with launch.own_gpus(composed()):
+    with launch.claim_gpus(composed()):
         assert dict(os.environ) == before  # no sweep
 
 
@@ -173,8 +241,21 @@ def test_a_finished_run_says_what_it_is(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (run,) = runs_in(tmp_path)["sft"]
     about = summary(run)
-    assert about["settings"]["sft.max_steps"] == 3 and about["versions"]["torch"] and about["data"][0]["rows"] and about["parents"] == {}
+    assert (
+        about["settings"]["sft.max_steps"] == 3
+        and about["versions"]["torch"]
+        and about["data"][0]["rows"]
+        and about["parents"] == {}
+    )
     card = (run / "model" / "README.md").read_text()
-    for word in (run.name, "library_name: transformers", "eval/perplexity", "sandbox", "sft.max_steps: 3", about["id"], "builtin:tiny"):
+    for word in (
+        run.name,
+        "library_name: transformers",
+        "eval/perplexity",
+        "sandbox",
+        "sft.max_steps: 3",
+        about["id"],
+        "builtin:tiny",
+    ):
         assert word in card, word
     assert json.loads((run / "env.json").read_text())["packages"].keys() <= about["versions"].keys()

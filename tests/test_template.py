@@ -10,14 +10,23 @@ from typing import Any
 import pytest
 import torch
 from families import save_base
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf import models
-from rlhf.config import Precision, Template
+from rlhf.config.schema import Precision, Template
 from rlhf.data import template
 from rlhf.data.records import Demonstration, Pair, Turn
+from rlhf.models.loading import load_policy, load_tokenizer
 
 TEXT = [
     "How do I keep a fern alive through the winter? Water it once a week, and keep it away from the heater.",
@@ -30,7 +39,12 @@ LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3
 ANSWERS = ["Water it.", "(yes) - it's 3.14!", "First line.\n\n  Second line", "Zwölf – ☃ 日本", "a"]
 USER = Turn("user", "How do I keep a fern alive?")
 LATER = [USER, Turn("assistant", "Water it."), Turn("user", "Is that\n\nall?")]
-DIALOGUES = [[USER], LATER, [Turn("system", "Be brief."), USER], [Turn("system", "Be brief."), *LATER]]
+DIALOGUES = [
+    [USER],
+    LATER,
+    [Turn("system", "Be brief."), USER],
+    [Turn("system", "Be brief."), *LATER],
+]
 STYLES = [Template.hh, Template.chatml, Template.llama3]
 ENDS = {Template.chatml: "<|im_end|>", Template.llama3: "<|eot_id|>"}  # hh: the tokenizer's own
 
@@ -44,28 +58,39 @@ def byte_level(split: Any = None) -> Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if split:
         words = pre_tokenizers.Split(Regex(split), "isolated")
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(TEXT * 3, trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        TEXT * 3,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+    )
     return bpe
 
 
 def begin_with(bpe: Tokenizer, bos: str) -> None:
     """Put BOS in front of each text."""
     bpe.add_special_tokens([AddedToken(bos, special=True, normalized=False)])
-    bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
+    bpe.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
+    )
 
 
 def gpt2() -> Any:
     """No BOS, no pad token."""
-    return PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
 
 
 def opt() -> Any:
     """Begins with </s>, which is its EOS too."""
     bpe = byte_level()
     begin_with(bpe, "</s>")
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def llama2() -> Any:
@@ -77,26 +102,48 @@ def llama2() -> Any:
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *state["vocab"]]
     merges = [tuple(pair) for pair in state["merges"]]
     ids = {token: i for i, token in enumerate(vocabulary)}
-    bpe = Tokenizer(tokenizer_models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe = Tokenizer(
+        tokenizer_models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
     )
-    bpe.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<unk>", "</s>")])
+    bpe.add_special_tokens(
+        [AddedToken(mark, special=True, normalized=False) for mark in ("<unk>", "</s>")]
+    )
     begin_with(bpe, "<s>")
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def llama3() -> Any:
     """Byte-level BPE with longer words, the marks of its own style, and the end mark as pad token."""
     bpe = byte_level(LLAMA3_WORDS)
     begin_with(bpe, "<|begin_of_text|>")
-    bpe.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"])
-    marks = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|eot_id|>"}
+    bpe.add_special_tokens(
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+    )
+    marks = {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
+        "pad_token": "<|eot_id|>",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {"gpt2": gpt2, "opt": opt, "llama2": llama2, "llama3": llama3}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "gpt2": gpt2,
+    "opt": opt,
+    "llama2": llama2,
+    "llama3": llama3,
+}
 each_pair = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -116,7 +163,7 @@ def own(directory: Path, chat_template: str, family: str = "opt") -> Any:
     tokenizer.chat_template = chat_template
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<tool>"]})
     tokenizer.save_pretrained(directory)
-    return models.load_tokenizer(str(directory), Template.tokenizer)
+    return load_tokenizer(str(directory), Template.tokenizer)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -124,21 +171,38 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def messages(turns: list[Turn], *answer: str) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in [*turns, *(Turn("assistant", text) for text in answer)]]
+    return [
+        {"role": turn.role, "content": turn.text}
+        for turn in [*turns, *(Turn("assistant", text) for text in answer)]
+    ]
 
 
-def check_dialogue(tokenizer: Any, turns: list[Turn], answer: str, separator: str, space: str = "") -> tuple[list[int], list[int]]:
+def check_dialogue(
+    tokenizer: Any, turns: list[Turn], answer: str, separator: str, space: str = ""
+) -> tuple[list[int], list[int]]:
     """Training, sampling, transformers and decoding agree about a dialogue. Returns: ids of prompt and answer."""
     eos = tokenizer.eos_token
     prompt = template.render_prompt(tokenizer, turns)
     whole = tokenizer.apply_chat_template(messages(turns, answer), tokenize=False)
     assert whole.startswith(prompt + separator + answer + space + eos)
 
-    [(prompt_ids, answer_ids)] = template.encode_demonstrations(tokenizer, [Demonstration(turns, answer)], 999, 999)
-    assert prompt_ids == encode(tokenizer, prompt) == template.encode_prompts(tokenizer, [turns], 999)[0]
-    assert prompt_ids == tokenizer.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False)  # so does vLLM
-    assert answer_ids[-1] == tokenizer.eos_token_id and answer_ids.count(tokenizer.eos_token_id) == 1
-    [(prompt, chosen, rejected)] = template.encode_pairs(tokenizer, [Pair(turns, answer, "no")], 999, 999)
+    [(prompt_ids, answer_ids)] = template.encode_demonstrations(
+        tokenizer, [Demonstration(turns, answer)], 999, 999
+    )
+    assert (
+        prompt_ids
+        == encode(tokenizer, prompt)
+        == template.encode_prompts(tokenizer, [turns], 999)[0]
+    )
+    assert prompt_ids == tokenizer.apply_chat_template(
+        messages(turns), add_generation_prompt=True, return_dict=False
+    )  # so does vLLM
+    assert (
+        answer_ids[-1] == tokenizer.eos_token_id and answer_ids.count(tokenizer.eos_token_id) == 1
+    )
+    [(prompt, chosen, rejected)] = template.encode_pairs(
+        tokenizer, [Pair(turns, answer, "no")], 999, 999
+    )
     assert (prompt, chosen) == (prompt_ids, answer_ids) and rejected[-1] == tokenizer.eos_token_id
 
     # a sampled answer is text for a moment, where a reward model has another tokenizer
@@ -154,7 +218,12 @@ def check_dialogue(tokenizer: Any, turns: list[Turn], answer: str, separator: st
 
 
 def test_how_each_style_reads(saved: Callable[[str], str]) -> None:
-    turns = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Yes?"), Turn("user", "Bye")]
+    turns = [
+        Turn("system", "Be brief."),
+        Turn("user", "Hi"),
+        Turn("assistant", "Yes?"),
+        Turn("user", "Bye"),
+    ]
     wanted = {
         Template.hh: "Be brief.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:",
         Template.chatml: "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
@@ -163,17 +232,26 @@ def test_how_each_style_reads(saved: Callable[[str], str]) -> None:
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     }
-    for family, bos in {"gpt2": "", "opt": "</s>", "llama2": "<s>", "llama3": "<|begin_of_text|>"}.items():
+    for family, bos in {
+        "gpt2": "",
+        "opt": "</s>",
+        "llama2": "<s>",
+        "llama3": "<|begin_of_text|>",
+    }.items():
         for style, text in wanted.items():
-            tokenizer = models.load_tokenizer(saved(family), style)
-            begins = bos or "<|endoftext|>" * (style is Template.llama3)  # that style always has one
+            tokenizer = load_tokenizer(saved(family), style)
+            begins = bos or "<|endoftext|>" * (
+                style is Template.llama3
+            )  # that style always has one
             assert template.render_prompt(tokenizer, turns) == begins + text
 
 
 @each_family
 @each_pair
-def test_trained_on_is_what_is_sampled(saved: Callable[[str], str], family: str, style: Template) -> None:
-    tokenizer = models.load_tokenizer(saved(family), style)
+def test_trained_on_is_what_is_sampled(
+    saved: Callable[[str], str], family: str, style: Template
+) -> None:
+    tokenizer = load_tokenizer(saved(family), style)
     # a space is put in front of each text by llama2; GPT-2's words join the two newlines at the end of llama3's prompt
     one_go = not (family == "llama2" or (family in ("gpt2", "opt") and style is Template.llama3))
     agreed = True
@@ -181,10 +259,16 @@ def test_trained_on_is_what_is_sampled(saved: Callable[[str], str], family: str,
         for answer in ANSWERS:
             separator = " " if style is Template.hh else ""
             prompt_ids, answer_ids = check_dialogue(tokenizer, turns, answer, separator)
-            text = template.render_prompt(tokenizer, turns) + separator + answer + tokenizer.eos_token
+            text = (
+                template.render_prompt(tokenizer, turns) + separator + answer + tokenizer.eos_token
+            )
             agreed &= prompt_ids + answer_ids == encode(tokenizer, text)
             later = template.render_prompt(tokenizer, [*turns, Turn("assistant", answer), USER])
-            between = {Template.hh: "", Template.chatml: "<|im_end|>\n", Template.llama3: "<|eot_id|>"}[style]
+            between = {
+                Template.hh: "",
+                Template.chatml: "<|im_end|>\n",
+                Template.llama3: "<|eot_id|>",
+            }[style]
             start = template.render_prompt(tokenizer, turns) + separator + answer + between
             assert later.startswith(start) and later[len(start) :].startswith(("\n\nHuman: ", "<|"))
     assert agreed == one_go
@@ -194,42 +278,64 @@ def test_trained_on_is_what_is_sampled(saved: Callable[[str], str], family: str,
 @each_pair
 def test_special_tokens(saved: Callable[[str], str], family: str, style: Template) -> None:
     plain = AutoTokenizer.from_pretrained(saved(family))
-    tokenizer = models.load_tokenizer(saved(family), style)
+    tokenizer = load_tokenizer(saved(family), style)
     assert tokenizer.eos_token == ENDS.get(style, plain.eos_token)
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, None}) == 3
-    for mark in {Template.hh: [], Template.chatml: ["<|im_start|>", "<|im_end|>"]}.get(style, ["<|start_header_id|>", "<|end_header_id|>"]):
-        assert len(encode(tokenizer, mark)) == 1 and tokenizer.decode(encode(tokenizer, mark), skip_special_tokens=True) == ""
+    for mark in {Template.hh: [], Template.chatml: ["<|im_start|>", "<|im_end|>"]}.get(
+        style, ["<|start_header_id|>", "<|end_header_id|>"]
+    ):
+        assert (
+            len(encode(tokenizer, mark)) == 1
+            and tokenizer.decode(encode(tokenizer, mark), skip_special_tokens=True) == ""
+        )
     assert plain.get_vocab().items() <= tokenizer.get_vocab().items()
-    if family == "llama3" and style is Template.llama3:  # it brings all marks; only its pad token was the new EOS
+    if (
+        family == "llama3" and style is Template.llama3
+    ):  # it brings all marks; only its pad token was the new EOS
         assert set(tokenizer.get_vocab()) - set(plain.get_vocab()) == {"<|pad|>"}
     assert template.stop_strings(tokenizer) == (["\n\nHuman:"] if style is Template.hh else [])
 
 
 @each_family
 @each_pair
-def test_installing_again_and_saving_change_nothing(saved: Callable[[str], str], tmp_path: Path, family: str, style: Template) -> None:
-    tokenizer = models.load_tokenizer(saved(family), style)
+def test_installing_again_and_saving_change_nothing(
+    saved: Callable[[str], str], tmp_path: Path, family: str, style: Template
+) -> None:
+    tokenizer = load_tokenizer(saved(family), style)
     tokenizer.save_pretrained(tmp_path / "once")
-    template.install(tokenizer, style)
+    template.install_chat_template(tokenizer, style)
     tokenizer.save_pretrained(tmp_path / "twice")
-    models.load_tokenizer(str(tmp_path / "twice"), style).save_pretrained(tmp_path / "loaded")  # as PPO does
+    load_tokenizer(str(tmp_path / "twice"), style).save_pretrained(
+        tmp_path / "loaded"
+    )  # as PPO does
     for name in ("tokenizer.json", "chat_template.jinja"):
         texts = {(tmp_path / times / name).read_text() for times in ("once", "twice", "loaded")}
         assert len(texts) == 1
     for times in ("once", "loaded"):  # what others load
         again = AutoTokenizer.from_pretrained(tmp_path / times)
-        assert again.chat_template == tokenizer.chat_template and again.special_tokens_map == tokenizer.special_tokens_map
-        assert template.same_tokens(tokenizer, again) and template.stop_strings(again) == template.stop_strings(tokenizer)
-    assert template.same_tokens(tokenizer, models.load_tokenizer(str(tmp_path / "once"), Template.tokenizer))  # now it is its own
+        assert (
+            again.chat_template == tokenizer.chat_template
+            and again.special_tokens_map == tokenizer.special_tokens_map
+        )
+        assert template.same_tokens(tokenizer, again) and template.stop_strings(
+            again
+        ) == template.stop_strings(tokenizer)
+    assert template.same_tokens(
+        tokenizer, load_tokenizer(str(tmp_path / "once"), Template.tokenizer)
+    )  # now it is its own
 
 
 def test_llama3_strips_as_the_original_does(saved: Callable[[str], str]) -> None:
-    tokenizer = models.load_tokenizer(saved("llama3"), Template.llama3)
-    assert template.render_prompt(tokenizer, [Turn("user", " Hi\n")]) == template.render_prompt(tokenizer, [Turn("user", "Hi")])
+    tokenizer = load_tokenizer(saved("llama3"), Template.llama3)
+    assert template.render_prompt(tokenizer, [Turn("user", " Hi\n")]) == template.render_prompt(
+        tokenizer, [Turn("user", "Hi")]
+    )
 
 
 def test_tokenizers_with_other_templates_are_told_apart(saved: Callable[[str], str]) -> None:
-    one, two = (models.load_tokenizer(saved("llama3"), style) for style in (Template.chatml, Template.llama3))
+    one, two = (
+        load_tokenizer(saved("llama3"), style) for style in (Template.chatml, Template.llama3)
+    )
     assert not template.same_tokens(one, two)
 
 
@@ -242,31 +348,47 @@ def test_tokenizers_whose_answers_alone_differ_are_told_apart(tmp_path: Path) ->
 
 @each_family
 @each_pair
-def test_long_prompts_lose_their_first_turns_and_long_answers_their_end(saved: Callable[[str], str], family: str, style: Template) -> None:
-    tokenizer = models.load_tokenizer(saved(family), style)
+def test_long_prompts_lose_their_first_turns_and_long_answers_their_end(
+    saved: Callable[[str], str], family: str, style: Template
+) -> None:
+    tokenizer = load_tokenizer(saved(family), style)
     turns = [Turn("system", "Be brief."), *LATER]
-    [whole], [last] = template.encode_prompts(tokenizer, [turns], 999), template.encode_prompts(tokenizer, [LATER[-1:]], 999)
-    assert template.encode_prompts(tokenizer, [turns], len(whole) - 1) == [encode(tokenizer, template.render_prompt(tokenizer, LATER))]
+    [whole], [last] = (
+        template.encode_prompts(tokenizer, [turns], 999),
+        template.encode_prompts(tokenizer, [LATER[-1:]], 999),
+    )
+    assert template.encode_prompts(tokenizer, [turns], len(whole) - 1) == [
+        encode(tokenizer, template.render_prompt(tokenizer, LATER))
+    ]
     assert template.encode_prompts(tokenizer, [turns], len(last)) == [last]
     assert template.encode_prompts(tokenizer, [turns], len(last) - 1) == [None]
     [ids] = template.encode_responses(tokenizer, ["Water it once a week."], 999)
     for limit in range(1, len(ids) + 1):
-        assert template.encode_responses(tokenizer, ["Water it once a week."], limit) == [ids[:limit]]
+        assert template.encode_responses(tokenizer, ["Water it once a week."], limit) == [
+            ids[:limit]
+        ]
     assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
 
 
 def test_pairs_without_a_second_answer_are_left_out(saved: Callable[[str], str]) -> None:
-    tokenizer = models.load_tokenizer(saved("gpt2"), Template.chatml)
-    rows = template.encode_pairs(tokenizer, [Pair([USER], "x", None), Pair([USER], "x", "y")], 99, 99)
-    assert [tokenizer.decode(prompt + rejected).endswith("\ny<|im_end|>") for prompt, _, rejected in rows] == [True]
+    tokenizer = load_tokenizer(saved("gpt2"), Template.chatml)
+    rows = template.encode_pairs(
+        tokenizer, [Pair([USER], "x", None), Pair([USER], "x", "y")], 99, 99
+    )
+    assert [
+        tokenizer.decode(prompt + rejected).endswith("\ny<|im_end|>")
+        for prompt, _, rejected in rows
+    ] == [True]
 
 
 def test_the_embedding_grows_with_the_marks(saved: Callable[[str], str], tmp_path: Path) -> None:
-    tokenizer = models.load_tokenizer(saved("gpt2"), Template.chatml)
+    tokenizer = load_tokenizer(saved("gpt2"), Template.chatml)
     size = len(AutoTokenizer.from_pretrained(saved("gpt2")))
     save_base(tmp_path / "base", "llama", vocabulary=size)
-    policy = models.load_policy(str(tmp_path / "base"), tokenizer, Precision.fp32)
-    assert policy.hf.get_input_embeddings().num_embeddings == len(tokenizer) == size + 3  # two marks and the pad token
+    policy = load_policy(str(tmp_path / "base"), tokenizer, Precision.fp32)
+    assert (
+        policy.hf.get_input_embeddings().num_embeddings == len(tokenizer) == size + 3
+    )  # two marks and the pad token
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_input_embeddings().weight
     assert torch.equal(policy.hf.get_input_embeddings().weight[:size], before)
 
@@ -305,44 +427,72 @@ QWEN = (  # the last answer has room for thoughts
     ],
     ids=["smol", "llama2", "phi", "qwen"],
 )
-def test_a_models_own_template(tmp_path: Path, family: str, chat_template: str, separator: str, space: str, end: str | None) -> None:
+def test_a_models_own_template(
+    tmp_path: Path, family: str, chat_template: str, separator: str, space: str, end: str | None
+) -> None:
     tokenizer = own(tmp_path / "base", chat_template, family)
     assert tokenizer.chat_template == chat_template
-    assert tokenizer.eos_token == (end or FAMILIES[family]().eos_token) and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert tokenizer.eos_token == (
+        end or FAMILIES[family]().eos_token
+    ) and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     for turns in DIALOGUES[: 2 if chat_template is LLAMA2 else 4]:
         for answer in ANSWERS:
             check_dialogue(tokenizer, turns, answer, separator, space)
     assert template.stop_strings(tokenizer) == []
     tokenizer.save_pretrained(tmp_path / "saved")
-    again = models.load_tokenizer(str(tmp_path / "saved"), Template.tokenizer)
-    assert template.same_tokens(tokenizer, again) and again.special_tokens_map == tokenizer.special_tokens_map
+    again = load_tokenizer(str(tmp_path / "saved"), Template.tokenizer)
+    assert (
+        template.same_tokens(tokenizer, again)
+        and again.special_tokens_map == tokenizer.special_tokens_map
+    )
 
 
 @pytest.mark.parametrize(
     "chat_template, problem",
     [
         (None, "has no chat template"),
-        (SMOL.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"), "does not render a dialogue as its prompt and then"),
+        (
+            SMOL.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"),
+            "does not render a dialogue as its prompt and then",
+        ),
         (SMOL.replace("<|im_end|>", ""), "does not end an answer with a special token"),
-        (QWEN.replace("loop.last and", "loop.length > 2 and loop.last and"), "the first answer of a dialogue unlike"),
+        (
+            QWEN.replace("loop.last and", "loop.length > 2 and loop.last and"),
+            "the first answer of a dialogue unlike",
+        ),
     ],
 )
-def test_a_template_that_cannot_be_trained_with_is_refused_in_one_line(tmp_path: Path, chat_template: str | None, problem: str) -> None:
+def test_a_template_that_cannot_be_trained_with_is_refused_in_one_line(
+    tmp_path: Path, chat_template: str | None, problem: str
+) -> None:
     with pytest.raises(ValueError, match=problem) as caught:
         own(tmp_path, chat_template)  # type: ignore[arg-type]
     line = str(caught.value)
-    assert line.startswith("data.template=tokenizer: ") and str(tmp_path) in line and "choose" in line and "chatml" in line
+    assert (
+        line.startswith("data.template=tokenizer: ")
+        and str(tmp_path) in line
+        and "choose" in line
+        and "chatml" in line
+    )
     assert "\n" not in line
 
 
 def test_turns_that_a_template_refuses_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"refuses the turns system, user \(no system here\): choose data.template=hh"):
+    with pytest.raises(
+        ValueError,
+        match=r"refuses the turns system, user \(no system here\): choose data.template=hh",
+    ):
         template.render_prompt(own(tmp_path, LLAMA2), DIALOGUES[2])
 
 
 def test_any_style_can_replace_a_models_own_template(tmp_path: Path) -> None:
     own(tmp_path, SMOL).save_pretrained(tmp_path)
     for style in STYLES:
-        tokenizer = models.load_tokenizer(str(tmp_path), style)
-        assert "Help!" not in template.render_prompt(tokenizer, [USER]) and "<tool>" in tokenizer.all_special_tokens
-        assert tokenizer.eos_token == ENDS.get(style, "<|im_end|>")  # hh keeps the one that the model has
+        tokenizer = load_tokenizer(str(tmp_path), style)
+        assert (
+            "Help!" not in template.render_prompt(tokenizer, [USER])
+            and "<tool>" in tokenizer.all_special_tokens
+        )
+        assert tokenizer.eos_token == ENDS.get(
+            style, "<|im_end|>"
+        )  # hh keeps the one that the model has

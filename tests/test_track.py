@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 from conftest import Demo, metrics, summary
 
-from rlhf import track
+from rlhf.training.tracker import wandb_reachable
 
 
 def inspect(run: Path, *flags: str) -> str:
     """What W&B's own reader prints of the offline run of a run directory."""
     (directory,) = (run / "wandb").glob("offline-run-*")
     wandb = Path(sys.executable).parent / "wandb"
-    done = subprocess.run([wandb, "leet", "inspect", *flags, "--json", str(directory)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [wandb, "leet", "inspect", *flags, "--json", str(directory)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -54,7 +59,10 @@ def test_run_ids_are_random(demo: Demo) -> None:
 def test_curves_are_pictures_with_ink(demo: Demo) -> None:
     from matplotlib import image
 
-    pictures = [*(run / "curves.png" for run in (demo.sft, demo.rm, demo.ppo)), demo.ppo / "frontier.png"]
+    pictures = [
+        *(run / "curves.png" for run in (demo.sft, demo.rm, demo.ppo)),
+        demo.ppo / "frontier.png",
+    ]
     for picture in pictures:
         pixels = image.imread(picture)
         assert pixels.shape[1] > 600 and pixels.std() > 0.05
@@ -63,18 +71,28 @@ def test_curves_are_pictures_with_ink(demo: Demo) -> None:
 def test_samples_are_kept(demo: Demo) -> None:
     rows = [json.loads(line) for line in (demo.ppo / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 256
-    assert {"step", "prompt", "before", "after", "score_before", "score_after", "gold_before", "gold_after", "kl"} <= set(rows[0])
+    assert {
+        "step",
+        "prompt",
+        "before",
+        "after",
+        "score_before",
+        "score_after",
+        "gold_before",
+        "gold_after",
+        "kl",
+    } <= set(rows[0])
 
 
 def test_auto_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert not track.wandb_reachable("https://127.0.0.1:1")
+    assert not wandb_reachable("https://127.0.0.1:1")
 
 
 def test_auto_never_waits_for_a_dead_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert not track.wandb_reachable("http://127.0.0.1:9"), "nobody listens there"
+    assert not wandb_reachable("http://127.0.0.1:9"), "nobody listens there"
     with socket.socket() as full:  # a server that never answers: its queue is full
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -83,11 +101,11 @@ def test_auto_never_waits_for_a_dead_network(monkeypatch: pytest.MonkeyPatch) ->
             client.setblocking(False)
             client.connect_ex(full.getsockname())
         started = time.time()
-        assert not track.wandb_reachable(f"http://127.0.0.1:{full.getsockname()[1]}")
+        assert not wandb_reachable(f"http://127.0.0.1:{full.getsockname()[1]}")
         assert 1 < time.time() - started < 6  # promised: 2
         for client in waiting:
             client.close()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        assert track.wandb_reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert wandb_reachable(f"http://127.0.0.1:{server.getsockname()[1]}")

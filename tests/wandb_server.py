@@ -10,7 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 PROJECT = {"id": "UHJvamVjdDox", "name": "rlhf", "entity": {"id": "RW50aXR5OjE=", "name": "me"}}
-VIEWER = {"id": "VXNlcjox", "entity": "me", "username": "me", "email": "me@here", "admin": False, "flags": "{}", "teams": {"edges": []}}
+VIEWER = {
+    "id": "VXNlcjox",
+    "entity": "me",
+    "username": "me",
+    "email": "me@here",
+    "admin": False,
+    "flags": "{}",
+    "teams": {"edges": []},
+}
 
 
 class Server:
@@ -47,10 +55,16 @@ class Server:
     @property
     def environment(self) -> dict[str, str]:
         """For the processes that are to talk to it. The key is none."""
-        return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": "0" * 40, "no_proxy": "127.0.0.1"}
+        return {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
+            "WANDB_API_KEY": "0" * 40,
+            "no_proxy": "127.0.0.1",
+        }
 
     def history(self, run: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.streams.get(run, {}).get("wandb-history.jsonl", [])]
+        return [
+            json.loads(line) for line in self.streams.get(run, {}).get("wandb-history.jsonl", [])
+        ]
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -104,17 +118,43 @@ class Handler(BaseHTTPRequestHandler):
         if name == "UpsertBucket":
             run = state.runs.setdefault(given["name"], {"config": "{}"})
             run |= {key: value for key, value in given.items() if value is not None}
-            bucket = {"id": given["name"], "name": given["name"], "displayName": run.get("displayName"), "config": run["config"]}
-            bucket |= {"description": "", "sweepName": None, "project": PROJECT, "historyLineCount": len(state.history(given["name"]))}
+            bucket = {
+                "id": given["name"],
+                "name": given["name"],
+                "displayName": run.get("displayName"),
+                "config": run["config"],
+            }
+            bucket |= {
+                "description": "",
+                "sweepName": None,
+                "project": PROJECT,
+                "historyLineCount": len(state.history(given["name"])),
+            }
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if name == "RunResumeStatus":
             run = state.runs.get(given["name"])
             lines = state.streams.get(given["name"], {})
-            bucket = run and {"id": given["name"], "name": given["name"], "displayName": run.get("displayName"), "config": run["config"]}
-            for key, file in (("history", "wandb-history.jsonl"), ("events", "wandb-events.jsonl"), ("log", "output.log")):
+            bucket = run and {
+                "id": given["name"],
+                "name": given["name"],
+                "displayName": run.get("displayName"),
+                "config": run["config"],
+            }
+            for key, file in (
+                ("history", "wandb-history.jsonl"),
+                ("events", "wandb-events.jsonl"),
+                ("log", "output.log"),
+            ):
                 some = lines.get(file, [])
-                bucket = bucket and bucket | {f"{key}LineCount": len(some), f"{key}Tail": json.dumps(some[-1:])}
-            bucket = bucket and bucket | {"summaryMetrics": "{}", "tags": run.get("tags") or [], "wandbConfig": '{"t": 1}'}
+                bucket = bucket and bucket | {
+                    f"{key}LineCount": len(some),
+                    f"{key}Tail": json.dumps(some[-1:]),
+                }
+            bucket = bucket and bucket | {
+                "summaryMetrics": "{}",
+                "tags": run.get("tags") or [],
+                "wandbConfig": '{"t": 1}',
+            }
             return {"model": PROJECT | {"bucket": bucket}}
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{here}/{file}"} for file in given["files"]]
@@ -124,19 +164,46 @@ class Handler(BaseHTTPRequestHandler):
             return {"notifyScriptableRunAlert": {"success": True}}
         if name == "UpsertView2":
             state.views.append(given)
-            return {"upsertView": {"view": {"id": "VmlldzoxMjM=", "name": given["name"]}, "inserted": True}}
+            return {
+                "upsertView": {
+                    "view": {"id": "VmlldzoxMjM=", "name": given["name"]},
+                    "inserted": True,
+                }
+            }
         if name == "CreateArtifact":
-            artifact = {"id": "QXJ0aWZhY3Q6MQ==", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+            artifact = {
+                "id": "QXJ0aWZhY3Q6MQ==",
+                "state": "PENDING",
+                "artifactSequence": {"latestArtifact": None},
+            }
             return {"createArtifact": {"artifact": artifact}}
         if name in ("CreateArtifactManifest", "UpdateArtifactManifest"):
             key = name[0].lower() + name[1:]
-            return {key: {"artifactManifest": {"id": "1", "file": {"id": "1", "uploadUrl": f"{here}/manifest", "uploadHeaders": []}}}}
+            return {
+                key: {
+                    "artifactManifest": {
+                        "id": "1",
+                        "file": {"id": "1", "uploadUrl": f"{here}/manifest", "uploadHeaders": []},
+                    }
+                }
+            }
         if name == "CreateArtifactFiles":
             nodes = [
-                {"storagePath": f["name"], "uploadUrl": f"{here}/{f['name']}", "uploadHeaders": [], "artifact": {"id": f["artifactID"]}}
+                {
+                    "storagePath": f["name"],
+                    "uploadUrl": f"{here}/{f['name']}",
+                    "uploadHeaders": [],
+                    "artifact": {"id": f["artifactID"]},
+                }
                 for f in given["input"]["artifactFiles"]
             ]
-            return {"createArtifactFiles": {"files": {"edges": [{"node": node | {"uploadMultipartUrls": None}} for node in nodes]}}}
+            return {
+                "createArtifactFiles": {
+                    "files": {
+                        "edges": [{"node": node | {"uploadMultipartUrls": None}} for node in nodes]
+                    }
+                }
+            }
         if name == "CommitArtifact":
             return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": "1"}}}
         nothing: dict[str, Any] = {

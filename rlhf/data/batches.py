@@ -9,22 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf import comm
+from rlhf.distributed import collectives
 
 T = TypeVar("T")
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_right(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """ids and mask (B, longest), the padding behind."""
     return _pad(rows, pad_id, device, left=False)
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """ids and mask (B, longest), the padding in front."""
     return _pad(rows, pad_id, device, left=True)
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
+def _pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool
+) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
@@ -44,7 +50,12 @@ def global_batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[
 
 
 def micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int, longest: int | None = None
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    micro_batch: int,
+    rank: int,
+    world: int,
+    longest: int | None = None,
 ) -> list[Sequence[int]]:
     """This process's part of a batch, cut for memory into rows of similar length (less padding; a sum does not care about order).
 
@@ -55,16 +66,20 @@ def micro_batches(
     order = sorted(rows, key=lambda row: lengths[row])
     if longest is None:
         return chunks(order[rank::world], micro_batch)
-    parts = [filled(order[r::world], lengths, micro_batch * longest) for r in range(world)]
+    parts = [chunk_by_tokens(order[r::world], lengths, micro_batch * longest) for r in range(world)]
     mine = parts[rank]
-    while len(mine) < max(map(len, parts)):  # another process needs more of them: the fullest one is halved
+    while len(mine) < max(
+        map(len, parts)
+    ):  # another process needs more of them: the fullest one is halved
         fullest = max(range(len(mine)), key=lambda i: len(mine[i]))
         middle = (len(mine[fullest]) + 1) // 2
         mine[fullest : fullest + 1] = [mine[fullest][:middle], mine[fullest][middle:]]
     return mine
 
 
-def filled(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[Sequence[int]]:
+def chunk_by_tokens(
+    order: Sequence[int], lengths: Sequence[int], tokens: int
+) -> list[Sequence[int]]:
     """Consecutive parts of at most so many tokens each, padding included, or of one row. Args: order: row numbers, short ones first."""
     parts: list[Sequence[int]] = []
     start = 0
@@ -80,15 +95,19 @@ def chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def shared(lengths: Sequence[int], micro_batch: int, work: Callable[[Sequence[int]], Tensor]) -> Tensor:
+def map_across_ranks(
+    lengths: Sequence[int], micro_batch: int, work: Callable[[Sequence[int]], Tensor]
+) -> Tensor:
     """What `work` gives for all rows, in their order: each process takes its part, rows of similar length together.
 
     Args: lengths: tokens of each row.  work: from some row numbers to a tensor with a row for each.
     """
-    rank, world = comm.rank(), comm.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     order += order[:1] * (-len(order) % world)  # the same number on every process
-    found = comm.all_rows(torch.cat([work(some) for some in chunks(order[rank::world], micro_batch)]))
+    found = collectives.all_gather_rows(
+        torch.cat([work(some) for some in chunks(order[rank::world], micro_batch)])
+    )
     place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
     return found[[place[i] for i in range(len(lengths))]]
 
@@ -97,4 +116,11 @@ def uniforms(stream: str, keys: Sequence[int], seed: int, step: int, n: int) -> 
     """Random numbers in [0, 1) for sampling, (len(keys), n) float64: each row depends on its own key only, so a sample does not
     change with the batch or the process that it is drawn in."""
     tag = int.from_bytes(stream.encode(), "big")
-    return torch.from_numpy(np.stack([np.random.default_rng([tag, seed, step, key]).random(n) for key in keys]))
+    return torch.from_numpy(
+        np.stack([np.random.default_rng([tag, seed, step, key]).random(n) for key in keys])
+    )
+
+
+def first_loss_token(prompt: Sequence[int], train_on_prompt: bool) -> int:
+    """Place of the first token of a demonstration that is learnt; all behind it are learnt too. Never 0: nothing predicts that one."""
+    return 1 if train_on_prompt else max(1, len(prompt))

@@ -17,7 +17,7 @@ def build(directory: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import OPTConfig, PreTrainedTokenizerFast
 
-    from rlhf.config import Sandbox
+    from rlhf.config.schema import Sandbox
     from rlhf.data import template
     from rlhf.data.sandbox import build_world
 
@@ -36,7 +36,9 @@ def build(directory: Path) -> None:
         ),
     )
     bpe.add_tokens([template.USER, template.ASSISTANT])  # a role is one token
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=512)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=512
+    )
     tokenizer.save_pretrained(directory)
     OPTConfig(
         vocab_size=len(tokenizer),

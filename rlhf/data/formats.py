@@ -14,14 +14,17 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from rlhf.config import Format, Source
+from rlhf.config.schema import Format, Source
 from rlhf.data.records import Pair, Turn
 
 FIELDS: dict[Format, tuple[list[str], list[str]]] = {  # required and optional ones
     Format.sandbox: ([], []),
     Format.prompt_chosen_rejected: (["prompt", "chosen"], ["rejected"]),
     Format.chosen_rejected: (["chosen", "rejected"], []),
-    Format.scored_answers: (["prompt", "answer_a", "answer_b", "score_a", "score_b"], ["quotes_a", "quotes_b"]),
+    Format.scored_answers: (
+        ["prompt", "answer_a", "answer_b", "score_a", "score_b"],
+        ["quotes_a", "quotes_b"],
+    ),
     Format.instruction: (["instruction", "output"], ["input"]),
     Format.messages: (["messages"], []),
     Format.text: (["text"], []),
@@ -30,7 +33,13 @@ ALIASES = {  # other usual names of a column
     "chosen": ["response", "completion", "answer", "output"],
     "messages": ["conversations"],
 }
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
 MARKS = [("Human:", "Assistant:"), ("USER:", "ASSISTANT:")]
 
 
@@ -46,27 +55,38 @@ def read_row(row: dict[str, Any], source: Source) -> Pair:
     match source.format or detect_format([*row, *source.columns]):
         case Format.prompt_chosen_rejected:
             prompt = _prompt(row, source)
-            rejected = None if field(row, source, "rejected") is None else _answer(row, source, "rejected")
+            rejected = (
+                None if field(row, source, "rejected") is None else _answer(row, source, "rejected")
+            )
             pair = Pair(prompt, _answer(row, source, "chosen"), rejected)
         case Format.chosen_rejected:
-            (prompt, chosen), (other, rejected) = (_whole_dialogue(row, source, name) for name in ("chosen", "rejected"))
+            (prompt, chosen), (other, rejected) = (
+                _whole_dialogue(row, source, name) for name in ("chosen", "rejected")
+            )
             if chosen and rejected and prompt != other:
                 raise ValueError("chosen and rejected differ before the last answer")
             pair = Pair(prompt, chosen, rejected)
         case Format.scored_answers:
             pair = _scored_answers(row, source)
         case Format.instruction:
-            question, more = _is_text(_required(row, source, "instruction"), "instruction").strip(), field(row, source, "input")
+            question, more = (
+                _is_text(_required(row, source, "instruction"), "instruction").strip(),
+                field(row, source, "input"),
+            )
             if more is not None and _is_text(more, "input").strip():
                 question += "\n\n" + more.strip()
-            pair = Pair(_checked_prompt([Turn("user", question)]), _answer(row, source, "output"), None)
+            pair = Pair(
+                _checked_prompt([Turn("user", question)]), _answer(row, source, "output"), None
+            )
         case Format.messages:
             *prompt, last = _messages(_required(row, source, "messages"), "messages")
             if last.role != "assistant":
                 raise ValueError(f"the last message is the {last.role}'s, not the assistant's")
             pair = Pair(_checked_prompt(prompt), last.text, None)
         case None:
-            raise ValueError(f"no format fits the columns {', '.join(row)}: give format and columns")
+            raise ValueError(
+                f"no format fits the columns {', '.join(row)}: give format and columns"
+            )
         case format:
             raise ValueError(f"format {format.name} has no questions and answers")
     if not pair.chosen or pair.rejected == "":
@@ -111,10 +131,14 @@ def check_columns(columns: Collection[str], source: Source) -> None:
     assert source.format is not None
     required, optional = FIELDS[source.format]
     if unknown := [name for name in source.columns if name not in required + optional]:
-        raise ValueError(f"format {source.format.name} has no field {', '.join(unknown)}, only {', '.join(required + optional)}")
+        raise ValueError(
+            f"format {source.format.name} has no field {', '.join(unknown)}, only {', '.join(required + optional)}"
+        )
     paths = {name: _path(columns, source, name) for name in [*required, *source.columns]}
     if missing := [path for path in paths.values() if not _is_there(columns, path)]:
-        raise ValueError(f"format {source.format.name} needs the columns {', '.join(missing)}; there are {', '.join(columns)}")
+        raise ValueError(
+            f"format {source.format.name} needs the columns {', '.join(missing)}; there are {', '.join(columns)}"
+        )
 
 
 def field(row: dict[str, Any], source: Source, name: str) -> Any:
@@ -153,7 +177,11 @@ def _is_there(columns: Collection[str], path: str) -> bool:
 def _required(row: dict[str, Any], source: Source, name: str) -> Any:
     value = field(row, source, name)
     if value is None:
-        raise ValueError(f"{name} is empty" if _is_there(row, _path(row, source, name)) else f"no field {_path(row, source, name)}")
+        raise ValueError(
+            f"{name} is empty"
+            if _is_there(row, _path(row, source, name))
+            else f"no field {_path(row, source, name)}"
+        )
     return value
 
 
@@ -171,8 +199,21 @@ def _number(row: dict[str, Any], source: Source, name: str) -> float:
 
 
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
-    return "empty" if value is None else "nan" if value != value else kinds.get(type(value), f"a {type(value).__name__}")
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return (
+        "empty"
+        if value is None
+        else "nan"
+        if value != value
+        else kinds.get(type(value), f"a {type(value).__name__}")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts and answers
@@ -234,7 +275,9 @@ def _scored_answers(row: dict[str, Any], source: Source) -> Pair:
         raise Skip("tie")
     if source.min_score_ratio > 1:
         if min(a, b) < 0:
-            raise ValueError(f"scores {a:g} and {b:g}: min_score_ratio needs scores that are not negative")
+            raise ValueError(
+                f"scores {a:g} and {b:g}: min_score_ratio needs scores that are not negative"
+            )
         if max(a, b) < source.min_score_ratio * min(a, b):
             raise Skip("scores too near")
     return Pair(prompt, *((answers["a"], answers["b"]) if a > b else (answers["b"], answers["a"])))
@@ -248,7 +291,10 @@ def _messages(value: Any, name: str) -> list[Turn]:
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(f"{name}.{i} is {_kind(message)}, not a message")
-        role, text = (message.get(key, message.get(other)) for key, other in (("role", "from"), ("content", "value")))
+        role, text = (
+            message.get(key, message.get(other))
+            for key, other in (("role", "from"), ("content", "value"))
+        )
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{name}.{i}: unknown role {role}; known are {', '.join(ROLES)}")
         turns.append(Turn(ROLES[role], _is_text(text, f"{name}.{i}").strip()))
@@ -277,7 +323,10 @@ def _dialogue(text: str) -> list[Turn] | None:
             starts.append(start)
     ends = [start.start() for start in starts[1:]] + [len(whole)]
     turns = [
-        Turn("user" if start[1] == marks[0] else "assistant", whole[start.end() : end].strip().removesuffix("</s>").strip())
+        Turn(
+            "user" if start[1] == marks[0] else "assistant",
+            whole[start.end() : end].strip().removesuffix("</s>").strip(),
+        )
         for start, end in zip(starts, ends)
     ]
     return turns[:-1] if turns[-1] == Turn("assistant", "") else turns

@@ -24,7 +24,9 @@ class Pair:
     prompt: list[Turn]
     chosen: str  # the answer that the label prefers
     rejected: str | None  # None where a source has no second answer
-    gold_margin: float | None = None  # true reward of chosen minus rejected, where a source knows it
+    gold_margin: float | None = (
+        None  # true reward of chosen minus rejected, where a source knows it
+    )
     source: str = ""  # name of its source, where pairs are evaluated
 
 
@@ -39,8 +41,16 @@ class Dataset:
     eval_sft: list[Demonstration]
     eval_rm: list[Pair]
     eval_prompts: list[list[Turn]]
-    eval_probe: list[Pair] = field(default_factory=list)  # chosen fits its prompt, rejected would fit the opposite one
-    gold: Callable[[list[Turn], str], float] | None = None  # true reward of an answer, where it is known
-    best_gold: Callable[[list[Turn]], float] | None = None  # true reward of the best answer there is
+    eval_probe: list[Pair] = field(
+        default_factory=list
+    )  # chosen fits its prompt, rejected would fit the opposite one
+    gold: Callable[[list[Turn], str], float] | None = (
+        None  # true reward of an answer, where it is known
+    )
+    best_gold: Callable[[list[Turn]], float] | None = (
+        None  # true reward of the best answer there is
+    )
     texts: Any = None  # plain text, column text: for PPO's pretraining loss
-    report: list[dict[str, Any]] = field(default_factory=list)  # of each source and split: how many rows went where, and why not
+    report: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of each source and split: how many rows went where, and why not

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.config import Sandbox
+from rlhf.config.schema import Sandbox
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 
 # ------------------------------------------------------------------------------------------------------------------ vocabulary
@@ -26,19 +26,43 @@ from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 KINDS: dict[str, tuple[list[str], list[str]]] = {
     "garden": (
         ["rose", "fern", "tulip", "cactus"],
-        ["water it slowly", "trim the dry leaves", "add fresh soil", "pull the weeds", "move it into the sun"],
+        [
+            "water it slowly",
+            "trim the dry leaves",
+            "add fresh soil",
+            "pull the weeds",
+            "move it into the sun",
+        ],
     ),
     "kitchen": (
         ["pan", "kettle", "knife", "oven"],
-        ["rinse it well", "scrub off the grease", "wipe it with a cloth", "let it cool", "sharpen the edge"],
+        [
+            "rinse it well",
+            "scrub off the grease",
+            "wipe it with a cloth",
+            "let it cool",
+            "sharpen the edge",
+        ],
     ),
     "music": (
         ["guitar", "piano", "violin", "drum"],
-        ["tune it by ear", "play a slow scale", "learn one easy song", "close the case", "listen to the sound"],
+        [
+            "tune it by ear",
+            "play a slow scale",
+            "learn one easy song",
+            "close the case",
+            "listen to the sound",
+        ],
     ),
     "animal": (
         ["cat", "dog", "rabbit", "pony"],
-        ["fill the bowl", "brush the fur", "offer a small treat", "check the paws", "make a soft bed"],
+        [
+            "fill the bowl",
+            "brush the fur",
+            "offer a small treat",
+            "check the paws",
+            "make a soft bed",
+        ],
     ),
     "clothes": (
         ["jacket", "scarf", "shirt", "dress"],
@@ -46,7 +70,13 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "vehicle": (
         ["bicycle", "scooter", "truck", "tractor"],
-        ["check the brakes", "pump up the tires", "oil the chain", "tighten the bolts", "test the lights"],
+        [
+            "check the brakes",
+            "pump up the tires",
+            "oil the chain",
+            "tighten the bolts",
+            "test the lights",
+        ],
     ),
 }
 KIND_OF = {thing: kind for kind, (things, _) in KINDS.items() for thing in things}
@@ -67,16 +97,54 @@ QUESTIONS = [
     "Is it hard to look after the {t}?",
 ]
 # wishes about length -> number of steps wanted; wishes about tone -> +1 friendly, -1 plain, 0 either
-LENGTH_WISHES = {"": 2, " Keep it short.": 1, " One step is enough.": 1, " Give me every detail.": 3, " I want it step by step.": 3}
-TONE_WISHES = {"": 0, " Be nice to me.": 1, " I had a hard day.": 1, " No small talk.": -1, " Just the facts.": -1}
+LENGTH_WISHES = {
+    "": 2,
+    " Keep it short.": 1,
+    " One step is enough.": 1,
+    " Give me every detail.": 3,
+    " I want it step by step.": 3,
+}
+TONE_WISHES = {
+    "": 0,
+    " Be nice to me.": 1,
+    " I had a hard day.": 1,
+    " No small talk.": -1,
+    " Just the facts.": -1,
+}
 
 OPENERS = ["Happy to help!", "Good question!", "What a lovely idea!", "Thanks for asking!"]
-NAMING = ["Your {t} needs a little care.", "Looking after the {t} is simple.", "The {t} will thank you.", "Here is what I do for my {t}."]
-VAGUE = ["It needs a little care.", "Looking after it is simple.", "It will thank you.", "Here is what I do."]
-RUDE = ["That is a silly question.", "Everybody knows this.", "Do not waste my time.", "Work it out yourself."]
-FILLER = ["There is a lot to say here.", "It depends on many things.", "People have many opinions.", "I could go on for hours."]
+NAMING = [
+    "Your {t} needs a little care.",
+    "Looking after the {t} is simple.",
+    "The {t} will thank you.",
+    "Here is what I do for my {t}.",
+]
+VAGUE = [
+    "It needs a little care.",
+    "Looking after it is simple.",
+    "It will thank you.",
+    "Here is what I do.",
+]
+RUDE = [
+    "That is a silly question.",
+    "Everybody knows this.",
+    "Do not waste my time.",
+    "Work it out yourself.",
+]
+FILLER = [
+    "There is a lot to say here.",
+    "It depends on many things.",
+    "People have many opinions.",
+    "I could go on for hours.",
+]
 MARKERS = ["First", "Next", "Then", "Finally"]
-KNOWN_SENTENCES = {*OPENERS, *VAGUE, *RUDE, *FILLER, *(text.format(t=thing) for text in NAMING for thing in KIND_OF)}
+KNOWN_SENTENCES = {
+    *OPENERS,
+    *VAGUE,
+    *RUDE,
+    *FILLER,
+    *(text.format(t=thing) for text in NAMING for thing in KIND_OF),
+}
 
 
 def words(text: str) -> list[str]:
@@ -98,9 +166,36 @@ class Writer:
 
 
 WRITERS = [
-    Writer(0.30, heeds_wishes=0.90, names_thing=0.9, wrong_thing=0.1, wrong_kind=0.03, filler=0.05, rude=0.0, cut=0.01),
-    Writer(0.40, heeds_wishes=0.25, names_thing=0.5, wrong_thing=0.3, wrong_kind=0.15, filler=0.25, rude=0.1, cut=0.05),
-    Writer(0.30, heeds_wishes=0.00, names_thing=0.3, wrong_thing=0.4, wrong_kind=0.35, filler=0.45, rude=0.5, cut=0.10),
+    Writer(
+        0.30,
+        heeds_wishes=0.90,
+        names_thing=0.9,
+        wrong_thing=0.1,
+        wrong_kind=0.03,
+        filler=0.05,
+        rude=0.0,
+        cut=0.01,
+    ),
+    Writer(
+        0.40,
+        heeds_wishes=0.25,
+        names_thing=0.5,
+        wrong_thing=0.3,
+        wrong_kind=0.15,
+        filler=0.25,
+        rude=0.1,
+        cut=0.05,
+    ),
+    Writer(
+        0.30,
+        heeds_wishes=0.00,
+        names_thing=0.3,
+        wrong_thing=0.4,
+        wrong_kind=0.35,
+        filler=0.45,
+        rude=0.5,
+        cut=0.10,
+    ),
 ]
 
 
@@ -133,8 +228,13 @@ def request_of(prompt: str) -> Request:
     things = [word for word in words(prompt) if word in KIND_OF]
     if not things:
         raise ValueError(f"not a prompt of the sandbox, it names none of its things: {prompt!r}")
-    steps = next((n for wish, n in LENGTH_WISHES.items() if wish and wish.strip() in prompt), LENGTH_WISHES[""])
-    tone = next((n for wish, n in TONE_WISHES.items() if wish and wish.strip() in prompt), TONE_WISHES[""])
+    steps = next(
+        (n for wish, n in LENGTH_WISHES.items() if wish and wish.strip() in prompt),
+        LENGTH_WISHES[""],
+    )
+    tone = next(
+        (n for wish, n in TONE_WISHES.items() if wish and wish.strip() in prompt), TONE_WISHES[""]
+    )
     return Request(things[0], steps, tone)
 
 
@@ -145,7 +245,9 @@ def factors(prompt: str, answer: str) -> dict[str, float]:
     """The parts of the gold reward, all read off the two texts. Keys are documented at `gold_reward`."""
     request = request_of(prompt)
     sentences = [s.strip() for s in re.findall(r"[^.!?]+[.!?]", answer)]
-    steps = [s.split(", ", 1)[1][:-1] for s in sentences if s.split(", ", 1)[0] in MARKERS and ", " in s]
+    steps = [
+        s.split(", ", 1)[1][:-1] for s in sentences if s.split(", ", 1)[0] in MARKERS and ", " in s
+    ]
     known = [step for step in steps if step in KIND_OF_STEP]
     named = {word for word in words(answer) if word in KIND_OF}
     friendly = any(s in OPENERS for s in sentences[:1])
@@ -192,7 +294,9 @@ def best_gold(prompt: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------------- answers
 
 
-def ideal_answer(request: Request, rng: random.Random, steps: int | None = None, tone: int | None = None) -> str:
+def ideal_answer(
+    request: Request, rng: random.Random, steps: int | None = None, tone: int | None = None
+) -> str:
     """An answer without a fault to `request`; `steps` and `tone` replace the wished ones."""
     steps, tone = steps or request.steps, tone if tone is not None else request.tone
     sentences = [rng.choice(OPENERS)] if tone > 0 else []
@@ -223,7 +327,11 @@ def write_answer(prompt: str, rng: random.Random) -> str:
         about = rng.choice(NAMING).format(t=rng.choice([t for t in KIND_OF if t != request.thing]))
     else:
         about = rng.choice(VAGUE)
-    sentences = ([rng.choice(OPENERS)] if friendly else []) + ([rng.choice(RUDE)] if rng.random() < writer.rude else []) + [about, *body]
+    sentences = (
+        ([rng.choice(OPENERS)] if friendly else [])
+        + ([rng.choice(RUDE)] if rng.random() < writer.rude else [])
+        + [about, *body]
+    )
     answer = " ".join(sentences)
     if rng.random() < writer.cut:
         words = answer.split()
@@ -262,10 +370,14 @@ def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> Dataset:
     Raises: ValueError when there are fewer prompts than that asks for.
     """
     # a stream for each part, so that the size of one does not change another
-    rng, rng_sft, rng_rm, rng_eval = (random.Random(f"sandbox-{seed}-{part}") for part in ("prompts", "sft", "rm", "eval"))
+    rng, rng_sft, rng_rm, rng_eval = (
+        random.Random(f"sandbox-{seed}-{part}") for part in ("prompts", "sft", "rm", "eval")
+    )
     prompts = all_prompts()
     if eval_rows > len(prompts) // 2:
-        raise ValueError(f"data.eval_rows={eval_rows}: the sandbox has {len(prompts)} prompts, hold out at most half of them")
+        raise ValueError(
+            f"data.eval_rows={eval_rows}: the sandbox has {len(prompts)} prompts, hold out at most half of them"
+        )
     rng.shuffle(prompts)
     held_out, rest = prompts[:eval_rows], prompts[eval_rows:]
     a, b = int(0.4 * len(rest)), int(0.8 * len(rest))
@@ -289,7 +401,9 @@ def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> Dataset:
         for prompt, first, second, margin in rows:
             if rng.random() >= prefers_first(margin, temperature):
                 first, second, margin = second, first, -margin
-            labelled.append(Pair([Turn("user", prompt)], first, second, gold_margin=margin, source="sandbox"))
+            labelled.append(
+                Pair([Turn("user", prompt)], first, second, gold_margin=margin, source="sandbox")
+            )
         return labelled
 
     def probe(prompt: str, rng: random.Random) -> Pair:
@@ -300,9 +414,17 @@ def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> Dataset:
         tone = request.tone or rng.choice([1, -1])
         fits = ideal_answer(request, rng, tone=tone)
         misses = ideal_answer(request, rng, steps=rng.choice(others), tone=-request.tone or tone)
-        return Pair([Turn("user", prompt)], fits, misses, gold_margin=gold_reward(prompt, fits) - gold_reward(prompt, misses))
+        return Pair(
+            [Turn("user", prompt)],
+            fits,
+            misses,
+            gold_margin=gold_reward(prompt, fits) - gold_reward(prompt, misses),
+        )
 
-    rows, held_out_rows = compare(for_rm, cfg.pairs, rng_rm), compare(held_out, 4 * eval_rows, rng_eval)
+    rows, held_out_rows = (
+        compare(for_rm, cfg.pairs, rng_rm),
+        compare(held_out, 4 * eval_rows, rng_eval),
+    )
     temperature = calibrate_temperature([row[3] for row in rows], cfg.label_noise)
     return Dataset(
         sft=[demonstrate(rng_sft.choice(for_sft), rng_sft) for _ in range(cfg.demonstrations)],

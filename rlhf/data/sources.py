@@ -16,14 +16,18 @@ from typing import IO, Any
 
 import numpy as np
 
-from rlhf.config import BadRow, Data, Format, Source
+from rlhf.config.schema import BadRow, Data, Format, Source
 from rlhf.data import formats
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
-from rlhf.track import first_line, is_listening
+from rlhf.data.splits import EVAL, PARTS, PPO, RM, SFT, split_rows
+from rlhf.runs.log import first_line, is_listening
 
-BUILDERS = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # a .jsonl line by line: one may be broken
-SFT, RM, PPO, EVAL = range(4)  # the parts
-PARTS = ("sft", "rm", "ppo", "eval")
+BUILDERS = {
+    ".jsonl": "text",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}  # a .jsonl line by line: one may be broken
 UNREADABLE = "cannot be read: "
 
 
@@ -60,25 +64,38 @@ def load_sources(cfg: Data) -> Dataset:
                 weight = np.full(len(table), 1.0 if held_out else source.weight)
                 sft_only = np.full(len(table), source.sft_only)
                 origin = np.full(len(table), len(tables))
-                more = {"own_eval": own_eval, "held_out": np.full(len(table), held_out), "weight": weight, "sft_only": sft_only}
+                more = {
+                    "own_eval": own_eval,
+                    "held_out": np.full(len(table), held_out),
+                    "weight": weight,
+                    "sft_only": sft_only,
+                }
                 columns.append(column | more | {"origin": origin})
                 tables.append(table)
                 of_tables.append(report)
             reports.append(report)
     if not tables:
-        raise ValueError(f"data={'+'.join(cfg.sources)}: plain text only; add a source with questions and answers")
+        raise ValueError(
+            f"data={'+'.join(cfg.sources)}: plain text only; add a source with questions and answers"
+        )
     rows = {key: np.concatenate([column[key] for column in columns]) for key in columns[0]}
-    parts, lost = divide(rows, cfg)
+    parts, lost = split_rows(rows, cfg)
     for reason, index in [*lost.items(), *((PARTS[part], index) for part, index in parts.items())]:
-        for report, count in zip(of_tables, np.bincount(rows["origin"][index], minlength=len(tables)).tolist()):
+        for report, count in zip(
+            of_tables, np.bincount(rows["origin"][index], minlength=len(tables)).tolist()
+        ):
             if reason in PARTS:
                 report[reason] = count
             elif count:
                 report["left_out"][reason] = count
     for report in of_tables:  # a row of weight 2 stands in its part twice
-        report["copies"] = sum(report[part] for part in PARTS) + sum(report["left_out"].values()) - report["rows"]
+        report["copies"] = (
+            sum(report[part] for part in PARTS) + sum(report["left_out"].values()) - report["rows"]
+        )
     everything = datasets.concatenate_datasets(tables)
-    held_out_rows = parts[EVAL][np.argsort(rows["key"][parts[EVAL]])]  # sources mixed, the same ones in whatever order they came
+    held_out_rows = parts[EVAL][
+        np.argsort(rows["key"][parts[EVAL]])
+    ]  # sources mixed, the same ones in whatever order they came
     has_two = held_out_rows[rows["is_pair"][held_out_rows]]
     demonstrations = [pair_of(row) for row in everything.select(held_out_rows[: cfg.eval_rows])]
     return Dataset(
@@ -88,7 +105,9 @@ def load_sources(cfg: Data) -> Dataset:
         eval_sft=[Demonstration(pair.prompt, pair.chosen) for pair in demonstrations],
         eval_rm=[
             dataclasses.replace(pair_of(row), source=of_tables[origin]["source"])
-            for row, origin in zip(everything.select(has_two[: cfg.eval_rows]), rows["origin"][has_two])
+            for row, origin in zip(
+                everything.select(has_two[: cfg.eval_rows]), rows["origin"][has_two]
+            )
         ],
         eval_prompts=list({str(pair.prompt): pair.prompt for pair in demonstrations}.values()),
         texts=datasets.concatenate_datasets(texts) if texts else None,
@@ -96,61 +115,14 @@ def load_sources(cfg: Data) -> Dataset:
     )
 
 
-def divide(rows: dict[str, np.ndarray], cfg: Data) -> tuple[dict[int, np.ndarray], dict[str, np.ndarray]]:
-    """Which rows go into which part, and which into none.
-
-    Args: rows: of each row `prompt` and `key` (hashes of the prompt, and of all of it), `is_pair`, `sft_only`, `own_eval` (its source
-        has a held-out split of its own), `held_out` (it is of such a split), `weight`.
-    Returns: row numbers by part, a row of weight 2 twice; row numbers by the reason why they are left out.
-    """
-    place = rows["prompt"] / 2.0**64  # uniform in [0, 1)
-    share = cfg.eval_share
-    within = np.where(place < share, place / share, (place - share) / (1 - share))
-    a, b, c = cfg.shares
-    part = np.select([within < a / (a + b + c), within < (a + b) / (a + b + c)], [SFT, RM], PPO)
-    part[((place < share) & ~rows["own_eval"]) | rows["held_out"]] = EVAL
-
-    lost: dict[str, np.ndarray] = {}
-    kept = np.ones(len(part), dtype=bool)
-
-    def leave_out(reason: str, which: np.ndarray) -> None:
-        lost[reason] = np.flatnonzero(which & kept)
-        kept[lost[reason]] = False
-
-    leave_out("prompt is evaluated on", (part != EVAL) & np.isin(rows["prompt"], np.unique(rows["prompt"][part == EVAL])))
-    candidates = np.flatnonzero(kept)  # the same row for SFT only yields to the one that is for all
-    candidates = candidates[np.lexsort((candidates, rows["sft_only"][candidates], rows["key"][candidates]))]
-    seen_before = kept.copy()
-    seen_before[candidates[np.unique(rows["key"][candidates], return_index=True)[1]]] = False
-    leave_out("the same row again", seen_before)
-    sft_only = rows["sft_only"] & (part != EVAL)
-    leave_out("no second answer", (part == RM) & ~rows["is_pair"] & ~sft_only)
-    elsewhere = np.unique(rows["prompt"][kept & ~sft_only & ((part == RM) | (part == PPO))])
-    leave_out("prompt of another stage", sft_only & (part != SFT) & np.isin(rows["prompt"], elsewhere))
-    part[sft_only] = SFT
-    first_with_prompt = np.zeros(len(part), dtype=bool)
-    for_ppo = np.flatnonzero(kept & (part == PPO))
-    first_with_prompt[for_ppo[np.unique(rows["prompt"][for_ppo], return_index=True)[1]]] = True
-    leave_out("the same prompt again", (part == PPO) & ~first_with_prompt)
-
-    fraction = (rows["key"] >> np.uint64(11)) / 2.0**53  # a part of the rows, the same one each time
-    copies = (np.floor(rows["weight"]) + (fraction < rows["weight"] % 1)).astype(np.int64)
-    copies[part == PPO] = np.minimum(copies[part == PPO], 1)
-    copies[part == EVAL] = 1
-    leave_out("by weight", copies == 0)
-    chosen = {number: np.flatnonzero(kept & (part == number)) for number in (SFT, RM, PPO, EVAL)}
-    return {number: np.repeat(index, copies[index]) for number, index in chosen.items()}, lost
-
-
 def pair_of(row: dict[str, Any]) -> Pair:
     """A row of a table as an object."""
     return Pair([Turn(**turn) for turn in row["prompt"]], row["chosen"], row["rejected"])
 
 
-# -------------------------------------------------------------------------------------------------------------------- one source
-
-
-def read(name: str, source: Source, split: str, cfg: Data) -> tuple[Any, dict[str, np.ndarray], dict[str, Any]]:
+def read(
+    name: str, source: Source, split: str, cfg: Data
+) -> tuple[Any, dict[str, np.ndarray], dict[str, Any]]:
     """A split of a source as a table of records, without the rows that are left out.
 
     Returns: the table; of each row its hashes `prompt` and `key`, and `is_pair`; and the report: rows, and how many were left out why.
@@ -167,12 +139,20 @@ def read(name: str, source: Source, split: str, cfg: Data) -> tuple[Any, dict[st
     source = resolved(name, source, first_row(name, source, raw, by_line))
     text = source.format == Format.text
     strings = datasets.Value("string")
-    features = {"text": strings} if text else {"prompt": datasets.List({"role": strings, "text": strings}), "chosen": strings}
+    features = (
+        {"text": strings}
+        if text
+        else {"prompt": datasets.List({"role": strings, "text": strings}), "chosen": strings}
+    )
     features |= {} if text else {"rejected": strings, "prompt_key": datasets.Value("uint64")}
     features |= {"problem": strings, "key": datasets.Value("uint64")}
-    reading = str((source.format, sorted(source.columns.items()), source.min_score_ratio, by_line, cfg.seed))
-    key = digest(raw._fingerprint, reading, Path(__file__).read_text(), Path(formats.__file__).read_text())
-    table = mapped(raw, read_texts if text else read_rows, key, f"reading {name}", cfg.workers,
+    reading = str(
+        (source.format, sorted(source.columns.items()), source.min_score_ratio, by_line, cfg.seed)
+    )
+    key = digest(
+        raw._fingerprint, reading, Path(__file__).read_text(), Path(formats.__file__).read_text()
+    )
+    table = cached_map(raw, read_texts if text else read_rows, key, f"reading {name}", cfg.workers,
                    {"source": source, "by_line": by_line, "seed": cfg.seed}, datasets.Features(features))  # fmt: skip
 
     problems = table.data.column("problem")
@@ -198,7 +178,9 @@ def read(name: str, source: Source, split: str, cfg: Data) -> tuple[Any, dict[st
     def column(of: str) -> np.ndarray:
         return table.data.column(of).to_numpy()[fine]
 
-    report["content"] = hashlib.sha256(column("key").tobytes()).hexdigest()[:16]  # a run that goes on asks for the same
+    report["content"] = hashlib.sha256(column("key").tobytes()).hexdigest()[
+        :16
+    ]  # a run that goes on asks for the same
 
     if text:
         every = len(fine)
@@ -240,18 +222,26 @@ def first_row(name: str, source: Source, raw: Any, by_line: bool) -> dict[str, A
             continue
         except ValueError as error:
             problem = f"line {number}: {error}" if problem == "line 1 is empty" else problem
-    raise ValueError(f"data.sources.{name}: {source.path} has no line that is a JSON object {{...}}: {problem}")
+    raise ValueError(
+        f"data.sources.{name}: {source.path} has no line that is a JSON object {{...}}: {problem}"
+    )
 
 
-def read_rows(batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int) -> dict[str, Any]:
+def read_rows(
+    batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int
+) -> dict[str, Any]:
     """A batch of raw rows as records; `problem` is "" where a row is fine."""
-    found: dict[str, list[Any]] = {key: [] for key in ("prompt", "chosen", "rejected", "prompt_key", "problem", "key")}
+    found: dict[str, list[Any]] = {
+        key: [] for key in ("prompt", "chosen", "rejected", "prompt_key", "problem", "key")
+    }
     for row in raw_rows(batch):
         pair, prompt_key, key, problem = Pair([], "", None), 0, 0, ""
         try:
             read = formats.read_row(parse_line(row["text"]) if by_line else row, source)
             # the same prompt is the same whatever its case and spaces
-            prompt = "|".join(f"{turn.role}:{' '.join(turn.text.lower().split())}" for turn in read.prompt)
+            prompt = "|".join(
+                f"{turn.role}:{' '.join(turn.text.lower().split())}" for turn in read.prompt
+            )
             prompt_key = number_of(f"{seed}|{prompt}")
             key = number_of(json.dumps([prompt, read.chosen, read.rejected], ensure_ascii=False))
             pair = read
@@ -268,7 +258,9 @@ def read_rows(batch: dict[str, list[Any]], source: Source, by_line: bool, seed: 
     return found | {name: np.array(found[name], dtype=np.uint64) for name in ("prompt_key", "key")}
 
 
-def read_texts(batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int) -> dict[str, Any]:
+def read_texts(
+    batch: dict[str, list[Any]], source: Source, by_line: bool, seed: int
+) -> dict[str, Any]:
     """Likewise for plain text."""
     found: dict[str, list[Any]] = {"text": [], "problem": [], "key": []}
     for row in raw_rows(batch):
@@ -310,9 +302,6 @@ def number_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-# -------------------------------------------------------------------------------------------------------------------- the library
-
-
 def open_source(name: str, source: Source, split: str) -> tuple[Any, bool]:
     """The rows of a file, a directory or the hub, as they are; and whether they are lines of a .jsonl file."""
     import datasets
@@ -327,33 +316,41 @@ def open_source(name: str, source: Source, split: str) -> tuple[Any, bool]:
         try:
             saved = datasets.load_from_disk(str(file))
         except Exception as error:
-            raise ValueError(f"{where}: a directory must be one that save_to_disk has written ({first_line(error)})") from None
+            raise ValueError(
+                f"{where}: a directory must be one that save_to_disk has written ({first_line(error)})"
+            ) from None
         splits = saved if isinstance(saved, datasets.DatasetDict) else {source.split: saved}
         if split not in splits:
-            raise ValueError(f"data.sources.{name}: {path} has no split {split}, but {', '.join(splits)}")
+            raise ValueError(
+                f"data.sources.{name}: {path} has no split {split}, but {', '.join(splits)}"
+            )
         return splits[split], False
     if not file.is_file():
         raise FileNotFoundError(f"{where}: no such file")
     if not file.stat().st_size:
         raise ValueError(f"{where}: the file is empty")
     if suffix not in BUILDERS:
-        raise ValueError(f"{where}: give a file ending in {', '.join(BUILDERS)} (.gz too), a directory of save_to_disk, or a hub id")
+        raise ValueError(
+            f"{where}: give a file ending in {', '.join(BUILDERS)} (.gz too), a directory of save_to_disk, or a hub id"
+        )
     show_progress(file.stat().st_size > 10**8)
     try:
         builder = "text" if suffix == ".json" and holds_lines(file) else BUILDERS[suffix]
         how = csv_as_text(file, source) if builder == "csv" else {}
-        return datasets.load_dataset(builder, data_files=str(file), split="train", **how), builder == "text"
+        return datasets.load_dataset(
+            builder, data_files=str(file), split="train", **how
+        ), builder == "text"
     except Exception as error:  # the library wraps the causes in its own errors, or names none
         raise ValueError(f"{where}: {what_is_wrong(file, suffix, error)}") from None
 
 
-def opened(file: Path) -> IO[bytes]:
+def open_compressed(file: Path) -> IO[bytes]:
     return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")  # type: ignore[return-value]
 
 
 def holds_lines(file: Path) -> bool:
     """Whether a .json file has an object in each line, as .jsonl files do."""
-    with opened(file) as lines:
+    with open_compressed(file) as lines:
         try:
             return isinstance(json.loads(lines.readline()), dict)
         except ValueError:
@@ -367,14 +364,14 @@ def what_is_wrong(file: Path, suffix: str, error: BaseException) -> str:
     if isinstance(error, OSError):
         return first_line(error)
     if suffix != ".parquet":
-        with opened(file) as lines:
+        with open_compressed(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as problem:
                     return f"line {number} is not UTF-8: {problem}"
     if suffix == ".json":
-        with opened(file) as whole:
+        with open_compressed(file) as whole:
             try:
                 json.load(whole)
             except ValueError as problem:
@@ -400,7 +397,9 @@ def open_hub(name: str, source: Source, split: str) -> Any:
     import datasets
     import huggingface_hub
 
-    if not datasets.config.HF_HUB_OFFLINE and not hub_answers():  # else the library would try for half a minute
+    if (
+        not datasets.config.HF_HUB_OFFLINE and not hub_answers()
+    ):  # else the library would try for half a minute
         datasets.config.HF_HUB_OFFLINE = True
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     show_progress(True)
@@ -410,12 +409,18 @@ def open_hub(name: str, source: Source, split: str) -> Any:
         except RuntimeError as error:  # a data set that is a program: the library runs none, but the hub has its rows as files
             if "scripts are no longer supported" not in str(error):
                 raise
-            return datasets.load_dataset(source.path, source.config, split=split, revision="refs/convert/parquet")
+            return datasets.load_dataset(
+                source.path, source.config, split=split, revision="refs/convert/parquet"
+            )
     except Exception as error:
         text = first_line(error)
         if "nknown split" in text:
             raise ValueError(f"data.sources.{name}.split={split}: {text}") from None
-        hint = "no such file, not in the cache, and the hub does not answer" if datasets.config.HF_HUB_OFFLINE else "not to be had"
+        hint = (
+            "no such file, not in the cache, and the hub does not answer"
+            if datasets.config.HF_HUB_OFFLINE
+            else "not to be had"
+        )
         raise FileNotFoundError(f"data.sources.{name}.path={source.path}: {hint}: {text}") from None
 
 
@@ -444,14 +449,24 @@ def cache_folder() -> Path:
     return folder
 
 
-def mapped(raw: Any, read: Any, key: str, what: str, workers: int | None, arguments: dict[str, Any], features: Any) -> Any:
+def cached_map(
+    raw: Any,
+    read: Any,
+    key: str,
+    what: str,
+    workers: int | None,
+    arguments: dict[str, Any],
+    features: Any,
+) -> Any:
     """`raw.map(read)` in several processes, kept in the library's cache under `key`: done once, and read from there afterwards."""
     from filelock import FileLock
 
     folder = cache_folder()
     show_progress(large := len(raw) > 20_000)
     processes = min(workers or min(os.cpu_count() or 1, 8), len(raw)) if large else None
-    with FileLock(folder / f"{key}.lock"):  # another process of this run, or another run, may be at it: then wait, and read
+    with FileLock(
+        folder / f"{key}.lock"
+    ):  # another process of this run, or another run, may be at it: then wait, and read
         return raw.map(
             read,
             batched=True,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.config import Template
+from rlhf.config.schema import Template
 from rlhf.data.records import Demonstration, Pair, Turn
 
 USER, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of the style hh
@@ -49,14 +49,18 @@ _MARKS = {  # special tokens; the last one ends a turn
     Template.chatml: ["<|im_start|>", "<|im_end|>"],
     Template.llama3: ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
 }
-_PROBE = [Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?")]  # no system's turn: some templates refuse it
+_PROBE = [
+    Turn("user", "One?"),
+    Turn("assistant", "Two."),
+    Turn("user", "Three?"),
+]  # no system's turn: some templates refuse it
 _PROBE_ANSWER = "Four."
 
 
 # ------------------------------------------------------------------------------------------------------------------- the template
 
 
-def install(tokenizer: Any, style: Template) -> None:
+def install_chat_template(tokenizer: Any, style: Template) -> None:
     """Make a style the tokenizer's chat template and its end mark the EOS, and add the special tokens that the vocabulary lacks.
     Doing it twice changes nothing. Raises: ValueError when the model's own template is missing or cannot be trained with."""
     if style is Template.tokenizer:
@@ -64,7 +68,9 @@ def install(tokenizer: Any, style: Template) -> None:
         return
     if style in _MARKS:
         *others, end = _MARKS[style]
-        tokenizer.add_special_tokens({"eos_token": end, "extra_special_tokens": others}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"eos_token": end, "extra_special_tokens": others}, replace_extra_special_tokens=False
+        )
     if style is Template.llama3 and tokenizer.bos_token is None:
         tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>"})
     # the other styles begin with BOS only where the tokenizer itself puts one in front of a text
@@ -88,15 +94,23 @@ def _render(tokenizer: Any, turns: list[Turn], for_answer: bool) -> str:
 
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer)
-    except TemplateError as error:  # for instance: it knows no system's turn, or wants roles to alternate
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=for_answer
+        )
+    except (
+        TemplateError
+    ) as error:  # for instance: it knows no system's turn, or wants roles to alternate
         roles = ", ".join(turn.role for turn in turns)
-        raise _unfit(tokenizer, f"refuses the turns {roles} ({' '.join(str(error).split())})") from None
+        raise _unfit(
+            tokenizer, f"refuses the turns {roles} ({' '.join(str(error).split())})"
+        ) from None
 
 
 def _unfit(tokenizer: Any, problem: str) -> ValueError:
     wanted = "choose data.template=hh, chatml or llama3"
-    return ValueError(f"data.template=tokenizer: the chat template of {tokenizer.name_or_path} {problem}: {wanted}")
+    return ValueError(
+        f"data.template=tokenizer: the chat template of {tokenizer.name_or_path} {problem}: {wanted}"
+    )
 
 
 def _around_answer(tokenizer: Any, turns: list[Turn] = _PROBE) -> tuple[str, str]:
@@ -113,33 +127,48 @@ def _around_answer(tokenizer: Any, turns: list[Turn] = _PROBE) -> tuple[str, str
 def _own_end_mark(tokenizer: Any) -> str:
     """The special token with which a model's own template ends an answer. Raises: ValueError when there is none."""
     if not tokenizer.chat_template:
-        raise ValueError(f"data.template=tokenizer: {tokenizer.name_or_path} has no chat template: choose hh, chatml or llama3")
+        raise ValueError(
+            f"data.template=tokenizer: {tokenizer.name_or_path} has no chat template: choose hh, chatml or llama3"
+        )
     before, behind = _around_answer(tokenizer)
     if _around_answer(tokenizer, _PROBE[-1:]) != (before, behind):
         raise _unfit(tokenizer, "renders the first answer of a dialogue unlike the later ones")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = [token for token in special if behind.lstrip().startswith(token)]  # Llama 2 has a space in front of it
+    ends = [
+        token for token in special if behind.lstrip().startswith(token)
+    ]  # Llama 2 has a space in front of it
     if not ends:
-        raise _unfit(tokenizer, f"does not end an answer with a special token (but with {behind[:40]!r})")
+        raise _unfit(
+            tokenizer, f"does not end an answer with a special token (but with {behind[:40]!r})"
+        )
     return max(ends, key=len)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the tokens
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[list[Turn]], max_tokens: int) -> list[list[int] | None]:
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[list[Turn]], max_tokens: int
+) -> list[list[int] | None]:
     """Token ids of each prompt. One that is too long loses its first turns, always keeping a user's turn in front;
     None when its last turn alone has more than `max_tokens`."""
     if not prompts:
         return []
-    encoded = tokenizer([render_prompt(tokenizer, turns) for turns in prompts], add_special_tokens=False).input_ids
-    return [ids if len(ids) <= max_tokens else _shorten(tokenizer, turns, max_tokens) for turns, ids in zip(prompts, encoded)]
+    encoded = tokenizer(
+        [render_prompt(tokenizer, turns) for turns in prompts], add_special_tokens=False
+    ).input_ids
+    return [
+        ids if len(ids) <= max_tokens else _shorten(tokenizer, turns, max_tokens)
+        for turns, ids in zip(prompts, encoded)
+    ]
 
 
 def _shorten(tokenizer: Any, turns: list[Turn], max_tokens: int) -> list[int] | None:
     for first in range(1, len(turns)):
         if turns[first].role == "user":
-            ids = tokenizer(render_prompt(tokenizer, turns[first:]), add_special_tokens=False).input_ids
+            ids = tokenizer(
+                render_prompt(tokenizer, turns[first:]), add_special_tokens=False
+            ).input_ids
             if len(ids) <= max_tokens:
                 return ids
     return None
@@ -150,7 +179,9 @@ def encode_responses(tokenizer: Any, answers: Sequence[str], max_tokens: int) ->
     if not answers:
         return []
     before, space = _frame(tokenizer)
-    encoded = tokenizer([before + text.strip() + space for text in answers], add_special_tokens=False).input_ids
+    encoded = tokenizer(
+        [before + text.strip() + space for text in answers], add_special_tokens=False
+    ).input_ids
     return [(ids + [tokenizer.eos_token_id])[:max_tokens] for ids in encoded]
 
 
@@ -169,17 +200,30 @@ def _frame(tokenizer: Any) -> tuple[str, str]:
 
 def content(tokenizer: Any) -> str:
     """All that decides which tokens a tokenizer makes of turns, in one text."""
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    rules = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else str(sorted(tokenizer.get_vocab().items()))
+    )
     return f"{rules}\n{tokenizer.chat_template}\n{tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.pad_token}"
 
 
 def same_tokens(one: Any, other: Any) -> bool:
     """Whether two tokenizers make the same tokens of the same turns: the same vocabulary, special tokens and template."""
-    probe = [Turn("user", "A tokenizer's probe: 3.14 café\n  two spaces"), Turn("assistant", "Yes - it's one."), Turn("user", "Thanks!")]
+    probe = [
+        Turn("user", "A tokenizer's probe: 3.14 café\n  two spaces"),
+        Turn("assistant", "Yes - it's one."),
+        Turn("user", "Thanks!"),
+    ]
 
     def made_by(tokenizer: Any) -> Any:
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        return tokenizer.get_vocab(), special, encode_prompts(tokenizer, [probe], 10**9), encode_response(tokenizer, "So.", True)
+        return (
+            tokenizer.get_vocab(),
+            special,
+            encode_prompts(tokenizer, [probe], 10**9),
+            encode_response(tokenizer, "So.", True),
+        )
 
     return made_by(one) == made_by(other)
 
@@ -193,7 +237,9 @@ def encode_demonstrations(
     return [(prompt, answer) for prompt, answer in zip(prompts, answers) if prompt is not None]
 
 
-def encode_pairs(tokenizer: Any, pairs: Sequence[Pair], max_prompt: int, max_response: int) -> list[tuple[list[int], list[int], list[int]]]:
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[Pair], max_prompt: int, max_response: int
+) -> list[tuple[list[int], list[int], list[int]]]:
     """Token ids of prompt, chosen and rejected; pairs with a prompt that is too long or without a second answer are left out."""
     pairs = [pair for pair in pairs if pair.rejected is not None]
     prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt)

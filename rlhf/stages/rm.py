@@ -9,19 +9,23 @@ from typing import Any
 
 import torch
 
-from rlhf import comm
-from rlhf.agreement import accuracy_gold, correct, score_pairs
-from rlhf.checkpoint import Checkpoints
-from rlhf.config import Config, RmLoss
+from rlhf.config.schema import Config, RmLoss
 from rlhf.data import load, template
 from rlhf.data.batches import global_batches, micro_batches, pad_right
 from rlhf.data.load import open_data
 from rlhf.data.records import Pair
-from rlhf.engines import build_engine, optimizer_step
-from rlhf.models import check_context, last_token_score, load_scorer, load_tokenizer, save_engine, without_eos
-from rlhf.objectives import learning_rate, pairwise_loss, pairwise_loss_per_token
-from rlhf.rewards import unit_of
-from rlhf.track import Tracker, log
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import build_engine
+from rlhf.evaluation.reward_model import accuracy_gold, pairwise_accuracy, score_pairs
+from rlhf.models.loading import check_context, load_scorer, load_tokenizer, save_engine
+from rlhf.models.wrappers import last_token_score, without_eos
+from rlhf.rl.rewards import score_mean_std
+from rlhf.runs.log import log
+from rlhf.training.checkpoint import Checkpoints
+from rlhf.training.losses import pairwise_loss, pairwise_loss_per_token
+from rlhf.training.optimizer_step import optimizer_step
+from rlhf.training.schedule import learning_rate
+from rlhf.training.tracker import Tracker
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
@@ -31,7 +35,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     check_context(cfg.reward.path, max_prompt, max_response)
     tokenizer = load_tokenizer(cfg.reward.path, cfg.data.template)
     data = open_data(cfg, run_dir)
-    held_out = [pair for pair in data.eval_rm if template.encode_prompts(tokenizer, [pair.prompt], max_prompt)[0] is not None]
+    held_out = [
+        pair
+        for pair in data.eval_rm
+        if template.encode_prompts(tokenizer, [pair.prompt], max_prompt)[0] is not None
+    ]
     pairs = load.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
     log.info(f"reward model: {pairs} pairs, {len(held_out)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
@@ -42,38 +50,67 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     steps = min(steps, cfg.rm.max_steps or steps)
 
     # ---- model
-    engine = build_engine(lambda: load_scorer(cfg.reward.path, tokenizer, cfg.deploy.precision), cfg, "reward_trained", run_dir)
-    engine.module.hf.config.score_before_eos = cfg.rm.loss == RmLoss.per_token  # whoever reads the scores later finds it there
+    engine = build_engine(
+        lambda: load_scorer(cfg.reward.path, tokenizer, cfg.deploy.precision),
+        cfg,
+        "reward_trained",
+        run_dir,
+    )
+    engine.module.hf.config.score_before_eos = (
+        cfg.rm.loss == RmLoss.per_token
+    )  # whoever reads the scores later finds it there
     engine.train()
     tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
 
     # ---- training
     seen = {"tokens": 0}
-    checkpoints = Checkpoints(cfg, run_dir, steps, {"reward_trained": engine}, {"tracker": tracker, "seen": seen})
+    checkpoints = Checkpoints(
+        cfg, run_dir, steps, {"reward_trained": engine}, {"tracker": tracker, "seen": seen}
+    )
     batches = enumerate(global_batches(len(pairs), cfg.rm.batch_size, cfg.rm.epochs, cfg.seed))
     for step, batch in islice(batches, checkpoints.resume(), steps):
         n = len(batch)
         taken = {i: pairs[i] for i in batch}
-        seen["tokens"] += sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in taken.values())
-        losses: list[torch.Tensor] = []  # of the micro-batches: the summed loss, and the scores (pairs, 2)
+        seen["tokens"] += sum(
+            2 * len(prompt) + len(chosen) + len(rejected)
+            for prompt, chosen, rejected in taken.values()
+        )
+        losses: list[
+            torch.Tensor
+        ] = []  # of the micro-batches: the summed loss, and the scores (pairs, 2)
         scores: list[torch.Tensor] = []
 
-        def loss_of(micro: Sequence[int], n: int = n, losses: list = losses, scores: list = scores, taken: dict = taken) -> torch.Tensor:
-            chosen, rejected, loss = compare(engine, [taken[i] for i in micro], tokenizer, cfg.rm.loss)
+        def loss_of(
+            micro: Sequence[int],
+            n: int = n,
+            losses: list = losses,
+            scores: list = scores,
+            taken: dict = taken,
+        ) -> torch.Tensor:
+            chosen, rejected, loss = compare(
+                engine, [taken[i] for i in micro], tokenizer, cfg.rm.loss
+            )
             losses.append(loss.detach())
             scores.append(torch.stack([chosen.detach(), rejected.detach()], 1))
             return loss / n
 
         lr = learning_rate(step, steps, cfg.rm)
-        micros = micro_batches(batch, pairs.lengths, cfg.deploy.micro_batch, comm.rank(), comm.world_size(), max_prompt + max_response)
+        micros = micro_batches(
+            batch,
+            pairs.lengths,
+            cfg.deploy.micro_batch,
+            collectives.rank(),
+            collectives.world_size(),
+            max_prompt + max_response,
+        )
         grad_norm = optimizer_step(engine, micros, loss_of, lr)
-        both = comm.all_rows(torch.cat(scores)).double()
+        both = collectives.all_gather_rows(torch.cat(scores)).double()
         chosen, rejected = both[:, 0], both[:, 1]
         tracker.log(
             step + 1,
             {
-                "loss": comm.all_sum([float(sum(losses))], engine.device)[0] / n,
-                "accuracy": correct(chosen, rejected),
+                "loss": collectives.all_reduce_sum([float(sum(losses))], engine.device)[0] / n,
+                "accuracy": pairwise_accuracy(chosen, rejected),
                 "margin": float((chosen - rejected).mean()),
                 "mean_reward": float(both.mean()),
                 "min_reward": float(both.min()),
@@ -93,9 +130,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker.samples(steps, samples)
 
     # ---- the unit of the scores: mean 0 and standard deviation 1 over held-out demonstrations
-    demonstrations = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
+    demonstrations = template.encode_demonstrations(
+        tokenizer, data.eval_sft, max_prompt, max_response
+    )
     rows = [prompt + answer for prompt, answer in demonstrations]
-    mean, std = unit_of(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
+    mean, std = score_mean_std(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
     metrics |= {"eval/score_mean": mean, "eval/score_std": std}
     engine.module.hf.config.score_mean, engine.module.hf.config.score_std = mean, max(std, 1e-6)
     save_engine(engine, tokenizer, run_dir / "model")
@@ -104,7 +143,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
 
 def compare(
-    scorer: Any, pairs: Sequence[tuple[list[int], list[int], list[int]]], tokenizer: Any, over: RmLoss
+    scorer: Any,
+    pairs: Sequence[tuple[list[int], list[int], list[int]]],
+    tokenizer: Any,
+    over: RmLoss,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores of the chosen and of the rejected answers, (B,) each, in one forward; and their loss, summed over the pairs.
 
@@ -113,7 +155,9 @@ def compare(
     With RmLoss.per_token all is as in DeepSpeed-Chat, whose padding is EOS: scores are read before it, and where one answer has
     ended, the comparison with the other goes on over its EOS and padding.
     """
-    rows = [prompt + chosen for prompt, chosen, _ in pairs] + [prompt + rejected for prompt, _, rejected in pairs]
+    rows = [prompt + chosen for prompt, chosen, _ in pairs] + [
+        prompt + rejected for prompt, _, rejected in pairs
+    ]
     ids, mask = pad_right(rows, tokenizer.pad_token_id, scorer.device)
     at_tokens = scorer(ids, mask, over == RmLoss.per_token)
     if over == RmLoss.sequence:
@@ -140,12 +184,16 @@ def evaluate(
 
     limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens, cfg.deploy.eval_micro_batch)
     chosen, rejected = score_pairs(engine, tokenizer, pairs, *limits)
-    metrics = {"eval/accuracy": correct(chosen, rejected)}
+    metrics = {"eval/accuracy": pairwise_accuracy(chosen, rejected)}
     if (truth := accuracy_gold(pairs, chosen, rejected)) is not None:
         metrics["eval/accuracy_gold"] = truth
-        metrics["eval/accuracy_bayes"] = correct(torch.tensor([pair.gold_margin for pair in pairs]), torch.zeros(len(pairs)))
+        metrics["eval/accuracy_bayes"] = pairwise_accuracy(
+            torch.tensor([pair.gold_margin for pair in pairs]), torch.zeros(len(pairs))
+        )
     if probe:
-        metrics["eval/accuracy_prompt"] = correct(*score_pairs(engine, tokenizer, probe, *limits))
+        metrics["eval/accuracy_prompt"] = pairwise_accuracy(
+            *score_pairs(engine, tokenizer, probe, *limits)
+        )
     samples = [
         {
             "prompt": pair.prompt[-1].text,

@@ -9,20 +9,23 @@ from pathlib import Path
 
 import torch
 
-from rlhf import comm, plan
-from rlhf.checkpoint import Checkpoints
-from rlhf.config import Config
+from rlhf.config.schema import Config
 from rlhf.data import load, template
-from rlhf.data.batches import global_batches, micro_batches
+from rlhf.data.batches import first_loss_token, global_batches, micro_batches
 from rlhf.data.load import open_data
-from rlhf.decode import Sampling
-from rlhf.engines import build_engine, optimizer_step
-from rlhf.evaluation import evaluate_policy
-from rlhf.likelihood import answer_sums, first_learnt, perplexity
-from rlhf.models import check_context, load_policy, load_tokenizer, save_engine
-from rlhf.objectives import learning_rate
-from rlhf.rollout import Models
-from rlhf.track import Tracker, log
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import build_engine
+from rlhf.evaluation.policy import evaluate_policy
+from rlhf.models.loading import check_context, load_policy, load_tokenizer, save_engine
+from rlhf.planning.memory import gather_for_rollout
+from rlhf.rl.experience import Models
+from rlhf.runs.log import log
+from rlhf.sampling.token_choice import Sampling
+from rlhf.training.checkpoint import Checkpoints
+from rlhf.training.likelihood import perplexity, response_nll_stats
+from rlhf.training.optimizer_step import optimizer_step
+from rlhf.training.schedule import learning_rate
+from rlhf.training.tracker import Tracker
 
 Taken = dict[int, tuple[list[int], list[int]]]  # rows by their number: ids of prompt and answer
 
@@ -39,42 +42,65 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     log.info(f"SFT: {rows} demonstrations, {len(held_out)} held out")
     steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
     if not steps:
-        raise ValueError(f"sft.batch_size={cfg.sft.batch_size}: there are only {len(rows)} demonstrations")
+        raise ValueError(
+            f"sft.batch_size={cfg.sft.batch_size}: there are only {len(rows)} demonstrations"
+        )
     if not held_out:
         raise ValueError(f"data.max_prompt_tokens={max_prompt}: all held-out prompts are longer")
     steps = min(steps, cfg.sft.max_steps or steps)
 
     # ---- model
-    engine = build_engine(lambda: load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir)
+    engine = build_engine(
+        lambda: load_policy(cfg.actor.path, tokenizer, cfg.deploy.precision), cfg, "actor", run_dir
+    )
     engine.train()
     tracker = Tracker(cfg, run_dir, steps, ["loss", "mean_token_accuracy"])
 
     # ---- training
-    rank, world = comm.rank(), comm.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     seen = {"tokens": 0}
-    checkpoints = Checkpoints(cfg, run_dir, steps, {"actor": engine}, {"tracker": tracker, "seen": seen})
+    checkpoints = Checkpoints(
+        cfg, run_dir, steps, {"actor": engine}, {"tracker": tracker, "seen": seen}
+    )
     batches = enumerate(global_batches(len(rows), cfg.sft.batch_size, cfg.sft.epochs, cfg.seed))
     for step, batch in islice(batches, checkpoints.resume(), steps):
         taken = {i: rows[i] for i in batch}
-        learnt = {i: len(prompt) + len(answer) - first_learnt(prompt, cfg.sft.train_on_prompt) for i, (prompt, answer) in taken.items()}
+        learnt = {
+            i: len(prompt) + len(answer) - first_loss_token(prompt, cfg.sft.train_on_prompt)
+            for i, (prompt, answer) in taken.items()
+        }
         tokens = sum(learnt.values())  # of the whole step, over all processes
         seen["tokens"] += tokens
         longest = None if cfg.sft.micro_batch_means else max_prompt + max_response
         micros = micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world, longest)
         # each with the count that its sum is divided by
-        parts = [(m, sum(learnt[i] for i in m) * len(micros) * world if cfg.sft.micro_batch_means else tokens) for m in micros]
+        parts = [
+            (
+                m,
+                sum(learnt[i] for i in m) * len(micros) * world
+                if cfg.sft.micro_batch_means
+                else tokens,
+            )
+            for m in micros
+        ]
         sums = torch.zeros(3, dtype=torch.float64)  # -log p, correct, entropy
 
-        def loss_of(part: tuple[Sequence[int], int], sums: torch.Tensor = sums, taken: Taken = taken) -> torch.Tensor:
+        def loss_of(
+            part: tuple[Sequence[int], int], sums: torch.Tensor = sums, taken: Taken = taken
+        ) -> torch.Tensor:
             micro, count = part
             some = [taken[i] for i in micro]
-            nll, correct, entropy = answer_sums(engine, some, tokenizer.pad_token_id, cfg.sft.train_on_prompt)
+            nll, correct, entropy = response_nll_stats(
+                engine, some, tokenizer.pad_token_id, cfg.sft.train_on_prompt
+            )
             sums += torch.stack([nll.detach(), correct, entropy]).double().cpu()
             return nll / count
 
         lr = learning_rate(step, steps, cfg.sft)
         grad_norm = optimizer_step(engine, parts, loss_of, lr)
-        nll, correct, entropy = (x / tokens for x in comm.all_sum(sums.tolist(), engine.device))
+        nll, correct, entropy = (
+            x / tokens for x in collectives.all_reduce_sum(sums.tolist(), engine.device)
+        )
         tracker.log(
             step + 1,
             {
@@ -91,9 +117,15 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # ---- evaluation
     engine.eval()
-    metrics = {"eval/perplexity": perplexity(engine, held_out, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch)}
-    models = Models(tokenizer, engine, gather=plan.gather_for_rollout(cfg), engine=cfg.rollout.engine)
-    measured, samples = evaluate_policy(models, data, max_prompt, max_response, Sampling(1.0), cfg.deploy.eval_micro_batch)
+    metrics = {
+        "eval/perplexity": perplexity(
+            engine, held_out, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch
+        )
+    }
+    models = Models(tokenizer, engine, gather=gather_for_rollout(cfg), engine=cfg.rollout.engine)
+    measured, samples = evaluate_policy(
+        models, data, max_prompt, max_response, Sampling(1.0), cfg.deploy.eval_micro_batch
+    )
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
     tracker.samples(steps, samples)
     save_engine(engine, tokenizer, run_dir / "model")

@@ -1,0 +1,4 @@
+"""DeepSpeed engines, their configuration, and collectives across ranks.
+
+Models and losses live elsewhere.
+"""

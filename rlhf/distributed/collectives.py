@@ -1,0 +1,55 @@
+"""What the processes of a run say to each other. Works the same with one process, when nothing was initialised."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over all processes, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_reduce_max(value: float, device: torch.device) -> float:
+    """The largest value of all processes."""
+    top = torch.tensor(value, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return float(top)
+
+
+def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in rank order: (b, ...) of each becomes (b * world, ...). Shapes must agree."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def assert_same_across_ranks(value: str, what: str) -> None:
+    """Raises RuntimeError on every process when they do not all have the same value."""
+    if world_size() > 1:
+        values: list[str] = [""] * world_size()
+        dist.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                f"the processes do not agree on {what}: {', '.join(dict.fromkeys(values))}"
+            )
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

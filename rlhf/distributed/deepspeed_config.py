@@ -1,0 +1,99 @@
+"""The DeepSpeed configuration of each role, as a pure function of ours. No torch.
+
+DeepSpeed accepts unknown top-level keys silently, so nothing here is passed through from the user unread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf.config.schema import Config, Device, Optim, Precision
+from rlhf.config.stage_graph import stage_config
+
+TRAINED = ("actor", "critic", "reward_trained")
+FROZEN = ("ref", "reward", "policy")
+BYTES = {
+    Precision.fp32: 4,
+    Precision.bf16: 2,
+    Precision.fp16: 2,
+    Precision.autocast: 4,
+}  # of a weight
+
+
+def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Args:
+        role: "actor" (a policy that is trained), "critic" (PPO), "reward_trained" (reward stage); not trained: "ref", "reward" and
+            "policy" (one that is measured).
+        world_size: all processes of the run.
+    Raises: ValueError for another role.
+    """
+    if role not in TRAINED + FROZEN:
+        raise ValueError(f"role {role!r}: must be one of {', '.join(TRAINED + FROZEN)}")
+    deploy, optim = cfg.deploy, optim_of(cfg, role)
+    config: dict[str, Any] = {
+        # we own the accumulation boundary (engines.optimizer_step); for DeepSpeed every micro-batch is a whole one
+        "train_micro_batch_size_per_gpu": deploy.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": deploy.micro_batch * world_size,
+        "zero_optimization": zero_section(cfg, role),
+        "bf16": {"enabled": deploy.precision == Precision.bf16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,  # our tracker reports
+    }
+    if deploy.precision == Precision.fp16:
+        config["fp16"] = {
+            "enabled": True,
+            "loss_scale_window": 100,
+        }  # DeepSpeed-Chat; the scale itself starts at 2^16
+    if deploy.precision == Precision.autocast:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if optim:
+        config["gradient_clipping"] = optim.grad_clip
+        config["optimizer"] = {
+            "type": "AdamW",
+            # torch's own fused AdamW: needs no compiler, on CPU (offload) neither, and is as fast as DeepSpeed's
+            "params": {
+                "lr": 0.0,
+                "betas": list(optim.betas),
+                "eps": optim.adam_eps,
+                "torch_adam": True,
+                "fused": True,
+            },
+        }
+    return config
+
+
+def zero_section(cfg: Config, role: str) -> dict[str, Any]:
+    """What is partitioned and what lies in host memory."""
+    deploy, offload = cfg.deploy, cfg.deploy.offload
+    host = {"device": "cpu", "pin_memory": deploy.device == Device.gpu}
+    if (
+        role in FROZEN
+    ):  # DeepSpeed partitions weights at stage 3 only, which also is what fetches them from the host layer by layer
+        zero: dict[str, Any] = {"stage": 3 if deploy.zero_stage == 3 or offload.frozen else 0}
+        return zero | {"offload_param": host} if offload.frozen else zero
+    zero = {"stage": deploy.zero_stage}
+    if deploy.zero_stage:
+        elements = (
+            int(deploy.bucket_mb * 2**20) // BYTES[deploy.precision] // 2 * 2
+        )  # DeepSpeed wants an even number
+        zero |= {"overlap_comm": deploy.overlap_comm, "reduce_bucket_size": elements}
+        zero |= (
+            {"stage3_prefetch_bucket_size": elements}
+            if deploy.zero_stage == 3
+            else {"allgather_bucket_size": elements}
+        )
+    if offload.optimizer:
+        zero["offload_optimizer"] = host
+    if offload.parameters:
+        zero["offload_param"] = host
+    return zero
+
+
+def optim_of(cfg: Config, role: str) -> Optim | None:
+    """The node with the optimizer's settings of a role in the stage that runs; None for a frozen one."""
+    if role in FROZEN:
+        return None
+    return cfg.ppo.critic_optim if role == "critic" else stage_config(cfg)

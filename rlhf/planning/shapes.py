@@ -1,0 +1,152 @@
+"""Model shapes and parameter counts, by architecture family. No torch here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rlhf.config.schema import (
+    Arch,
+    Lora,
+)
+from rlhf.runs.locations import ASSETS, BUILTIN, is_directory, model_directory
+
+# Elements that one block keeps per token for the backward pass: (x ffn, x hidden in fp32, x hidden in bf16). The norms of the
+# llama family compute in fp32, which a bf16 block keeps beside its own. To these comes the attention mask: one per key; BLOOM
+# keeps its attention matrix, for each head once in fp32 and three times in bf16.
+ACTIVATIONS = {
+    "opt": (1, 8, 8),
+    "gpt2": (5, 8, 8),
+    "gpt_neox": (2, 10, 10),
+    "llama": (4, 10, 12),
+    "qwen2": (4, 10, 12),
+    "gemma3_text": (4, 17, 28),
+    "bloom": (1, 12, 12),
+}
+
+
+def linear_layers(arch: Arch) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of one block, by transformers' names. Raises ValueError for an unknown family."""
+    h, f, q, kv = arch.hidden, arch.ffn, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    if arch.family == "opt":
+        return {
+            "q_proj": (h, h),
+            "k_proj": (h, h),
+            "v_proj": (h, h),
+            "out_proj": (h, h),
+            "fc1": (h, f),
+            "fc2": (f, h),
+        }
+    if arch.family == "gpt2":
+        return {
+            "attn.c_attn": (h, 3 * h),
+            "attn.c_proj": (h, h),
+            "mlp.c_fc": (h, f),
+            "mlp.c_proj": (f, h),
+        }
+    if arch.family in ("gpt_neox", "bloom"):
+        return {
+            "query_key_value": (h, 3 * h),
+            "dense": (h, h),
+            "dense_h_to_4h": (h, f),
+            "dense_4h_to_h": (f, h),
+        }
+    if arch.family in ("llama", "qwen2", "gemma3_text"):
+        mlp = {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
+        return {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)} | mlp
+    raise ValueError(f"arch.family={arch.family}: must be one of {', '.join(ACTIVATIONS)}")
+
+
+def block_parameters(arch: Arch) -> int:
+    """Weights of one block, biases and norms included."""
+    layers = linear_layers(arch)
+    weights = sum(i * o for i, o in layers.values())
+    outputs = sum(o for _, o in layers.values())
+    h = arch.hidden
+    if arch.family in (
+        "opt",
+        "gpt2",
+        "gpt_neox",
+        "bloom",
+    ):  # biases everywhere, two norms with bias
+        return weights + outputs + 4 * h
+    if arch.family == "qwen2":  # biases on queries, keys and values
+        return weights + (arch.heads + 2 * arch.kv_heads) * arch.head_dim + 2 * h
+    if arch.family == "gemma3_text":  # four norms, and one each for queries and keys
+        return weights + 4 * h + 2 * arch.head_dim
+    return weights + 2 * h
+
+
+def parameters(arch: Arch, scorer: bool = False) -> int:
+    """Number of weights of a causal language model; `scorer`: of the sequence-classification model with one label."""
+    h, width = arch.hidden, arch.embed or arch.hidden
+    total = arch.vocab * width + arch.layers * block_parameters(arch)
+    if (
+        arch.family == "opt"
+    ):  # positions with an offset of 2; no final norm where the embeddings are projected
+        total += (arch.positions + 2) * h + (2 * h if width == h else 2 * width * h)
+    elif arch.family == "gpt2":
+        total += arch.positions * h + 2 * h
+    elif arch.family == "bloom":  # a norm behind the embeddings too; no positions (ALiBi)
+        total += 4 * h
+    else:
+        total += 2 * h if arch.family == "gpt_neox" else h
+    if scorer:
+        return total + width
+    return total if arch.tied else total + arch.vocab * width
+
+
+def lora_parameters(arch: Arch, lora: Lora, scorer: bool = False) -> int:
+    """Number of trained weights with an adapter: rank x (inputs + outputs) of each adapted layer, head, embeddings."""
+    width = arch.embed or arch.hidden
+
+    def adapted(name: str) -> bool:
+        return lora.targets is None or any(
+            name == t or name.endswith("." + t) or t.endswith("." + name) for t in lora.targets
+        )
+
+    total = arch.layers * sum(
+        lora.rank * (i + o) for name, (i, o) in linear_layers(arch).items() if adapted(name)
+    )
+    if width != arch.hidden:
+        total += sum(
+            lora.rank * (width + arch.hidden)
+            for name in ("project_in", "project_out")
+            if adapted(name)
+        )
+    return total + (width if scorer else 0) + (arch.vocab * width if lora.embeddings else 0)
+
+
+def arch_of(path: str, given: Arch | None) -> Arch | None:
+    """The numbers of a model: from its config.json where `path` is a directory or built in, else those given, or None.
+    Raises: ValueError for a family that there is no formula for."""
+    if path.startswith(BUILTIN):
+        file = ASSETS / path.removeprefix(BUILTIN) / "config.json"
+    elif is_directory(path):
+        file = model_directory(path) / "config.json"
+    else:
+        return given
+    saved = json.loads(file.read_text())
+
+    def get(*names: str, default: Any = None) -> Any:
+        return next((saved[name] for name in names if saved.get(name) is not None), default)
+
+    family, hidden = saved.get("model_type"), get("hidden_size", "n_embd", "n_embed")
+    if family not in ACTIVATIONS:
+        raise ValueError(
+            f"{path}: there is no memory formula for models of type {family}; it trains without a plan"
+        )
+    heads, width = get("num_attention_heads", "n_head"), get("word_embed_proj_dim", default=hidden)
+    return Arch(
+        family=family,
+        layers=get("num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=get("num_key_value_heads", default=heads),
+        head_dim=get("head_dim", default=hidden // heads),
+        ffn=get("ffn_dim", "intermediate_size", "n_inner", default=4 * hidden),
+        vocab=saved["vocab_size"],
+        positions=get("max_position_embeddings", "n_positions", "seq_length", default=2048),
+        tied=get("tie_word_embeddings", default=family in ("opt", "gpt2", "bloom", "gemma3_text")),
+        embed=width if width != hidden else None,
+    )

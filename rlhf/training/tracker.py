@@ -1,0 +1,242 @@
+"""What a run tells the world: metrics.jsonl (always), W&B, the progress bar, samples.jsonl. Rank 0 only; others are silent.
+
+Metric names are those of TRL where it has one, so that existing dashboards load; docs/wandb.md lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from rlhf.config.schema import Config, WandbMode
+from rlhf.distributed import collectives
+from rlhf.runs.log import first_line, is_listening, log
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
+
+
+class Tracker:
+    """Writes the metrics of one run.
+
+    Args: run_dir: where the files go.  total: steps of the run, for the time left.  shown: metrics beside the progress bar.
+    """
+
+    def __init__(self, cfg: Config, run_dir: Path, total: int, shown: list[str]):
+        self.run_dir, self.shown, self.total = run_dir, shown, total
+        self.main = collectives.rank() == 0
+        self.start, self.first = time.time(), 0
+        if not self.main:
+            return
+        self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  one line per step, flushed at once
+        self.wandb = ThreadPoolExecutor(1).submit(
+            start_wandb, cfg, run_dir
+        )  # takes seconds, in which the run can begin
+        # a terminal shows a bar; anything else gets a line now and then
+        self.bar = tqdm(
+            total=total,
+            desc=cfg.stage.name,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+            leave=True,
+        )
+        self.last_line = 0.0
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of `step` (1-based; optimizer step, PPO: rollout)."""
+        if not self.main:
+            return
+        metrics = {key: float(value) for key, value in metrics.items()}
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        self.tell_wandb(lambda run: run.log({"step": step, **metrics}))
+        shown = {
+            key.rsplit("/", 1)[-1]: f"{metrics[key]:.3g}" for key in self.shown if key in metrics
+        }
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n if not self.bar.disable else 0)
+        elapsed, done = time.time() - self.start, step - self.first
+        line = f"step {step}/{self.total}  " + "  ".join(
+            f"{key} {value}" for key, value in shown.items()
+        )
+        line += f"  {elapsed:.0f} s, {elapsed / done * (self.total - step):.0f} s left"
+        log.debug(line)  # train.log has every step
+        if self.bar.disable and (time.time() - self.last_line > 10 or step == self.total):
+            self.last_line = time.time()
+            log.info(line)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Record sampled answers: all of them in samples.jsonl, the first 32 as a W&B table `completions`."""
+        if not self.main or not rows:
+            return
+        with open(self.run_dir / "samples.jsonl", "a") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+
+        def send(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(
+                columns=list(rows[0]), data=[list(row.values()) for row in rows[:32]]
+            )
+            run.log({"step": step, "completions": table})
+
+        self.tell_wandb(send)
+
+    def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append answers of a rollout, token by token, to rollouts.jsonl; pandas.read_json(..., lines=True) reads it."""
+        if not self.main or not rows:
+            return
+        with open(self.run_dir / "rollouts.jsonl", "a") as file:
+            file.writelines(
+                json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows
+            )
+
+    def alert(self, title: str, text: str) -> None:
+        """Warn, on the console and as a W&B alert."""
+        if not self.main:
+            return
+        log.warning(f"{title}: {text}")
+        self.tell_wandb(lambda run: run.alert(title=title, text=text, level="WARN"))
+
+    def tell_wandb(self, send: Callable[[Any], None]) -> None:
+        """Whatever happens to W&B does not happen to the run: all is in the run's own files."""
+        if run := self.wandb.result():
+            try:
+                send(run)
+            except Exception as error:  # its client raises many kinds when the server goes away
+                log.warning(
+                    "W&B: %s: %s; going on, the run's own files have everything",
+                    type(error).__name__,
+                    first_line(error),
+                )
+
+    def state_dict(self) -> dict[str, int]:
+        """How much has been written to each file, and is on the disk."""
+        sizes = {}
+        for name in LOGS if self.main else ():
+            with contextlib.suppress(FileNotFoundError), open(self.run_dir / name, "rb") as file:
+                os.fsync(file.fileno())
+                sizes[name] = os.fstat(file.fileno()).st_size
+        return sizes
+
+    def load_state_dict(self, sizes: dict[str, int]) -> None:
+        """Cut off what was written after that: those steps are made again."""
+        for name in LOGS if self.main else ():
+            if (self.run_dir / name).exists():
+                os.truncate(self.run_dir / name, sizes.get(name, 0))
+        if self.main and sizes:
+            self.first = sum(1 for _ in open(self.run_dir / "metrics.jsonl"))  # noqa: SIM115
+            self.bar.initial = self.bar.n = self.first
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """End the run; `summary` holds its final metrics."""
+        if not self.main:
+            return
+        self.bar.close()
+        self.file.close()
+
+        def send(run: Any) -> None:
+            run.summary.update(summary)
+            run.finish()
+
+        self.tell_wandb(send)
+
+
+def start_wandb(cfg: Config, run_dir: Path) -> Any:
+    """The W&B run of this run directory, or None when disabled. Never prompts, and never waits for a dead network."""
+    if cfg.wandb.mode == WandbMode.disabled:
+        return None
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(6))
+    mode: Any = cfg.wandb.mode.name
+    if cfg.wandb.mode == WandbMode.auto:
+        mode = "online" if wandb_reachable(wandb.setup().settings.base_url) else "offline"
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        init_timeout=15,
+        finish_timeout=60,
+        x_transaction_log_flush_interval=1,
+        x_disable_meta=True,
+    )
+    options: dict[str, Any] = dict(
+        id=id_file.read_text().strip(),
+        dir=run_dir,
+        project=cfg.wandb.project,
+        entity=cfg.wandb.entity,
+        group=cfg.exp,
+        job_type=cfg.stage.name,
+        name=run_dir.name,
+        tags=[cfg.actor.name, cfg.deploy.device.name, *cfg.data.sources, *cfg.wandb.tags],
+        notes=cfg.wandb.notes,
+        config=OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True),
+        resume="allow",
+        settings=settings,
+    )
+    try:
+        run = wandb.init(mode=mode, **options)
+    except (
+        wandb.errors.CommError,
+        wandb.errors.UsageError,
+        wandb.errors.AuthenticationError,
+    ) as error:
+        if cfg.wandb.mode == WandbMode.online:
+            raise RuntimeError(
+                f"wandb.mode=online: {first_line(error)}; log in with `wandb login`, or set wandb.mode=auto"
+            ) from None
+        log.warning("W&B is not reachable, going on offline: %s", first_line(error))
+        run = wandb.init(mode="offline", **options)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def finish_wandb() -> None:
+    """Send what this process has logged, where it has; a run that goes on later continues it."""
+    if (wandb := sys.modules.get("wandb")) and wandb.run:
+        with contextlib.suppress(Exception):
+            wandb.finish()
+
+
+def wandb_reachable(base_url: str) -> bool:
+    """Whether there is a key for the W&B server, and it answers within 2 s."""
+    from wandb.sdk.lib import wbauth
+
+    if not (os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=base_url)):
+        return False
+    return is_listening(base_url)
+
+
+def set_up_logging(run_dir: Path) -> None:
+    """Rank 0: messages to the console and, with every step's metrics, to train.log. Other ranks: warnings only."""
+    log.setLevel(logging.DEBUG if collectives.rank() == 0 else logging.WARNING)
+    log.propagate = False
+    console = TqdmHandler()
+    console.setLevel(logging.INFO)
+    log.addHandler(console)
+    if collectives.rank() == 0:
+        file = logging.FileHandler(run_dir / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(file)
+
+
+class TqdmHandler(logging.Handler):
+    """Prints above a progress bar without tearing it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
