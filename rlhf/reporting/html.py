@@ -1,10 +1,45 @@
-"""What the project's HTML pages share: style, tables, figures, the page around them."""
+"""What the project's HTML pages share: templates, tables and figures.
+
+A page is a template in rlhf/reporting/templates/ that extends base.html. Every value is escaped by
+jinja2, unless it is Markup; only figures, made by plotly and matplotlib, are Markup.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+TEMPLATES = Environment(
+    loader=PackageLoader("rlhf.reporting"),
+    autoescape=True,
+    undefined=StrictUndefined,  # a misspelt name raises
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render(template_name: str, **context: Any) -> str:
+    """Fill a template of rlhf/reporting/templates/; base.html needs `title`.
+
+    Raises: jinja2.UndefinedError for a name that `context` lacks.
+    """
+    return TEMPLATES.get_template(template_name).render(**context)
+
+
+class Table(NamedTuple):
+    """A table of a page, drawn by the macro `table` of tables.html."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: Sequence[str] = ()  # names in `header` whose cells may break into lines
+
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
@@ -39,14 +74,15 @@ class Figures:
     def __init__(self) -> None:
         self.first = True
 
-    def add(self, figure: Any) -> str:
+    def add(self, figure: Figure) -> Markup:
+        """The figure as a <div> with the script that draws it."""
         import plotly.io
 
         text = plotly.io.to_html(
             figure, include_plotlyjs=self.first, full_html=False, config={"displaylogo": False}
         )
         self.first = False
-        return text
+        return Markup(text)  # plotly escapes "<", ">" and "/" in what it is given
 
 
 def document(title: str, body: Sequence[str], style: str = "", scripts: bool = False) -> str:
