@@ -14,8 +14,7 @@ from rlhf.config.schema import Precision
 from rlhf.data.batches import pad_left, uniforms
 from rlhf.models.loading import load_policy
 from rlhf.models.wrappers import Policy
-from rlhf.sampling import sampler
-from rlhf.sampling.cpu import kernels
+from rlhf.sampling.cpu import fast_path, kernels
 from rlhf.sampling.cpu.fast_linear import MAX_KERNEL_ROWS, fast_linear_layers
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.kv_cache import PreallocatedCacheLayer, new_cache
@@ -97,7 +96,7 @@ def test_both_engines_sample_the_same_answers(
 def test_a_prompt_that_is_there_several_times_is_read_once(
     base: Any, tokenizer: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "traced_step", lambda _: None)  # a recorded step calls no hook
+    monkeypatch.setattr(fast_path, "traced_step", lambda _: None)  # a recorded step calls no hook
     policy = load(base, tokenizer, family, ends=False)
     assert policy.is_plain()
     read: list[int] = []
@@ -120,7 +119,7 @@ def test_a_prompt_that_is_there_several_times_is_read_once(
 def test_finished_rows_cost_nothing(
     base: Any, tokenizer: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "traced_step", lambda _: None)
+    monkeypatch.setattr(fast_path, "traced_step", lambda _: None)
     policy = load(base, tokenizer, family)
     rows: list[int] = []
     policy.hf.get_input_embeddings().register_forward_hook(
@@ -167,7 +166,7 @@ def test_a_recorded_step_is_the_model_whatever_its_weights_become(
         recorded = sample(policy, ids, mask, draws, EOS, Sampling())
         assert bool(policy.recorded) == (family in RECORDED)
         with monkeypatch.context() as without:
-            without.setattr(sampler, "traced_step", lambda _: None)
+            without.setattr(fast_path, "traced_step", lambda _: None)
             plain = sample(policy, ids, mask, draws, EOS, Sampling())
         if precision is Precision.fp32:
             assert torch.equal(recorded[0], plain[0]) and torch.allclose(

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.models import packing
 from rlhf.sampling.cpu import kernels
+from rlhf.sampling.cpu.attention import is_single_token_decode
 
 pytestmark = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "c++")),
@@ -151,7 +151,7 @@ def test_what_the_attention_kernel_is_asked_for() -> None:
     q, k, mask = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.zeros(2, 1, 1, 5)
 
     def asked(q: Tensor = q, k: Tensor = k, v: Tensor = k, mask: Tensor = mask) -> bool:
-        return packing.is_single_token_decode(q, k, v, mask)
+        return is_single_token_decode(q, k, v, mask)
 
     assert not asked(), "gradients are on"
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused() -> None:
 SAY = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-from rlhf import kernels
+from rlhf.sampling.cpu import kernels
 assert kernels.loaded is None
 print(kernels.load(), kernels.load(), kernels.loaded)
 """

@@ -7,6 +7,8 @@ What begins alike is computed once: the answers to one prompt, chosen and reject
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.sampling.cpu import kernels
-
 ATTENTION = "unpadded"  # the name of our attention in transformers
 SIMILAR, SHORT = (
     0.8,
     32,
 )  # attention pads sequences to those at most 1.25 times as long, and short ones to so many tokens
 SHARED = 8  # tokens; a shorter beginning in common is not worth its bookkeeping
+
+# Attention of one new token to a KV cache: query (B, heads, 1, d), key and value (B, kv_heads, T, d),
+# the model's mask, the scale of the scores -> (B, 1, heads, d), or None where it does not apply.
+DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
+# What the sampler sets while it decodes (rlhf/sampling/cpu); None: torch's attention.
+decode_attention: ContextVar[DecodeAttention | None] = ContextVar("decode_attention", default=None)
 
 
 @dataclass
@@ -152,13 +158,12 @@ def attention(
         plain = (
             not dropout and others.get("position_bias") is None and others.get("softcap") is None
         )
-        if (
-            plain
-            and attention_mask is not None
-            and is_single_token_decode(asked, key, value, attention_mask)
-        ):
+        decode = decode_attention.get() if plain else None
+        if decode is not None:
             scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-            return kernels.attend(asked, key, value, attention_mask, scale).to(query.dtype), None
+            decoded = decode(asked, key, value, attention_mask, scale)
+            if decoded is not None:
+                return decoded.to(query.dtype), None
         others |= {"sliding_window": sliding_window}
         return sdpa_attention_forward(
             module, asked, key, value, attention_mask, dropout, scaling, **others
@@ -182,20 +187,6 @@ def attention(
         found.append(out.transpose(1, 2).flatten(0, 1))
     out = found[0] if len(found) == 1 else torch.cat(found)
     return (out if layout.equal else out.index_select(0, layout.own))[None], None
-
-
-def is_single_token_decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
-    """Whether this is what our kernel is for: sampling on CPU, one token to a cache in float32."""
-    if (
-        query.shape[2] != 1
-        or not key.is_cpu
-        or key.dtype != torch.float32
-        or torch.is_grad_enabled()
-        or key.shape != value.shape
-    ):
-        return False
-    fits = mask.dtype == torch.float32 and mask.shape == (query.shape[0], 1, 1, key.shape[2])
-    return fits and key.stride(-1) == value.stride(-1) == mask.stride(-1) == 1 and kernels.load()
 
 
 def use_packed_attention(hf: Any) -> bool:

@@ -10,8 +10,7 @@ from torch import Tensor
 from rlhf.distributed import collectives
 from rlhf.models import packing
 from rlhf.models.wrappers import model_inputs
-from rlhf.sampling.cpu.fast_linear import fast_linear_layers
-from rlhf.sampling.cpu.traced_step import traced_step
+from rlhf.sampling.cpu.fast_path import cpu_fast_path
 from rlhf.sampling.kv_cache import PreallocatedCacheLayer, new_cache
 from rlhf.sampling.token_choice import Sampling, choose_token, scale_by_temperature
 
@@ -55,10 +54,8 @@ def sample(
     one = seen.new_full((n, 1), 0 if plain else 1)
     last = prompt_mask.sum(1, keepdim=True) - 1  # the position of the newest token
     done = False
-    # optimised after its first runs, a recording would round differently from then on: a resumed run would not repeat
-    with fast_linear_layers(hf), torch.jit.optimized_execution(False):
+    with cpu_fast_path(policy, plain) as step:
         logits = read_prompts(hf, prompt_ids, prompt_mask, cache, plain)
-        step = traced_step(policy) if plain else None
         for t in range(width):
             probabilities = scale_by_temperature(logits, sampling).softmax(-1)
             token = choose_token(probabilities, draws[alive, t : t + 1], sampling)
