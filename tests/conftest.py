@@ -9,67 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import REPO, Demo, runs_in
 
-REPO = Path(__file__).parents[1]
 DEMO = pytest.StashKey[subprocess.Popen]()
-# a pipeline of seconds: everything real, only few and small
-SMALL = [
-    "data.sandbox.demonstrations=64",
-    "data.sandbox.pairs=64",
-    "data.eval_rows=16",
-    "sft.max_steps=3",
-    "rm.max_steps=3",
-    "ppo.max_steps=2",
-    "ppo.batch_size=16",
-    "rollout.max_new_tokens=16",
-    "wandb.mode=disabled",
-    "deploy.threads=1",  # other tests run beside it
-]
-
-
-def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `python train.py args` in `cwd`."""
-    command = [sys.executable, str(REPO / "train.py"), *args]
-    plain = {
-        name: value for name, value in os.environ.items() if name != "RANK"
-    }  # which tests with engines of their own set
-    return subprocess.run(
-        command, cwd=cwd, env=plain | env, capture_output=True, text=True, timeout=1500
-    )
-
-
-def runs_in(root: Path) -> dict[str, list[Path]]:
-    """Run directories below root/outputs by stage."""
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted((root / "outputs").iterdir()):
-        found[path.name.split("-")[0]].append(path)
-    return found
-
-
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@dataclass
-class Demo:
-    root: Path
-    seconds: float
-    stdout: str
-    stderr: str
-    sft: Path
-    rm: Path
-    ppo: Path
 
 
 def demo_root(config: pytest.Config) -> Path:
@@ -189,17 +136,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Quick tests first: those that need the whole pipeline, and those that start training themselves, come last."""
+    tiers = ["unit", "integration", "learning"]
 
-    def cost(item: pytest.Item) -> int:
-        names = getattr(item, "fixturenames", [])
-        slow = item.path.name in (
-            "test_stages.py",
-            "test_deployments.py",
-            "test_sweep.py",
-            "test_docs.py",
-            "test_gold.py",
-            "test_learning.py",
-        )
-        return 2 * ("demo" in names) + slow
+    def cost(item: pytest.Item) -> tuple[bool, int]:
+        return "demo" in getattr(item, "fixturenames", []), tiers.index(item.path.parent.name)
 
     items.sort(key=cost)

@@ -1,0 +1,156 @@
+"""What test files share: the command line as a user calls it, and what its runs leave."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from rlhf.config.loading import register_schema, to_typed
+from rlhf.config.schema import (
+    Config,
+)
+
+REPO = Path(__file__).parents[1]
+CONF = REPO / "conf"
+STAGES = sorted(path.stem for path in (CONF / "stage").glob("*.yaml"))
+# a pipeline of seconds: everything real, only few and small
+SMALL = [
+    "data.sandbox.demonstrations=64",
+    "data.sandbox.pairs=64",
+    "data.eval_rows=16",
+    "sft.max_steps=3",
+    "rm.max_steps=3",
+    "ppo.max_steps=2",
+    "ppo.batch_size=16",
+    "rollout.max_new_tokens=16",
+    "wandb.mode=disabled",
+    "deploy.threads=1",  # other tests run beside it
+]
+
+
+# an SFT run that lasts long enough to be stopped
+SLOW = [
+    "stage=sft",
+    "deterministic=true",
+    *SMALL,
+    "sft.max_steps=30",
+    "sft.epochs=100",
+    "sft.batch_size=8",
+    "checkpoint.every_steps=2",
+]
+
+
+SWEEP = "python train.py -m ppo.kl.coef=0.02,0.1 seed=1,2 exp=kl_study"  # as the README has it
+
+
+def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `python train.py args` in `cwd`."""
+    command = [sys.executable, str(REPO / "train.py"), *args]
+    plain = {
+        name: value for name, value in os.environ.items() if name != "RANK"
+    }  # which tests with engines of their own set
+    return subprocess.run(
+        command, cwd=cwd, env=plain | env, capture_output=True, text=True, timeout=1500
+    )
+
+
+def runs_in(root: Path) -> dict[str, list[Path]]:
+    """Run directories below root/outputs by stage."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted((root / "outputs").iterdir()):
+        found[path.name.split("-")[0]].append(path)
+    return found
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass
+class Demo:
+    root: Path
+    seconds: float
+    stdout: str
+    stderr: str
+    sft: Path
+    rm: Path
+    ppo: Path
+
+
+def composed(*overrides: str) -> Config:
+    return copy.deepcopy(compose_once(os.environ.get("RLHF_ROOT"), *overrides))
+
+
+@functools.cache
+def compose_once(root: str | None, *overrides: str) -> Config:
+    """It takes half a second. root: which the configuration reads."""
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_typed(compose("config", list(overrides)))
+
+
+def lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def running(
+    *args: str, cwd: Path, until: int = 3, **options: object
+) -> tuple[subprocess.Popen, Path]:
+    """train.py, when its SFT has made some steps; and the run's directory."""
+    parent = subprocess.Popen(
+        [sys.executable, str(REPO / "train.py"), *args],
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        **options,
+    )
+    deadline = time.time() + 120
+    while True:
+        found = [path for path in cwd.glob("outputs/sft-*/metrics.jsonl") if lines(path) >= until]
+        if found:
+            return parent, found[0].parent
+        assert time.time() < deadline and parent.poll() is None, parent.stderr
+        time.sleep(0.01)
+
+
+def read_offline_run(run: Path, *flags: str) -> str:
+    """What W&B's own reader prints of the offline run of a run directory."""
+    (directory,) = (run / "wandb").glob("offline-run-*")
+    wandb = Path(sys.executable).parent / "wandb"
+    done = subprocess.run(
+        [wandb, "leet", "inspect", *flags, "--json", str(directory)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def undocumented(names: set[str]) -> list[str]:
+    """Metrics that stand in none of the pages that explain them."""
+    page = "".join((REPO / "docs" / name).read_text() for name in ("wandb.md", "ppo.md"))
+    missing = []
+    for name in names - {"step", "time"}:
+        short = (
+            "`_" + name.rsplit("_", 1)[-1] + "`"
+        )  # families are written `objective/scores`, `_std`
+        family = "`timing_s/*`" if name.startswith("timing_s/") else f"`{name}`"
+        if family not in page and not (short in page and f"`{name.rsplit('_', 1)[0]}`" in page):
+            missing.append(name)
+    return missing

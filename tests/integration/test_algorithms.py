@@ -1,0 +1,450 @@
+"""RLOO, GRPO and DPO in short runs with real engines: what they log, computed again; what they leave behind; and other deployments."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import types
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+import torch
+from helpers import SMALL, lines, metrics, runs_in, summary, train, undocumented
+from safetensors.torch import load_file
+from transformers import OPTConfig
+from worker_runs import compare, kill_when, prepare, same, work
+
+from rlhf.config.loading import load_config
+from rlhf.config.schema import KlPlace, Precision
+from rlhf.config.stage_graph import stage_config
+from rlhf.data import load, template
+from rlhf.models.loading import load_policy
+from rlhf.training.likelihood import response_logprobs
+
+ALL = "rollout.log_answers=-1"
+CASES: dict[str, tuple[str, list[str]]] = {
+    "rloo": ("rloo", ["rloo.batch_size=4", ALL]),
+    "rloo_two": (
+        "rloo",
+        [
+            "rloo.batch_size=8",
+            "rloo.responses_per_prompt=2",
+            "rloo.kl.coef=0.5",
+            "rloo.ema=0.5",
+            ALL,
+        ],
+    ),
+    "grpo": ("grpo", ["grpo.batch_size=4", "grpo.responses_per_prompt=4", ALL]),
+    "dr_grpo": (
+        "grpo",
+        [
+            "grpo.batch_size=4",
+            "grpo.responses_per_prompt=4",
+            "grpo.normalize_std=false",
+            "grpo.loss_over=constant",
+            ALL,
+        ],
+    ),
+    "clip_higher": (
+        "grpo",
+        ["grpo.batch_size=4", "grpo.responses_per_prompt=4", "grpo.clip=0.01", "grpo.clip_high=5"],
+    ),
+    "dpo": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=3", "dpo.eval_every=2"]),
+    "dpo_again": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=3", "dpo.beta=1.0"]),
+    "ipo": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=3", "dpo.loss=ipo"]),
+    "lora": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=2", "actor.lora.rank=4"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("algorithms")
+    sft, rm = (prepare(root, "up", stage, {}, []) for stage in ("sft", "rm"))
+    both = {"sft": str(sft / "model"), "rm": str(rm / "model")}
+    done = {}
+    for name, (stage, overrides) in CASES.items():
+        done[name] = prepare(
+            root, name, stage, both if stage != "dpo" else {"sft": both["sft"]}, overrides
+        )
+    work([sft, rm, *done.values()], 1)
+    return done | {"sft": sft, "rm": rm}
+
+
+def answers(run: Path) -> pandas.DataFrame:
+    return pandas.read_json(run / "rollouts.jsonl", lines=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_algorithm_trains_and_leaves_what_belongs_to_it(
+    runs: dict[str, Path], name: str
+) -> None:
+    rows = metrics(runs[name])
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    before, after = (
+        load_file(run / "model" / "model.safetensors") for run in (runs["sft"], runs[name])
+    )
+    assert before.keys() == after.keys() and any(
+        not torch.equal(before[key], after[key]) for key in before
+    )
+    assert not (runs[name] / "critic").exists() and not (runs[name] / "ds_critic.json").exists()
+    stage = CASES[name][0]
+    assert (runs[name] / "ds_reward.json").exists() == (stage != "dpo"), "DPO loads no reward model"
+    if stage != "dpo":
+        for row in rows:
+            assert row["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+        assert not [
+            key
+            for row in rows
+            for key in row
+            if key.startswith(("val/value", "val/return", "loss/value")) or "critic" in key
+        ]
+    assert (runs[name] / "model_ema").exists() == (name == "rloo_two")
+
+
+@pytest.mark.parametrize("name", ["rloo", "rloo_two", "grpo", "dr_grpo"])
+def test_logged_advantages_compare_the_answers_to_a_prompt(
+    runs: dict[str, Path], name: str
+) -> None:
+    cfg = load_config(runs[name] / "config.yaml")
+    node: Any = stage_config(cfg)
+    log, k = answers(runs[name]), node.responses_per_prompt
+    in_reward = node.kl.coef if node.kl.place == KlPlace.reward else 0.0
+    for _, rollout in log.groupby("step"):
+        assert len(rollout) == node.batch_size * k
+        rows = rollout.to_dict("records")
+        for start in range(0, len(rows), k):
+            group = rows[start : start + k]
+            assert len({row["prompt"] for row in group}) == 1
+            earned = [row["score_learnt"] - in_reward * sum(row["kl"]) for row in group]
+            for i, row in enumerate(group):
+                assert sum(row["reward"]) == pytest.approx(earned[i], abs=1e-3)
+                if name.startswith("rloo"):
+                    expected = earned[i] - statistics.fmean(earned[:i] + earned[i + 1 :])
+                else:
+                    expected = earned[i] - statistics.fmean(earned)
+                    expected /= statistics.stdev(earned) + 1e-4 if name == "grpo" else 1.0
+                assert row["advantage"] == pytest.approx(
+                    [expected] * len(row["tokens"]), abs=2e-3 + 2e-3 * abs(expected)
+                )
+                assert "value" not in row and "return" not in row
+    prompts = log[log.step == 1].prompt.nunique()
+    assert prompts == node.batch_size, "each prompt has all its answers in one rollout"
+
+
+def test_every_logged_metric_is_documented(runs: dict[str, Path]) -> None:
+    for name in ("rloo", "grpo", "dpo"):
+        final = json.loads((runs[name] / "result.json").read_text())["metrics"]
+        assert undocumented({key for row in metrics(runs[name]) for key in row} | set(final)) == []
+
+
+def test_grpo_has_its_kl_in_the_loss_and_rloo_in_the_reward(runs: dict[str, Path]) -> None:
+    grpo, rloo = metrics(runs["grpo"])[1], metrics(runs["rloo"])[1]
+    assert grpo["loss/kl_avg"] > 0 and grpo["objective/non_score_reward"] == 0
+    assert "loss/kl_avg" not in rloo and rloo["objective/non_score_reward"] != 0
+
+
+def test_each_side_has_its_own_clip(runs: dict[str, Path]) -> None:
+    row = metrics(runs["clip_higher"])[0]
+    assert row["policy/clipfrac_low_avg"] > 0 and row["policy/clipfrac_avg"] == pytest.approx(
+        row["policy/clipfrac_low_avg"]
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------------- DPO
+
+
+def test_dpo_starts_at_ln_2_with_zero_margins(runs: dict[str, Path]) -> None:
+    for name in ("dpo", "dpo_again", "lora"):
+        first = metrics(runs[name])[0]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert [
+            first[f"rewards/{key}"] for key in ("margins", "chosen", "rejected")
+        ] == pytest.approx([0, 0, 0], abs=1e-4)
+    assert metrics(runs["ipo"])[0]["loss"] == pytest.approx(1 / (4 * 0.3**2), rel=1e-4)
+    assert metrics(runs["dpo"])[2]["rewards/margins"] != 0
+
+
+def test_dpo_learns_from_the_reward_models_pairs_and_is_evaluated_as_a_policy(
+    runs: dict[str, Path],
+) -> None:
+    report = json.loads((runs["dpo"] / "data.json").read_text())
+    assert report == json.loads((runs["rm"] / "data.json").read_text())
+    result = json.loads((runs["dpo"] / "result.json").read_text())["metrics"]
+    assert {
+        "eval/accuracy",
+        "eval/loss",
+        "eval/gold",
+        "eval/gold_before",
+        "eval/kl",
+        "eval/eos_rate",
+    } <= result.keys()
+    assert "eval/score" not in result and result["eval/kl"] > -1
+    rows = metrics(runs["dpo"])
+    assert "eval/gold" in rows[1] and "eval/gold" not in rows[0], "every second step"
+
+
+def test_the_logged_log_probabilities_are_those_of_the_pairs(
+    runs: dict[str, Path], tokenizer: Any
+) -> None:
+    """Of the first step, whose policy is the SFT policy: all 96 pairs by themselves, one by one, without padding."""
+    cfg = load_config(runs["dpo"] / "config.yaml")
+    data = load.load_data(cfg.data)
+    pairs = load.pairs(tokenizer, data.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+    policy = load_policy(str(runs["sft"] / "model"), tokenizer, Precision.fp32).eval()
+    policy.device = torch.device("cpu")
+    order = np.random.default_rng([cfg.seed, 0]).permutation(len(pairs))[:8]
+    wanted = np.zeros(2)
+    with torch.no_grad():
+        for i in order:
+            prompt, *both = pairs[int(i)]
+            for column, answer in enumerate(both):
+                logits = (
+                    policy.hf(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+                )
+                wanted[column] += sum(
+                    float(logits[len(prompt) + t - 1, token]) for t, token in enumerate(answer)
+                )
+        together = response_logprobs(
+            policy, [(pairs[int(i)][0], pairs[int(i)][1]) for i in order], tokenizer.pad_token_id
+        )
+    first = metrics(runs["dpo"])[0]
+    assert [first["logps/chosen"], first["logps/rejected"]] == pytest.approx(
+        (wanted / 8).tolist(), rel=1e-4
+    )
+    assert float(together.sum()) == pytest.approx(wanted[0], rel=1e-4)
+
+
+def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
+    runs: dict[str, Path], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is the content: other settings of DPO share it, other pairs or weights do not."""
+    from rlhf.stages import dpo
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    calls: list[int] = []
+
+    class Reference:
+        device = torch.device("cpu")
+
+        def __init__(self, shift: float):
+            self.module = torch.nn.Linear(2, 2)
+            torch.nn.init.constant_(self.module.weight, shift)
+            torch.nn.init.constant_(self.module.bias, shift)
+            self.module.hf = types.SimpleNamespace(config=OPTConfig())
+
+        def __call__(
+            self, ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            calls.append(len(ids))
+            uniform = math.log(600) * wanted
+            return -uniform, uniform, torch.zeros(ids.shape)
+
+    pairs = [([5, 6], [7, 8], [9]), ([5], [6, 7, 8], [9, 10])]
+    file = tmp_path / "reference.safetensors"
+    first = dpo.cached_logp(Reference(0.0), pairs, [4, 4], 0, 4, file)
+    assert first.flatten().tolist() == pytest.approx(
+        [-n * math.log(600) for n in (2, 1, 3, 2)], rel=1e-5
+    ) and calls == [4]
+    assert torch.equal(
+        dpo.cached_logp(Reference(0.0), pairs, [4, 4], 0, 4, file), first
+    ) and calls == [4], "read, not computed"
+    same, other, changed = Reference(0.0), Reference(0.5), Reference(0.0)
+    changed.module.hf.config.rope_theta = 7
+    assert (
+        dpo.content_of(Reference(0.0)) == dpo.content_of(same)
+        and len({dpo.content_of(r) for r in (same, other, changed)}) == 3
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- deployments
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["rloo", "grpo", "dpo"])
+def test_two_processes_and_zero_3_change_nothing(
+    runs: dict[str, Path], tmp_path: Path, stage: str
+) -> None:
+    given = {"sft": str(runs["sft"] / "model"), "rm": str(runs["rm"] / "model")}
+    inputs = given if stage != "dpo" else {"sft": given["sft"]}
+    more = [
+        f"{stage}.batch_size=4",
+        f"{stage}.max_steps=2",
+        "dpo.adam_eps=1e-5",
+        "rloo.clip=5",
+        "grpo.clip=5",
+    ]
+    one = prepare(tmp_path, "one", stage, inputs, more)
+    two = prepare(tmp_path, "two", stage, inputs, more, gpus=2, zero_stage=3, micro_batch=3)
+    work([one], 1)
+    work([two], 2)
+    compare(one, two, stage)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage, at", [("rloo", 3), ("grpo", 3), ("dpo", 3)])
+def test_a_killed_run_goes_on_bit_for_bit(
+    runs: dict[str, Path], tmp_path: Path, stage: str, at: int
+) -> None:
+    given = {"sft": str(runs["sft"] / "model"), "rm": str(runs["rm"] / "model")}
+    more = [f"{stage}.batch_size=4", f"{stage}.max_steps=4", "checkpoint.every_steps=2"]
+    whole, killed = (
+        prepare(tmp_path, name, stage, given, more, zero_stage=2) for name in ("whole", "killed")
+    )
+    work([whole], 1)
+    kill_when(killed, 1, lambda: lines(killed / "metrics.jsonl") >= at)
+    work([killed], 1)
+    same(whole, killed)
+
+
+# ------------------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pipelines one after the other in one place."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for algorithm in ("dpo", "rloo"):
+        done = train(*SMALL, f"pipeline={algorithm}", "dpo.max_steps=2", cwd=root)
+        assert done.returncode == 0, done.stderr
+        if algorithm == "dpo":
+            assert runs_in(root)["rm"] == [] and "rm:" not in done.stderr, "no reward model for DPO"
+    return root
+
+
+@pytest.mark.full
+def test_a_pipeline_runs_what_its_algorithm_needs_and_nothing_more(pipelines: Path) -> None:
+    found = runs_in(pipelines)
+    assert {stage: len(some) for stage, some in found.items()} == {
+        "sft": 1,
+        "rm": 1,
+        "rloo": 1,
+        "dpo": 1,
+    }
+    ids = {stage: summary(found[stage][0])["id"] for stage in ("sft", "rm")}
+    assert (
+        summary(found["dpo"][0])["parents"] == {"sft": ids["sft"]}
+        and summary(found["rloo"][0])["parents"] == ids
+    )
+    for stage in ("dpo", "rloo"):
+        run = found[stage][0]
+        assert (run / "curves.png").exists() and (run / "frontier.png").exists() == (
+            stage == "rloo"
+        )
+        assert f"trained by {stage.upper()}" in (run / "model" / "README.md").read_text()
+
+
+@pytest.mark.full
+def test_their_report_has_one_table_and_one_picture(pipelines: Path) -> None:
+    from rlhf.reporting import report_page, tables
+    from rlhf.reporting.comparison import primary_metric, seed_groups
+    from rlhf.runs.history import find_runs
+
+    found = find_runs([pipelines])
+    policies = [run for run in found if run.kind == "policy"]
+    assert [cell.label for cell in seed_groups(policies)] in (["dpo", "rloo"], ["rloo", "dpo"])
+    assert primary_metric(policies) == ("eval/gold", True)
+    page = report_page.page(found, "two algorithms")
+    assert "<h2>rloo, dpo</h2>" in page and page.count("Reward against KL") == 1
+    tables.print_comparison(found)
+
+
+CALLS: dict[str, tuple[list[str], str]] = {
+    "one answer": (
+        ["stage=rloo", "rloo.responses_per_prompt=1"],
+        "rloo.responses_per_prompt=1: an answer is compared with the others",
+    ),
+    "one of a group": (
+        ["stage=grpo", "grpo.responses_per_prompt=1"],
+        "grpo.responses_per_prompt=1: an answer is compared with the others",
+    ),
+    "no such algorithm": (
+        ["pipeline=sarsa"],
+        "pipeline=sarsa: no such option; choose from ppo, rloo, grpo, dpo",
+    ),
+    "no SFT": (["stage=dpo"], "dpo needs a trained policy: looked in"),
+    "no critic there": (["stage=rloo", "rloo.lam=0.9"], "unknown key rloo.lam (did you mean"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_input_gets_one_clear_line(tmp_path: Path, name: str) -> None:
+    overrides, said = CALLS[name]
+    done = train(*overrides, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_advice_leaves_out_what_the_missing_stage_does_not_read(tmp_path: Path) -> None:
+    done = train(
+        "stage=dpo",
+        "dpo.beta=0.2",
+        "rollout.temperature=0.9",
+        "sft.lr=1e-4",
+        "seed=3",
+        cwd=tmp_path,
+    )
+    assert (
+        "make it: python train.py stage=sft sft.lr=1e-4 seed=3  or give dpo.actor=" in done.stderr
+    )
+
+
+def test_the_advice_keeps_what_others_follow_ppo_in(tmp_path: Path) -> None:
+    done = train(
+        "stage=eval",
+        "pipeline=rloo",
+        "ppo.lr=1e-4",
+        "eval.policies=[rloo]",
+        "eval.against=null",
+        cwd=tmp_path,
+    )
+    assert "make it: python train.py stage=rloo ppo.lr=1e-4 " in done.stderr
+
+
+def test_a_stage_that_is_not_needed_is_not_checked(tmp_path: Path) -> None:
+    done = train(
+        "pipeline=dpo",
+        "rm.batch_size=7",
+        "deploy.gpus=2",
+        "reward.path=/nowhere",
+        "plan=true",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_runs_of_two_algorithms_that_differ_in_more_are_told_apart() -> None:
+    from rlhf.reporting.comparison import seed_groups
+    from rlhf.runs.history import Run
+
+    def some(stage: str, epochs: int, seed: int) -> Run:
+        return Run(
+            Path(f"{stage}{seed}"),
+            stage,
+            "finished",
+            {"sft.epochs": epochs, f"{stage}.lr": 1, "seed": seed},
+            {"eval/gold": 1.0},
+        )
+
+    found = seed_groups(
+        [some("ppo", 2, 1), some("ppo", 2, 2), some("dpo", 1, 1), some("dpo", 1, 2)]
+    )
+    assert sorted(cell.label for cell in found) == ["dpo sft.epochs=1", "ppo sft.epochs=2"]
+    found = seed_groups([some("ppo", 2, 1), some("dpo", 2, 1)])
+    assert sorted(cell.label for cell in found) == ["dpo", "ppo"]
+
+
+def test_a_whole_template_is_learnt_by_dpo(tokenizer: Any) -> None:
+    """The answer that DPO learns carries its EOS, as the reward model reads it."""
+    from rlhf.data.records import Pair, Turn
+
+    [(prompt, chosen, rejected)] = template.encode_pairs(
+        tokenizer, [Pair([Turn("user", "Hi")], "Yes.", "No.")], 99, 99
+    )
+    assert (
+        chosen[-1] == rejected[-1] == tokenizer.eos_token_id
+        and prompt[-1] != tokenizer.eos_token_id
+    )

@@ -1,0 +1,163 @@
+"""What a deployment must not change: processes, ZeRO stage, micro-batches and offload give the same samples, losses and weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import metrics
+from safetensors.torch import load_file
+from worker_runs import compare, prepare, work
+
+from rlhf.config.schema import Precision
+
+# what PPO can do besides, and would do otherwise on another deployment if it were wrong
+MORE = [
+    "ppo.ema=0.5",
+    "ppo.ptx.coef=0.1",
+    "ppo.entropy_coef=0.01",
+    "ppo.evaluation.every=1",
+    "ppo.batch_size=8",
+    "ppo.responses_per_prompt=2",
+    "rollout.log_answers=-1",
+]
+NO, OPTIMIZER, FROZEN, ALL = (
+    {},
+    {"optimizer": True},
+    {"frozen": True},
+    {"optimizer": True, "parameters": True, "frozen": True},
+)
+PARTITIONED = {"gather_for_rollout": False, "activation_checkpointing": True}
+# processes, ZeRO, micro-batch, offload: every pair of values of two columns that can go together occurs. A micro-batch is so many
+# sequences of full length; ours are short, and 16 such hold nearly a whole step.
+PAIRWISE = [
+    (1, 0, 16, FROZEN),
+    (2, 0, 1, NO),
+    (1, 1, 1, OPTIMIZER),
+    (2, 1, 16, FROZEN),
+    (1, 2, 16, NO),
+    (2, 2, 1, OPTIMIZER),
+    (1, 3, 1, FROZEN),
+    (2, 3, 16, OPTIMIZER),
+    (1, 3, 16, ALL),
+    (2, 3, 1, ALL),
+    (2, 3, 2, NO),
+    (2, 3, 2, PARTITIONED),
+    (1, 1, 2, NO),
+    (1, 0, 2, {"activation_checkpointing": True}),
+    (2, 2, 2, FROZEN),
+    (1, 3, 2, OPTIMIZER),
+]
+DIAGONAL = [(2, 3, 2, PARTITIONED), (1, 2, 16, NO)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The three stages in one process, ZeRO 0."""
+    root = tmp_path_factory.mktemp("plain")
+    sft, rm = prepare(root, "plain", "sft", {}, []), prepare(root, "plain", "rm", {}, [])
+    ppo = prepare(root, "plain", "ppo", {"sft": str(sft / "model"), "rm": str(rm / "model")}, MORE)
+    work([sft, rm, ppo], 1)
+    saved = [
+        load_file(ppo / part / "model.safetensors") for part in ("model", "model_ema", "model_best")
+    ]
+    assert not all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0]), (
+        "the average lags behind"
+    )
+    return {"sft": sft, "rm": rm, "ppo": ppo}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(DIAGONAL, id="diagonal"),
+        pytest.param(PAIRWISE, id="pairwise", marks=pytest.mark.full),
+    ],
+)
+def test_a_deployment_changes_no_result(
+    plain: dict[str, Path], tmp_path: Path, processes: int, cases: list
+) -> None:
+    inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
+    runs = {}
+    for n, zero, micro, offload in cases:
+        for stage in ("sft", "rm", "ppo") if n == processes else ():
+            name = f"zero{zero}-micro{micro}-{'+'.join(offload) or 'none'}"
+            placed = {
+                "gpus": n,
+                "zero_stage": zero,
+                "micro_batch": micro,
+                "eval_micro_batch": 2 * micro + 1,
+                **offload,
+            }
+            given, more = (inputs, MORE) if stage == "ppo" else ({}, [])
+            runs[name, stage] = prepare(tmp_path, name, stage, given, more, **placed)
+    work(list(runs.values()), processes)
+    for (name, stage), run in runs.items():
+        compare(plain[stage], run, f"{name} x {processes}, {stage}")
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_transformers_loop_changes_no_result(
+    plain: dict[str, Path], tmp_path: Path, processes: int
+) -> None:
+    inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
+    placed = {"gpus": processes, "zero_stage": 3 * (processes - 1), "gather_for_rollout": False}
+    run = prepare(tmp_path, "hf", "ppo", inputs, [*MORE, "rollout.engine=hf"], **placed)
+    work([run], processes)
+    compare(plain["ppo"], run, f"rollout.engine=hf x {processes}")
+
+
+@pytest.mark.parametrize(
+    "precision", [Precision.bf16, pytest.param(Precision.autocast, marks=pytest.mark.full)]
+)
+def test_low_precision_learns_about_the_same(
+    plain: dict[str, Path], tmp_path: Path, precision: Precision
+) -> None:
+    inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
+    given = {stage: (inputs, MORE) if stage == "ppo" else ({}, []) for stage in plain}
+    runs = {
+        stage: prepare(tmp_path, "low", stage, *given[stage], precision=precision)
+        for stage in plain
+    }
+    work(list(runs.values()), 1)
+    for stage, run in runs.items():
+        if stage == "ppo":
+            compare_first_answers(plain[stage], run)
+        else:
+            assert [row["loss"] for row in metrics(run)] == pytest.approx(
+                [row["loss"] for row in metrics(plain[stage])], rel=0.02, abs=0.02
+            )
+        saved = load_file(run / "model" / "model.safetensors")
+        assert {w.dtype for w in saved.values()} == {
+            torch.bfloat16 if precision == Precision.bf16 else torch.float32
+        }
+
+
+def compare_first_answers(one: Path, two: Path) -> None:
+    """Those of PPO's first rollout are drawn from slightly other probabilities: sooner or later a draw falls on another token, and an
+    answer is another one from there on. Up to there both say the same of it."""
+    answers, others = (
+        [row for row in map(json.loads, (run / "rollouts.jsonl").open()) if row["step"] == 1]
+        for run in (one, two)
+    )
+    assert len(answers) == len(others) == 16 and [row["prompt"] for row in answers] == [
+        row["prompt"] for row in others
+    ]
+    gaps, gaps_of_scores = [], []
+    for row, other in zip(answers, others):
+        pairs = list(zip(row["tokens"], other["tokens"]))
+        alike = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        gaps += [abs(a - b) for a, b in zip(row["logp"][:alike], other["logp"][:alike])]
+        if row["tokens"] == other["tokens"]:
+            gaps_of_scores.append(abs(row["score"] - other["score"]))
+    assert len(gaps) > 32 and sum(gaps) / len(gaps) < 0.01 and max(gaps) < 0.05  # of 160 tokens
+    assert gaps_of_scores and max(gaps_of_scores) < 0.1
+    for row, other in zip(
+        metrics(one), metrics(two)
+    ):  # means of 16 answers, most of which are others
+        error = math.hypot(row["objective/scores_std"], other["objective/scores_std"]) / 4
+        assert abs(row["objective/scores"] - other["objective/scores"]) < 3 * error

@@ -1,0 +1,290 @@
+"""Every command of README and docs runs. Those that need a GPU or a hub are planned (`plan=true`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPO, SMALL, SWEEP, Demo, composed, train, undocumented
+
+from rlhf.config.deployment import world_size
+from rlhf.config.schema import Stage
+from rlhf.config.validation import check_config
+from rlhf.planning.memory import GIB, make_plan
+
+SLURM = "sbatch docs/slurm.sh"
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+OF_README = commands(PAGES[0])
+FAR = re.compile(
+    r"opt\d|_gpu|_node|data='?\[|data=(?!jsonl)"
+)  # needs a GPU, or a model from the hub
+
+
+def test_the_readme_is_short_and_has_commands() -> None:
+    assert len((REPO / "README.md").read_text().splitlines()) <= 250
+    assert len(COMMANDS) >= 15 and SWEEP in COMMANDS
+    known = (
+        "python train.py",
+        "python chat.py",
+        "python -m rlhf.report",
+        "python docs/optuna_search.py",
+        "make ",
+        SLURM,
+    )
+    assert all(command.startswith(known) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make_targets(command: str) -> None:
+    """What they run is what the other tests run; here, that they exist and are set up."""
+    done = subprocess.run([*shlex.split(command), "-n"], cwd=REPO, capture_output=True, text=True)
+    assert (
+        done.returncode == 0
+        and {"make demo": "train.py", "make test": "pytest"}[command] in done.stdout
+    )
+
+
+LONG = re.compile(
+    "experiment|deploy.gpus|epochs|every_minutes|-m |pipeline=|stage=eval|dschat|evaluation.every"
+)
+TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands' runs lie: those that share SFT and reward model train them once."""
+    return tmp_path_factory.mktemp("commands")
+
+
+RARE = [c for c in TRAINING if LONG.search(c) or c not in OF_README]
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.full if c in RARE else []) for c in TRAINING]
+)
+def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
+    args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
+    words = [
+        "tea",
+        "rice",
+        "soup",
+        "bread",
+        "salt",
+        "milk",
+        "corn",
+        "fish",
+        "plum",
+        "leek",
+        "oats",
+        "beef",
+        "kale",
+        "lime",
+    ]
+    rows = [
+        {"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."}
+        for a in words
+        for b in words
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if FAR.search(command) and "--cfg" not in args:
+        done = train(*args, *[] if "plan=true" in args else ["plan=true"], cwd=tmp_path)
+        assert "fits" in done.stdout
+    elif "--help" in args or "--cfg" in args:
+        done = train(*args, cwd=tmp_path)
+    else:
+        other_data = "data=jsonl" in args  # has no sizes of the sandbox
+        small = [
+            o
+            for o in SMALL
+            if o.split("=")[0] not in command and not (other_data and "sandbox" in o)
+        ]
+        root = tmp_path if other_data else shared
+        if "stage=dpo" in args:
+            assert train("stage=sft", *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
+        if "stage=eval" in args:  # of what there is already
+            ends = [arg for arg in args if arg.startswith("pipeline=")]
+            assert train(*ends, *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
+        done = train(
+            *args, *small, *["data.eval_share=0.2"] * other_data, cwd=tmp_path, RLHF_ROOT=str(root)
+        )
+    assert done.returncode == 0, done.stderr
+
+
+SRUN = """#!/bin/bash
+# stands in for SLURM, which is not here: two nodes, both this machine
+shift
+for SLURM_NODEID in 1 0; do export SLURM_NODEID SLURM_NNODES=2; "$@" & done
+wait %1 && wait %2
+"""
+
+
+@pytest.mark.full
+def test_the_slurm_job(tmp_path: Path) -> None:
+    assert [c for c in COMMANDS if c.startswith(SLURM)] == [
+        f"{SLURM} stage=ppo actor=opt66b deploy=multi_node"
+    ]
+    (tmp_path / "train.py").symlink_to(REPO / "train.py")
+    for name, text in (("srun", SRUN), ("hostname", "#!/bin/bash\necho 127.0.0.1\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = ["bash", str(REPO / "docs" / "slurm.sh"), "stage=sft", *SMALL]
+    done = subprocess.run(
+        job,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sft: node 1 of 2" in done.stderr
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert "nodes: 2" in (run / "config.yaml").read_text() and (run / "summary.json").exists()
+
+
+def test_the_plans_in_the_docs_are_those_of_today() -> None:
+    page = (REPO / "docs" / "deployment.md").read_text()
+    rows = re.findall(
+        r"^\| (opt\S+), (\w+) \| (\d+) \| ([\d.]+) \| (\w+) \| ([\d.]+) \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 3
+    for actor, deploy, gpus, states, fullest, peak in rows:
+        cfg = composed("stage=ppo", f"actor={actor}", f"deploy={deploy}")
+        made = make_plan(cfg, Stage.ppo)
+        assert (world_size(cfg), made.fullest) == (int(gpus), fullest)
+        assert (
+            f"{(made.states - made.libraries) / GIB:.2f} {made.peak / GIB:.2f}"
+            == f"{states} {peak}"
+        )
+        for note in made.notes:
+            assert " ".join(re.findall(r"[\d.]+ GiB", note)) in page
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python chat.py")])
+def test_chat_commands(command: str, demo: Demo) -> None:
+    args = [sys.executable, str(REPO / "chat.py"), *shlex.split(command)[2:]]
+    done = subprocess.run(
+        args,
+        cwd=demo.root,
+        env=os.environ,
+        input="Hello there\n/quit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m rlhf.report")])
+def test_report_commands(command: str, demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "outputs").symlink_to(demo.root / "outputs")
+    job = tmp_path / "multirun" / "kl_study" / "job"
+    job.mkdir(parents=True)
+    (job / "overrides.txt").write_text("")
+    (job / "run").symlink_to(demo.ppo)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+
+
+@pytest.mark.full
+def test_the_search(tmp_path: Path) -> None:
+    (command,) = [c for c in COMMANDS if "optuna" in c]
+    script, *args = shlex.split(command.replace("20", "2"))[1:]
+    search = [sys.executable, str(REPO / script), *args, *SMALL]
+    done = subprocess.run(search, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "'ppo.kl.coef'" in done.stdout, done.stderr
+    assert (
+        len([*(tmp_path / "outputs").glob("ppo-*")]) == 2
+        and len([*(tmp_path / "outputs").glob("sft-*")]) == 1
+    )
+
+
+def test_the_chinese_readme_has_the_same_commands_links_and_numbers() -> None:
+    english, chinese = ((REPO / name).read_text() for name in ("README.md", "README.zh.md"))
+    for pattern in (r"```bash\n(.*?)```", r"```yaml\n(.*?)path:"):
+        assert re.findall(pattern, chinese, re.DOTALL) == re.findall(pattern, english, re.DOTALL)
+    links = [
+        sorted(set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.zh.md"})
+        for text in (english, chinese)
+    ]
+    assert links[0] == links[1] and "(README.zh.md)" in english and "(README.md)" in chinese
+    for row in re.findall(r"│ (?:sft|rm|ppo) .*│ +(\S*) +│ (\S+) +│", english):
+        assert row in re.findall(r"│ (?:sft|rm|ppo) .*│ +(\S*) +│ (\S+) +│", chinese)
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 2000 and len(chinese.splitlines()) <= 250
+
+
+def test_links_and_named_files_exist() -> None:
+    for page in (
+        REPO / "README.md",
+        REPO / "README.zh.md",
+        REPO / "CONTRIBUTING.md",
+        *(REPO / "docs").glob("*.md"),
+    ):
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+        for path in re.findall(r"`((?:rlhf|conf|tests|docs)/[\w./*-]+)`", text):
+            assert "NAME" in path or list(REPO.glob(path.rstrip("/"))), f"{page.name}: {path}"
+
+
+def test_the_details_of_ppo_stand_as_quoted() -> None:
+    """docs/ppo.md, section 3: every quoted line stands in its file as it is, and every test named is there."""
+    page = (REPO / "docs" / "ppo.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) \| .+ \| `(.+)` \[.+\]\(\.\./(.+)\) \| `(.+)::(.+)` \|$", page, re.MULTILINE
+    )
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1)) and len(rows) > 40
+    assert len(re.findall(r"^\| \d+ \|", page, re.MULTILINE)) == len(rows)
+    for number, line, file, test_file, test in rows:
+        assert line in [each.strip() for each in (REPO / file).read_text().splitlines()], (
+            f"{number}: {file}: {line}"
+        )
+        assert f"def {test}(" in next((REPO / "tests").rglob(test_file)).read_text(), (
+            f"{number}: {test_file}::{test}"
+        )
+
+
+def test_the_ablation_page_names_the_arms_of_its_script() -> None:
+    spec = importlib.util.spec_from_file_location("ablation", REPO / "bench" / "ablation.py")
+    assert spec and spec.loader
+    ablation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablation)
+    named = re.findall(
+        r"^\| ([^|*]+) \| \d of \d \|", (REPO / "docs" / "ablation.md").read_text(), re.MULTILINE
+    )
+    assert named == [arm for arms in ablation.ARMS.values() for arm in arms]
+    for arms in ablation.ARMS.values():
+        for overrides in arms.values():
+            assert check_config(composed("stage=ppo", *ablation.ALWAYS, *overrides)) == []
+
+
+def test_every_logged_metric_is_documented(demo: Demo) -> None:
+    for run in (demo.sft, demo.rm, demo.ppo):
+        logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        assert (
+            undocumented({*logged, *json.loads((run / "summary.json").read_text())["metrics"]})
+            == []
+        )

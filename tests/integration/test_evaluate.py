@@ -1,0 +1,490 @@
+"""stage=eval: what it measures, computed again from its own answers and from the models; runs, directories, prompts; bad input."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, Demo, composed, runs_in, summary, train
+from transformers import AutoModelForCausalLM
+from worker_runs import prepare, work
+
+from rlhf.config.loading import load_config
+from rlhf.config.schema import Precision, Stage
+from rlhf.config.stage_graph import policy_labels
+from rlhf.data import load, template
+from rlhf.evaluation.statistics import wilson_interval
+from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
+from rlhf.runs.directory import write_json
+from rlhf.runs.identity import run_identity
+from rlhf.runs.inputs import PROMPTS, check_models, content_id, prompt_file, read_prompt_lines
+from rlhf.sampling.hf_generate import hf_generate
+from rlhf.sampling.token_choice import Sampling
+
+FEW = ["eval.best_of_prompts=4", "eval.best_of=4", "eval.prompts=[zh]"]
+CASES: dict[str, list[str]] = {
+    "plain": [],
+    "greedy": ["eval.decoding=greedy", "eval.best_of=0", "eval.prompts=[]"],
+    "beam": [
+        "eval.decoding=beam",
+        "eval.beams=3",
+        "eval.best_of=0",
+        "eval.prompts=[]",
+        "eval.policies=[sft]",
+        "eval.against=null",
+    ],
+    "functions": [
+        "~eval.rewards.model",
+        "+eval.rewards={short: {function: 'short_rewards:length'}}",
+        "eval.judge=short",
+    ],
+    "scorer_only": ["eval.policies=[]"],
+    "weighted": ["eval.rewards.model.weight=-3", "eval.best_of=0", "eval.prompts=[]"],
+    "truth": [
+        "~eval.rewards.model",
+        "+eval.rewards={gold: {function: 'rlhf.data.sandbox:gold'}}",
+        "eval.policies=[sft]",
+        "eval.best_of=0",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("eval")
+    sft, rm = (prepare(root, "up", stage, {}, []) for stage in ("sft", "rm"))
+    dpo = prepare(
+        root, "up", "dpo", {"sft": str(sft / "model")}, ["dpo.batch_size=8", "dpo.max_steps=4"]
+    )
+    (root / "short_rewards.py").write_text("def length(turns, answer):\n    return len(answer)\n")
+    inputs = {"sft": str(sft / "model"), "rm": str(rm / "model"), "dpo": str(dpo / "model")}
+    inputs |= {"prompts/0": str(prompt_file("zh"))}
+    done = {}
+    for name, overrides in CASES.items():
+        given = {
+            key: path
+            for key, path in inputs.items()
+            if key != "rm" or name not in ("functions", "truth")
+        }
+        done[name] = prepare(root, name, "eval", given, ["pipeline=dpo", *FEW, *overrides])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        work([sft, rm, dpo, *done.values()], 1)
+    return done | {"sft": sft, "rm": rm, "dpo": dpo}
+
+
+def found(run: Path) -> dict[str, Any]:
+    return json.loads((run / "eval.json").read_text())
+
+
+def result(run: Path) -> dict[str, float]:
+    return json.loads((run / "result.json").read_text())["metrics"]
+
+
+def test_policies_are_measured_side_by_side_in_the_order_asked_for(runs: dict[str, Path]) -> None:
+    about = found(runs["plain"])
+    assert (
+        list(about["policies"]) == ["base", "sft", "dpo"]
+        and about["against"] == "sft"
+        and about["judge"] == "gold"
+    )
+    for name, numbers in about["policies"].items():
+        wanted = {
+            "perplexity",
+            "score",
+            "gold",
+            "length",
+            "eos_rate",
+            "repetition",
+            "gold_best",
+        } | ({"kl"} if name != "sft" else set())
+        assert numbers.keys() == wanted
+        rows = [row["answers"][name] for row in about["answers"]]
+        for key in ("score", "gold", "length", "eos_rate"):
+            assert numbers[key] == pytest.approx(
+                sum(row[key] for row in rows) / len(rows), abs=1e-6
+            )
+    trained = result(runs["sft"])
+    assert about["policies"]["sft"]["perplexity"] == pytest.approx(
+        trained["eval/perplexity"], rel=1e-5
+    )
+    assert about["policies"]["dpo"]["kl"] == pytest.approx(
+        result(runs["dpo"])["eval/kl"], abs=1e-3
+    ), "the same prompts and draws"
+    assert about["policies"]["base"]["perplexity"] > about["policies"]["sft"]["perplexity"]
+
+
+def test_win_rates_are_those_of_the_answers(runs: dict[str, Path]) -> None:
+    about = found(runs["plain"])
+    assert {(d["policy"], d["judge"]) for d in about["win_rates"]} == {
+        (p, j) for p in ("base", "dpo") for j in ("gold", "model")
+    }
+    for duel in about["win_rates"]:
+        key = "gold" if duel["judge"] == "gold" else "score"
+        pairs = [
+            (row["answers"][duel["policy"]][key], row["answers"]["sft"][key])
+            for row in about["answers"]
+        ]
+        wins, ties = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
+        assert (duel["wins"], duel["ties"], duel["prompts"]) == (wins, ties, len(pairs))
+        assert duel["rate"] == pytest.approx((wins + ties / 2) / len(pairs))
+        assert (duel["low"], duel["high"]) == pytest.approx(
+            wilson_interval(wins + ties / 2, len(pairs))
+        )
+    final = result(runs["plain"])
+    (of_dpo,) = [d for d in about["win_rates"] if d["policy"] == "dpo" and d["judge"] == "gold"]
+    assert [final["eval/win_rate"], final["eval/win_rate_low"], final["eval/win_rate_high"]] == [
+        of_dpo[k] for k in ("rate", "low", "high")
+    ]
+
+
+def test_the_reward_model_is_measured_on_the_held_out_pairs(
+    runs: dict[str, Path], tokenizer: Any
+) -> None:
+    about = found(runs["plain"])["reward_models"]["model"]
+    trained = result(runs["rm"])
+    assert about["accuracy"] == pytest.approx(trained["eval/accuracy"]) and about[
+        "accuracy_gold"
+    ] == pytest.approx(trained["eval/accuracy_gold"])
+    for parts in (about["by_source"], about["by_length"]):
+        assert sum(pairs for pairs, _ in parts.values()) == about["pairs"] == len(about["margins"])
+        assert sum(pairs * accuracy for pairs, accuracy in parts.values()) / about[
+            "pairs"
+        ] == pytest.approx(about["accuracy"])
+    assert sum(b["pairs"] for b in about["reliability"]) == about["pairs"] and list(
+        about["by_source"]
+    ) == ["sandbox"]
+    # the margins are raw scores, as they were trained: those of the model by itself
+    cfg = load_config(runs["plain"] / "config.yaml")
+    pair = load.load_data(cfg.data).eval_rm[0]
+    scorer = load_scorer(str(runs["rm"] / "model"), tokenizer, Precision.fp32).eval()
+    [(prompt, chosen, rejected)] = template.encode_pairs(
+        tokenizer, [pair], cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
+    )
+    with torch.no_grad():
+        raw = [
+            float(scorer.hf(torch.tensor([prompt + answer])).logits[0, 0])
+            for answer in (chosen, rejected)
+        ]
+    assert about["margins"][0] == pytest.approx(raw[0] - raw[1], abs=1e-3)
+    assert result(runs["plain"])["eval/ece"] == about["ece"]
+
+
+def test_the_best_of_more_answers_scores_higher(runs: dict[str, Path]) -> None:
+    curve = found(runs["plain"])["best_of"]
+    assert [c["n"] for c in curve] == [1, 2, 4] and [c["score"] for c in curve] == sorted(
+        c["score"] for c in curve
+    )
+    assert [c["kl"] for c in curve] == pytest.approx([0.0, math.log(2) - 0.5, math.log(4) - 0.75])
+    assert all("gold" in c for c in curve) and found(runs["greedy"])["best_of"] == []
+
+
+def test_chinese_prompts_render_and_are_answered(runs: dict[str, Path]) -> None:
+    rows = found(runs["plain"])["fixed"]
+    assert [row["prompt"] for row in rows] == read_prompt_lines(PROMPTS / "zh.txt") and len(
+        rows
+    ) == 6
+    assert all(
+        set(row["answers"]) == {"base", "sft", "dpo"} and row["answers"]["sft"]["length"] > 0
+        for row in rows
+    )
+    page = (runs["plain"] / "report.html").read_text()
+    assert rows[0]["prompt"] in page and '<meta charset="utf-8">' in page
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "ja"])
+def test_there_are_six_prompts_of_each_language_and_all_templates_keep_them(language: str) -> None:
+    from rlhf.config.schema import Template
+    from rlhf.data.records import Turn
+
+    prompts = read_prompt_lines(PROMPTS / f"{language}.txt")
+    assert len(prompts) == len(set(prompts)) == 6
+    for style in (Template.hh, Template.chatml, Template.llama3):
+        own = load_tokenizer("builtin:tiny", style)
+        for prompt in prompts:
+            (ids,) = template.encode_prompts(own, [[Turn("user", prompt)]], 512)
+            assert ids and prompt in own.decode(ids)
+
+
+def test_the_page_holds_all_of_it_and_needs_no_other_file(runs: dict[str, Path]) -> None:
+    page = (runs["plain"] / "report.html").read_text()
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    for word in (
+        "Policies",
+        "Win rates against sft",
+        "95 % interval",
+        "Reward model: model",
+        "chosen longer",
+        "Best of n answers of sft",
+    ):
+        assert word in text, word
+    assert "https://" not in text and page.count("plotly.js v") == 1
+    rows = [json.loads(line) for line in (runs["plain"] / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "base", "sft", "dpo"} <= rows[0].keys()
+
+
+def test_greedy_and_beam_answers_have_no_kl(runs: dict[str, Path]) -> None:
+    greedy = found(runs["greedy"])
+    assert "kl" not in greedy["policies"]["dpo"] and greedy["decoding"] == "greedy"
+    beam = found(runs["beam"])
+    assert (
+        list(beam["policies"]) == ["sft"]
+        and "kl" not in beam["policies"]["sft"]
+        and beam["win_rates"] == []
+    )
+    assert [row["prompt"] for row in beam["answers"]] == [
+        row["prompt"] for row in greedy["answers"]
+    ]
+
+
+def test_a_function_judges_where_there_is_no_reward_model(runs: dict[str, Path]) -> None:
+    about = found(runs["functions"])
+    assert about["judge"] == "short" and about["reward_models"] == {}
+    assert {d["judge"] for d in about["win_rates"]} == {"gold", "short"}
+    row = about["answers"][0]["answers"]["dpo"]
+    assert row["score"] == len(row["completion"])
+
+
+def test_a_reward_model_alone(runs: dict[str, Path]) -> None:
+    about = found(runs["scorer_only"])
+    assert (
+        about["policies"] == {}
+        and about["answers"] == []
+        and about["reward_models"]["model"]["pairs"] > 0
+    )
+    assert {"eval/accuracy", "eval/ece"} == result(runs["scorer_only"]).keys()
+
+
+@pytest.mark.full
+def test_two_processes_and_zero_3_measure_the_same(runs: dict[str, Path], tmp_path: Path) -> None:
+    cfg = load_config(runs["plain"] / "config.yaml")
+    two = prepare(
+        tmp_path,
+        "two",
+        "eval",
+        cfg.inputs,
+        ["pipeline=dpo", *FEW],
+        gpus=2,
+        zero_stage=3,
+        micro_batch=3,
+    )
+    work([two], 2)
+    one = result(runs["plain"])
+    assert result(two).keys() == one.keys() and result(two) == pytest.approx(
+        one, rel=1e-3, abs=1e-3
+    )
+
+
+def test_beam_search_is_that_of_each_row_alone(runs: dict[str, Path], tokenizer: Any) -> None:
+    policy = load_policy(str(runs["sft"] / "model"), tokenizer, Precision.fp32).eval()
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    ids = torch.tensor([[0, 0, *prompts[0]], prompts[1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    eos = tokenizer.eos_token_id
+    found, kept, logp = hf_generate(policy, ids, mask, torch.zeros(2, 12), eos, Sampling(beams=3))
+    everyday = AutoModelForCausalLM.from_pretrained(runs["sft"] / "model").eval()
+    for i, prompt in enumerate(prompts):
+        alone = everyday.generate(
+            torch.tensor([prompt]),
+            num_beams=3,
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+        tokens = alone[0, len(prompt) :].tolist()
+        tokens = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+        assert found[i][kept[i] > 0].tolist() == tokens
+    assert (
+        found.shape == kept.shape == (2, 12) and (found[kept == 0] == eos).all() and not logp.any()
+    )
+    assert Sampling().beams == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ command line
+
+
+def test_after_the_pipeline_the_win_rate_of_ppo_is_in_the_summary(
+    demo: Demo, tmp_path: Path
+) -> None:
+    shutil.copytree(demo.root / "outputs", tmp_path / "outputs")
+    args = ["stage=eval", "eval.best_of_prompts=16", "deploy.threads=1", "wandb.mode=disabled"]
+    done = train(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs_in(tmp_path)["eval"]
+    about = summary(run)
+    final = about["metrics"]
+    assert (
+        final["eval/win_rate_low"] > 0.5
+        and final["eval/win_rate_low"] < final["eval/win_rate"] < final["eval/win_rate_high"] <= 1
+    )
+    assert about["parents"].keys() == {"sft", "ppo", "rm", "prompts/0", "prompts/1", "prompts/2"}
+    assert about["parents"]["ppo"] == summary(demo.ppo)["id"]
+    for word in ("win rate", "ppo against sft, judged by gold", "calibration error", "report.html"):
+        assert word in done.stdout
+    again = train(*args, cwd=tmp_path)
+    assert again.returncode == 0 and "eval: finished" in again.stderr
+    score = json.loads((demo.ppo / "summary.json").read_text())["metrics"]["eval/score"]
+    assert final["eval/ppo/score"] == pytest.approx(score, abs=1e-3), (
+        "as PPO itself has measured at its end"
+    )
+
+
+@pytest.mark.full
+def test_runs_and_directories_are_evaluated_by_their_path(demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("Is tea warm?\n\nAnd soup?\n")
+    policies = f"eval.policies=[{demo.sft},{demo.ppo}/model]"
+    few = [
+        "eval.best_of=0",
+        "data.eval_rows=16",
+        "deploy.threads=1",
+        "wandb.mode=disabled",
+        "~eval.rewards.model",
+    ]
+    done = train(
+        "stage=eval",
+        policies,
+        f"eval.against={demo.sft}",
+        "eval.prompts=[mine.txt]",
+        *few,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = runs_in(tmp_path)["eval"]
+    about = found(run)
+    names = [f"sft-{demo.sft.name[-8:]}", f"ppo-{demo.ppo.name[-8:]}"]
+    assert list(about["policies"]) == names and about["against"] == names[0]
+    assert [row["prompt"] for row in about["fixed"]] == ["Is tea warm?", "And soup?"] and about[
+        "judge"
+    ] == "gold"
+    assert summary(run)["parents"][f"policies/{0}"] == summary(demo.sft)["id"]
+
+
+WRONG = [
+    (
+        ["eval.against=ppo", "eval.policies=[sft]"],
+        "eval.against=ppo is not among eval.policies (sft)",
+    ),
+    (["eval.policies=[sft,sft]"], "eval.policies: sft is there twice"),
+    (
+        ["eval.policies=[]", "~eval.rewards.model"],
+        "eval.policies is empty, and there is no reward model in eval.rewards",
+    ),
+    (
+        ["eval.policies=[base]", "eval.against=null", "actor.path=/nowhere"],
+        "actor.path=/nowhere: no model there",
+    ),
+    (["rollout.top_p=0.5"], "rollout.top_p, rollout.top_k: not used by eval"),
+    (["eval.judge=other"], "eval.judge=other: give one of eval.rewards (model), or gold"),
+    (["eval.beams=1"], "eval.beams=1: must be at least 2"),
+    (["eval.best_of=1"], "eval.best_of=1: the best of one is that one"),
+    (["eval.best_of=-1"], "eval.best_of=-1: must not be negative"),
+    (["eval.temperature=0"], "eval.temperature=0.0: must be above 0"),
+    (["eval.top_p=2"], "eval.top_p=2.0: must be above 0 and at most 1"),
+    (
+        ["data=jsonl", "data.sources.mine.path=a.jsonl", "eval.judge=gold"],
+        "eval.judge=gold: these data do not know the truth",
+    ),
+    (
+        ["eval.prompts=[nowhere.txt]"],
+        "eval.prompts: nowhere.txt is no file, and not one of en, ja, zh",
+    ),
+    (["eval.policies=[./nowhere]", "eval.against=null"], "eval.policies=./nowhere: no model there"),
+]
+
+
+@pytest.mark.parametrize(
+    "overrides, said", WRONG, ids=[said.split(":")[0][:40] for _, said in WRONG]
+)
+def test_bad_values_get_one_clear_line(overrides: list[str], said: str) -> None:
+    from rlhf.config.validation import check_config
+
+    cfg = composed("stage=eval", *overrides)
+    assert any(line.startswith(said) for line in check_config(cfg) + check_models(cfg)), said
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    done = train("stage=eval", "pipeline=dpo", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        "make it: python train.py stage=dpo" in done.stderr
+        and "leave it out of eval.policies" in done.stderr
+    )
+    assert (
+        "make it: python train.py stage=rm" in done.stderr
+        and "leave it out with '~eval.rewards.model'" in done.stderr
+    )
+
+
+def test_the_identity_holds_what_the_named_policies_stand_on() -> None:
+    def keys(*overrides: str) -> set[str]:
+        return {
+            key.split(".")[0]
+            for key in run_identity(composed("stage=eval", *overrides), Stage.eval)
+        }
+
+    assert keys("pipeline=dpo") >= {"dpo", "sft", "rm", "eval"} and "ppo" not in keys(
+        "pipeline=dpo"
+    )
+    assert "ppo" in keys() and "rm" not in keys("eval.policies=[sft]", "~eval.rewards.model")
+
+
+def test_a_single_source_judges_without_its_weight(runs: dict[str, Path]) -> None:
+    assert (
+        result(runs["weighted"])["eval/dpo/win_rate/model"]
+        == result(runs["plain"])["eval/dpo/win_rate/model"]
+    )
+
+
+def test_at_zero_3_a_measured_policy_is_let_go(
+    tmp_path: Path, tokenizer: Any, one_process: None
+) -> None:
+    """DeepSpeed keeps the modules of such engines in a list of its own."""
+    from rlhf.distributed.engine import build_engine, release_engine
+
+    cfg = composed("stage=eval", "deploy.zero_stage=3")
+    engine = build_engine(
+        lambda: load_policy("builtin:tiny", tokenizer, Precision.fp32), cfg, "policy", tmp_path
+    )
+    left = weakref.ref(engine.module)
+    release_engine(engine)
+    del engine
+    gc.collect()
+    assert left() is None
+
+
+def test_a_model_that_has_been_replaced_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text("a")
+    plain = content_id(str(model))
+    (model / "model.safetensors").write_text("abc")
+    assert content_id(str(model)) != plain
+    for id in ("one", "two"):
+        write_json(tmp_path / "run" / "summary.json", {"id": id})
+        assert content_id(str(model)) == content_id(str(tmp_path / "run")) == id
+    assert content_id("owner/model") == "owner/model"
+
+
+def test_labels_are_short_where_they_can_be() -> None:
+    assert policy_labels(["sft", "/a/run/model", "owner/x"]) == {
+        "sft": "sft",
+        "run": "/a/run/model",
+        "x": "owner/x",
+    }
+    assert list(
+        policy_labels(["outputs/ppo-tiny-tiny+seed-2-3f2a9c1b/", "x/sft-tiny-0a1b2c3d/model"])
+    ) == [
+        "ppo-3f2a9c1b",
+        "sft-0a1b2c3d",
+    ]
+    assert list(policy_labels(["a/llama", "b/llama"])) == ["a/llama", "b/llama"]

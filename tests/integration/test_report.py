@@ -1,0 +1,329 @@
+"""Runs compared: numbers by hand, statuses, the page in a real browser where one is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import Demo, composed
+from scipy import stats
+
+from rlhf.config.loading import save_config
+from rlhf.config.schema import Stage
+from rlhf.reporting import curves, report_page, tables
+from rlhf.reporting.comparison import (
+    SeedGroup,
+    compare_best,
+    confidence_half_width,
+    differing_settings,
+    format_mean,
+    primary_metric,
+    run_label,
+    seed_groups,
+)
+from rlhf.runs.directory import config_for_stage, lock_run, write_json
+from rlhf.runs.history import Run, find_runs, read_lines, run_status
+from rlhf.runs.identity import run_name
+
+HOSTILE = "</script><script>document.title='run'</script>"
+
+
+def write_run(
+    root: Path, *overrides: str, gold: float = 1.0, steps: int = 12, finished: bool = True
+) -> Path:
+    """A PPO run as it lies on the disk: a score that rises to `gold`, answers, a checkpoint where it is not finished."""
+    cfg = composed("stage=ppo", *overrides)
+    cfg.root = str(root)
+    run = root / "outputs" / run_name(cfg, Stage.ppo, composed("stage=ppo"))
+    run.mkdir(parents=True)
+    save_config(config_for_stage(cfg, Stage.ppo, {}), run / "config.yaml")
+    rows = [
+        {
+            "step": i + 1,
+            "objective/scores": gold * i / steps,
+            "reward/gold/mean": gold * i / steps,
+            "objective/kl": 0.2 * i,
+        }
+        | {"loss/policy_avg": -0.1, "loss/value_avg": 1 / (i + 1), "tokens/response_mean": 20.0}
+        for i in range(steps)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = [
+        {
+            "step": steps,
+            "prompt": f"p{i}",
+            "before": "b",
+            "after": f"{HOSTILE} {gold}",
+            "score_before": 0.0,
+            "score_after": 1.0,
+        }
+        for i in range(3)
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    write_json(run / "parents.json", {"sft": "abc"})
+    if finished:
+        final = {
+            "eval/gold": gold,
+            "eval/gold_before": 0.0,
+            "eval/score": gold / 2,
+            "eval/kl": 2.0,
+            "eval/length": 20.0,
+            "eval/eos_rate": 1.0,
+        }
+        write_json(
+            run / "summary.json",
+            {
+                "id": run.name[-8:],
+                "stage": "ppo",
+                "status": "finished",
+                "parents": {"sft": "abc"},
+                "metrics": final,
+            },
+        )
+    return run
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three coefficients, three seeds each; one job that failed."""
+    folder = tmp_path / "multirun" / "study"
+    golds = {0.02: (2.0, 2.2, 2.4), 0.05: (3.0, 3.1, 2.9), 0.2: (2.5, 2.4, 2.6)}
+    for coef, values in golds.items():
+        for seed, gold in enumerate(values, 1):
+            run = write_run(tmp_path, f"ppo.kl.coef={coef}", f"seed={seed}", gold=gold)
+            job = folder / f"{coef}-{seed}"
+            job.mkdir(parents=True)
+            (job / "overrides.txt").write_text("")
+            (job / "run").symlink_to(run)
+    failed = folder / "failed"
+    failed.mkdir()
+    (failed / "overrides.txt").write_text("")
+    (failed / "error.txt").write_text("ppo failed, rank 0: it is broken\n")
+    return folder
+
+
+def test_means_intervals_and_significance_by_hand() -> None:
+    values = [3.0, 3.1, 2.9]
+    assert confidence_half_width(values) == pytest.approx(
+        4.302653 * 0.1 / math.sqrt(3), rel=1e-6
+    )  # t of 2 degrees of freedom at 97.5 %
+    assert (
+        format_mean(values) == "3.000 ± 0.248"
+        and format_mean([2.0]) == "2.000"
+        and math.isnan(confidence_half_width([2.0]))
+    )
+    cells = [
+        SeedGroup(
+            name, [Run(Path(name), "ppo", "finished", metrics={"m": value}) for value in some]
+        )
+        for name, some in (("a", values), ("b", [2.5, 2.4, 2.6]))
+    ]
+    # Welch by hand: means 3 and 2.5, both variances 0.01, so t = 0.5 / sqrt(0.02 / 3) with 4 degrees of freedom
+    p = 2 * stats.t.sf(0.5 / math.sqrt(0.02 / 3), 4)
+    line = compare_best(cells, "m")
+    assert f"p = {p:.2g}, significant" in line and line.startswith(
+        "best by m: a (3.000 ± 0.248), then b (2.500 ± 0.248)"
+    )
+    single = [SeedGroup(cell.label, cell.runs[:1]) for cell in cells]
+    assert (
+        "one seed says nothing of chance" in compare_best(single, "m")
+        and compare_best(cells[:1], "m") == ""
+    )
+
+
+def test_a_sweep_is_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> None:
+    found = find_runs([sweep])
+    good = [run for run in found if run.stage]
+    assert len(good) == 9 and differing_settings(good) == ["ppo.kl.coef", "seed"]
+    cells = seed_groups(good)
+    assert [cell.label for cell in cells] == [
+        "kl.coef=0.05",
+        "kl.coef=0.2",
+        "kl.coef=0.02",
+    ] and all(len(cell.runs) == 3 for cell in cells)
+    assert primary_metric(good) == ("eval/gold", True)
+    (failed,) = [run for run in found if not run.stage]
+    assert failed.status == "failed: ppo failed, rank 0: it is broken"
+
+
+def test_every_status_is_told(tmp_path: Path) -> None:
+    done, left, broken, held = (
+        write_run(tmp_path, f"seed={i}", finished=i == 1) for i in range(1, 5)
+    )
+    whole = left / "checkpoints" / "step-8"
+    whole.mkdir(parents=True)
+    (whole / "a.pt").write_text("xyz")
+    write_json(whole / "checkpoint.json", {"step": 8, "placement": {}, "files": {"a.pt": 3}})
+    torn = left / "checkpoints" / "step-10"
+    torn.mkdir()
+    write_json(torn / "checkpoint.json", {"step": 10, "placement": {}, "files": {"a.pt": 3}})
+    (broken / "error-rank0.txt").write_text("rank 0: ValueError: no data\n\nTraceback")
+    with lock_run(held):
+        statuses = [run_status(run) for run in (done, left, broken, held)]
+        with pytest.raises(RuntimeError, match="being trained by another process"), lock_run(held):
+            pass
+    assert statuses == [
+        "finished",
+        "stopped, goes on after step 8",
+        "failed: ValueError: no data",
+        "running",
+    ]
+    assert run_status(held) == "stopped"
+
+
+def test_the_command_prints_tables_and_writes_one_page(sweep: Path, tmp_path: Path) -> None:
+    def call(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "rlhf.report", *map(str, args)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    done = call(sweep)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "kl.coef=0.05 seed=2" in done.stdout
+        and "3.000 ± 0.248" in done.stdout
+        and "significant at 5 %" in done.stdout
+    )
+    assert str(sweep / "report.html") in done.stdout
+    listed = call("--list")
+    assert listed.returncode == 0 and listed.stdout.count("finished") == 9
+    assert (
+        call(tmp_path / "outputs", "--out", tmp_path / "page.html").returncode == 0
+        and (tmp_path / "page.html").exists()
+    )
+    nothing = call(tmp_path / "multirun")
+    assert (
+        nothing.returncode == 2
+        and nothing.stderr.startswith("error: ")
+        and "no run there" in nothing.stderr
+    )
+
+
+def test_the_page_holds_everything_and_escapes_what_models_say(sweep: Path) -> None:
+    page = report_page.page(find_runs([sweep]), f"Sweep {HOSTILE}")
+    assert HOSTILE not in page and "&lt;/script&gt;" in page
+    assert "https://" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL), (
+        "it needs no other file"
+    )
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    for word in (
+        "Curves",
+        "Reward against KL",
+        "Settings that differ",
+        "Answers to the same held-out prompts",
+        "Lineage",
+        "it is broken",
+    ):
+        assert word in text, word
+    assert page.count("plotly.js v") == 1, "the library once"
+    assert curves.smooth([1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5] and curves.smooth(
+        [1.0, 5.0], 1
+    ) == [1.0, 5.0]
+
+
+def test_a_real_pipeline_shows_its_lineage(demo: Demo, tmp_path: Path) -> None:
+    found = find_runs([demo.root])
+    assert [run.stage for run in found] == ["sft", "rm", "ppo"] and all(
+        run.status == "finished" for run in found
+    )
+    page = report_page.page(found, "demo")
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert f"{demo.sft.name} (eval/perplexity" in text and f"{demo.rm.name} (eval/accuracy" in text
+    tables.print_comparison(found)
+
+
+BROWSER = (
+    shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_draws_the_page(sweep: Path, tmp_path: Path) -> None:
+    from matplotlib import image
+
+    file = tables.write_page(find_runs([sweep]), sweep / "report.html", "Sweep study")
+    picture = tmp_path / "page.png"
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
+    flags += [
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1500,2600",
+        "--virtual-time-budget=8000",
+    ]
+    dom = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", f"file://{file}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    assert dom.count('class="scatterlayer') >= 7 and "<title>Sweep study</title>" in dom, (
+        "six panels and the frontier are drawn"
+    )
+    subprocess.run(
+        [BROWSER, *flags, f"--screenshot={picture}", f"file://{file}"],
+        capture_output=True,
+        timeout=120,
+    )
+    pixels = image.imread(picture)
+    blue = (abs(pixels[..., :3] - [0.12, 0.47, 0.71]).sum(-1) < 0.15).sum()
+    assert pixels.shape[:2] == (2600, 1500) and blue > 500, "lines in the first run's colour"
+
+
+def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
+    """An old configuration has other keys; its seeds are unknown, so it is nobody's repetition. An attempt has its stage in its files."""
+    new, *old = (write_run(tmp_path, f"seed={seed}") for seed in (1, 2, 3))
+    for run in old:
+        config_file = run / "config.yaml"
+        config_file.write_text(config_file.read_text().replace("checkpoint:", "of_old:"))
+    attempt = new / "attempts" / "1"
+    attempt.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        shutil.copy(new / name, attempt / name)
+    found = find_runs([tmp_path, attempt])
+    assert [run.stage for run in found] == ["ppo"] * 4 and found[
+        -1
+    ].name == f"{new.name}/attempts/1"
+    assert [bool(run.settings) for run in found] == [True, False, False, True]
+    assert sorted(len(cell.runs) for cell in seed_groups(found)) == [1, 1, 2]
+    report_page.page(found, "old and new")
+
+
+def test_answers_with_line_ends_of_their_own_are_read_whole(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\u2028b\u0085c", "after": "d\x1ce"}, {"prompt": "f"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(text + '{"prompt": "torn')
+    assert read_lines(tmp_path / "samples.jsonl") == rows
+
+
+def test_jobs_that_differ_in_where_they_ran_keep_their_rows(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for zero, steps in ((0, 3), (2, 5)):
+        job = tmp_path / "multirun" / "places" / f"zero{zero}"
+        job.mkdir(parents=True)
+        (job / "overrides.txt").write_text(f"deploy.zero_stage={zero}\nfresh=true\n")
+        for name in ("config.yaml", "summary.json"):
+            shutil.copy(run / name, job / name)
+        (job / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 0.1}\n' * steps)
+        (job / "run").symlink_to(run)
+    found = find_runs([tmp_path / "multirun" / "places"])
+    assert [len(run.rows) for run in found] == [3, 5]
+    assert [run_label(run, differing_settings(found)) for run in found] == [
+        "deploy.zero_stage=0",
+        "deploy.zero_stage=2",
+    ]

@@ -1,0 +1,433 @@
+"""A run that dies goes on where it was, bit for bit: real processes, real kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import REPO, SLOW, composed, lines, metrics, running, runs_in, summary, train
+from worker_runs import begin, kill_when, prepare, rows_of, same, work
+
+from rlhf.config.deployment import placement
+from rlhf.config.schema import Stage
+from rlhf.runs.directory import find_checkpoints, read_summary, write_json
+from rlhf.runs.identity import run_dir_for
+from rlhf.sampling.cpu import kernels
+from rlhf.training import checkpoint
+
+TEN_STEPS = [
+    "sft.max_steps=10",
+    "rm.max_steps=10",
+    "sft.batch_size=8",
+    "rm.batch_size=8",
+    "checkpoint.every_steps=5",
+]
+# all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy, warnings
+MEMORY = [
+    "ppo.max_steps=4",
+    "ppo.batch_size=8",
+    "ppo.kl.controller=adaptive",
+    "ppo.kl.horizon=100",
+    "ppo.scale_score=true",
+    "ppo.ema=0.5",
+    "ppo.critic_warmup=1",
+    "ppo.ptx.coef=0.1",
+    "ppo.evaluation.every=2",
+    "ppo.dschat.dropout=0.1",
+    "rollout.log_answers=2",
+    "checkpoint.every_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What PPO stands on."""
+    root = tmp_path_factory.mktemp("inputs")
+    sft, rm = prepare(root, "up", "sft", {}, []), prepare(root, "up", "rm", {}, [])
+    work([sft, rm], 1)
+    return {"sft": str(sft / "model"), "rm": str(rm / "model")}
+
+
+def make(
+    root: Path, name: str, stage: str, inputs: dict[str, str], processes: int, zero: int, *more: str
+) -> Path:
+    given, options = (inputs, MEMORY) if stage == "ppo" else ({}, [])
+    return prepare(
+        root,
+        name,
+        stage,
+        given,
+        [*TEN_STEPS, *options, *more],
+        gpus=processes,
+        zero_stage=zero,
+        micro_batch=3,
+    )
+
+
+# stage, processes, ZeRO
+PAIRWISE = [
+    (stage, n, zero) for stage in ("sft", "rm", "ppo") for n in (1, 2) for zero in (0, 2, 3)
+]
+DIAGONAL = [
+    ("sft", 2, 3),
+    ("rm", 1, 2),
+]  # and PPO, killed while saving, with one process and ZeRO 0
+
+
+@pytest.mark.parametrize(
+    "stage, processes, zero",
+    [
+        pytest.param(*case, marks=() if case in DIAGONAL else (pytest.mark.full,))
+        for case in PAIRWISE
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    inputs: dict[str, str], tmp_path: Path, stage: str, processes: int, zero: int
+) -> None:
+    """10 steps = 5 + kill -9 + 5 (PPO: 4 rollouts = 2 + 2), between two checkpoints."""
+    whole, killed = (
+        make(tmp_path, name, stage, inputs, processes, zero) for name in ("whole", "killed")
+    )
+    work([whole], processes)
+    at = 3 if stage == "ppo" else 7
+    kill_when(killed, processes, lambda: lines(killed / "metrics.jsonl") >= at)
+    assert [about["step"] for _, about in find_checkpoints(killed)[0]] == [
+        2 if stage == "ppo" else 5
+    ]
+    work([killed], processes)
+    same(whole, killed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "more",
+    [
+        [
+            "actor.lora.rank=4",
+            "actor.lora.embeddings=true",
+            "reward.lora.rank=4",
+            "ppo.dschat.dropout=0",
+        ],
+        ["deploy.precision=bf16", "deploy.offload.optimizer=true"],
+        ["deploy.precision=autocast", "ppo.kl.controller=linear", "ppo.target_kl=0.01"],
+    ],
+    ids=["adapters", "bf16", "autocast"],
+)
+def test_a_killed_run_with_other_weights_goes_on(
+    inputs: dict[str, str], tmp_path: Path, more: list[str]
+) -> None:
+    whole, killed = (
+        make(tmp_path, name, "ppo", inputs, 1, 2, *more) for name in ("whole", "killed")
+    )
+    work([whole], 1)
+    kill_when(killed, 1, lambda: lines(killed / "metrics.jsonl") >= 3)
+    work([killed], 1)
+    same(whole, killed)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PPO that nobody disturbs, with a checkpoint after each rollout."""
+    run = make(
+        tmp_path_factory.mktemp("whole"), "whole", "ppo", inputs, 1, 0, "checkpoint.every_steps=1"
+    )
+    work([run], 1)
+    return run
+
+
+def rollout_seconds(run: Path) -> float:
+    return metrics(run)[2]["timing_s/rollout"]
+
+
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("in the rollout", marks=FULL),
+        pytest.param("in training", marks=FULL),
+        "while saving",
+    ],
+)
+def test_ppo_killed_at_any_moment_goes_on(
+    inputs: dict[str, str], whole: Path, tmp_path: Path, moment: str
+) -> None:
+    run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
+    log, saved = run / "metrics.jsonl", run / "checkpoints"
+    if moment == "while saving":
+        kill_when(run, 1, lambda: lines(log) >= 2 and (saved / "step-2.tmp").exists())
+        assert not (saved / "step-2").exists() and (saved / "step-1").exists()
+    else:
+        wait = rollout_seconds(whole) * (0.5 if moment == "in the rollout" else 1.3)
+        kill_when(run, 1, lambda: (saved / "step-2").exists() and (time.sleep(wait) or True))
+        assert lines(log) == 2, "the third rollout was not finished"
+    work([run], 1)
+    same(whole, run)
+
+
+@pytest.mark.full
+def test_thirty_kills_at_random_moments(
+    inputs: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    run = make(tmp_path, "killed", "ppo", inputs, 1, 0, "checkpoint.every_steps=1")
+    moments, kills, started = random.Random(5), 0, time.time()
+    while kills < 30:
+        workers = begin(["-m", "rlhf.worker", run], 1)
+        before = lines(run / "metrics.jsonl")
+        deadline = time.time() + moments.uniform(1.0, 6.0)
+        while time.time() < deadline and workers[0].poll() is None:
+            time.sleep(0.01)
+            if lines(run / "metrics.jsonl") > before + 1:
+                break
+        if workers[0].poll() is not None:  # it was done: begin again, killed differently
+            assert workers[0].returncode == 0
+            same(whole, run)
+            for path in [path for path in run.iterdir() if path.name != "config.yaml"]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            continue
+        workers[0].kill()
+        workers[0].wait()
+        kills += 1
+    work([run], 1)
+    same(whole, run)
+    print(f"30 kills, {time.time() - started:.0f} s")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_path: Path) -> None:
+    long = [*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null"]
+    parent, run = running(*long, cwd=tmp_path)
+    second = train(*long, cwd=tmp_path)  # one run, one owner
+    assert (
+        second.returncode == 1
+        and f"pid {parent.pid} on" in second.stderr
+        and "being trained by another process" in second.stderr
+    )
+    parent.send_signal(signal.SIGTERM)
+    said = parent.communicate(timeout=60)[1]
+    assert (
+        parent.returncode == 130
+        and "asked to stop after step" in said
+        and "the same command goes on" in said
+    ), said
+    step = find_checkpoints(run)[0][0][1]["step"]
+    assert lines(run / "metrics.jsonl") == step < 400
+    refused = train(*long, "deploy.gpus=2", cwd=tmp_path)
+    assert (
+        refused.returncode == 1
+        and "made with deploy.gpus=1, not deploy.gpus=2: go on with deploy.gpus=1" in refused.stderr
+    )
+    assert "fresh=true" in refused.stderr
+    done = train(*long, cwd=tmp_path)
+    assert done.returncode == 0 and f"going on after step {step} of 400" in done.stderr, done.stderr
+    assert [row["step"] for row in metrics(run)] == list(range(1, 401))
+    assert not (run / "checkpoints").exists(), (
+        "a finished run keeps its models, not its optimizer states"
+    )
+    again = train(*long, "fresh=true", cwd=tmp_path)
+    assert again.returncode == 0 and (run / "attempts" / "1" / "summary.json").exists()
+    assert rows_of(run, "metrics.jsonl") == rows_of(run / "attempts" / "1", "metrics.jsonl")
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    parent, run = running(*SLOW, cwd=tmp_path)
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    parent.send_signal(signal.SIGINT)
+    parent.communicate(timeout=20)
+    assert parent.returncode == 130 and not (run / "summary.json").exists()
+
+
+@pytest.mark.full
+def test_a_torn_checkpoint_is_left_out_and_a_full_disk_leaves_the_one_before(
+    tmp_path: Path,
+) -> None:
+    parent, run = running(*SLOW, cwd=tmp_path, until=7)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    (newest, _), (before, about) = find_checkpoints(run)[0]
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    limit = largest.stat().st_size // 2
+    # files larger than that cannot be written any more: the next checkpoint fails half-way
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    done = subprocess.run(
+        [sys.executable, str(REPO / "train.py"), *SLOW],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        **full,
+    )
+    assert done.returncode == 1 and f"{newest.name} is not whole, it is left out" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "is the disk full?" in line and line.endswith(
+        f"the last good checkpoint is {before.relative_to(tmp_path)}"
+    ), line
+    assert [a["step"] for _, a in find_checkpoints(run)[0]] == [about["step"]]
+    done = train(*SLOW, cwd=tmp_path)
+    assert done.returncode == 0 and f"going on after step {about['step']} of 30" in done.stderr
+    assert [row["step"] for row in metrics(run)] == list(range(1, 31)) and summary(run)[
+        "status"
+    ] == "finished"
+
+
+def test_what_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_path: Path) -> None:
+    done = train(
+        *SLOW, "sft.lr=1e30", "sft.warmup_steps=10", "checkpoint.every_steps=1", cwd=tmp_path
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert (
+        done.returncode == 1
+        and "that is not finite is" in line
+        and "lower the learning rate" in line
+    )
+    assert "hf.model" in line or "hf.lm_head" in line
+
+
+@pytest.mark.full
+def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_path: Path) -> None:
+    """Two pipelines at the same moment over the same SFT: one trains it and is killed, the other one takes over and finishes."""
+    pipeline = [arg for arg in SLOW if arg != "stage=sft"]
+    first, run = running(*pipeline, cwd=tmp_path, until=5)
+    second = subprocess.Popen(
+        [sys.executable, str(REPO / "train.py"), *pipeline, "ppo.kl.coef=0.1"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said, deadline = "", time.time() + 60
+    while "waiting for" not in said and time.time() < deadline:
+        said += (
+            os.read(second.stderr.fileno(), 65536).decode()
+            if select.select([second.stderr], [], [], 0.05)[0]
+            else ""
+        )
+        time.sleep(0.01)
+    assert (
+        f"waiting for 0 s: {run.relative_to(tmp_path)} is being trained by another process (pid {first.pid} on"
+        in said
+    ), said
+    first.kill()
+    first.wait()
+    said += second.communicate(timeout=300)[1]
+    assert second.returncode == 0 and "going on after step" in said, said
+    runs = runs_in(tmp_path)
+    assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 1)
+    assert {summary(ppo)["parents"]["sft"] for ppo in runs["ppo"]} == {
+        summary(runs["sft"][0])["id"]
+    }
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look whether it is finished and the lock."""
+    from test_config import composed
+
+    from rlhf import cli
+
+    cfg = composed("stage=sft", f"root={tmp_path}")
+    home = run_dir_for(cfg, Stage.sft, cfg)
+    home.mkdir(parents=True)
+    monkeypatch.setattr(
+        cli.plan,
+        "make_plan",
+        lambda *_: write_json(home / "summary.json", {"parents": {}, "id": "theirs"}),
+    )
+    monkeypatch.setattr(cli.plan, "short", str)
+    assert cli.run_stage(cfg, Stage.sft, cfg, [], upstream=True) == home
+    assert (
+        read_summary(home) == {"parents": {}, "id": "theirs"} and not (home / "attempts").exists()
+    )
+
+
+def test_placement_names_all_that_bits_depend_on() -> None:
+    from test_config import composed
+
+    assert placement(composed("deploy.threads=2")) == {
+        "deploy.gpus": 1,
+        "deploy.nodes": 1,
+        "deploy.zero_stage": 0,
+        "deploy.device": "cpu",
+        "deploy.offload.optimizer": False,
+        "deploy.threads": 2,
+    }
+
+
+def checkpoints_of(run: Path) -> checkpoint.Checkpoints:
+    """Of an engine that has a thousand bytes to keep."""
+
+    def write(directory: Path, tag: str, **_: object) -> None:
+        (directory / tag).mkdir()
+        (directory / tag / "weights").write_bytes(b"x" * 1000)
+
+    engine = SimpleNamespace(
+        device=torch.device("cpu"),
+        save_checkpoint=write,
+        load_checkpoint=lambda *_, **__: ("there", {}),
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    saving = checkpoint.Checkpoints(
+        composed("checkpoint.every_steps=1", "checkpoint.keep=2"),
+        run,
+        9,
+        {"actor": engine},
+        {"a": {"n": 1}},
+    )
+    signal.signal(signal.SIGTERM, before)
+    return saving
+
+
+def test_going_on_with_other_kernels_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saving = checkpoints_of(tmp_path)
+    for before, now in (
+        (True, True),
+        (True, False),
+        (False, True),
+        (None, True),
+    ):  # None: nothing was sampled
+        monkeypatch.setattr(kernels, "loaded", before)
+        saving.save(1)
+        monkeypatch.setattr(kernels, "loaded", now)
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="rlhf"):
+            assert saving.resume() == 1
+        assert ("last digits will differ" in caplog.text) == (before is not None and before != now)
+
+
+def test_without_room_on_the_disk_a_checkpoint_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = checkpoints_of(tmp_path)
+    saving.after(1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=500))
+    saving.after(2)
+    assert [about["step"] for _, about in find_checkpoints(tmp_path)[0]] == [1] and len(
+        [*(tmp_path / "checkpoints").iterdir()]
+    ) == 1
+    (tmp_path / "stop").touch()  # as on several nodes
+    with pytest.raises(
+        checkpoint.Stopped, match="asked to stop after step 3 of 9; there is no checkpoint of it"
+    ):
+        saving.after(3)
+    monkeypatch.undo()
+    for step in (4, 5):
+        with pytest.raises(
+            checkpoint.Stopped, match=f"after step {step} of 9; the same command goes on from there"
+        ):
+            saving.after(step)
+    assert [about["step"] for _, about in find_checkpoints(tmp_path)[0]] == [5, 4]

@@ -1,0 +1,136 @@
+"""Worker processes: how they are placed on one node and on several, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import composed
+
+from rlhf.runs import launch
+
+
+def test_places_number_all_processes_of_all_nodes() -> None:
+    cfg = composed(
+        "deploy=multi_node",
+        "deploy.nodes=3",
+        "deploy.gpus=2",
+        "deploy.node_rank=1",
+        "deploy.master=head:1234",
+    )
+    there = launch.worker_environments(cfg)
+    assert [(p["RANK"], p["LOCAL_RANK"]) for p in there] == [("2", "0"), ("3", "1")]
+    assert {(p["WORLD_SIZE"], p["MASTER_ADDR"], p["MASTER_PORT"]) for p in there} == {
+        ("6", "head", "1234")
+    }
+    assert "DS_ACCELERATOR" not in there[0]
+    (alone,) = launch.worker_environments(composed())
+    assert (alone["RANK"], alone["WORLD_SIZE"], alone["MASTER_ADDR"], alone["DS_ACCELERATOR"]) == (
+        "0",
+        "1",
+        "127.0.0.1",
+        "cpu",
+    )
+
+
+def test_workers_keep_freed_memory_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    there = launch.worker_environments(composed("deploy.gpus=2"))
+    assert all(names <= place.keys() for place in there)
+    assert all(int(there[0][name]) >= 2**30 for name in names if name.startswith("MALLOC"))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
+    (place,) = launch.worker_environments(composed())
+    assert names & place.keys() == names - {"MALLOC_MMAP_THRESHOLD_"}, "what the user has set stays"
+
+
+def test_the_cause_is_who_was_killed_or_who_failed_first(tmp_path: Path) -> None:
+    assert launch.first_failure({"rank 3": 1}, tmp_path) == "rank 3: exit code 1"
+    for rank, age in ((0, 5), (2, 9)):
+        message = tmp_path / f"error-rank{rank}.txt"
+        message.write_text(f"rank {rank}: ValueError: no\n\nTraceback ...")
+        os.utime(message, (time.time() - age,) * 2)
+    assert launch.first_failure({"rank 0": 1}, tmp_path) == "rank 2: ValueError: no"
+    assert (
+        launch.first_failure({"rank 0": 1, "rank 1": -signal.SIGSEGV}, tmp_path)
+        == "rank 1: killed by SIGSEGV"
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides, hosts, expected",
+    [
+        (
+            ["deploy.nodes=2"],
+            None,
+            "deploy.nodes=2: how are they reached? Give deploy.hostfile=FILE",
+        ),
+        (
+            ["deploy.nodes=2", "deploy.hostfile=hosts"],
+            None,
+            "hosts: no such file; it has a line for each node: HOST slots=1",
+        ),
+        (
+            ["deploy.nodes=2", "deploy.hostfile=hosts"],
+            "a slots=8\n# b slots=8\n",
+            "1 node(s), 1 with enough slots, for deploy.nodes=2",
+        ),
+        (
+            ["deploy.nodes=2", "deploy.gpus=4", "deploy.hostfile=hosts"],
+            "a slots=8\nb slots=2\n",
+            "2 node(s), 1 with enough slots",
+        ),
+        (["deploy=single_node", "deploy.gpus=64"], None, "deploy.gpus=64, but this machine shows"),
+    ],
+)
+def test_machines_that_are_not_there_are_refused(
+    overrides: list, hosts: str | None, expected: str, tmp_path: Path
+) -> None:
+    if hosts is not None:
+        (tmp_path / "hosts").write_text(hosts)
+    overrides = [arg.replace("=hosts", f"={tmp_path}/hosts") for arg in overrides]
+    with pytest.raises(ValueError, match=".*") as error:
+        launch.check_machines(composed(*overrides))
+    assert expected in str(error.value)
+
+
+def test_without_pdsh_a_hostfile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # nothing is installed there
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    with pytest.raises(ValueError, match="pdsh, which is not installed"):
+        launch.check_machines(composed("deploy.nodes=2", f"deploy.hostfile={tmp_path}/hosts"))
+
+
+@pytest.mark.parametrize(
+    "codes, outcome",
+    [
+        ((75, 75), KeyboardInterrupt),
+        ((75, 1), RuntimeError),
+        ((0, 1), RuntimeError),
+        ((0, 0), None),
+    ],
+)
+def test_workers_that_were_asked_to_stop_on_another_node_end_the_command(
+    codes: tuple[int, int],
+    outcome: type[BaseException] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They end with a code of their own; nobody asked this process. A failure beside it is told."""
+    (tmp_path / "a_worker.py").write_text(
+        f"import os\nos._exit({list(codes)}[int(os.environ['RANK'])])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "WORKER", "a_worker")
+    (tmp_path / "result.json").write_text("{}")
+    if outcome is None:
+        assert launch.run_workers(tmp_path, composed("deploy.gpus=2")) is False
+    else:
+        with pytest.raises(outcome):
+            launch.run_workers(tmp_path, composed("deploy.gpus=2"))

@@ -1,0 +1,598 @@
+"""Loading, saving and scoring: what a model says depends on its text only, and is the same after it was written and read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import EOS, FAMILIES, PAD, VOCABULARY, save_base
+from helpers import REPO
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from rlhf.config.loading import register_schema, to_typed
+from rlhf.config.schema import Config, Precision, RmLoss
+from rlhf.data.batches import pad_left, pad_right
+from rlhf.distributed.engine import build_engine
+from rlhf.models.loading import (
+    check_context,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    location,
+    save_engine,
+)
+from rlhf.models.logprobs import token_logprobs
+from rlhf.models.wrappers import Policy, Scorer, last_token_score, model_inputs
+from rlhf.rl.rewards import score_rows
+from rlhf.stages import rm
+from rlhf.training.likelihood import perplexity, response_nll_stats
+
+CPU = torch.device("cpu")
+FP32 = Precision.fp32
+ROWS = [[5, 6, 7], [300, 301, 302, 303, 304, 305], [9, 10, 11, 12]]
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    register_schema()
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        return to_typed(compose("config", ["stage=ppo"]))
+
+
+def padded(row: list[int], left: int, right: int) -> tuple[Tensor, Tensor]:
+    ids = torch.tensor([[PAD] * left + row + [PAD] * right])
+    mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right])
+    return ids, mask
+
+
+def all_but_the_first(mask: Tensor) -> Tensor:
+    """Of which tokens log-probabilities are asked: all that have another before them in their row."""
+    return (mask > 0) & (mask.cumsum(1) > 1)
+
+
+@torch.no_grad()
+def logp_of(policy: Policy, row: list[int], left: int = 0, right: int = 0) -> Tensor:
+    """Log-probabilities of all tokens of a row but the first."""
+    ids, mask = padded(row, left, right)
+    logp = policy(ids, mask, all_but_the_first(mask))[0]
+    assert logp.shape == ids.shape and (logp != 0).equal(all_but_the_first(mask))
+    return logp[0, left + 1 : left + len(row)]
+
+
+@torch.no_grad()
+def logits_of(hf: Any, row: list[int]) -> Tensor:
+    """What the model itself says of a row alone: the logits of each token but the first."""
+    return hf(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1]
+
+
+@torch.no_grad()
+def score_of(scorer: Scorer, row: list[int], left: int = 0, right: int = 0) -> float:
+    ids, mask = padded(row, left, right)
+    return float(last_token_score(scorer(ids, mask), mask))
+
+
+def in_own_memory(module: nn.Module) -> Any:
+    """The same weights, no longer where the file that they come from puts them: a product is rounded by where its factors lie."""
+    for p in module.parameters():
+        p.data = p.data.clone()
+    return module.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_the_builtin_tokenizer_has_a_pad_token_that_is_not_eos(tokenizer: Any) -> None:
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (
+        PAD,
+        EOS,
+        VOCABULARY,
+    )
+
+
+@pytest.mark.parametrize("pad_token", [None, "</s>"])
+def test_a_pad_token_that_is_missing_or_is_eos_is_replaced(
+    tmp_path: Path, pad_token: str | None
+) -> None:
+    changed = AutoTokenizer.from_pretrained(location("builtin:tiny"))
+    changed.pad_token = pad_token
+    changed.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token_id not in (None, loaded.eos_token_id) and len(loaded) == VOCABULARY + 1
+    assert loaded.eos_token_id == EOS
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    changed = AutoTokenizer.from_pretrained(location("builtin:tiny"))
+    changed.eos_token = None
+    changed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no EOS"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_locations() -> None:
+    assert location("builtin:tiny") == str(REPO / "rlhf" / "assets" / "tiny")
+    assert location("~/x") == os.path.expanduser("~/x")
+    assert location("facebook/opt-125m") == "facebook/opt-125m"
+
+
+def test_sequences_longer_than_the_context_are_refused_with_the_numbers() -> None:
+    context = AutoConfig.from_pretrained(location("builtin:tiny")).max_position_embeddings
+    check_context("builtin:tiny", context - 64, 64)
+    with pytest.raises(
+        ValueError,
+        match=rf"={context - 63} \+ rollout.max_new_tokens=64 is more than the {context} ",
+    ):
+        check_context("builtin:tiny", context - 63, 64, "rollout.max_new_tokens")
+
+
+# ---------------------------------------------------------------------------------------------------- padding, positions, dropout
+
+
+@each_family
+def test_log_probabilities_do_not_depend_on_padding(base: Any, tokenizer: Any, family: str) -> None:
+    policy = load_policy(base(family), tokenizer, FP32).eval()
+    for row in ROWS:
+        alone = logp_of(policy, row)
+        assert torch.allclose(
+            alone, token_logprobs(logits_of(policy.hf, row), torch.tensor(row[1:]))[0], atol=1e-5
+        )
+        for left, right in ((4, 0), (0, 4), (3, 2)):
+            assert torch.allclose(logp_of(policy, row, left, right), alone, atol=1e-5)
+    # that means something only if these models notice what is in front of a token
+    ids, mask = padded(ROWS[1], 4, 0)
+    seen = policy(ids, torch.ones_like(mask), all_but_the_first(mask))[0][0, -5:]
+    assert (seen - logp_of(policy, ROWS[1])).abs().max() > 1e-2
+
+
+@each_family
+def test_log_probabilities_of_a_batch_are_those_of_its_rows(
+    base: Any, tokenizer: Any, family: str
+) -> None:
+    policy = load_policy(base(family), tokenizer, FP32).eval()
+    for pad, place in (
+        (pad_left, lambda row: slice(7 - len(row), 6)),
+        (pad_right, lambda row: slice(1, len(row))),
+    ):
+        ids, mask = pad(ROWS, PAD, CPU)
+        logp = policy(ids, mask, all_but_the_first(mask))[0]
+        for i, row in enumerate(ROWS):
+            assert torch.allclose(logp[i, place(row)], logp_of(policy, row), atol=1e-5)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_policy_answers_for_the_wanted_tokens_only(tokenizer: Any, plain: bool) -> None:
+    policy = load_policy("builtin:tiny", tokenizer, FP32).eval()
+    assert policy.is_plain()
+    policy.plain = plain
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(ROWS, PAD, CPU)
+        everything = policy.hf(**model_inputs(policy.hf, ids, mask)).logits
+        some = all_but_the_first(mask)
+        few = some & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4)
+        last = some & (torch.arange(ids.shape[1]) >= ids.shape[1] - 2)
+        assert 0 < few.sum() < some.sum() and 0 < last.sum() < some.sum()
+        for wanted in (some, few, last):
+            for temperature in (1.0, 0.6):
+                found = policy(ids, mask, wanted, temperature)
+                logp, entropy = token_logprobs(everything[:, :-1], ids[:, 1:], temperature)
+                likeliest = (everything[:, :-1].argmax(-1) == ids[:, 1:]).float()
+                for one, expected in zip(found, (logp, entropy, likeliest)):
+                    assert one.shape == ids.shape and one.dtype == torch.float32
+                    assert not one[~wanted].any() and torch.allclose(
+                        one[wanted], expected[wanted[:, 1:]], atol=1e-5
+                    )
+    likely = torch.cat(
+        [ids[:, :3], everything[:, 2:3].argmax(-1)], 1
+    )  # no token so far was the likeliest
+    assert (
+        policy(likely, torch.ones_like(likely), torch.tensor([[False, False, True, True]] * 3))[
+            2
+        ].tolist()
+        == [[0, 0, 0, 1]] * 3
+    )
+
+
+@each_family
+def test_each_token_has_its_score_and_padding_that_of_the_last_one_before_it(
+    base: Any, tokenizer: Any, family: str
+) -> None:
+    scorer = load_scorer(base(family), tokenizer, FP32).eval()
+    hf = scorer.hf
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(ROWS, PAD, CPU)
+        with torch.no_grad():
+            scores, read = scorer(ids, mask), scorer(ids, mask, padded=True)
+            states = hf.base_model(
+                **model_inputs(hf.base_model, ids, mask), use_cache=False
+            ).last_hidden_state
+            assert torch.allclose(
+                read, hf.score(states)[..., 0], atol=1e-5
+            )  # also where nobody should look
+            for i, row in enumerate(ROWS):
+                alone = hf.score(
+                    hf.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state
+                )[0, :, 0]
+                for found in (scores, read):
+                    assert torch.allclose(found[i][mask[i] > 0], alone, atol=1e-5)
+                if pad is pad_right:
+                    assert (scores[i, len(row) :] == scores[i, len(row) - 1]).all()
+
+
+@each_family
+def test_a_score_does_not_depend_on_padding_or_company(
+    base: Any, tokenizer: Any, family: str
+) -> None:
+    scorer = load_scorer(base(family), tokenizer, FP32).eval()
+    alone = [score_of(scorer, row) for row in ROWS]
+    assert max(alone) - min(alone) > 1e-2
+    for row, score in zip(ROWS, alone):
+        for left, right in ((5, 0), (0, 5), (2, 3)):
+            assert score_of(scorer, row, left, right) == pytest.approx(score, abs=1e-5)
+    for pad in (pad_left, pad_right):
+        for order in ([0, 1, 2], [2, 0], [1, 1, 0, 2]):
+            ids, mask = pad([ROWS[i] for i in order], PAD, CPU)
+            assert last_token_score(scorer(ids, mask), mask).tolist() == pytest.approx(
+                [alone[i] for i in order], abs=1e-5
+            )
+
+
+def test_the_last_token_is_found_by_the_mask_and_not_by_its_id(tokenizer: Any) -> None:
+    scores = torch.arange(12.0).reshape(3, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]])
+    assert last_token_score(scores, mask).tolist() == [1.0, 7.0, 8.0]
+    scorer = load_scorer("builtin:tiny", tokenizer, FP32).eval()
+    ends_with_pad = [5, 6, PAD]  # a real token that has the pad's id
+    assert score_of(scorer, ends_with_pad, 0, 3) == pytest.approx(
+        score_of(scorer, ends_with_pad), abs=1e-5
+    )
+    assert abs(score_of(scorer, ends_with_pad) - score_of(scorer, [5, 6])) > 1e-3
+
+
+@each_family
+def test_dropout_of_the_configuration_is_off_after_loading(
+    base: Any, tokenizer: Any, family: str
+) -> None:
+    """Else the log-probabilities of the update are not those of the rollout: the first ratio of PPO would not be 1."""
+    ids, mask = pad_right(ROWS, PAD, CPU)
+    as_it_comes = AutoModelForCausalLM.from_pretrained(base(family)).train()
+    assert not torch.equal(as_it_comes(input_ids=ids).logits, as_it_comes(input_ids=ids).logits)
+    policy, scorer = (
+        load_policy(base(family), tokenizer, FP32).train(),
+        load_scorer(base(family), tokenizer, FP32).train(),
+    )
+    wanted = all_but_the_first(mask)
+    for _ in range(3):
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(policy(ids, mask, wanted), policy(ids, mask, wanted))
+        )
+        assert torch.equal(scorer(ids, mask), scorer(ids, mask))
+
+
+@each_family
+def test_every_weight_of_a_model_learns(base: Any, tokenizer: Any, family: str) -> None:
+    ids, mask = pad_right(ROWS, PAD, CPU)
+    policy, scorer = (
+        load_policy(base(family), tokenizer, FP32),
+        load_scorer(base(family), tokenizer, FP32),
+    )
+    policy(ids, mask, all_but_the_first(mask))[0].sum().backward()
+    scorer(ids, mask).square().sum().backward()
+    for module in (policy, scorer):
+        assert [name for name, p in module.named_parameters() if p.grad is None] == []
+
+
+# -------------------------------------------------------------------------------------------------------------------- new heads
+
+
+def test_a_new_head_has_the_standard_deviation_1_over_the_root_of_d_plus_1(tokenizer: Any) -> None:
+    heads = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        heads.append(
+            load_scorer("builtin:tiny", tokenizer, FP32).hf.score.weight.detach().flatten()
+        )
+    weights = torch.cat(heads)  # 8 x 128 numbers: their standard deviation is known to 2.2 %
+    assert weights.std().item() == pytest.approx(1 / math.sqrt(128 + 1), rel=0.07)
+    assert abs(weights.mean().item()) < 3 / math.sqrt(129 * len(weights))
+
+
+def test_the_seed_decides_new_weights(tokenizer: Any) -> None:
+    def weights(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        modules: list[nn.Module] = [
+            load_policy("builtin:tiny", tokenizer, FP32),
+            load_scorer("builtin:tiny", tokenizer, FP32),
+        ]
+        return [p.detach() for module in modules for p in module.parameters() if p.ndim > 1]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(1)))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(1), weights(2)))
+
+
+def test_precision_is_that_of_the_weights_and_scores_and_log_probabilities_are_float32(
+    tokenizer: Any,
+) -> None:
+    policy, scorer = (
+        load("builtin:tiny", tokenizer, Precision.bf16) for load in (load_policy, load_scorer)
+    )
+    assert {p.dtype for module in (policy, scorer) for p in module.parameters()} == {torch.bfloat16}
+    ids, mask = pad_right(ROWS, PAD, CPU)
+    assert {x.dtype for x in (scorer(ids, mask), *policy(ids, mask, all_but_the_first(mask)))} == {
+        torch.float32
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def test_spare_rows_of_the_embedding_are_kept(tmp_path: Path, tokenizer: Any) -> None:
+    save_base(tmp_path, "opt", vocabulary=800)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight
+    for loaded in (
+        load_policy(str(tmp_path), tokenizer, FP32),
+        load_scorer(str(tmp_path), tokenizer, FP32),
+    ):
+        assert torch.equal(loaded.hf.get_input_embeddings().weight, before)
+        assert loaded.hf.config.vocab_size == 800
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])  # tied and untied output weights
+def test_a_tokenizer_with_more_tokens_grows_the_embedding_and_keeps_what_was_there(
+    base: Any, family: str
+) -> None:
+    larger = load_tokenizer("builtin:tiny")
+    larger.add_tokens([f"<new{i}>" for i in range(8)])
+    before = AutoModelForCausalLM.from_pretrained(base(family))
+    policy, scorer = (
+        load_policy(base(family), larger, FP32),
+        load_scorer(base(family), larger, FP32),
+    )
+    for loaded in (policy, scorer):
+        weight = loaded.hf.get_input_embeddings().weight
+        assert weight.shape[0] == loaded.hf.config.vocab_size == VOCABULARY + 8
+        assert torch.equal(weight[:VOCABULARY], before.get_input_embeddings().weight)
+    assert torch.equal(
+        policy.hf.get_output_embeddings().weight[:VOCABULARY], before.get_output_embeddings().weight
+    )
+    logits = logits_of(policy.hf, [5, VOCABULARY + 7])
+    assert logits.shape == (1, VOCABULARY + 8)
+    assert torch.allclose(
+        logp_of(policy, [5, VOCABULARY + 7]), logits.log_softmax(-1)[:, -1], atol=1e-5
+    )
+
+
+def test_a_grown_model_and_its_tokenizer_come_back_grown(
+    tmp_path: Path, one_process: None, cfg: Config
+) -> None:
+    larger = load_tokenizer("builtin:tiny")
+    larger.add_tokens(["<new>"])
+    engine = build_engine(lambda: load_policy("builtin:tiny", larger, FP32), cfg, "ref", tmp_path)
+    save_engine(engine, larger, tmp_path / "model")
+    again = load_tokenizer(str(tmp_path / "model"))
+    assert len(again) == VOCABULARY + 1 and again.convert_tokens_to_ids("<new>") == VOCABULARY
+    assert (again.pad_token_id, again.eos_token_id) == (PAD, EOS)
+    assert (
+        load_policy(str(tmp_path / "model"), again, FP32).hf.get_input_embeddings().num_embeddings
+        == VOCABULARY + 1
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- save and load
+
+
+@each_family
+def test_a_saved_reward_model_gives_the_same_scores_here_and_in_plain_transformers(
+    tmp_path: Path, base: Any, tokenizer: Any, one_process: None, cfg: Config, family: str
+) -> None:
+    scorer = in_own_memory(load_scorer(base(family), tokenizer, FP32))
+    ids, mask = pad_right(ROWS, PAD, CPU)
+    raw = last_token_score(scorer(ids, mask), mask).detach()
+    scorer.hf.config.score_mean, scorer.hf.config.score_std = 0.75, 2.5
+    normalised = last_token_score(scorer(ids, mask), mask).detach()
+    assert torch.allclose(normalised, (raw - 0.75) / 2.5)
+
+    save_engine(
+        build_engine(lambda: scorer, cfg, "reward", tmp_path), tokenizer, tmp_path / "model"
+    )
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))] and not list(
+        tmp_path.glob("*.tmp")
+    )
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (stored["score_mean"], stored["score_std"], stored["pad_token_id"]) == (0.75, 2.5, PAD)
+
+    torch.manual_seed(123)  # a head that were drawn anew would show
+    again = in_own_memory(load_scorer(str(tmp_path / "model"), tokenizer, FP32))
+    assert torch.equal(last_token_score(again(ids, mask), mask), normalised)
+    everyday = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    assert torch.allclose(everyday(input_ids=ids, attention_mask=mask).logits[:, 0], raw, atol=1e-6)
+
+
+@each_family
+def test_a_saved_policy_gives_the_same_logits_here_and_in_plain_transformers(
+    tmp_path: Path, base: Any, tokenizer: Any, one_process: None, cfg: Config, family: str
+) -> None:
+    policy = in_own_memory(load_policy(base(family), tokenizer, FP32))
+    ids, mask = pad_right(ROWS, PAD, CPU)
+    inputs, wanted = model_inputs(policy.hf, ids, mask), all_but_the_first(mask)
+    with torch.no_grad():
+        logits, (logp, entropy, correct) = policy.hf(**inputs).logits, policy(ids, mask, wanted)
+        save_engine(
+            build_engine(lambda: policy, cfg, "ref", tmp_path), tokenizer, tmp_path / "model"
+        )
+        again = in_own_memory(load_policy(str(tmp_path / "model"), tokenizer, FP32))
+        assert torch.equal(again.hf(**inputs).logits, logits)
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(again(ids, mask, wanted), (logp, entropy, correct))
+        )
+    everyday = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    for i, row in enumerate(ROWS):
+        alone = logits_of(everyday, row)
+        assert torch.allclose(alone, logits[i, : len(row) - 1], atol=1e-5)
+        expected = token_logprobs(alone, torch.tensor(row[1:]))
+        assert torch.allclose(expected[0], logp[i, 1 : len(row)], atol=1e-5)
+        assert torch.allclose(expected[1], entropy[i, 1 : len(row)], atol=1e-5)
+
+
+def test_a_saved_model_brings_its_tokenizer_and_template(
+    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
+) -> None:
+    engine = build_engine(
+        lambda: load_policy("builtin:tiny", tokenizer, FP32), cfg, "ref", tmp_path
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old.txt").write_text("of an earlier save")
+    save_engine(engine, tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model" / "old.txt").exists()
+    plain = AutoTokenizer.from_pretrained(tmp_path / "model")
+    messages = [{"role": "user", "content": "How is my cat?"}]
+    text = plain.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "\n\nHuman: How is my cat?\n\nAssistant:"
+    assert plain(text).input_ids == tokenizer(text).input_ids
+    assert (plain.pad_token, plain.bos_token, plain.eos_token) == ("<pad>", "<s>", "</s>")
+    assert AutoConfig.from_pretrained(tmp_path / "model").architectures == ["OPTForCausalLM"]
+
+
+# ------------------------------------------------------------------------------------------ the sums that the stages train on
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
+    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config, plain: bool
+) -> None:
+    """T2, D10: whatever the padding, the order and the company; perplexity is the mean over tokens, not over batches."""
+    engine = build_engine(
+        lambda: load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path
+    )
+    assert engine.module.is_plain()
+    engine.module.plain = plain
+    rows = [
+        ([5, 6, 7], [40, 41, EOS]),
+        ([8], [42, 43, 44, 45, 46]),
+        ([9, 10, 11, 12, 13], [EOS]),
+        ([14, 15], []),
+    ]
+    nll, correct, entropy = response_nll_stats(engine, rows, PAD)
+    expected_nll, expected_correct, expected_entropy = 0.0, 0, 0.0
+    for prompt, answer in rows:
+        for i, token in enumerate(answer):
+            logits = (
+                engine.module.hf(input_ids=torch.tensor([prompt + answer[:i]]))
+                .logits[0, -1]
+                .detach()
+                .double()
+            )
+            logp = logits.log_softmax(-1)
+            expected_nll -= float(logp[token])
+            expected_correct += int(logits.argmax()) == token
+            expected_entropy -= float((logp.exp() * logp).sum())
+    nll = nll.detach()
+    assert float(nll) == pytest.approx(expected_nll, rel=1e-5) and int(correct) == expected_correct
+    assert float(entropy) == pytest.approx(expected_entropy, rel=1e-5)
+    # rows one by one, in another order: the sum is the same
+    assert sum(
+        float(response_nll_stats(engine, [row], PAD)[0].detach()) for row in reversed(rows)
+    ) == pytest.approx(float(nll), rel=1e-5)
+    assert perplexity(engine, rows, PAD, cfg.deploy.eval_micro_batch) == pytest.approx(
+        math.exp(expected_nll / 9), rel=1e-5
+    )
+
+
+def test_scores_of_pairs_and_rows_are_those_of_each_alone(
+    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
+) -> None:
+    """T3: whatever the padding and the company; two equal answers cost log 2."""
+    engine = build_engine(
+        lambda: load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path
+    )
+    pairs = [(ROWS[0], ROWS[1]), (ROWS[2], ROWS[0]), (ROWS[1], ROWS[1])]
+    triples = [([], one, other) for one, other in pairs]
+    chosen, rejected, loss = rm.compare(engine, triples, tokenizer, RmLoss.sequence)
+    assert chosen.tolist() == pytest.approx(
+        [score_of(engine.module, row) for row, _ in pairs], abs=1e-5
+    )
+    assert rejected.tolist() == pytest.approx(
+        [score_of(engine.module, row) for _, row in pairs], abs=1e-5
+    )
+    margins = [
+        score_of(engine.module, one) - score_of(engine.module, other) for one, other in pairs
+    ]
+    assert loss.item() == pytest.approx(
+        sum(math.log1p(math.exp(-margin)) for margin in margins), abs=1e-5
+    )
+    assert rm.compare(engine, triples[2:], tokenizer, RmLoss.sequence)[2].item() == pytest.approx(
+        math.log(2), abs=1e-6
+    )
+    rows = [ROWS[i % 3] + list(range(20, 20 + i)) for i in range(7)]
+    for size in (1, 3, 64):
+        assert score_rows(engine, rows, tokenizer, size) == pytest.approx(
+            [score_of(engine.module, row) for row in rows], abs=1e-5
+        )
+
+
+def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(
+    tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
+) -> None:
+    """Its loop over pairs (dschat/utils/model/reward_model.py), on the scores that the same rows get here. Where it finds its padding,
+    which is EOS, is where an answer has ended."""
+    engine = build_engine(
+        lambda: load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path
+    )
+    prompt = [5, 6, 7]
+    answers = [
+        ([40, 41, 42, EOS], [40, 50, EOS]),  # differ at the second token; the longer one was chosen
+        ([60, EOS], [61, 62, 63, 64, EOS]),
+        ([40, 41, EOS], [40, 41, 42, EOS]),  # one goes on where the other ends
+        ([40, 41, 42], [40, 41, 43, 44, EOS]),  # one was cut, and carries no EOS
+        ([40, 41, EOS], [40, 41, EOS]),  # all the same
+    ]
+    pairs = [(prompt + chosen, prompt + rejected) for chosen, rejected in answers]
+    chosen, rejected, loss = rm.compare(
+        engine, [(prompt, *both) for both in answers], tokenizer, RmLoss.per_token
+    )
+    width = max(len(row) for pair in pairs for row in pair)
+    expected = 0.0
+    for i, (one, other) in enumerate(pairs):
+        at_one, at_other = (
+            engine(*padded(row, 0, width - len(row)), True)[0].tolist() for row in (one, other)
+        )
+        one, other = (row + [EOS] * (width - len(row)) for row in (one, other))
+        ends = [row.index(EOS) if EOS in row else width for row in (one, other)]
+        differ = [t for t in range(width) if one[t] != other[t]]
+        start, end = (differ[0], max(ends)) if differ else (width - 1, width)
+        if differ:
+            expected += sum(
+                math.log1p(math.exp(at_other[t] - at_one[t])) for t in range(start, end)
+            ) / (end - start)
+        else:
+            expected += math.log(2)
+        assert chosen[i].item() == pytest.approx(at_one[ends[0] - 1], abs=1e-5)
+        assert rejected[i].item() == pytest.approx(at_other[ends[1] - 1], abs=1e-5)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    rows = [row for pair in pairs for row in pair]
+    flat = [float(x) for both in zip(chosen, rejected) for x in both]
+    engine.module.hf.config.score_before_eos = True  # as stage=rm stores it
+    assert score_rows(engine, rows, tokenizer, 3) == pytest.approx(flat, abs=1e-5)
+
+
+def test_accuracy_counts_a_tie_as_half() -> None:
+    assert (
+        rm.correct(torch.tensor([2.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 1.0, -1.0]))
+        == 2.5 / 4
+    )

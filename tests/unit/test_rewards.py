@@ -1,0 +1,191 @@
+"""Sources of the score: functions and reward models, their units, and what is said when one is wrong."""
+
+from __future__ import annotations
+
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import composed, train
+
+from rlhf.config.schema import Config, RewardSource, Stage
+from rlhf.config.stage_graph import parent_stages
+from rlhf.config.validation import check_config
+from rlhf.data.records import Turn
+from rlhf.rl import rewards
+from rlhf.rl.experience import Experience
+from rlhf.rl.rewards import Rewards, Source
+from rlhf.runs.identity import run_identity, run_name
+from rlhf.runs.inputs import check_functions
+
+ASKED = [[Turn("user", text)] for text in ("a", "b", "c", "d")]
+
+
+def sources(**settings: dict[str, Any]) -> Config:
+    cfg = composed("stage=ppo")
+    cfg.ppo.rewards = {name: RewardSource(**values) for name, values in settings.items()}
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------- functions
+
+
+def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokenizer: Any) -> None:
+    seen = []
+
+    def function(turns: list[Turn], answer: str) -> int:
+        seen.append((turns, answer))
+        return len(answer)
+
+    scores = Rewards(
+        [Source("length", function=function), Source("one", 2.0, function=lambda t, a: True)],
+        tokenizer,
+    )(experience, ASKED)
+    assert seen == [(ASKED[i], experience.text(i, tokenizer)) for i in range(4)]
+    assert (
+        scores.dtype == torch.float32
+        and scores[:, 0].tolist() == [len(answer) for _, answer in seen]
+        and scores[:, 1].tolist() == [1] * 4
+    )
+
+
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (lambda turns, answer: math.nan, "the function returned nan for the answer"),
+        (
+            lambda turns, answer: turns[7],
+            "the function failed on the answer .*: IndexError: list index out of range",
+        ),
+        (
+            lambda turns, answer: "good",
+            "the function failed .*: ValueError: could not convert string to float: 'good'",
+        ),
+    ],
+)
+def test_a_function_that_fails_stops_the_run_with_its_name(
+    experience: Experience,
+    tokenizer: Any,
+    function: Any,
+    said: str,
+) -> None:
+    with pytest.raises(RuntimeError, match=f"rewards.mine: {said}"):
+        Rewards([Source("mine", function=function)], tokenizer)(experience, ASKED)
+
+
+def test_functions_are_found_in_the_package_and_where_the_command_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own_rewards.py").write_text(
+        "def short(turns, answer):\n    return -len(answer)\nnumber = 3\n"
+    )
+    (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    found = rewards.load_functions(
+        sources(
+            gold={"function": "rlhf.data.sandbox:gold"},
+            short={"function": "my_own_rewards:short"},
+            model={"weight": 1.0},
+        )
+    )
+    assert found.keys() == {"gold", "short"} and found["short"]([], "abc") == -3
+    for function, said in (
+        ("my_own_rewards:long", "there is no long in my_own_rewards"),
+        ("my_own_rewards:number", "number is no function"),
+        ("broken_rewards:f", "cannot import broken_rewards: ModuleNotFoundError"),
+    ):
+        with pytest.raises(ValueError, match=f"ppo.rewards.mine.function={function}: {said}"):
+            rewards.load_functions(sources(mine={"function": function}))
+
+
+def test_a_module_that_is_not_there_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (line,) = check_functions(sources(mine={"function": "no_such_module.deep:f"}))
+    assert line.startswith(
+        "ppo.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here"
+    )
+    assert check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
+    done = train("stage=ppo", "+ppo.rewards={mine: {function: 'no_such_module:f'}}", cwd=tmp_path)
+    assert (
+        done.returncode == 2
+        and "there is no module no_such_module" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ reward models
+
+
+class Fixed:
+    """A reward model whose score at a token is the token's id."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, before_eos: bool = False):
+        settings = types.SimpleNamespace(score_before_eos=before_eos)
+        self.module = types.SimpleNamespace(hf=types.SimpleNamespace(config=settings))
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return ids.float()
+
+
+def test_the_score_is_read_at_the_last_token_or_before_its_eos(
+    experience: Experience,
+    tokenizer: Any,
+) -> None:
+    at_end = Rewards([Source("m", engine=Fixed())], tokenizer)(experience, ASKED)[:, 0]
+    before = Rewards([Source("m", engine=Fixed(before_eos=True))], tokenizer)(experience, ASKED)[
+        :, 0
+    ]
+    for i in range(4):
+        tokens = experience.response_ids[i][experience.mask[i] > 0].tolist()
+        assert at_end[i] == tokens[-1]
+        assert before[i] == [t for t in tokens if t != tokenizer.eos_token_id][-1]
+    assert at_end[1] == tokenizer.eos_token_id != before[1]
+
+
+def test_the_unit_of_rows_is_their_mean_and_deviation(tokenizer: Any) -> None:
+    rows = [[5, 7], [9], [4, 4, 11, 13]]
+    mean, std = rewards.score_mean_std(Fixed(), rows, tokenizer, 2)
+    assert (mean, std) == pytest.approx(
+        (29 / 3, math.sqrt(((7 - 29 / 3) ** 2 + (9 - 29 / 3) ** 2 + (13 - 29 / 3) ** 2) / 3))
+    )
+
+
+def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
+    both = Rewards([Source("a", 2.0), Source("b", -0.5)], None)
+    assert (
+        both.total(torch.tensor([[1.0, 4.0], [3.0, 2.0]])).tolist() == [0.0, 5.0]
+        and both.total(torch.tensor([1.0, 0.0])) == 2.0
+    )
+    (line,) = check_config(sources(gold={"function": "my_rewards:thanks"}))
+    assert line.startswith("ppo.rewards.gold: gold is the name of the sandbox's truth")
+    assert check_config(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
+
+
+# --------------------------------------------------------------------------------------------------------- as a user sets them
+
+
+def test_without_the_own_reward_model_none_is_needed() -> None:
+    plain, own = (
+        composed("stage=ppo"),
+        composed(
+            "stage=ppo",
+            "~ppo.rewards.model",
+            "+ppo.rewards={g: {function: 'rlhf.data.sandbox:gold'}}",
+        ),
+    )
+    assert list(parent_stages(plain, Stage.ppo)) == [Stage.sft, Stage.rm] and list(
+        parent_stages(own, Stage.ppo)
+    ) == [Stage.sft]
+    keys = run_identity(own, Stage.ppo)
+    assert keys["ppo.rewards.g.weight"] == 1.0 and not any(key.startswith("rm.") for key in keys)
+    read = {key.rsplit(".", 1)[0] for key in keys if key.startswith("reward.")}
+    assert read == {"reward.lora"}  # the critic's adapter
+    assert run_name(own, Stage.ppo, plain).startswith("ppo-tiny+ppo.rewards.g")
