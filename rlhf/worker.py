@@ -24,9 +24,10 @@ def main(run_dir: Path) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from rlhf.config.choices import Device
     from rlhf.config.deployment import threads_per_process
     from rlhf.config.loading import load_config
-    from rlhf.config.schema import ONLINE, Device, Stage
+    from rlhf.config.stage_graph import is_rl
     from rlhf.distributed import collectives
     from rlhf.distributed.engine import init_distributed
     from rlhf.reporting import curves
@@ -47,7 +48,7 @@ def main(run_dir: Path) -> None:
             run_dir.name, "the run; start all nodes with the same command"
         )
         cfg = load_config(run_dir / "config.yaml")
-        stage = Stage[cfg.stage.name]
+        stage = cfg.stage.name
         if cfg.deploy.device == Device.gpu and device.type == "cpu":
             raise RuntimeError(
                 "deploy.device=gpu, but this torch finds none: it may be built without CUDA, or not fit the driver"
@@ -65,15 +66,13 @@ def main(run_dir: Path) -> None:
         torch.manual_seed(
             cfg.seed
         )  # the same on every process: it decides weights; sampling has streams of its own
-        modules = {Stage.eval: "evaluate", **dict.fromkeys(ONLINE, "rl")}
-        module = importlib.import_module(
-            f"rlhf.stages.{modules.get(stage, stage.name)}"
-        )  # the others' libraries take time
+        file = "rl" if is_rl(stage) else {"eval": "evaluate"}.get(stage, stage)
+        module = importlib.import_module(f"rlhf.stages.{file}")  # the others' libraries take time
         metrics = module.run(cfg, run_dir)
         if collectives.rank() == 0:
-            if stage.name in curves.PANELS:
-                curves.plot_curves(run_dir, stage.name)
-            if stage in ONLINE:
+            if stage in curves.PANELS or is_rl(stage):
+                curves.plot_curves(run_dir, stage)
+            if is_rl(stage):
                 curves.plot_frontier(run_dir, metrics)
             write_json(
                 run_dir / "result.json",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.chat.models import Reader, context_of
-from rlhf.config.schema import Template
+from rlhf.config.choices import Template
 from rlhf.data import template
 from rlhf.data.records import Turn
 from rlhf.runs.directory import write_json

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.chat.conversation import Policy, Reply, reason
 from rlhf.chat.models import Reader, context_of
-from rlhf.config.schema import Template
+from rlhf.config.choices import Template
 from rlhf.data import template
 
 # ----------------------------------------------------------------------------------------------------------------------- the score

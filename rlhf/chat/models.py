@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf.config.schema import POLICIES
+pass
+from rlhf.config.stage_graph import is_policy
 from rlhf.data import template
 from rlhf.data.records import Turn
 from rlhf.runs.directory import read_summary
@@ -23,16 +24,15 @@ from rlhf.runs.locations import BUILTIN, is_directory, model_directory
 def newest_policy() -> Path:
     """The run of a policy that was finished last. Raises: FileNotFoundError saying where it looked, and how to make one."""
     outputs = Path(os.environ.get("RLHF_ROOT") or ".").expanduser().resolve() / "outputs"
-    stages = [stage.name for stage in POLICIES]
     found = []
     for file in outputs.glob("*/summary.json"):
         with contextlib.suppress(OSError, ValueError):  # one broken run does not hide the others
             summary = read_summary(file.parent) or {}
-            if summary.get("stage") in stages and summary.get("status") == "finished":
+            if is_policy(summary.get("stage", "eval")) and summary.get("status") == "finished":
                 found.append((file.stat().st_mtime_ns, file.parent))
     if not found:
         raise FileNotFoundError(
-            f"no finished policy (a run of {', '.join(stages)}) in {outputs}: make one with  python train.py  or give --path"
+            f"no finished policy (a run of sft, dpo or online RL) in {outputs}: make one with  python train.py  or give --path"
         )
     return max(found)[1]
 
@@ -145,8 +145,10 @@ def load_model(path: str, device: str, option: str = "--path") -> tuple[Any, Any
 
 
 def context_of(model: Any) -> int:
-    """Tokens that a model can read at once."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    """Tokens that a model can read at once; 2048 where nothing limits them."""
+    from rlhf.models.loading import context_length
+
+    return context_length(model.config) or 2048
 
 
 # ------------------------------------------------------------------------------------------------------------- from turns to tokens

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from rlhf.config.schema import Config, Device
+from rlhf.config.choices import Device
+from rlhf.config.schema import Config
 
 
 def world_size(cfg: Config) -> int:
     """Processes on all nodes."""
-    return cfg.deploy.gpus * cfg.deploy.nodes
+    return cfg.deploy.processes_per_node * cfg.deploy.nodes
 
 
 def threads_per_process(cfg: Config) -> int:
     """CPU threads of each process."""
-    return cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.gpus)
+    return cfg.deploy.threads or max(1, (os.cpu_count() or 1) // cfg.deploy.processes_per_node)
 
 
-def placement(cfg: Config) -> dict[str, Any]:
-    """Where and how a run computes: what must stay for it to go on bit for bit."""
+def placement(cfg: Config) -> dict[str, str | int | bool]:
+    """Where and how a run computes: what must stay the same to resume it bit for bit."""
     deploy = cfg.deploy
-    counted: dict[str, Any] = {
-        "deploy.gpus": deploy.gpus,
+    placed: dict[str, str | int | bool] = {
+        "deploy.processes_per_node": deploy.processes_per_node,
         "deploy.nodes": deploy.nodes,
         "deploy.zero_stage": deploy.zero_stage,
-    }
-    counted |= {
         "deploy.device": deploy.device.name,
         "deploy.offload.optimizer": deploy.offload.optimizer,
     }
-    return counted | (
-        {"deploy.threads": threads_per_process(cfg)} if deploy.device == Device.cpu else {}
-    )
+    if deploy.device == Device.cpu:
+        placed["deploy.threads"] = threads_per_process(cfg)
+    return placed
 
 
 def describe_processes(cfg: Config) -> str:
-    """The number of processes as the user set it."""
+    """The number of processes as the user sets it."""
     nodes = f" x deploy.nodes={cfg.deploy.nodes}" if cfg.deploy.nodes > 1 else ""
-    return f"deploy.gpus={cfg.deploy.gpus}{nodes}"
+    return f"deploy.processes_per_node={cfg.deploy.processes_per_node}{nodes}"

@@ -1,76 +1,241 @@
-"""Dotted keys of the schema: which exist, and the closest match to one that does not."""
+"""Dotted keys of the schema: which exist, what they mean, the closest match to a wrong one."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import functools
+import math
 import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.config.field import node_type
 from rlhf.config.schema import Config
 
+LIMITS = {
+    "above": (lambda value, limit: value > limit, "above"),
+    "at_least": (lambda value, limit: value >= limit, "at least"),
+    "below": (lambda value, limit: value < limit, "below"),
+    "at_most": (lambda value, limit: value <= limit, "at most"),
+}
 
-def _node_type(annotation: Any) -> Any:
-    """The dataclass behind an annotation, also behind Optional and dict[str, ...]; else the annotation."""
-    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-    return _node_type(inner[-1]) if inner else annotation
+# keys and groups that had another name in earlier versions, by the longest prefix that fits
+RENAMED = {
+    "exp": "experiment_name",
+    "deploy.gpus": "deploy.processes_per_node",
+    "ppo.critic_optim": "rl.critic",
+    "ppo.critic_warmup": "rl.critic.warmup_rollouts",
+    "ppo.value_clip": "rl.critic.value_clip",
+    "ppo.lam": "rl.gae_lambda",
+    "ppo.whiten_advantages": "rl.normalize",
+    "grpo.normalize_std": "rl.normalize",
+    **{f"{name}.kl.place": "rl.kl.applied_to" for name in ("ppo", "rloo", "grpo")},
+    **{f"{name}.clip": "rl.clip_low" for name in ("ppo", "rloo", "grpo")},
+    **{f"{name}.loss_over": "rl.loss_aggregation" for name in ("ppo", "rloo", "grpo")},
+    **{name: "rl" for name in ("ppo", "rloo", "grpo", "online")},
+}
+# names that other frameworks use
+FOREIGN = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "total_epochs": "epochs",
+    "warmup_steps_ratio": "warmup_ratio",
+    "max_grad_norm": "grad_clip",
+    "adam_epsilon": "adam_eps",
+    "per_device_train_batch_size": "deploy.micro_batch",
+    "micro_train_batch_size": "deploy.micro_batch",
+    "per_device_eval_batch_size": "deploy.eval_micro_batch",
+    "gradient_accumulation_steps": "deploy.micro_batch",
+    "gradient_checkpointing": "deploy.activation_checkpointing",
+    "bf16": "deploy.precision",
+    "fp16": "deploy.precision",
+    "n_gpus_per_node": "deploy.processes_per_node",
+    "num_gpus": "deploy.processes_per_node",
+    "nnodes": "deploy.nodes",
+    "init_kl_coef": "rl.kl.coef",
+    "kl_coef": "rl.kl.coef",
+    "cliprange": "rl.clip_low",
+    "clip_ratio": "rl.clip_low",
+    "epsilon": "rl.clip_low",
+    "epsilon_high": "rl.clip_high",
+    "cliprange_value": "rl.critic.value_clip",
+    "lam": "rl.gae_lambda",
+    "num_generations": "rl.responses_per_prompt",
+    "rollout_n": "rl.responses_per_prompt",
+    "num_ppo_epochs": "rl.epochs",
+    "num_mini_batches": "rl.minibatches",
+    "adv_estimator": "rl.advantage",
+    "advantage_estimator": "rl.advantage",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "rollout.max_new_tokens",
+    "response_length": "rollout.max_new_tokens",
+    "model_name_or_path": "actor.path",
+    "reward_model_path": "reward.path",
+    "lora_r": "actor.lora.rank",
+    "lora_alpha": "actor.lora.alpha",
+    "run_name": "experiment_name",
+    "report_to": "wandb.mode",
+    "random_seed": "seed",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One dotted key of the schema; a name that the user chooses stands as `*`."""
+
+    name: str
+    annotation: Any  # its type, as written in the schema
+    field: dataclasses.Field[Any] | None  # None for `*`
+
+    @property
+    def meaning(self) -> str:
+        return self.field.metadata["meaning"] if self.field else "by a name of your choice"
+
+    @property
+    def hashed(self) -> bool:
+        return self.field is None or self.field.metadata["hashed"]
+
+    @property
+    def is_node(self) -> bool:
+        return dataclasses.is_dataclass(node_type(self.annotation))
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The range by the names of LIMITS."""
+        metadata = self.field.metadata if self.field else {}
+        return {name: metadata[name] for name in LIMITS if metadata.get(name) is not None}
+
+    @property
+    def range(self) -> str:
+        """The range in words: "above 0, at most 1"; empty where there is none."""
+        return ", ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in self.limits.items())
 
 
 @functools.cache
-def schema_keys(node: Any = Config, prefix: str = "") -> list[str]:
-    """All dotted keys of the schema, nodes included; a name that the user chooses stands as `*`."""
-    keys = []
-    for name, annotation in typing.get_type_hints(node).items():
-        key = prefix + name
-        keys.append(key)
-        star = ".*" if typing.get_origin(annotation) is dict else ""
-        keys += [key + star] if star else []
-        if dataclasses.is_dataclass(child := _node_type(annotation)):
-            keys += schema_keys(typing.cast(type, child), f"{key}{star}.")
+def schema(node: type = Config, prefix: str = "") -> dict[str, Key]:
+    """All keys of the schema by their dotted names, nodes included, in the order of the schema."""
+    keys: dict[str, Key] = {}
+    hints = typing.get_type_hints(node)
+    for field in dataclasses.fields(node):
+        name, annotation = prefix + field.name, hints[field.name]
+        keys[name] = Key(name, annotation, field)
+        if typing.get_origin(annotation) is dict:
+            name = f"{name}.*"
+            keys[name] = Key(name, typing.get_args(annotation)[1], None)
+        if dataclasses.is_dataclass(child := node_type(annotation)):
+            keys |= schema(typing.cast(type, child), f"{name}.")
     return keys
 
 
 @functools.cache
-def is_known(key: str) -> bool:
+def find_key(key: str) -> Key | None:
+    """The key of the schema that a dotted key means; None where there is none."""
     parts = key.split(".")
-    return any(
-        len(known := pattern.split(".")) == len(parts)
-        and all(a in (b, "*") for a, b in zip(known, parts))
-        for pattern in schema_keys()
-    )
+    for pattern, found in schema().items():
+        known = pattern.split(".")
+        if len(known) == len(parts) and all(a in (b, "*") for a, b in zip(known, parts)):
+            return found
+    return None
+
+
+def below_user_names(key: str) -> bool:
+    """Whether a key lies in a dictionary to which users add entries by name (rl.rewards.NAME)."""
+    found = find_key(key)
+    return found is not None and "*" in found.name.split(".")
 
 
 def with_suggestion(key: str) -> str:
-    """`key` with the nearest known name: "ppo.lrr (did you mean ppo.lr?)"."""
-    names = schema_keys()
+    """`key` with the closest match: "rl.lrr (did you mean rl.lr?)"."""
+    names = list(schema())
+    leaf = key.rsplit(".", 1)[-1]
+    if guess := renamed(key) or foreign(key):
+        return f"{key} (did you mean {guess}?)"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    last = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    guesses = near or last
+    same_leaf = [name for name in names if name.split(".")[-1] == leaf]
+    guesses = near or same_leaf
     return (
         f"{key} (did you mean {guesses[0]}?)" if guesses else f"{key} (see python train.py --help)"
     )
 
 
+def renamed(key: str) -> str | None:
+    """The present name of a key of an earlier version; None where it never had another one."""
+    parts = key.split(".")
+    for size in range(len(parts), 0, -1):
+        if new := RENAMED.get(".".join(parts[:size])):
+            name = ".".join([new, *parts[size:]])
+            if not find_key(name):
+                return new
+            counts = ", which counts responses" if name == "rl.batch_size" else ""
+            return name + counts
+    return None
+
+
+def foreign(key: str) -> str | None:
+    """Our name for a key that other frameworks use; None where it is not known."""
+    *prefix, leaf = key.split(".")
+    name = FOREIGN.get(leaf.lower())
+    if name is None:
+        return None
+    if "." in name or find_key(name):
+        return name
+    mine = ".".join([*prefix, name])
+    return mine if prefix and find_key(mine) else f"sft.{name}, rm.{name}, dpo.{name} or rl.{name}"
+
+
 def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    """Keys that are in `cfg` but not in the schema: `+key=value` puts them there unasked."""
-    found = []
+    """Keys that are in `cfg` but not in the schema, where `+key=value` puts them."""
+    unknown = []
     for name in cfg:
         key = f"{prefix}{name!s}"
-        if not is_known(key):
-            found.append(key)
+        if not find_key(key):
+            unknown.append(key)
         elif (
             not OmegaConf.is_missing(cfg, name)
             and isinstance(child := cfg._get_node(name), DictConfig)
             and not child._is_none()
         ):
-            found += unknown_keys(child, f"{key}.")
-    return found
+            unknown += unknown_keys(child, f"{key}.")
+    return unknown
 
 
 def lookup(cfg: Any, key: str) -> Any:
+    """The value of a dotted key of a typed configuration."""
     for name in key.split("."):
-        cfg = getattr(cfg, name)
+        cfg = cfg[name] if isinstance(cfg, dict) else getattr(cfg, name)
     return cfg
+
+
+def values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a typed configuration, leaves only."""
+    if dataclasses.is_dataclass(node):
+        children = [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
+    elif isinstance(node, dict):
+        children = list(node.items())
+    else:
+        yield prefix, node
+        return
+    for name, child in children:
+        yield from values(child, f"{prefix}.{name}" if prefix else name)
+
+
+def out_of_range(cfg: Config) -> list[str]:
+    """The numbers of a configuration that are outside the range on their field, one line each."""
+    lines = []
+    for name, value in values(cfg):
+        key = find_key(name)
+        numbers = value if isinstance(value, list) else [value]
+        if key is None or not key.limits or any(isinstance(n, str) or n is None for n in numbers):
+            continue
+        ok = all(
+            math.isfinite(number) and LIMITS[limit][0](number, bound)
+            for number in numbers
+            for limit, bound in key.limits.items()
+        )
+        if not ok:
+            lines.append(f"{name}={value}: must be {key.range}")
+    return lines

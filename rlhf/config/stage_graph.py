@@ -1,75 +1,137 @@
-"""Which configuration nodes a stage reads, and which stages it is trained from."""
+"""Which configuration nodes a stage reads, and which stages it is trained from.
+
+A stage is one of FIXED_STAGES or the name of a preset of online RL (a file in conf/rl).
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Optional
 
-from rlhf.config.schema import ALIGNMENT, ONLINE, POLICIES, Config, Model, RewardSource, Stage
+from rlhf.config.choices import Advantage
+from rlhf.config.presets import preset_names
+from rlhf.config.schema import Config, Model
+from rlhf.config.stage_nodes import Dpo, Eval, Optim, RewardSource, Rl, Rm, Sft
 
-# The nodes that a stage reads itself; those of the stages it stands on come to them.
-CONFIG_NODES = {
-    Stage.sft: ["actor", "data", "sft", "deploy", "seed"],
-    Stage.rm: ["reward", "data", "rm", "deploy", "seed"],
-    **{stage: ["actor", "data", stage.name, "rollout", "deploy", "seed"] for stage in ALIGNMENT},
-    Stage.eval: ["actor", "data", "eval", "rollout", "deploy"],  # its draws are always the same
-    Stage.inspect: ["actor", "data"],
-}
+FIXED_STAGES = ("sft", "rm", "dpo", "eval", "inspect")
+BASE = "base"  # in eval.policies: the model that SFT starts from
 
 
-def parent_stages(cfg: Config, stage: Stage) -> dict[Stage, Optional[str]]:
-    """The stages whose results `stage` stands on, each with the trained model that is given in its place. A reward model is needed
-    where it is a part of the score, and not where python functions and other models give that."""
-    node: Any = getattr(cfg, stage.name, None)
-    found: dict[Stage, Optional[str]] = {}
-    if stage in ALIGNMENT:
-        found[Stage.sft] = node.actor
-    if stage == Stage.eval:
-        found |= {policy: None for policy in POLICIES if policy.name in cfg.eval.policies}
-    if (stage in ONLINE or stage == Stage.eval) and uses_own_reward_model(cfg, stage):
-        found[Stage.rm] = None if stage == Stage.eval else node.reward
-    return found
+def is_rl(stage: str) -> bool:
+    """Whether a stage trains a policy on its own responses: every stage but FIXED_STAGES."""
+    return stage not in FIXED_STAGES
 
 
-def uses_own_reward_model(cfg: Config, stage: Stage) -> bool:
-    """Whether a part of the stage's score is the reward model of this configuration (or one given in its place)."""
-    return any(
-        source.path is None and source.function is None
-        for source in sources_of_score(cfg, stage).values()
-    )
+def is_aligned(stage: str) -> bool:
+    """Whether a stage trains a policy that starts from SFT: what can end a pipeline."""
+    return is_rl(stage) or stage == "dpo"
 
 
-def sources_of_score(cfg: Config, stage: Stage) -> dict[str, RewardSource]:
+def is_policy(stage: str) -> bool:
+    """Whether a stage trains a policy."""
+    return is_aligned(stage) or stage == "sft"
+
+
+def config_nodes(stage: str) -> list[str]:
+    """The nodes that a stage reads itself; those of its parent stages come to them."""
+    if is_rl(stage):
+        return ["actor", "data", "rl", "rollout", "deploy", "seed"]
+    return {
+        "sft": ["actor", "data", "sft", "deploy", "seed"],
+        "rm": ["reward", "data", "rm", "deploy", "seed"],
+        "dpo": ["actor", "data", "dpo", "rollout", "deploy", "seed"],
+        "eval": ["actor", "data", "eval", "rollout", "deploy"],  # its random numbers never change
+        "inspect": ["actor", "data"],
+    }[stage]
+
+
+def unused_keys(cfg: Config) -> list[str]:
+    """Prefixes of the keys of the rl node that this algorithm does not read."""
+    unused = []
+    if not has_critic(cfg.rl):
+        unused += ["rl.critic", "rl.gae_lambda"]
+    if cfg.rl.advantage not in (Advantage["gae"], Advantage["return"]):
+        unused += ["rl.gamma", "rl.whiten_rewards"]
+    return unused
+
+
+def has_critic(rl: Rl) -> bool:
+    """Whether advantages need the values of a critic."""
+    return rl.advantage == Advantage["gae"]
+
+
+def parent_stages(cfg: Config, stage: str) -> dict[str, str | None]:
+    """The stages that `stage` is trained from, each with the trained model given instead of it.
+
+    The reward model is a parent where it is a part of the score, not where functions and other
+    models give the score. Of stage=eval: the stages named in eval.policies.
+    """
+    parents: dict[str, str | None] = {}
+    if is_aligned(stage):
+        parents["sft"] = aligned_node(cfg, stage).actor
+    if stage == "eval":
+        parents |= {policy: None for policy in cfg.eval.policies if is_stage_name(policy)}
+    if uses_trained_reward_model(cfg, stage):
+        parents["rm"] = None if stage == "eval" else cfg.rl.reward
+    return parents
+
+
+def uses_trained_reward_model(cfg: Config, stage: str) -> bool:
+    """Whether a part of the stage's score is the reward model of this configuration."""
+    sources = score_sources(cfg, stage).values()
+    return any(source.path is None and source.function is None for source in sources)
+
+
+def score_sources(cfg: Config, stage: str) -> dict[str, RewardSource]:
     """The parts of the score of a stage, by name; none where it has no score."""
-    return getattr(cfg, stage.name).rewards if stage in ONLINE or stage == Stage.eval else {}
+    if not is_rl(stage) and stage != "eval":
+        return {}
+    rewards = cfg.eval.rewards if stage == "eval" else cfg.rl.rewards
+    return {name: source for name, source in rewards.items() if source is not None}
 
 
-def is_named(policy: str) -> bool:
-    """Whether one of eval.policies is the base model or a stage's, so that no path is needed."""
-    return policy == "base" or policy in [stage.name for stage in POLICIES]
+def is_stage_name(policy: str) -> bool:
+    """Whether an entry of eval.policies is the name of a stage (not base, a path or a hub id)."""
+    return policy in ("sft", "dpo", *preset_names())
 
 
 def policy_labels(policies: list[str]) -> dict[str, str]:
-    """Short names of eval.policies, and which they mean: the end of a path or hub id, of a run its stage and hash; all of it where two
-    end alike."""
+    """Short names of eval.policies, and which they mean.
+
+    The last part of a path or hub id, of a run its stage and hash; all of it where two end alike.
+    """
     ends = [
         next((part for part in reversed(policy.split("/")) if part not in ("", "model")), policy)
         for policy in policies
     ]
-    ends = [
-        re.sub(
-            rf"^({'|'.join(stage.name for stage in POLICIES)})-.*(-[0-9a-f]{{8}})$", r"\1\2", end
-        )
-        for end in ends
-    ]
+    ends = [re.sub(r"^(\w+)-.*(-[0-9a-f]{8})$", r"\1\2", end) for end in ends]
     return {end if ends.count(end) == 1 else policy: policy for end, policy in zip(ends, policies)}
 
 
-def stage_config(cfg: Config) -> Any:
-    """The settings of the stage that runs."""
-    return getattr(cfg, cfg.stage.name)
+def node_name(stage: str) -> str:
+    """The configuration node with a stage's settings: its own name, or rl."""
+    return "rl" if is_rl(stage) else stage
+
+
+def stage_node(cfg: Config, stage: str) -> Sft | Rm | Dpo | Rl | Eval:
+    """The settings of a stage that trains or evaluates."""
+    return cfg.rl if is_rl(stage) else getattr(cfg, stage)
+
+
+def trains_critic(cfg: Config, stage: str) -> bool:
+    """Whether a stage trains a critic beside the policy."""
+    return is_rl(stage) and has_critic(cfg.rl)
+
+
+def aligned_node(cfg: Config, stage: str) -> Rl | Dpo:
+    """The settings of a stage that starts from SFT."""
+    return cfg.rl if is_rl(stage) else cfg.dpo
+
+
+def optimizer_nodes(cfg: Config) -> dict[str, Optim]:
+    """All nodes with the settings of an optimizer, by their dotted names."""
+    return {"sft": cfg.sft, "rm": cfg.rm, "dpo": cfg.dpo, "rl": cfg.rl, "rl.critic": cfg.rl.critic}
 
 
 def adapter_only(model: Model) -> bool:
-    """Whether switching a policy's adapter off switches off all that is trained: it then is its own reference."""
+    """Whether the adapter is all that is trained: with it off, the policy is its own reference."""
     return model.lora.rank > 0 and not model.lora.embeddings

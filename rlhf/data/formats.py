@@ -14,7 +14,8 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from rlhf.config.schema import Format, Source
+from rlhf.config.choices import Format
+from rlhf.config.schema import Source
 from rlhf.data.records import Pair, Turn
 
 FIELDS: dict[Format, tuple[list[str], list[str]]] = {  # required and optional ones

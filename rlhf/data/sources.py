@@ -16,7 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from rlhf.config.schema import BadRow, Data, Format, Source
+from rlhf.config.choices import BadRow, Format
+from rlhf.config.schema import Data, Source
 from rlhf.data import formats
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 from rlhf.data.splits import EVAL, PARTS, PPO, RM, SFT, split_rows

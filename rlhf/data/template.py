@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.config.schema import Template
+from rlhf.config.choices import Template
 from rlhf.data.records import Demonstration, Pair, Turn
 
 USER, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of the style hh

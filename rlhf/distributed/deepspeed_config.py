@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.config.schema import Config, Device, Optim, Precision
-from rlhf.config.stage_graph import stage_config
+from rlhf.config.choices import Device, Precision
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import node_name, optimizer_nodes
+from rlhf.config.stage_nodes import Optim
 
 TRAINED = ("actor", "critic", "reward_trained")
 FROZEN = ("ref", "reward", "policy")
@@ -96,4 +98,4 @@ def optim_of(cfg: Config, role: str) -> Optim | None:
     """The node with the optimizer's settings of a role in the stage that runs; None for a frozen one."""
     if role in FROZEN:
         return None
-    return cfg.ppo.critic_optim if role == "critic" else stage_config(cfg)
+    return optimizer_nodes(cfg)["rl.critic" if role == "critic" else node_name(cfg.stage.name)]

@@ -9,7 +9,7 @@ from rlhf.data import template
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset
 from rlhf.evaluation.statistics import repetition
-from rlhf.rl.experience import Models, make_experience
+from rlhf.rl.experience import Models, Prompts, make_experience
 from rlhf.sampling.token_choice import Sampling
 
 Found = tuple[
@@ -40,16 +40,17 @@ def evaluate_policy(
         )
     asked, prompts = [turns for turns, _ in kept], [ids for _, ids in kept]
     draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    e = make_experience(replace(models, critic=None), prompts, asked, draws, sampling, micro_batch)
-    kl = (e.old_logp - e.ref_logp).sum(1)
+    batch = Prompts(asked, prompts, draws)
+    e = make_experience(replace(models, critic=None), batch, sampling, micro_batch)
+    kl = (e.old_logprobs - e.ref_logprobs).sum(1)
     rows: list[dict[str, Any]] = []
     for i, turns in enumerate(asked):
         answer = e.text(i, tokenizer)
-        tokens = e.response_ids[i][e.mask[i] > 0].tolist()
+        tokens = e.response_ids[i][e.response_mask[i] > 0].tolist()
         row: dict[str, Any] = {"prompt": turns[-1].text, "completion": answer}
         row |= {
             "length": len(tokens),
-            "eos_rate": float(e.ended[i]),
+            "eos_rate": float(e.finished[i]),
             "repetition": repetition(tokens),
         }
         if rewards is not None:

@@ -8,18 +8,19 @@ a GPU (context, kernels' workspaces, fragmentation) is the flat `LIBRARIES`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from rlhf.config.choices import Decoding, Device, Precision
 from rlhf.config.deployment import world_size
-from rlhf.config.schema import (
-    Arch,
-    Config,
-    Decoding,
-    Device,
-    Model,
-    Precision,
-    Stage,
+from rlhf.config.schema import Arch, Config, Model
+from rlhf.config.stage_graph import (
+    adapter_only,
+    is_stage_name,
+    parent_stages,
+    stage_node,
+    trains_critic,
+    uses_trained_reward_model,
 )
-from rlhf.config.stage_graph import adapter_only, is_named, parent_stages, uses_own_reward_model
 from rlhf.distributed.deepspeed_config import BYTES
 from rlhf.planning.shapes import ACTIVATIONS, arch_of, lora_parameters, parameters
 from rlhf.planning.steps import count_steps
@@ -140,7 +141,7 @@ def kv_cache(arch: Arch, cfg: Config, rows: int, tokens: int) -> float:
     return 2 * arch.layers * arch.kv_heads * arch.head_dim * rows * tokens * size
 
 
-def make_plan(cfg: Config, stage: Stage) -> Plan:
+def make_plan(cfg: Config, stage: str) -> Plan:
     """The needs of one stage.
 
     Raises: ValueError when the shape of a model is not known: a hub id without `arch`, or a family without formula.
@@ -151,21 +152,18 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     def shape(model: Model, trained: str | None) -> Arch | None:
         return arch_of(trained, None) if trained else arch_of(model.path, model.arch)
 
-    node, given = getattr(cfg, stage.name), parent_stages(cfg, stage)
-    actor = (
-        shape(cfg.actor, cfg.inputs.get("sft") or given.get(Stage.sft))
-        if stage != Stage.rm
-        else None
-    )
-    own_reward = uses_own_reward_model(cfg, stage)
+    node: Any = stage_node(cfg, stage)
+    given = parent_stages(cfg, stage)
+    actor = shape(cfg.actor, cfg.inputs.get("sft") or given.get("sft")) if stage != "rm" else None
+    own_reward = uses_trained_reward_model(cfg, stage)
     reward = (
-        shape(cfg.reward, cfg.inputs.get("rm") or given.get(Stage.rm))
-        if stage == Stage.rm or own_reward
+        shape(cfg.reward, cfg.inputs.get("rm") or given.get("rm"))
+        if stage == "rm" or own_reward
         else None
     )
     for arch, name, needed in (
-        (actor, "actor", stage != Stage.rm),
-        (reward, "reward", stage == Stage.rm or own_reward),
+        (actor, "actor", stage != "rm"),
+        (reward, "reward", stage == "rm" or own_reward),
     ):
         if arch is None and needed:
             raise ValueError(
@@ -228,7 +226,7 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     phases: dict[str, dict[str, float]] = {}
     notes: list[str] = []
     gathers = True
-    if stage == Stage.sft and actor:
+    if stage == "sft" and actor:
         roles = [role("actor", actor, cfg.actor, False, True)]
         phases["update"] = update(
             actor, roles[0], deploy.micro_batch, prompt + answer, prompt + answer
@@ -237,11 +235,11 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             actor, roles[0], prompt + answer, roles[0].total + libraries
         )
         files = size * roles[0].parameters
-    elif stage == Stage.rm and reward:
+    elif stage == "rm" and reward:
         roles = [role("reward", reward, cfg.reward, True, True)]
         phases["update"] = update(reward, roles[0], 2 * deploy.micro_batch, prompt + answer, 0)
         files = size * roles[0].parameters
-    elif stage == Stage.dpo and actor:
+    elif stage == "dpo" and actor:
         roles = [role("actor", actor, cfg.actor, False, True)]
         if not adapter_only(cfg.actor):
             roles.append(role("ref", actor, cfg.actor, False, False))
@@ -251,7 +249,7 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             actor, roles[0], longest, sum(r.total for r in roles) + libraries
         )
         files = size * roles[0].parameters
-    elif stage == Stage.eval:
+    elif stage == "eval":
         answer = cfg.rollout.max_new_tokens
         if actor and node.policies:  # one at a time, beside the one it is compared with
             roles = [role("policy", actor, cfg.actor, False, False)]
@@ -270,7 +268,7 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
             for name, source in node.rewards.items()
             if source.path
         ]
-        given_by_path = not all(map(is_named, cfg.eval.policies))
+        given_by_path = not all(map(is_stage_name, cfg.eval.policies))
         notes += (
             ["eval.policies given by path are taken to be as large as the actor"]
             if given_by_path
@@ -291,8 +289,8 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
                 critic = actor
                 notes += [
                     "reward model and actor have other tokenizers: the critic starts from the actor"
-                ] * (stage == Stage.ppo)
-        elif stage == Stage.ppo:
+                ] * trains_critic(cfg, stage)
+        elif trains_critic(cfg, stage):
             notes.append(
                 "no reward model of this configuration is used: the critic starts from the actor"
             )
@@ -303,9 +301,9 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
                     roles.append(role(name, found, cfg.reward, True, False))
                 else:
                     notes.append(
-                        f"{stage.name}.rewards.{name}: its shape is not known before it is loaded, it is not counted"
+                        f"rl.rewards.{name}: its shape is not known before it is loaded, it is not counted"
                     )
-        if stage == Stage.ppo:
+        if trains_critic(cfg, stage):
             roles.append(role("critic", critic, cfg.reward, True, True))
         if node.ema:  # fp32; partitioned with the weights, else on the first process alone, which is the fullest
             average = 4.0 * roles[0].trained / (world if deploy.zero_stage == 3 else 1)
@@ -329,12 +327,12 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
         phases["actor's update"] = update(actor, roles[0], deploy.micro_batch, longest, read)
         policies = 1 + bool(node.ema) + bool(node.evaluation.every)
         files = size * policies * roles[0].parameters
-        if stage == Stage.ppo:
+        if trains_critic(cfg, stage):
             phases["critic's update"] = update(
                 critic, roles[-1], deploy.micro_batch, prompt + answer, 0
             )
             files += size * roles[-1].parameters
-    if size == 2 and stage != Stage.eval:  # gradients are copied to fp32, where the optimizer is
+    if size == 2 and stage != "eval":  # gradients are copied to fp32, where the optimizer is
         trained = max(r.trained for r in roles)
         here = 0 if deploy.offload.optimizer else 4 * trained / (world if deploy.zero_stage else 1)
         phases["optimizer's step"] = {"fp32 gradients": here}
@@ -349,7 +347,7 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
     )  # Adam's two moments, fp32 weights
     saved = (cfg.checkpoint.keep + 1) * one
     return Plan(
-        stage.name,
+        stage,
         roles,
         phases,
         libraries,
@@ -367,6 +365,6 @@ def make_plan(cfg: Config, stage: Stage) -> Plan:
 def gather_for_rollout(cfg: Config) -> bool:
     """Whether the actor's partitioned weights are made whole for sampling: as set, or where the plan says that they fit."""
     try:
-        return make_plan(cfg, Stage[cfg.stage.name]).gathers
+        return make_plan(cfg, cfg.stage.name).gathers
     except ValueError:  # a shape that there is no formula for
         return cfg.deploy.gather_for_rollout is not False

@@ -6,25 +6,21 @@ import itertools
 from copy import deepcopy
 from typing import Any
 
+from rlhf.config.choices import Device, Precision
 from rlhf.config.deployment import world_size
 from rlhf.config.keys import lookup
-from rlhf.config.schema import (
-    ONLINE,
-    Config,
-    Device,
-    Precision,
-    Stage,
-)
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import is_rl, trains_critic
 from rlhf.config.validation import check_config
 from rlhf.distributed.deepspeed_config import BYTES
 from rlhf.planning.memory import GIB, Plan, make_plan
 
 
-def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
+def cheapest_changes(cfg: Config, stage: str, count: int = 3) -> list[str]:
     """The `count` cheapest changes that make a stage fit, each as overrides in one line. Cheap is what costs little speed: few
     changes before many, and in the order below; none contains another."""
     deploy, several = cfg.deploy, world_size(cfg) > 1
-    single_gpu = deploy.device == Device.gpu and deploy.gpus < 8
+    single_gpu = deploy.device == Device.gpu and deploy.processes_per_node < 8
     to_host: dict[str, Any] = (
         {"deploy.zero_stage": 2} if deploy.zero_stage == 0 else {}
     )  # stage 0 cannot offload; one GPU may have 2
@@ -41,17 +37,20 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
         ),
         (
             {"deploy.offload.frozen": True},
-            not deploy.offload.frozen and stage not in (Stage.sft, Stage.rm),
+            not deploy.offload.frozen and stage not in ("sft", "rm"),
         ),
         (to_host | {"deploy.offload.optimizer": True}, not deploy.offload.optimizer),
-        ({"actor.lora.rank": 16}, stage not in (Stage.rm, Stage.eval) and not cfg.actor.lora.rank),
-        ({"reward.lora.rank": 16}, stage in (Stage.rm, Stage.ppo) and not cfg.reward.lora.rank),
-        ({f"{stage.name}.ema": None}, stage in ONLINE and getattr(cfg, stage.name).ema is not None),
+        ({"actor.lora.rank": 16}, stage not in ("rm", "eval") and not cfg.actor.lora.rank),
         (
-            {"deploy.gpus": 8, "deploy.zero_stage": 2},
+            {"reward.lora.rank": 16},
+            (stage == "rm" or trains_critic(cfg, stage)) and not cfg.reward.lora.rank,
+        ),
+        ({"rl.ema": None}, is_rl(stage) and cfg.rl.ema is not None),
+        (
+            {"deploy.processes_per_node": 8, "deploy.zero_stage": 2},
             single_gpu,
         ),  # costs no speed, but has to be there
-        ({"deploy.gpus": 8, "deploy.zero_stage": 3}, single_gpu),
+        ({"deploy.processes_per_node": 8, "deploy.zero_stage": 3}, single_gpu),
     ]
     changes = [change for change, possible in offers if possible]
 
@@ -98,7 +97,7 @@ def cheapest_changes(cfg: Config, stage: Stage, count: int = 3) -> list[str]:
 
 def one_line_summary(plan: Plan) -> str:
     """One line."""
-    unit = "rollouts" if Stage[plan.stage] in ONLINE else "steps"
+    unit = "rollouts" if is_rl(plan.stage) else "steps"
     steps = f"{plan.steps:,} {unit}" if plan.steps else "nothing is trained"
     if plan.steps is None:
         steps = f"{unit} known when the data are read"
@@ -178,7 +177,7 @@ def print_plan(plan: Plan, cfg: Config) -> None:
         console.print(f"  fits     {size}")
     else:
         console.print(f"  does not fit: {size}. Cheapest changes that make it fit:")
-        for line in cheapest_changes(cfg, Stage[plan.stage]) or [
+        for line in cheapest_changes(cfg, plan.stage) or [
             "none of those known here: a smaller model, or more machines"
         ]:
             console.print(f"    {line}")

@@ -20,9 +20,9 @@ from rlhf.reporting.comparison import (
     run_label,
     seed_groups,
 )
-from rlhf.reporting.curves import PANELS, smooth
+from rlhf.reporting.curves import _ONLINE, PANELS, smooth
 from rlhf.reporting.html import Figures, document, html_table
-from rlhf.runs.history import KINDS, Run, parent_runs, read_lines
+from rlhf.runs.history import Run, parent_runs, read_lines
 
 SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
 COLORS = [
@@ -50,7 +50,7 @@ def page(runs: Sequence[Run], title: str) -> str:
             continue
         keys, stages = (
             distinguishing_settings(some),
-            [stage for stage in KINDS if any(run.stage == stage for run in some)],
+            list(dict.fromkeys(run.stage for run in some)),
         )
         name_of = functools.partial(run_label, keys=keys, algorithm=len(stages) > 1)
         some = sorted(some, key=name_of)
@@ -67,7 +67,7 @@ def page(runs: Sequence[Run], title: str) -> str:
         drawn = [
             Drawn(name, run, *look(run, found, i))
             for i, (name, run) in enumerate(zip(names, some))
-            if run.rows and run.stage in PANELS
+            if run.rows and PANELS.get(run.stage, _ONLINE)
         ]
         if drawn:
             body += [
@@ -157,7 +157,7 @@ def all_curves(drawn: Sequence[Drawn], stages: Sequence[str]) -> Any:
     panels = [
         (metric, title if len(metrics) == 1 else metric, unit)
         for stage in stages
-        for title, unit, metrics in PANELS[stage]
+        for title, unit, metrics in PANELS.get(stage, _ONLINE)
         for metric in metrics
     ]
     panels = [

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf.config.schema import POLICIES
+pass
+from rlhf.config.stage_graph import is_policy
 from rlhf.reporting.comparison import (
     REPORTED_METRICS,
     compare_best,
@@ -64,7 +65,7 @@ def print_runs(paths: list[Path], seconds: float) -> None:
             soft_wrap=True,
             highlight=False,
         )
-    if paths[-1].name.split("-")[0] in [stage.name for stage in POLICIES]:
+    if is_policy(paths[-1].name.split("-")[0]):
         console.print(
             f"Talk to it:  python chat.py --path {paths[-1]}", soft_wrap=True, highlight=False
         )

@@ -1,15 +1,45 @@
-"""From scores to advantages, as pure functions. Shapes: B sequences, R response tokens."""
+"""From scores to advantages, as pure functions. Shapes: B responses, R response tokens.
+
+A new algorithm adds a member to config.choices.Advantage and a case to `estimate_advantages`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rlhf.config.choices import Advantage, Normalize
+from rlhf.config.stage_nodes import Rl
+from rlhf.rl.controllers import RunningScale
+from rlhf.rl.experience import Experience
+
+
+def shape_scores(raw: Tensor, experience: Experience, rl: Rl, scale: RunningScale) -> Tensor:
+    """Scores with the penalties for missing EOS and length, scaled and clipped as configured.
+
+    Args: raw (B,): weighted sum of the sources.  scale: knows the scores of earlier rollouts.
+    Returns: (B,), score units.
+    """
+    missing_eos = 1 - experience.finished
+    length = experience.response_mask.sum(1)
+    score = raw - rl.missing_eos_penalty * missing_eos - rl.length_penalty * length
+    if rl.scale_score:
+        score = scale(score)
+    if rl.score_clip:
+        score = score.clamp(-rl.score_clip, rl.score_clip)
+    return score
+
 
 def token_rewards(score: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
-    """Reward of each response token: minus its penalty, and the score on the last one (Ziegler 2019, arXiv:1909.08593, eq. 2).
+    """Reward of each response token: minus its penalty, and the score on the last token.
 
-    Args: score (B,).  penalty (B, R), score units: beta times an estimate of the KL of the policy that sampled.  mask (B, R).
+    Source: Ziegler 2019, arXiv:1909.08593, eq. 2.
+
+    Args:
+        score (B,), score units.
+        penalty (B, R), score units: KL coefficient times an estimate of the KL of the policy that
+            sampled.
+        mask (B, R): 1 on response tokens.
     Returns: (B, R), zero outside the mask. A row without any response token gets no reward.
     """
     length = mask.sum(1).long()
@@ -17,58 +47,114 @@ def token_rewards(score: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
     return score[:, None] * last - penalty * mask
 
 
+def estimate_advantages(
+    rewards: Tensor, experience: Experience, rl: Rl
+) -> tuple[Tensor, Tensor | None]:
+    """Advantages of all response tokens, by rl.advantage and rl.normalize.
+
+    Args: rewards (B, R): of each token.  experience: responses to a prompt lie side by side.
+    Returns: advantages (B, R), and with a critic the returns it is trained on (B, R), else None.
+    """
+    mask, returns = experience.response_mask, None
+    if rl.advantage in (Advantage["gae"], Advantage["return"]):  # each token by itself
+        if rl.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        if rl.advantage == Advantage["gae"]:
+            advantages, returns = gae(rewards, experience.values, mask, rl.gamma, rl.gae_lambda)
+        else:
+            advantages = discounted_returns(rewards, mask, rl.gamma)
+    else:  # all tokens of a response alike, against the other responses to its prompt
+        groups = rewards.sum(1).view(-1, rl.responses_per_prompt)
+        by_group = rl.normalize == Normalize.group
+        compare = group_relative if rl.advantage == Advantage["group"] else leave_one_out
+        advantages = compare(groups, by_group).view(-1, 1) * mask
+    if rl.normalize == Normalize.batch:
+        advantages = whiten(advantages, mask)
+    return advantages, returns
+
+
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns (Schulman 2016, arXiv:1506.02438, eq. 16).
 
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  the value beyond the last token is 0.
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}; the value beyond the
+    last token is 0.
 
     Args: rewards, values, mask (B, R).
-    Returns: advantages (B, R), not whitened, and returns = advantages + values (B, R); both zero outside the mask.
+    Returns: advantages (B, R), not whitened, and returns = advantages + values (B, R); both zero
+        outside the mask.
     """
     advantages = torch.zeros_like(rewards)
     next_advantage = torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
 
 
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantage of each answer: its reward minus the mean of those of the other answers to its prompt, which does not depend on it, so
-    that the policy gradient stays unbiased (RLOO: Kool 2019; Ahmadian 2024, arXiv:2402.14740, section 3.1).
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Sum of the rewards from each token on, G_t = r_t + gamma G_{t+1} (REINFORCE, Williams 1992).
 
-    Args: rewards (N, k): N prompts, k >= 2 answers each, score units, the KL penalty taken off.  Returns: (N, k).
+    Args: rewards, mask (B, R).  Returns: (B, R), zero outside the mask.
+    """
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        following = (rewards[:, t] + gamma * following) * mask[:, t]
+        returns[:, t] = following
+    return returns
+
+
+def leave_one_out(rewards: Tensor, by_group: bool = False) -> Tensor:
+    """Advantage of each response: its reward minus the mean of the other responses to its prompt.
+
+    That baseline does not depend on the response, so the policy gradient stays unbiased (RLOO: Kool
+    2019; Ahmadian 2024, arXiv:2402.14740, section 3.1).
+
+    Args:
+        rewards (N, k): N prompts, k >= 2 responses each, score units, KL penalty subtracted.
+        by_group: divide by the standard deviation, as group_relative does.
+    Returns: (N, k).
     """
     k = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * k / (k - 1)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) * k / (k - 1)
+    return advantages / group_std(rewards) if by_group else advantages
 
 
-def group_relative(rewards: Tensor, normalize_std: bool) -> Tensor:
-    """Advantage of each answer: its reward minus the mean of those of all answers to its prompt, divided by their standard deviation
-    (k - 1 in the denominator, + 1e-4, as in TRL) where that is wanted (GRPO: Shao 2024, arXiv:2402.03300, section 4.1.2; without:
-    Dr. GRPO, arXiv:2503.20783).
+def group_relative(rewards: Tensor, by_group: bool) -> Tensor:
+    """Advantage of each response: its reward minus the mean of all responses to its prompt.
 
-    Args: rewards (N, k): N prompts, k >= 2 answers each, score units.  Returns: (N, k); score units, or standard deviations.
+    Source: GRPO (Shao 2024, arXiv:2402.03300, section 4.1.2), which divides by their standard
+    deviation; Dr. GRPO (arXiv:2503.20783) does not.
+
+    Args: rewards (N, k): N prompts, k >= 2 responses each, score units.  by_group: divide.
+    Returns: (N, k), score units or standard deviations.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + 1e-4) if normalize_std else centred
+    return centred / group_std(rewards) if by_group else centred
+
+
+def group_std(rewards: Tensor) -> Tensor:
+    """Standard deviation per prompt (k - 1 below the line) + 1e-4, as in TRL: (N, k) -> (N, 1)."""
+    return rewards.std(1, keepdim=True) + 1e-4
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens where mask is 1; 0 when there are none. Shapes (B, R); returns a scalar."""
+    """Mean over the tokens where mask is 1; 0 when there are none. Shapes (B, R); a scalar."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Shift and scale to mean 0 and variance 1 over the masked tokens of the whole batch; biased variance, as
-    OpenAI's 2019 code (tf.nn.moments). Shapes (B, R); zero outside the mask.
+    """Scale, and by default shift, to mean 0 and variance 1 over the masked tokens.
 
-    Args: shift_mean: False leaves the mean where it is, as for rewards, whose mean matters (N+ policy detail 9).
+    Biased variance, as in OpenAI's code of 2019 (tf.nn.moments). Shapes (B, R).
+
+    Args: shift_mean: False keeps the mean, as for rewards, whose mean matters (N+ detail 9).
+    Returns: (B, R), zero outside the mask.
     """
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)

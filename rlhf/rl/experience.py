@@ -1,222 +1,241 @@
-"""From prompts to the experience that PPO learns from: sampled answers, and what the models say of them."""
+"""Turn prompts into Experience: sampled responses with log-probs, values and scores.
+
+Shapes: B responses, P prompt tokens (left-padded), R response tokens (right-padded).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.schema import RolloutEngine
+from rlhf.config.choices import RolloutEngine
 from rlhf.data import template
 from rlhf.data.batches import chunks, pad_left
 from rlhf.data.records import Turn
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import autocast, computes_in_fp32, gather_parameters
-from rlhf.models.wrappers import without_eos
+from rlhf.distributed.engine import Engine, autocast, computes_in_fp32, gather_parameters
+from rlhf.models.wrappers import LogProbModel, Policy, Scorer
+from rlhf.rl import dschat
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.sampler import sample
 from rlhf.sampling.token_choice import Sampling
 
+if TYPE_CHECKING:
+    from rlhf.rl.rewards import Rewards
+
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
+PER_RESPONSE = ("scores", "finished")  # every other field has a column for each response token
+
 
 @dataclass
 class Experience:
-    """Sampled answers and what is known about them. B answers, P prompt tokens (left-padded), R response tokens (right-padded)."""
+    """Sampled responses and what is known about them."""
 
     prompt_ids: Tensor  # (B, P)
     prompt_mask: Tensor  # (B, P) 1 on real tokens
     response_ids: Tensor  # (B, R)
-    mask: Tensor  # (B, R) 1 on response tokens up to and including EOS
-    learnt: Tensor  # (B, R) where losses count: `mask`, and with DeepSpeed-Chat's masks not the EOS
-    sampler_logp: Tensor  # (B, R) log pi as the sampling loop saw it
-    old_logp: Tensor  # (B, R) log pi of the policy that sampled, temperature applied
-    ref_logp: Tensor  # (B, R) log pi of the reference
-    old_values: Tensor  # (B, R) V(s_t) before token t
-    scores: Tensor  # (B, sources) of each source for the whole answer
-    ended: Tensor  # (B,) 1 where the answer ends with EOS
+    response_mask: Tensor  # (B, R) 1 on response tokens up to and including EOS
+    loss_mask: Tensor  # (B, R) tokens in the loss: response_mask, unless DeepSpeed-Chat guesses it
+    sampler_logprobs: Tensor  # (B, R) log pi as the sampling loop computed it
+    old_logprobs: Tensor  # (B, R) log pi of the policy that sampled, temperature applied
+    ref_logprobs: Tensor  # (B, R) log pi of the reference
+    values: Tensor  # (B, R) V(s_t) before token t, by the critic before the update
+    scores: Tensor  # (B, sources) of each source for the whole response
+    finished: Tensor  # (B,) 1 where the response ends with EOS
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, R), once estimated
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, R), with a critic
 
     def rows(self, index: Sequence[int]) -> Experience:
         """Some of the rows, without the columns that only pad them."""
-        picked = Experience(*(getattr(self, f.name)[list(index)] for f in fields(self)))
-        p = int(
-            (picked.prompt_mask.cumsum(1) > 0).sum(1).max()
-        )  # a mask guessed from ids may have holes
-        r = max(1, int(picked.mask.sum(1).max()))
-        for name in ("prompt_ids", "prompt_mask"):
-            setattr(picked, name, getattr(picked, name)[:, -p:])
-        for name in (
-            "response_ids",
-            "mask",
-            "learnt",
-            "sampler_logp",
-            "old_logp",
-            "ref_logp",
-            "old_values",
-        ):
-            setattr(picked, name, getattr(picked, name)[:, :r])
+        picked = Experience(
+            *(
+                t[list(index)] if len(t) else t
+                for t in (getattr(self, f.name) for f in fields(self))
+            )
+        )
+        # a guessed mask may have holes, so count from its first real token
+        p = int((picked.prompt_mask.cumsum(1) > 0).sum(1).max())
+        r = max(1, int(picked.response_mask.sum(1).max()))
+        for f in fields(picked):
+            value = getattr(picked, f.name)
+            if f.name in PROMPT_FIELDS:
+                setattr(picked, f.name, value[:, -p:])
+            elif f.name not in PER_RESPONSE and len(value):
+                setattr(picked, f.name, value[:, :r])
         return picked
 
-    def text(self, row: int, tokenizer: Any) -> str:
-        """The answer of a row."""
-        return template.decode_response(
-            tokenizer, self.response_ids[row][self.mask[row] > 0].tolist()
-        )
+    def text(self, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The response of a row as text."""
+        ids = self.response_ids[row][self.response_mask[row] > 0]
+        return template.decode_response(tokenizer, ids.tolist())
 
     @property
-    def ids(self) -> Tensor:  # (B, P + R)
+    def ids(self) -> Tensor:
+        """Prompts and responses, (B, P + R)."""
         return torch.cat([self.prompt_ids, self.response_ids], 1)
 
     @property
-    def full_mask(self) -> Tensor:  # (B, P + R)
-        return torch.cat([self.prompt_mask, self.mask.long()], 1)
+    def full_mask(self) -> Tensor:
+        """1 on real tokens of prompts and responses, (B, P + R)."""
+        return torch.cat([self.prompt_mask, self.response_mask.long()], 1)
 
     @property
-    def wanted(self) -> Tensor:  # (B, P + R) bool: the response tokens
-        return torch.cat([torch.zeros_like(self.prompt_mask), self.mask], 1) > 0
+    def target_mask(self) -> Tensor:
+        """The response tokens, (B, P + R) bool."""
+        return torch.cat([torch.zeros_like(self.prompt_mask), self.response_mask], 1) > 0
 
 
-@torch.no_grad()
-def policy_logprobs(policy: Any, experience: Experience, temperature: float) -> Tensor:
-    """Log-probabilities of the sampled tokens under a policy (module or engine), (B, R)."""
-    return policy(experience.ids, experience.full_mask, experience.wanted, temperature)[0][
-        :, -experience.mask.shape[1] :
-    ]
+@dataclass
+class Prompts:
+    """What to respond to. Several entries may be the same prompt."""
 
-
-def values_before(scores: Tensor, r: int) -> Tensor:
-    """From scores at all tokens (B, P + R) to the value of the state before each of the last `r` tokens, (B, r)."""
-    return scores[:, -r - 1 : -1]
+    turns: Sequence[list[Turn]]
+    ids: Sequence[Sequence[int]]  # the same as token ids
+    noise: Tensor  # (B, R) uniform random numbers of each response
 
 
 @dataclass
 class Models:
-    """The policy that samples, and whatever measures its answers."""
+    """The policy that samples, and whatever measures its responses; None is skipped."""
 
-    tokenizer: Any
-    actor: Any
-    ref: Any = None
-    rewards: Any = (
-        None  # from some rows and their prompts to scores (rows, sources): rlhf.rewards.Rewards
-    )
-    critic: Any = None
-    gather: bool = True  # where ZeRO-3 partitions the actor's weights, hold all of them while sampling; else fetch them for every token
+    tokenizer: PreTrainedTokenizerBase
+    actor: Engine[Policy]
+    ref: LogProbModel | None = None
+    rewards: Rewards | None = None
+    critic: Engine[Scorer] | None = None
+    gather: bool = True  # ZeRO-3: gather the actor's weights while sampling, else for every token
     engine: RolloutEngine = RolloutEngine.native
 
 
 def make_experience(
     models: Models,
-    prompts: Sequence[Sequence[int]],
-    asked: Sequence[list[Turn]],
-    draws: Tensor,
+    prompts: Prompts,
     sampling: Sampling,
     micro_batch: int,
-    masks_from_ids: bool = False,
-    train_mode: bool = False,
     rescore: bool = False,
+    pad_is_eos: bool = False,
 ) -> Experience:
-    """Sample an answer to each prompt, and measure the answers with whatever is given; what is not given stays zero.
+    """Sample a response to each prompt, and measure it with the models that are given.
+
+    Every rank gets all prompts, works on its part, and returns the experience of all of them in
+    the order of `prompts`, so that nothing after this depends on the number of ranks.
 
     Args:
-        prompts, asked: token ids and turns of each prompt.  draws (B, R): random numbers of each answer.
-        masks_from_ids, train_mode: as DeepSpeed-Chat (config.DsChat): EOS counts as padding once the answers are sampled; dropout is on
-            while log-probabilities and values are measured.
-        rescore: measure the answers' log-probabilities anew also where those of the sampling loop are exact, which they are in float32.
-
-    Every process gets all prompts and all `draws`, works on its part of the rows, and returns the experience of all of them in the
-    order of `prompts`: what follows does not depend on the number of processes.
+        micro_batch: responses per forward pass.
+        rescore: measure log-probs again also where those of the sampler are exact (float32).
+        pad_is_eos: rl.dschat.pad_is_eos.
+    Returns: fields of models that are not given are zero; advantages and returns are empty.
     """
-    tokenizer, actor, ref, rewards, critic = (
-        models.tokenizer,
-        models.actor,
-        models.ref,
-        models.rewards,
-        models.critic,
-    )
     rank, world = collectives.rank(), collectives.world_size()
-    order = sorted(
-        range(len(prompts)), key=lambda i: len(prompts[i])
-    )  # similar lengths together: less padding
-    order += order[:1] * (
-        -len(order) % world
-    )  # every process has the same number of rows; copies are dropped below
+    order = sorted(range(len(prompts.ids)), key=lambda i: len(prompts.ids[i]))  # less padding
+    order += order[:1] * (-len(order) % world)  # as many rows on every rank; copies go below
     mine = order[rank::world]
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    parts = []
-    rescore = (
-        rescore or train_mode or masks_from_ids or sampling.beams > 1 or not computes_in_fp32(actor)
+    experience = sample_responses(models, prompts, mine, sampling, micro_batch)
+    exact = computes_in_fp32(models.actor) and sampling.beams == 1
+    if pad_is_eos:
+        dschat.guess_masks(experience, models.tokenizer.eos_token_id)
+    measure(
+        models, experience, micro_batch, sampling.temperature, rescore or pad_is_eos or not exact
     )
+    if models.rewards is not None:
+        turns = [prompts.turns[i] for i in mine]
+        experience.scores = score(models.rewards, experience, turns, micro_batch)
+    gathered = [collectives.all_gather_rows(getattr(experience, name)) for name in sampled_fields()]
+    place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
+    return Experience(*gathered).rows([place[i] for i in range(len(prompts.ids))])
+
+
+def sampled_fields() -> list[str]:
+    """The fields that make_experience fills."""
+    return [f.name for f in fields(Experience) if f.name not in ("advantages", "returns")]
+
+
+def sample_responses(
+    models: Models, prompts: Prompts, mine: Sequence[int], sampling: Sampling, micro_batch: int
+) -> Experience:
+    """Responses to some of the prompts, with the sampler's log-probs; all else is zero."""
+    actor, tokenizer = models.actor, models.tokenizer
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    width = max(map(len, prompts.ids))
     synced = any(hasattr(p, "ds_id") for p in actor.module.parameters())
+    use_hf = models.engine == RolloutEngine.hf or sampling.beams > 1
+    generate = hf_generate if use_hf else sample
+    parts = []
     with gather_parameters(actor.module.parameters() if models.gather else []), autocast(actor):
         for chunk in chunks(mine, micro_batch):
-            ids, mask = pad_left([prompts[i] for i in chunk], pad_id, actor.device)
-            through = (
-                hf_generate if models.engine == RolloutEngine.hf or sampling.beams > 1 else sample
+            ids, mask = pad_left([prompts.ids[i] for i in chunk], pad_id, actor.device)
+            response, response_mask, logprobs = generate(
+                actor.module, ids, mask, prompts.noise[chunk], eos_id, sampling, synced
             )
-            response, response_mask, logp = through(
-                actor.module, ids, mask, draws[chunk], eos_id, sampling, synced
-            )
-            ended = ((response == eos_id) * response_mask).amax(1)
-            learnt = response_mask
-            if masks_from_ids:
-                mask, learnt = (
-                    without_eos(ids, mask, eos_id),
-                    without_eos(response, response_mask, eos_id),
-                )
-            pad = max(map(len, prompts)) - ids.shape[1]
-            ids, mask = F.pad(ids, (pad, 0), value=pad_id), F.pad(mask, (pad, 0))
-            old_logp, ref_logp, old_values = (
-                logp.clone(),
-                *(torch.zeros_like(logp) for _ in range(2)),
-            )
-            none = logp.new_zeros(len(chunk), 0)
+            pad = width - ids.shape[1]
+            zeros = torch.zeros_like(logprobs)
             parts.append(
                 Experience(
-                    ids,
-                    mask,
-                    response,
-                    response_mask,
-                    learnt,
-                    logp,
-                    old_logp,
-                    ref_logp,
-                    old_values,
-                    none,
-                    ended,
+                    prompt_ids=F.pad(ids, (pad, 0), value=pad_id),
+                    prompt_mask=F.pad(mask, (pad, 0)),
+                    response_ids=response,
+                    response_mask=response_mask,
+                    loss_mask=response_mask,
+                    sampler_logprobs=logprobs,
+                    old_logprobs=logprobs.clone(),
+                    ref_logprobs=zeros,
+                    values=zeros.clone(),
+                    scores=logprobs.new_zeros(len(chunk), 0),
+                    finished=((response == eos_id) * response_mask).amax(1),
                 )
             )
-    experience = Experience(
-        *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Experience))
-    )
+    return Experience(*(torch.cat([getattr(p, name) for p in parts]) for name in sampled_fields()))
 
-    scores: list[tuple[Sequence[int], Tensor]] = []
-    for chunk in chunks(experience.full_mask.sum(1).argsort(stable=True).tolist(), micro_batch):
+
+@torch.no_grad()
+def measure(
+    models: Models, experience: Experience, micro_batch: int, temperature: float, rescore: bool
+) -> None:
+    """Fill in log-probs and values of this rank's responses, similar lengths together."""
+    for chunk in by_length(experience, micro_batch):
         part = experience.rows(chunk)
-        n = part.mask.shape[1]
-        with torch.no_grad():
-            for engine in (actor, critic) if train_mode else ():
-                engine.train()
-            if rescore:
-                experience.old_logp[chunk, :n] = policy_logprobs(actor, part, sampling.temperature)
-            if critic is not None:
-                experience.old_values[chunk, :n] = (
-                    values_before(critic(part.ids, part.full_mask), n) * part.mask
-                )
-            for engine in (actor, critic) if train_mode else ():
-                engine.eval()
-            if ref is not None:
-                experience.ref_logp[chunk, :n] = policy_logprobs(ref, part, sampling.temperature)
-            if rewards is not None:
-                scores.append((chunk, rewards(part, [asked[mine[row]] for row in chunk])))
-    if scores:
-        experience.scores = torch.cat([s for _, s in scores])[
-            torch.tensor([row for chunk, _ in scores for row in chunk]).argsort()
-        ]
+        r = part.response_mask.shape[1]
+        if rescore:
+            experience.old_logprobs[chunk, :r] = policy_logprobs(models.actor, part, temperature)
+        if models.critic is not None:
+            at_tokens = models.critic(part.ids, part.full_mask)
+            experience.values[chunk, :r] = values_before(at_tokens, r) * part.response_mask
+        if models.ref is not None:
+            experience.ref_logprobs[chunk, :r] = policy_logprobs(models.ref, part, temperature)
 
-    experience = Experience(
-        *(collectives.all_gather_rows(getattr(experience, f.name)) for f in fields(Experience))
-    )
-    place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
-    return experience.rows([place[i] for i in range(len(prompts))])
+
+@torch.no_grad()
+def score(
+    rewards: Rewards, experience: Experience, turns: Sequence[list[Turn]], micro_batch: int
+) -> Tensor:
+    """Scores of this rank's responses, (b, sources)."""
+    index: list[int] = []
+    parts = []
+    for chunk in by_length(experience, micro_batch):
+        parts.append(rewards(experience.rows(chunk), [turns[row] for row in chunk]))
+        index += chunk
+    return torch.cat(parts)[torch.tensor(index).argsort()]
+
+
+def by_length(experience: Experience, micro_batch: int) -> list[Sequence[int]]:
+    """Row numbers in chunks of similar length."""
+    order = experience.full_mask.sum(1).argsort(stable=True).tolist()
+    return chunks(order, micro_batch)
+
+
+@torch.no_grad()
+def policy_logprobs(policy: LogProbModel, experience: Experience, temperature: float) -> Tensor:
+    """Log-probs of the sampled tokens under a policy, (B, R)."""
+    stats = policy(experience.ids, experience.full_mask, experience.target_mask, temperature)
+    return stats[0][:, -experience.response_mask.shape[1] :]
+
+
+def values_before(scores: Tensor, r: int) -> Tensor:
+    """The value of the state before each of the last `r` tokens, (B, r), of scores (B, P + R)."""
+    return scores[:, -r - 1 : -1]

@@ -1,169 +1,178 @@
-"""What must hold while PPO, RLOO or GRPO runs. `check_*` stop a run whose arithmetic is broken, with the cause and the likely fix;
-`Watch` warns of training that goes wrong although the arithmetic is right. All of it costs some forwards of 4 rows per run and some
-comparisons.
+"""Invariants of online training: `Guards.check_*` stop a run whose arithmetic is broken.
+
+The message names the cause and the likely fix. Training that goes wrong although the arithmetic is
+right is rl/monitor.py's. Costs: some forward passes of 4 rows per run, and comparisons.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.config.schema import DsChat, Precision
+from rlhf.config.choices import Precision
+from rlhf.config.stage_nodes import DsChat
 from rlhf.distributed import collectives
-from rlhf.rl.experience import Experience, policy_logprobs
+from rlhf.distributed.engine import Engine
+from rlhf.models.lora import AdapterOff
+from rlhf.models.wrappers import Policy
+from rlhf.rl.experience import Experience, Models, policy_logprobs
 from rlhf.runs.log import log
 
-# how far two computations of the same log-probability may differ: mean, maximum over tokens; nats. Below fp32 the maximum is
-# reported only: one token of many may lie on an edge of the number format
+# How far two computations of the same log-prob may differ: mean, maximum over tokens; nats. Below
+# fp32 the maximum is reported only: one token of many may lie on an edge of the number format.
 TOLERANCE = {p: (1e-4, 1e-3) if p == Precision.fp32 else (0.05, math.inf) for p in Precision}
+MEASURED = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "scores")
 
 
 class Guards:
     """Checks of one run.
 
-    Args: precision: of the models.  switches: a check that one of them contradicts is logged instead of stopping the run.
-        temperature: of the rollouts; one below 1 enlarges the logits, and their rounding with them.
+    Args:
+        precision: of the models.
+        switches: a check that one of them contradicts is logged instead of stopping the run.
+        temperature: of the rollouts; below 1 it enlarges the logits, and with them their rounding.
     """
 
     def __init__(self, precision: Precision, switches: DsChat, temperature: float = 1.0):
         self.precision, self.switches = precision, switches
-        self.limit, self.limit_worst = (
-            limit / min(1.0, temperature) for limit in TOLERANCE[precision]
+        mean, maximum = TOLERANCE[precision]
+        self.mean_limit, self.max_limit = (
+            mean / min(1.0, temperature),
+            maximum / min(1.0, temperature),
         )
         self.logged: set[str] = set()
         self.measured: dict[str, tuple[float, float]] = {}
 
-    def require(self, name: str, ok: bool, line: str, because: str = "") -> None:
-        """Raises: RuntimeError with the line, unless it is fine; where a chosen switch is the reason, it is logged, once."""
-        if ok or (because and name in self.logged):
+    def check(self, name: str, ok: bool, line: str, waived_by: str = "") -> None:
+        """Raises: RuntimeError with the line, unless it is ok. Where a setting explains the
+        failure (`waived_by`), it is logged instead, once."""
+        if ok or (waived_by and name in self.logged):
             return
-        if not because:
+        if not waived_by:
             raise RuntimeError(f"guard {name}: {line}")
         self.logged.add(name)
         if collectives.rank() == 0:
-            log.warning(f"guard {name}: {line}. Chosen by {because}: the run goes on")
+            log.warning(f"guard {name}: {line}. Expected with {waived_by}: the run continues")
 
-    def switch(self, *names: str) -> str:
-        """Those of the switches that are on, as the user set them."""
-        return ", ".join(f"ppo.dschat.{name}" for name in names if getattr(self.switches, name))
+    def pad_is_eos(self) -> str:
+        """What explains a mask that is guessed from ids."""
+        return "rl.dschat.pad_is_eos" if self.switches.pad_is_eos else ""
 
     def rounding(self, first: bool) -> str:
-        """What excuses a difference after the first rollout, when logits may have become large."""
-        return (
-            f"deploy.precision={self.precision.name}"
-            if not first and self.precision != Precision.fp32
-            else ""
-        )
+        """What explains a difference after the first rollout, when logits may be large."""
+        low = not first and self.precision != Precision.fp32
+        return f"deploy.precision={self.precision.name}" if low else ""
 
     def measure(self, name: str, one: Tensor, other: Tensor, mask: Tensor) -> tuple[float, float]:
         """Mean and maximum of |one - other|; the largest of each are reported."""
-        found, before = logprob_difference(one, other, mask), self.measured.get(name, (0.0, 0.0))
-        self.measured[name] = max(before[0], found[0]), max(before[1], found[1])
-        return found
+        gap, before = logprob_difference(one, other, mask), self.measured.get(name, (0.0, 0.0))
+        self.measured[name] = max(before[0], gap[0]), max(before[1], gap[1])
+        return gap
 
-    def check_models(self, **engines: Any) -> None:
-        """Dropout is off in all models: with it the ratio of the first update is not 1, and KL and values are noise."""
+    def check_models(self, models: Models) -> None:
+        """Dropout is off: with it the first ratio is not 1, and KL and values are noise."""
+        engines = {"actor": models.actor, "critic": models.critic, "reference": models.ref}
         for role, engine in engines.items():
-            on = [
-                name
-                for name, module in engine.module.named_modules()
-                if isinstance(module, nn.Dropout) and module.p > 0
-            ]
-            on += [
-                f"config.{key}"
-                for key, value in engine.module.hf.config.to_dict().items()
-                if "drop" in key and value
-            ]
-            line = f"the {role} has dropout ({', '.join(on[:3])}): load it with rlhf.models, which switches it off"
-            self.require("dropout", not on, line, self.switch("dropout"))
+            if engine is None or isinstance(engine, AdapterOff):
+                continue
+            module = engine.module
+            on = [n for n, m in module.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+            settings = module.hf.config.to_dict().items()
+            on += [f"config.{key}" for key, value in settings if "drop" in key and value]
+            line = f"the {role} has dropout ({', '.join(on[:3])}): load it with rlhf.models"
+            self.check("dropout", not on, line)
 
     def check_rollout(self, e: Experience, eos_id: int, first: bool = True) -> None:
-        """Masks say what was sampled, everything is finite, and the sampling loop saw the same policy as the training forward; after
-        the first rollout a policy with large logits may lie outside the limit of its number format, which is logged."""
-        for name in ("sampler_logp", "old_logp", "ref_logp", "old_values", "scores"):
+        """Masks match what was sampled, everything is finite, and the sampling loop computed the
+        same policy as the training forward pass.
+
+        After the first rollout a policy with large logits may lie outside the limit of its number
+        format, which is logged.
+        """
+        for name in MEASURED:
             broken = int((~torch.isfinite(getattr(e, name))).sum())
-            line = f"{name} is not finite in {broken} places: lower the learning rate, or set deploy.precision=fp32"
-            self.require("finite", not broken, line)
-        lengths = e.mask.sum(1)
-        ragged = bool((e.mask[:, 1:] > e.mask[:, :-1]).any()) or bool((lengths == 0).any())
-        self.require(
-            "mask",
-            not ragged,
-            "a response mask has a hole, or no token: masks must come from the sampling loop",
+            line = f"{name} is not finite in {broken} places: lower rl.lr, or set "
+            self.check("finite", not broken, line + "deploy.precision=fp32")
+        mask = e.response_mask
+        lengths = mask.sum(1)
+        ragged = bool((mask[:, 1:] > mask[:, :-1]).any()) or bool((lengths == 0).any())
+        line = "a response mask has a hole, or no token: masks must come from the sampling loop"
+        self.check("mask", not ragged, line)
+        is_eos = (e.response_ids == eos_id) & (mask > 0)
+        last = torch.arange(mask.shape[1], device=mask.device) == lengths[:, None] - 1
+        misplaced = int((is_eos != (last & (e.finished[:, None] > 0))).any(1).sum())
+        line = f"in {misplaced} responses the mask does not end at the first EOS: lengths, masks "
+        self.check("length", not misplaced, line + "and ids do not belong together")
+        outside = int((is_eos & (e.loss_mask == 0)).any(1).sum())
+        line = f"the EOS of {outside} responses is not in the loss: the policy cannot learn to stop"
+        self.check("eos", not outside, line, self.pad_is_eos())
+        mean, worst = self.measure("sampler", e.sampler_logprobs, e.old_logprobs, mask)
+        line = (
+            f"the sampling loop and the training forward pass disagree: {describe_gap(mean, worst)}, "
+            f"allowed {self.mean_limit:g}: cache, positions, masks or temperature of one are wrong"
         )
-        is_eos = (e.response_ids == eos_id) & (e.mask > 0)
-        last = torch.arange(e.mask.shape[1], device=e.mask.device) == lengths[:, None] - 1
-        misplaced = int((is_eos != (last & (e.ended[:, None] > 0))).any(1).sum())
-        line = f"in {misplaced} answers the mask does not end at the first EOS: lengths, masks and ids do not belong together"
-        self.require("length", not misplaced, line)
-        unlearnt = int((is_eos & (e.learnt == 0)).any(1).sum())
-        line = f"the EOS of {unlearnt} answers is outside the mask of the loss: the policy cannot learn when to stop"
-        self.require("eos", not unlearnt, line, self.switch("pad_is_eos"))
-        mean, worst = self.measure("sampler", e.sampler_logp, e.old_logp, e.mask)
-        line = f"the sampling loop and the training forward disagree: {describe_gap(mean, worst)}, allowed {self.limit:g}: "
-        line += "cache, positions, masks or temperature of one of them are wrong"
-        fine = mean <= self.limit and worst <= self.limit_worst
-        self.require(
-            "sampler",
-            fine,
-            line,
-            self.switch("train_mode_logp", "pad_is_eos") or self.rounding(first),
-        )
+        ok = mean <= self.mean_limit and worst <= self.max_limit
+        self.check("sampler", ok, line, self.pad_is_eos() or self.rounding(first))
 
     def check_start(self, e: Experience) -> None:
         """Before its first update the policy is its reference: KL = 0."""
-        mean, worst = self.measured["reference"] = logprob_difference(
-            e.old_logp, e.ref_logp, e.mask
+        gap = logprob_difference(e.old_logprobs, e.ref_logprobs, e.response_mask)
+        self.measured["reference"] = gap
+        line = (
+            f"policy and reference differ before the first update: {describe_gap(*gap)}: they were "
+            "not loaded from the same weights, or one of them has dropout on"
         )
-        line = f"policy and reference differ before the first update: {describe_gap(mean, worst)}: "
-        line += "they were not loaded from the same weights, or one of them has dropout on"
-        self.require("reference", mean <= self.limit, line, self.switch("train_mode_logp"))
+        self.check("reference", gap[0] <= self.mean_limit, line)
 
-    def check_ratio(self, logp: Tensor, old_logp: Tensor, mask: Tensor, first: bool = True) -> None:
-        """At the first minibatch of a rollout the ratio is 1; after the first rollout, as with the sampling loop, up to rounding."""
-        mean, worst = self.measure("ratio", logp, old_logp, mask)
-        line = f"the ratio of the first update is not 1: {describe_gap(mean, worst)}: old log-probabilities come from another forward than the one "
-        line += "that trains (dropout, precision, temperature, padding)"
-        self.require(
-            "ratio",
-            mean <= self.limit,
-            line,
-            self.switch("dropout", "train_mode_logp") or self.rounding(first),
+    def check_ratio(
+        self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, first: bool = True
+    ) -> None:
+        """At the first minibatch of a rollout the ratio is 1, up to rounding."""
+        mean, worst = self.measure("ratio", logprobs, old_logprobs, mask)
+        line = (
+            f"the ratio of the first update is not 1: {describe_gap(mean, worst)}: old log-probs "
+            "come from another forward pass than the one that trains (dropout, precision, "
+            "temperature, padding)"
         )
+        self.check("ratio", mean <= self.mean_limit, line, self.rounding(first))
 
-    def check_padding(self, actor: Any, e: Experience, temperature: float, pad_id: int) -> None:
-        """Neither padding on both sides of some answers nor other answers beside them change their log-probabilities. One forward of at
-        most 4 rows, and one of each."""
+    def check_padding(
+        self, actor: Engine[Policy], e: Experience, temperature: float, pad_id: int
+    ) -> None:
+        """Neither padding nor other responses in the batch change log-probs.
+
+        One forward pass of at most 4 rows, and one of each row alone.
+        """
         index = e.full_mask.sum(1).argsort()[:4].tolist()
-        some, n = e.rows(index), e.rows(index).mask.shape[1]
-        front = {
-            "prompt_ids": F.pad(some.prompt_ids, (3, 0), value=pad_id),
-            "prompt_mask": F.pad(some.prompt_mask, (3, 0)),
-        }
-        behind = {
-            "response_ids": F.pad(some.response_ids, (0, 2), value=pad_id),
-            "mask": F.pad(some.mask, (0, 2)),
-        }
-        wide = replace(some, **front, **behind)
-        alone = [policy_logprobs(actor, e.rows([i]), temperature)[0] for i in index]
-        plain = torch.stack([F.pad(row, (0, n - len(row))) for row in alone])
-        mean, worst = self.measure(
-            "padding", policy_logprobs(actor, wide, temperature)[:, :n], plain, some.mask
+        some = e.rows(index)
+        n = some.response_mask.shape[1]
+        wide = replace(
+            some,
+            prompt_ids=F.pad(some.prompt_ids, (3, 0), value=pad_id),
+            prompt_mask=F.pad(some.prompt_mask, (3, 0)),
+            response_ids=F.pad(some.response_ids, (0, 2), value=pad_id),
+            response_mask=F.pad(some.response_mask, (0, 2)),
         )
-        line = f"padding or other answers change log-probabilities: {describe_gap(mean, worst)}: this architecture ignores its mask or position ids"
-        self.require("padding", mean <= self.limit, line)
+        alone = [policy_logprobs(actor, e.rows([i]), temperature)[0] for i in index]
+        expected = torch.stack([F.pad(row, (0, n - len(row))) for row in alone])
+        padded = policy_logprobs(actor, wide, temperature)[:, :n]
+        mean, worst = self.measure("padding", padded, expected, some.response_mask)
+        line = (
+            f"padding or other responses change log-probs: {describe_gap(mean, worst)}: this "
+            "architecture ignores its mask or position ids"
+        )
+        self.check("padding", mean <= self.mean_limit, line)
 
     def report(self) -> None:
-        """Say what was measured."""
+        """Log what was measured."""
         parts = [
             f"{name} {mean:.1g} / {worst:.1g}" for name, (mean, worst) in self.measured.items()
         ]
-        log.info(f"guards: log-probabilities differ by (mean / maximum, nats) {', '.join(parts)}")
+        log.info(f"guards: log-probs differ by (mean / maximum, nats) {', '.join(parts)}")
 
 
 def describe_gap(mean: float, worst: float) -> str:
@@ -171,7 +180,8 @@ def describe_gap(mean: float, worst: float) -> str:
 
 
 def logprob_difference(one: Tensor, other: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Mean and maximum of |one - other| over the tokens under the mask, of all processes. Shapes (b, R)."""
+    """Mean and maximum of |one - other| over the masked tokens of all ranks. Shapes (b, R)."""
     apart = (one.float() - other.float()).abs() * mask
-    total, tokens = collectives.all_reduce_sum([float(apart.sum()), float(mask.sum())], mask.device)
+    local = [float(apart.sum()), float(mask.sum())]
+    total, tokens = collectives.all_reduce_sum(local, mask.device)
     return total / max(tokens, 1.0), collectives.all_reduce_max(float(apart.max()), mask.device)

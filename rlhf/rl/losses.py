@@ -1,19 +1,17 @@
-"""The mathematics, as pure functions of tensors.
+"""The losses of online RL, as pure functions of tensors.
 
-| symbol  | meaning                                              | name in code                       |
-|---------|------------------------------------------------------|------------------------------------|
-| B       | sequences                                            |                                    |
-| R       | response tokens, right-padded                        |                                    |
-| V       | vocabulary                                           |                                    |
-| m       | 1 on response tokens up to and including EOS, else 0 | `mask` (B, R)                      |
-| log pi  | log-probability of the sampled token                 | `logp`, `old_logp`, `ref_logp`     |
-| V(s_t)  | value of the state before token t is chosen          | `values` (B, R)                    |
-| r(x, y) | score of the whole answer, normalised units          | `score` (B,)                       |
-| beta    | weight of the KL penalty                             | `kl_coef`                          |
+| symbol  | meaning                                     | name in code                    |
+|---------|---------------------------------------------|---------------------------------|
+| B       | responses                                   |                                 |
+| R       | response tokens, right-padded               |                                 |
+| m       | 1 on the tokens in the loss, else 0         | `mask` (B, R)                   |
+| log pi  | log-prob of the sampled token, nats         | `logprobs`, `old_logprobs`, ... |
+| V(s_t)  | value of the state before token t is chosen | `values` (B, R)                 |
+| G_t     | return from token t on                      | `returns` (B, R)                |
 
-No function here sees a prompt: everything is sliced to the response where it is made (rlhf/rollout.py). Losses are given per token
-and not averaged: `token_weights` says what each token counts in the whole optimizer step, so neither micro-batches nor processes
-change the result. Times are optimizer steps (PPO: rollouts), log-probabilities nats.
+No function here sees a prompt: Experience is sliced to the response where it is made. Losses are
+per token and not averaged: `token_weights` gives the weight of each token in the optimizer step, so
+that neither micro-batches nor ranks change the result.
 """
 
 from __future__ import annotations
@@ -21,71 +19,82 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.config.schema import KlEstimator, LossOver
+from rlhf.config.choices import Importance, KlEstimator, LossAggregation, PolicyLoss
+from rlhf.config.stage_nodes import Rl
+
+MAX_LOG_RATIO = 20.0  # e^20 keeps float32 finite; a policy that far away gets no gradient
 
 
-def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tensor:
-    """Per-token estimate of KL(pi || ref) from tokens that pi sampled, with d = log pi - log ref (Schulman 2020, "Approximating KL
-    divergence", joschu.net/blog/kl-approx.html):
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) -> Tensor:
+    """Per-token estimate of KL(pi || ref) from tokens that pi sampled, d = log pi - log ref.
 
     k1 = d           unbiased, of both signs
-    k2 = d^2 / 2     biased, never negative; as a loss its gradient is that of the KL, in expectation under pi
-    k3 = e^-d - 1 + d  unbiased, never negative; as a loss its gradient is that of KL(ref || pi) instead
+    k2 = d^2 / 2     biased, never negative; as a loss its gradient is that of the KL, in
+                     expectation under pi
+    k3 = e^-d - 1 + d  unbiased, never negative; as a loss its gradient is that of KL(ref || pi)
 
-    As a loss k1 has gradient zero in expectation, and is refused in the configuration. Shapes (B, R); nats.
+    As a loss k1 has gradient zero in expectation; the configuration refuses it. Source: Schulman
+    2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html. Shapes (B, R); nats.
     """
-    d = logp - ref_logp
+    d = logprobs - ref_logprobs
     if estimator == KlEstimator.k1:
         return d
-    return (
-        0.5 * d**2 if estimator == KlEstimator.k2 else torch.exp((-d).clamp(max=20)) - 1 + d
-    )  # e^20 keeps float32 finite
+    if estimator == KlEstimator.k2:
+        return 0.5 * d**2
+    return torch.exp((-d).clamp(max=MAX_LOG_RATIO)) - 1 + d
 
 
 def token_weights(
-    mask: Tensor, over: LossOver, tokens: float, sequences: int, longest: int
+    mask: Tensor, aggregation: LossAggregation, tokens: float, sequences: int, longest: int
 ) -> Tensor:
-    """What each token counts in a loss, so that the sum of weight x loss over all micro-batches and processes is
+    """Weight of each token, so that the sum of weight x loss over micro-batches and ranks is
 
     token     the mean over all tokens (DAPO, arXiv:2503.14476, section 3.3)
-    sequence  the mean over answers of the means over their tokens (GRPO, arXiv:2402.03300, eq. 3)
-    constant  the sum over all tokens / (answers x longest), so that no length is favoured (Dr. GRPO, arXiv:2503.20783)
+    sequence  the mean over responses of the means over their tokens (GRPO, arXiv:2402.03300, eq. 3)
+    constant  the sum over all tokens / (responses x longest), so that no length is favoured (Dr.
+              GRPO, arXiv:2503.20783)
 
-    Args: mask (B, R) of some of the answers.  tokens, sequences: of the whole optimizer step, over all processes.  longest: tokens
-        that an answer may have.
+    Args:
+        mask (B, R): tokens in the loss of some of the responses.
+        tokens, sequences: number of them in the whole optimizer step, over all ranks.
+        longest: tokens that a response may have.
     Returns: (B, R), zero outside the mask.
     """
-    if over == LossOver.token:
+    if aggregation == LossAggregation.token:
         return mask / max(tokens, 1.0)
-    if over == LossOver.constant:
+    if aggregation == LossAggregation.constant:
         return mask / (sequences * longest)
     return mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences
 
 
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float,
-    clip_high: float,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, rl: Rl
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate objective, negated (Schulman 2017, arXiv:1707.06347, eq. 7); with a higher upper clip as in DAPO.
+    """The surrogate objective of each token, negated.
 
-    Args: logp (with gradient), old_logp, advantages, mask (B, R).  clip_low, clip_high: the ratio counts from 1 - clip_low to
-        1 + clip_high.
-    Returns: the loss of each token (B, R), zero outside the mask; and sums over tokens for the log: `clipfrac_low`, `clipfrac_high`
-        (tokens whose clipped term is the active one, by the side), `approxkl` (0.5 (log pi - log pi_old)^2), `ratio`, `ratio_sq`;
-        `ratio_max` is a maximum.
+    clip   max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (Schulman 2017, arXiv:1707.06347, eq.
+           7; a higher upper clip as in DAPO)
+    cispo  -clip(r, ...) A log pi, the clipped ratio without gradient, so that clipped tokens still
+           get one (MiniMax-M1, arXiv:2506.13585, eq. 4)
+
+    Args:
+        logprobs (B, R) with gradient; old_logprobs, advantages, mask (B, R).
+        rl: policy_loss, importance, clip_low, clip_high.
+    Returns: the loss (B, R), zero outside the mask; and sums over tokens for the log: clipfrac_low
+        and clipfrac_high (tokens whose clip is active, by the side), approxkl (0.5 (log pi - log
+        pi_old)^2), ratio, ratio_sq; ratio_max is a maximum.
     """
-    log_ratio = (logp - old_logp) * mask
-    ratio = log_ratio.clamp(
-        -20, 20
-    ).exp()  # keeps float32 finite; a policy that is e^20 away learns nothing there
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(unclipped, clipped) * mask
-    with torch.no_grad():
+    log_ratio = (logprobs - old_logprobs) * mask
+    ratio = importance_ratio(log_ratio, mask, rl.importance)
+    bounded = ratio.clamp(1 - rl.clip_low, 1 + rl.clip_high)
+    if rl.policy_loss == PolicyLoss.cispo:
+        loss = -bounded.detach() * advantages * logprobs * mask
+        active = (bounded != ratio) * mask
+    else:
+        unclipped, clipped = -advantages * ratio, -advantages * bounded
+        loss = torch.maximum(unclipped, clipped) * mask
         active = (clipped > unclipped) * mask
+    with torch.no_grad():
         sums = {
             "clipfrac_low": (active * (ratio < 1)).sum(),
             "clipfrac_high": (active * (ratio > 1)).sum(),
@@ -97,22 +106,37 @@ def policy_loss(
     return loss, sums
 
 
+def importance_ratio(log_ratio: Tensor, mask: Tensor, importance: Importance) -> Tensor:
+    """pi / pi_old of each token, or the same of a whole response for all its tokens.
+
+    sequence: the geometric mean over the response's tokens (GSPO, arXiv:2507.18071, eq. 7); the
+    gradient reaches every token with weight 1 / length.
+
+    Args: log_ratio, mask (B, R); log_ratio is zero outside the mask.  Returns: (B, R).
+    """
+    if importance == Importance.sequence:
+        mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = mean.expand_as(log_ratio)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Clipped value loss of each token, 0.5 max((V - G)^2, (clip(V, V_old +- eps) - G)^2) (OpenAI baselines ppo2; Stiennon 2020,
-    arXiv:2009.01325). Never negative.
+    """Clipped value loss of each token, 0.5 max((V - G)^2, (clip(V, V_old +- clip) - G)^2).
 
-    Args: values (with gradient), old_values, returns, mask (B, R).  clip: score units; None: 0.5 (V - G)^2.
-    Returns: the loss (B, R), zero outside the mask, and the number of tokens whose clipped term is the active one.
+    Source: OpenAI baselines ppo2; Stiennon 2020, arXiv:2009.01325.
+
+    Args:
+        values (B, R) with gradient; old_values, returns, mask (B, R).
+        clip: rl.critic.value_clip, score units; None: 0.5 (V - G)^2.
+    Returns: the loss (B, R), zero outside the mask, and the number of tokens whose clipped term is
+        the active one.
     """
     error = (values - returns) ** 2
     if clip is None:
         return 0.5 * error * mask, mask.new_zeros(())
-    clipped = values.clamp(
-        old_values - clip, old_values + clip
-    )  # exactly V where the clip does not act
+    clipped = values.clamp(old_values - clip, old_values + clip)  # exactly V where it does not act
     clipped_error = (clipped - returns) ** 2
-    return 0.5 * torch.maximum(error, clipped_error) * mask, (
-        (clipped_error > error) * mask
-    ).sum().detach()
+    active = ((clipped_error > error) * mask).sum().detach()
+    return 0.5 * torch.maximum(error, clipped_error) * mask, active

@@ -1,89 +1,97 @@
-"""Warn about training that goes wrong although the arithmetic is right: `Monitor`, once per kind and run."""
+"""Warn about training that goes wrong although the arithmetic is right: once per kind and run."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+
+Metrics = dict[str, float]
+WINDOW = 8  # rollouts that a mean or median is taken over
 
 
 class Monitor:
-    """Looks at the metrics of each rollout and says what goes wrong, each kind once per run, through alert(title, text). `stage` names the
-    keys that mend it."""
+    """Checks the metrics of each rollout, and warns through alert(title, text)."""
 
-    def __init__(self, alert: Callable[[str, str], None], stage: str = "ppo"):
-        self.alert, self.stage = alert, stage
-        self.rows: list[dict[str, float]] = []
-        self.said: set[str] = set()
+    def __init__(self, alert: Callable[[str, str], None]):
+        self.alert = alert
+        self.rows: list[Metrics] = []
+        self.alerted: set[str] = set()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "said": sorted(self.said)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows, self.said = list(state["rows"]), set(state["said"])
-
-    def look(self, metrics: dict[str, float]) -> None:
+    def check(self, metrics: Metrics) -> None:
+        """Add the metrics of a rollout, and warn of what is new."""
         self.rows.append(metrics)
-        for title, text in warnings_of(self.rows, self.stage):
-            if title not in self.said:
-                self.said.add(title)
+        for title, text in warnings_of(self.rows):
+            if title not in self.alerted:
+                self.alerted.add(title)
                 self.alert(title, text)
 
+    def state_dict(self) -> dict[str, list[Metrics] | list[str]]:
+        return {"rows": self.rows, "alerted": sorted(self.alerted)}
 
-def warnings_of(rows: Sequence[dict[str, float]], stage: str = "ppo") -> list[tuple[str, str]]:
-    """What is wrong at the end of a run's metrics so far: pairs of a title and what to do about it.
+    def load_state_dict(self, state: dict[str, list[Metrics] | list[str]]) -> None:
+        self.rows = list(state["rows"])  # type: ignore[arg-type]
+        self.alerted = set(state["alerted"])  # type: ignore[arg-type]
 
-    KL blow-up           above 1 nat per token, or above 4 x the median of the 8 rollouts before and above 5 nats per answer
-    entropy collapse     policy/entropy_avg below a tenth of its first value
-    critic               val/explained_variance below 0 in each of the last 10 rollouts
-    truncation           no answer of a rollout ended
-    over-optimisation    over the last 16 rollouts the score rose by more than 0.1, and score - beta KL fell by more than 0.1 (means of
-                         halves)
+
+def warnings_of(rows: Sequence[Metrics]) -> list[tuple[str, str]]:
+    """What is wrong at the end of a run's metrics so far: title, and what to do about it.
+
+    KL blow-up         above 1 nat per token, or above 5 nats per response and 4 x the median of the
+                       8 rollouts before
+    entropy collapse   policy/entropy_avg below a tenth of its first value
+    critic broken      val/explained_variance below 0 in each of the last 10 rollouts
+    all responses truncated   no response of a rollout has an EOS
+    over-optimization  over the last 16 rollouts (means of halves) the score rose by more than 0.1,
+                       and score - kl_coef x KL fell by more than 0.1
     """
-    now, found = rows[-1], []
-    kl, before = now["objective/kl"], [row["objective/kl"] for row in rows[-9:-1]]
-    usual = statistics.median(before) if before else 0.0
-    if now["objective/kl_per_token"] > 1 or (len(before) == 8 and kl > max(5.0, 4 * usual)):
-        found.append(
-            (
-                "KL blow-up",
-                f"objective/kl is {kl:.1f} nats per answer, before {usual:.1f}: raise {stage}.kl.coef or lower {stage}.lr",
-            )
-        )
+    checks = (kl_blow_up, entropy_collapse, broken_critic, truncation, over_optimization)
+    return [warning for check in checks if (warning := check(rows))]
+
+
+def kl_blow_up(rows: Sequence[Metrics]) -> tuple[str, str] | None:
+    now, before = rows[-1], [row["objective/kl"] for row in rows[-WINDOW - 1 : -1]]
+    kl, usual = now["objective/kl"], statistics.median(before) if before else 0.0
+    jumped = len(before) == WINDOW and kl > max(5.0, 4 * usual)
+    if now["objective/kl_per_token"] <= 1 and not jumped:
+        return None
+    text = f"objective/kl is {kl:.1f} nats per response, before {usual:.1f}"
+    return "KL blow-up", f"{text}: raise rl.kl.coef or lower rl.lr"
+
+
+def entropy_collapse(rows: Sequence[Metrics]) -> tuple[str, str] | None:
     entropies = [row["policy/entropy_avg"] for row in rows if "policy/entropy_avg" in row]
-    if entropies and entropies[-1] < 0.1 * entropies[0]:
-        text = f"policy/entropy_avg fell from {entropies[0]:.3g} to {entropies[-1]:.3g} nats per token: answers repeat themselves; "
-        found.append(
-            (
-                "entropy collapse",
-                text + f"raise {stage}.kl.coef or {stage}.entropy_coef, or lower {stage}.lr",
-            )
-        )
-    if len(rows) >= 10 and all(row.get("val/explained_variance", 0) < 0 for row in rows[-10:]):
-        text = "val/explained_variance was below 0 in the last 10 rollouts: the critic is worse than a constant; "
-        found.append(
-            (
-                "critic broken",
-                text + "raise ppo.critic_optim.lr or ppo.value_clip, or give it ppo.critic_warmup",
-            )
-        )
-    if now["objective/eos_rate"] == 0:
-        text = "no answer of the rollout ended: raise rollout.max_new_tokens, or the penalties "
-        text += f"{stage}.missing_eos_penalty, {stage}.length_penalty"
-        found.append(("all answers truncated", text))
-    if len(rows) >= 16:
-        halves, beta = (rows[-16:-8], rows[-8:]), now["objective/kl_coef"]
-        score, score_now = (
-            statistics.fmean(row["objective/scores"] for row in half) for half in halves
-        )
-        kl, kl_now = (statistics.fmean(row["objective/kl"] for row in half) for half in halves)
-        objective, objective_now = score - beta * kl, score_now - beta * kl_now
-        if score_now > score + 0.1 and objective_now < objective - 0.1:
-            text = f"score {score:.2f} to {score_now:.2f}, but score - beta KL {objective:.2f} to {objective_now:.2f}: "
-            found.append(
-                (
-                    "over-optimisation",
-                    text + f"raise {stage}.kl.coef, lower {stage}.lr, or stop here",
-                )
-            )
-    return found
+    if not entropies or entropies[-1] >= 0.1 * entropies[0]:
+        return None
+    text = f"policy/entropy_avg fell from {entropies[0]:.3g} to {entropies[-1]:.3g} nats per token"
+    fix = "raise rl.kl.coef or rl.entropy_coef, or lower rl.lr"
+    return "entropy collapse", f"{text}, responses repeat themselves: {fix}"
+
+
+def broken_critic(rows: Sequence[Metrics]) -> tuple[str, str] | None:
+    if len(rows) < 10 or any(row.get("val/explained_variance", 0) >= 0 for row in rows[-10:]):
+        return None
+    text = "val/explained_variance was below 0 in the last 10 rollouts"
+    fix = "raise rl.critic.lr or rl.critic.value_clip, or set rl.critic.warmup_rollouts"
+    return "critic broken", f"{text}, the critic is worse than a constant: {fix}"
+
+
+def truncation(rows: Sequence[Metrics]) -> tuple[str, str] | None:
+    if rows[-1]["objective/eos_rate"] > 0:
+        return None
+    fix = "raise rollout.max_new_tokens, rl.missing_eos_penalty or rl.length_penalty"
+    return "all responses truncated", f"no response of the rollout has an EOS: {fix}"
+
+
+def over_optimization(rows: Sequence[Metrics]) -> tuple[str, str] | None:
+    if len(rows) < 2 * WINDOW:
+        return None
+    coef = rows[-1]["objective/kl_coef"]
+    halves = (rows[-2 * WINDOW : -WINDOW], rows[-WINDOW:])
+    before, now = (statistics.fmean(row["objective/scores"] for row in half) for half in halves)
+    kl_before, kl_now = (statistics.fmean(row["objective/kl"] for row in half) for half in halves)
+    objective_before, objective_now = before - coef * kl_before, now - coef * kl_now
+    if now <= before + 0.1 or objective_now >= objective_before - 0.1:
+        return None
+    text = f"score {before:.2f} to {now:.2f}, but score - kl_coef x KL "
+    text += f"{objective_before:.2f} to {objective_now:.2f}"
+    return "over-optimization", f"{text}: raise rl.kl.coef, lower rl.lr, or stop here"

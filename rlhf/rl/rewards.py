@@ -1,4 +1,4 @@
-"""The score of an answer: a weighted sum of reward models and python functions."""
+"""The score of a response: a weighted sum of reward models and python functions."""
 
 from __future__ import annotations
 
@@ -11,43 +11,51 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import stage_config
+from rlhf.config.stage_graph import is_rl, score_sources
 from rlhf.data import template
 from rlhf.data.batches import map_across_ranks, pad_right
 from rlhf.data.records import Dataset, Turn
-from rlhf.distributed.engine import build_engine
-from rlhf.models.loading import check_context, is_reward_model, load_scorer, load_tokenizer
-from rlhf.models.wrappers import answer_scores
+from rlhf.distributed.engine import Engine, build_engine
+from rlhf.models.loading import (
+    check_context,
+    context_length,
+    is_reward_model,
+    load_scorer,
+    load_tokenizer,
+)
+from rlhf.models.wrappers import Scorer, answer_scores
 from rlhf.rl.experience import Experience
 from rlhf.runs.log import log
 
-Function = Callable[[list[Turn], str], float]
+RewardFunction = Callable[[list[Turn], str], float]
+NO_LIMIT = 10**9  # tokens
 
 
 @dataclass
 class Source:
-    """One part of the score: a reward model or a function of the prompt's turns and the answer's text."""
+    """One part of the score: a reward model, or a function of the prompt's turns and a response."""
 
     name: str
     weight: float = 1.0
-    engine: Any = None
-    tokenizer: Any = None  # the reward model's own
-    as_text: bool = False  # it has another tokenizer than the policy, and reads the answer as text
-    function: Function | None = None
+    engine: Engine[Scorer] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None  # the reward model's own
+    reads_text: bool = False  # its tokenizer is not the policy's, so responses are tokenized again
+    function: RewardFunction | None = None
 
 
 @dataclass
 class Rewards:
-    """All sources. Their scores are logged one by one; what is learnt is their weighted sum."""
+    """All sources. Each one's scores are logged; the policy is trained on their weighted sum."""
 
     sources: list[Source]
-    tokenizer: Any  # the policy's
+    tokenizer: PreTrainedTokenizerBase  # the policy's
 
     @property
     def names(self) -> list[str]:
@@ -55,183 +63,234 @@ class Rewards:
 
     def total(self, scores: Tensor) -> Tensor:
         """The weighted sum. Args: scores (..., sources). Returns: (...)."""
-        return scores @ torch.tensor(
-            [source.weight for source in self.sources], device=scores.device
-        )
+        weights = torch.tensor([source.weight for source in self.sources], device=scores.device)
+        return scores @ weights
 
-    def for_policy(self, tokenizer: Any) -> Rewards:
-        """The same sources for the answers of a policy with this tokenizer."""
-        return Rewards(
-            [
-                replace(
-                    s, as_text=bool(s.engine) and not template.same_tokens(tokenizer, s.tokenizer)
-                )
-                for s in self.sources
-            ],
-            tokenizer,
-        )
+    def for_policy(self, tokenizer: PreTrainedTokenizerBase) -> Rewards:
+        """The same sources for the responses of a policy with this tokenizer."""
+        sources = [
+            replace(s, reads_text=needs_text(tokenizer, s.tokenizer)) if s.engine else s
+            for s in self.sources
+        ]
+        return Rewards(sources, tokenizer)
 
     @torch.no_grad()
     def __call__(self, part: Experience, turns: Sequence[list[Turn]]) -> Tensor:
-        """Scores of the answers of some rows, (B, sources). Args: turns: the prompts of these rows.
-        Raises: RuntimeError where a function fails, or returns no finite number."""
-        in_text = any(source.function or source.as_text for source in self.sources)
-        answers = [part.text(i, self.tokenizer) for i in range(len(turns))] if in_text else []
+        """Scores of the responses of some rows, (b, sources).
+
+        Args: turns: the prompts of these rows.
+        Raises: UserError where a function fails, or returns no finite number.
+        """
+        texts = []
+        if any(source.function or source.reads_text for source in self.sources):
+            texts = [part.text(i, self.tokenizer) for i in range(len(turns))]
         columns = []
         for source in self.sources:
             if source.function:
-                scores = [self.ask(source, *row) for row in zip(turns, answers)]
-                columns.append(torch.tensor(scores, dtype=torch.float32, device=part.mask.device))
-                continue
-            ids, mask = part.ids, part.full_mask
-            if source.as_text:
-                rows = [retokenize(source, *row) for row in zip(turns, answers, part.ended)]
-                ids, mask = pad_right(
-                    rows, 0, source.engine.device
-                )  # any id will do behind a mask; the policy's may not exist here
-            eos_id = (source.tokenizer if source.as_text else self.tokenizer).eos_token_id
-            columns.append(answer_scores(source.engine, ids, mask, eos_id))
+                values = [call(source, *row) for row in zip(turns, texts)]
+                device = part.response_mask.device
+                columns.append(torch.tensor(values, dtype=torch.float32, device=device))
+            else:
+                columns.append(self.model_scores(source, part, turns, texts))
         return torch.stack(columns, 1)
 
-    def ask(self, source: Source, turns: list[Turn], answer: str) -> float:
-        assert source.function
-        try:
-            value = float(source.function(turns, answer))
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise RuntimeError(
-                f"rewards.{source.name}: the function failed on the answer {answer[:80]!r}: {what}"
-            ) from error
-        if not math.isfinite(value):
-            raise RuntimeError(
-                f"rewards.{source.name}: the function returned {value} for the answer {answer[:80]!r}"
-            )
-        return value
+    def model_scores(
+        self, source: Source, part: Experience, turns: Sequence[list[Turn]], texts: Sequence[str]
+    ) -> Tensor:
+        """Scores of a reward model, (b,)."""
+        assert source.engine is not None
+        if not source.reads_text:
+            eos_id = self.tokenizer.eos_token_id
+            return answer_scores(source.engine, part.ids, part.full_mask, eos_id)
+        assert source.tokenizer is not None
+        finished = [bool(value) for value in part.finished]
+        rows = [retokenize(source, *row) for row in zip(turns, texts, finished)]
+        # any id will do behind the mask; the policy's pad id may not exist here
+        ids, mask = pad_right(rows, 0, source.engine.device)
+        return answer_scores(source.engine, ids, mask, source.tokenizer.eos_token_id)
 
 
-def retokenize(source: Source, turns: list[Turn], answer: str, ended: Any) -> list[int]:
-    """What a reward model with a tokenizer of its own reads: prompt and answer in its own template. What is too long for it loses
-    its beginning."""
-    ids = template.encode_prompts(source.tokenizer, [turns], 10**9)[0] or []
-    return (ids + template.encode_response(source.tokenizer, answer, bool(ended)))[
-        -context_of(source.engine) :
-    ]
+def call(source: Source, turns: list[Turn], response: str) -> float:
+    """The score of a function. Raises: UserError naming source and response."""
+    assert source.function
+    where = f"rewards.{source.name}: the function"
+    try:
+        value = float(source.function(turns, response))
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where} failed on the response {response[:80]!r}: {what}") from error
+    if not math.isfinite(value):
+        raise UserError(f"{where} returned {value} for the response {response[:80]!r}")
+    return value
 
 
-def context_of(engine: Any) -> int:
-    """Tokens that a model can read at once."""
-    return getattr(engine.module.hf.config, "max_position_embeddings", None) or 10**9
+def needs_text(
+    policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None
+) -> bool:
+    """Whether a reward model must read responses as text, as its tokens are other ones."""
+    return own is not None and not template.same_tokens(policy_tokenizer, own)
 
 
-# --------------------------------------------------------------------------------------------------------------------- building
+def retokenize(source: Source, turns: list[Turn], response: str, finished: bool) -> list[int]:
+    """Prompt and response as token ids of a reward model with a tokenizer and template of its own.
+
+    What is too long for it loses its beginning.
+    """
+    assert source.engine is not None
+    prompt = template.encode_prompts(source.tokenizer, [turns], NO_LIMIT)[0] or []
+    ids = prompt + template.encode_response(source.tokenizer, response, finished)
+    return ids[-readable_tokens(source.engine) :]
+
+
+def readable_tokens(engine: Engine[Scorer]) -> int:
+    """Tokens that a reward model can read at once."""
+    return context_length(engine.module.hf.config) or NO_LIMIT
+
+
+# ------------------------------------------------------------------------------------ building
+
+
+def node_name(cfg: Config) -> str:
+    """The configuration node with the rewards of the stage that runs."""
+    return "rl" if is_rl(cfg.stage.name) else cfg.stage.name
 
 
 def check_reward_models(cfg: Config) -> None:
-    """Raises: ValueError naming the key where a source of the score is no reward model. Loads no weights."""
+    """Check that every model among the sources has a head that gives scores. Loads no weights.
+
+    Raises: UserError naming the key.
+    """
     for name, path in cfg.inputs.items():
         if (name == "rm" or name.startswith("rewards/")) and not is_reward_model(path):
-            key = (
-                f"{cfg.stage.name}.reward"
-                if name == "rm"
-                else f"{cfg.stage.name}.{name.replace('/', '.')}.path"
-            )
-            raise ValueError(
-                f"{key}: {path} is no reward model (*ForSequenceClassification): it has no head that gives scores"
+            part = "reward" if name == "rm" else f"{name.replace('/', '.')}.path"
+            raise UserError(
+                f"{node_name(cfg)}.{part}={path}: no reward model (*ForSequenceClassification), it "
+                "has no head that gives scores; give one that has"
             )
 
 
-def load_functions(cfg: Config) -> dict[str, Function]:
-    """The python functions among the sources, by the sources' names; before a model is loaded. Raises: ValueError naming the key."""
-    sys.path.insert(0, os.getcwd())  # where the command is run; a function may lie there
-    found: dict[str, Any] = {}
-    for name, source in stage_config(cfg).rewards.items():
+def load_functions(cfg: Config) -> dict[str, RewardFunction]:
+    """The python functions among the sources, by the sources' names; before a model is loaded.
+
+    Raises: UserError naming the key.
+    """
+    sys.path.insert(0, os.getcwd())  # the user's modules may be where the command is run
+    functions: dict[str, RewardFunction] = {}
+    for name, source in score_sources(cfg, cfg.stage.name).items():
         if source.function:
-            key = f"{cfg.stage.name}.rewards.{name}.function={source.function}"
-            module, function = source.function.split(":")
-            try:
-                found[name] = getattr(importlib.import_module(module), function, None)
-            except Exception as error:
-                raise ValueError(
-                    f"{key}: cannot import {module}: {type(error).__name__}: {error}"
-                ) from error
-            if found[name] is None:
-                raise ValueError(f"{key}: there is no {function} in {module}")
-            if not callable(found[name]):
-                raise ValueError(f"{key}: {function} is no function")
-    return found
+            key = f"{node_name(cfg)}.rewards.{name}.function={source.function}"
+            functions[name] = load_function(source.function, key)
+    return functions
+
+
+def load_function(path: str, key: str) -> RewardFunction:
+    """Import "module:name". Raises: UserError naming the key."""
+    module, name = path.split(":")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{key}: cannot import {module}: {reason}") from error
+    if function is None:
+        raise UserError(f"{key}: there is no {name} in {module}")
+    if not callable(function):
+        raise UserError(f"{key}: {name} is no function")
+    return function
 
 
 def build_rewards(
-    cfg: Config, data: Dataset, functions: dict[str, Function], tokenizer: Any, run_dir: Path
+    cfg: Config,
+    data: Dataset,
+    functions: dict[str, RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+    run_dir: Path,
 ) -> Rewards:
-    """Load the reward models of all sources, and settle the unit of their scores: with `normalize_score` that which stage=rm
-    has stored in a model, or, where a model comes from elsewhere, the one measured here on SFT answers; else raw.
-    Raises: ValueError for a model that cannot read the answers, or without SFT answers to measure on."""
+    """Load the reward models of all sources, with the unit of their scores.
+
+    With normalize_score the unit is the one that stage=rm has stored in a model; where a model
+    comes from elsewhere, it is measured here on SFT responses. Else scores are raw.
+
+    Raises: UserError for a model that cannot read the responses, or without SFT responses to
+        measure on.
+    """
     sources = []
-    node = stage_config(cfg)
-    for name, source in node.rewards.items():
-        key = f"{cfg.stage.name}.rewards.{name}"
+    for name, source in score_sources(cfg, cfg.stage.name).items():
         if source.function:
             sources.append(Source(name, source.weight, function=functions[name]))
             continue
         path = cfg.inputs[f"rewards/{name}" if source.path else "rm"]
+        key = f"{node_name(cfg)}.rewards.{name}"
         own = load_tokenizer(path, cfg.data.template)
-        foreign = not template.same_tokens(tokenizer, own)
+        foreign = needs_text(tokenizer, own)
         if foreign:
-            log.info(f"{key}: the reward model has another tokenizer, it reads the answers as text")
-        else:
-            check_context(
-                path,
-                cfg.data.max_prompt_tokens,
-                cfg.rollout.max_new_tokens,
-                "rollout.max_new_tokens",
-            )
-        engine = build_engine(
-            functools.partial(load_scorer, path, own, cfg.deploy.precision), cfg, "reward", run_dir
-        )
-        settings = engine.module.hf.config
-        if not node.normalize_score:
-            settings.score_mean, settings.score_std = 0.0, 1.0
-        elif not hasattr(settings, "score_std"):
-            rows = template.encode_demonstrations(
-                own, data.eval_sft, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
-            )
-            if not rows:
-                switch = f"{cfg.stage.name}.normalize_score"
-                raise ValueError(
-                    f"{switch}=true: there are no SFT answers to measure {key} on; set it to false"
-                )
-            mean, std = score_mean_std(
-                engine,
-                [(p + a)[-context_of(engine) :] for p, a in rows],
-                own,
-                cfg.deploy.eval_micro_batch,
-            )
-            settings.score_mean, settings.score_std = mean, max(std, 1e-6)
             log.info(
-                f"{key}: raw scores of {len(rows)} SFT answers: mean {mean:.3g}, standard deviation {std:.3g}"
+                f"{key}: the reward model has another tokenizer, so it reads responses as text"
             )
+        else:
+            max_prompt, max_new = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+            check_context(path, max_prompt, max_new, "rollout.max_new_tokens")
+        load = functools.partial(load_scorer, path, own, cfg.deploy.precision)
+        engine = build_engine(load, cfg, "reward", run_dir)
+        set_unit(engine, cfg, data, own, key)
         sources.append(Source(name, source.weight, engine, own, foreign))
     return Rewards(sources, tokenizer)
 
 
+def set_unit(
+    engine: Engine[Scorer],
+    cfg: Config,
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+) -> None:
+    """Set the unit of a reward model's scores. Raises: UserError without responses to measure on."""
+    node = cfg.rl if is_rl(cfg.stage.name) else cfg.eval
+    settings = engine.module.hf.config
+    if not node.normalize_score:
+        settings.score_mean, settings.score_std = 0.0, 1.0
+        return
+    if hasattr(settings, "score_std"):
+        return
+    limits = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
+    encoded = template.encode_demonstrations(tokenizer, data.eval_sft, *limits)
+    if not encoded:
+        raise UserError(
+            f"{node_name(cfg)}.normalize_score=true: there are no SFT responses to measure {key} "
+            "on; set it to false"
+        )
+    rows = [(prompt + answer)[-readable_tokens(engine) :] for prompt, answer in encoded]
+    mean, std = score_mean_std(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
+    settings.score_mean, settings.score_std = mean, max(std, 1e-6)
+    unit = f"mean {mean:.3g}, standard deviation {std:.3g}"
+    log.info(f"{key}: raw scores of {len(rows)} SFT responses: {unit}")
+
+
 @torch.no_grad()
 def score_rows(
-    engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int
+    engine: Engine[Scorer],
+    rows: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    micro_batch: int,
 ) -> list[float]:
-    """The score of each whole sequence of token ids, in order; the work is shared by all processes."""
+    """The score of each sequence of token ids, in order; the ranks share the work."""
 
-    def work(some: Sequence[int]) -> Tensor:
-        ids, mask = pad_right([rows[i] for i in some], tokenizer.pad_token_id, engine.device)
+    def scores_of(index: Sequence[int]) -> Tensor:
+        ids, mask = pad_right([rows[i] for i in index], tokenizer.pad_token_id, engine.device)
         return answer_scores(engine, ids, mask, tokenizer.eos_token_id)
 
-    return map_across_ranks([len(row) for row in rows], micro_batch, work).tolist()
+    return map_across_ranks([len(row) for row in rows], micro_batch, scores_of).tolist()
 
 
 def score_mean_std(
-    engine: Any, rows: Sequence[list[int]], tokenizer: Any, micro_batch: int
+    engine: Engine[Scorer],
+    rows: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    micro_batch: int,
 ) -> tuple[float, float]:
-    """Mean and standard deviation of a reward model's raw scores over given answers: with them as unit those have mean 0 and
-    deviation 1 (Stiennon 2020, arXiv:2009.01325; InstructGPT, arXiv:2203.02155, section 3.5)."""
+    """Mean and standard deviation of a reward model's raw scores over given responses.
+
+    In this unit they have mean 0 and deviation 1 (Stiennon 2020, arXiv:2009.01325; InstructGPT,
+    arXiv:2203.02155, section 3.5).
+    """
     scores = score_rows(engine, rows, tokenizer, micro_batch)
     return statistics.fmean(scores), statistics.pstdev(scores)

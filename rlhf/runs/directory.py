@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.deployment import placement
-from rlhf.config.schema import Config, Stage, StageChoice
+from rlhf.config.schema import Config, StageChoice
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
@@ -36,10 +36,10 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def config_for_stage(cfg: Config, stage: Stage, inputs: dict[str, str]) -> Config:
+def config_for_stage(cfg: Config, stage: str, inputs: dict[str, str]) -> Config:
     """The configuration that the workers of one stage read."""
     own = deepcopy(cfg)
-    own.stage = StageChoice(stage.name, [stage])
+    own.stage = StageChoice(name=stage, runs=[stage])
     own.root = str(Path(cfg.root).expanduser().resolve())
     own.inputs = inputs
     return own

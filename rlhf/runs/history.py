@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +14,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config.loading import load_config
-from rlhf.config.schema import ALIGNMENT, Stage
+from rlhf.config.stage_graph import is_aligned
+from rlhf.runs.command import Command
 from rlhf.runs.directory import find_checkpoints, is_locked, read_summary
 from rlhf.runs.identity import run_identity
 
-# what is compared with each other: runs of one stage, and all policies that stand on SFT, whatever algorithm made them
-KINDS = {
-    stage.name: "policy" if stage in ALIGNMENT else stage.name
-    for stage in Stage
-    if stage != Stage.inspect
-}
+
+def kind_of(stage: str) -> str:
+    """What a run is compared with: runs of the same kind. All policies that start from SFT are one
+    kind, whatever algorithm trained them."""
+    return "policy" if is_aligned(stage) else stage
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Run:
     @property
     def kind(self) -> str:
         """That of the runs it is compared with; "" for a job without a run."""
-        return KINDS.get(self.stage, "")
+        return kind_of(self.stage) if self.stage else ""
 
     @property
     def name(self) -> str:
@@ -60,10 +61,9 @@ def read_run(path: Path) -> Run:
     stage = summary.get("stage") or OmegaConf.load(path / "config.yaml").stage.name
     settings: dict[str, Any] = summary.get("settings", {})
     if not settings:
-        with contextlib.suppress(
-            ValueError, KeyError, OmegaConfBaseException
-        ):  # of a version with other keys
-            settings = run_identity(load_config(path / "config.yaml"), Stage[stage])
+        with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):  # other keys
+            cfg = load_config(path / "config.yaml")
+            settings = run_identity(Command(cfg, cfg, []), stage)
     rows = read_lines(path / "metrics.jsonl")
     parents = path / "parents.json"
     given = summary.get("parents") or (json.loads(parents.read_text()) if parents.exists() else {})
@@ -158,7 +158,7 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
 
 
 def is_run(path: Path) -> bool:
-    return (path / "config.yaml").exists() and path.name.split("-")[0] in KINDS
+    return (path / "config.yaml").exists() and re.match(r"\w+-", path.name) is not None
 
 
 def parent_runs(runs: Sequence[Run]) -> dict[str, Run]:

@@ -1,75 +1,124 @@
-"""The trained models that a stage starts from: where they are, and checks before anything is loaded. No torch here."""
+"""The trained models that a stage starts from: where they are, and checks before loading.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from rlhf.config.schema import ALIGNMENT, ONLINE, Config, Stage
+from rlhf.config.errors import UserError
+from rlhf.config.schema import Config
 from rlhf.config.stage_graph import (
-    is_named,
+    BASE,
+    aligned_node,
+    is_aligned,
+    is_rl,
+    is_stage_name,
     parent_stages,
-    sources_of_score,
+    score_sources,
 )
+from rlhf.runs.command import Command
 from rlhf.runs.directory import read_summary
-from rlhf.runs.identity import run_dir_for, run_identity
+from rlhf.runs.identity import run_dir_for
 from rlhf.runs.locations import ASSETS, BUILTIN, is_directory, model_directory
 
 PROMPTS = ASSETS / "prompts"  # one prompt per line, of each language
+POLICY, SCORER = "ForCausalLM", "ForSequenceClassification"  # ends of transformers' class names
 
 
-def check_models(cfg: Config) -> list[str]:
-    """What is wrong with the base models and given inputs of the stages to run, as lines for the user. Loads nothing."""
-    runs = cfg.stage.runs
-    policy, scorer = "ForCausalLM", "ForSequenceClassification"
-    wanted: list[tuple[str, str | None, str]] = []
-    reads_base = {Stage.sft, Stage.inspect}.intersection(runs) or (
-        Stage.eval in runs and "base" in cfg.eval.policies
-    )
-    wanted += [("actor.path", cfg.actor.path, policy)] if reads_base else []
-    wanted += [("reward.path", cfg.reward.path, "")] if Stage.rm in runs else []
-    for stage in runs:
-        node: Any = getattr(cfg, stage.name, None)
-        wanted += [(f"{stage.name}.actor", node.actor, policy)] if stage in ALIGNMENT else []
-        wanted += [(f"{stage.name}.reward", node.reward, scorer)] if stage in ONLINE else []
-        wanted += [
-            (f"{stage.name}.rewards.{name}.path", s.path, scorer)
-            for name, s in sources_of_score(cfg, stage).items()
-        ]
-        wanted += [
-            ("eval.policies", path, policy)
-            for path in cfg.eval.policies
-            if stage == Stage.eval and not is_named(path)
-        ]
-    files = {name: prompt_file(name) for name in (cfg.eval.prompts if Stage.eval in runs else [])}
-    unknown = [name for name, file in files.items() if not file.is_file()]
-    problems = [
-        f"eval.prompts: {name} is no file, and not one of {', '.join(sorted(p.stem for p in PROMPTS.iterdir()))}"
-        for name in unknown
-    ]
-    for name, file in files.items():
+# ---------------------------------------------------------------------------------------- checks
+
+
+def check_inputs(cfg: Config) -> list[str]:
+    """What is wrong with the models, functions and prompt files of the stages to run.
+
+    Loads nothing and runs no code of the user. One line per problem.
+    """
+    lines = [line for stage in cfg.stage.runs for line in check_functions(cfg, stage)]
+    lines += check_prompt_files(cfg) if "eval" in cfg.stage.runs else []
+    return lines + [line for model in given_models(cfg) for line in check_model(*model)]
+
+
+def given_models(cfg: Config) -> Iterator[tuple[str, str, str]]:
+    """Key, path and kind of each model that the stages to run load, of those given by the user."""
+    stages = cfg.stage.runs
+    reads_base = {"sft", "inspect"} & {*stages} or ("eval" in stages and BASE in cfg.eval.policies)
+    models: list[tuple[str, str | None, str]] = []
+    if reads_base:
+        models.append(("actor.path", cfg.actor.path, POLICY))
+    if "rm" in stages:
+        models.append(("reward.path", cfg.reward.path, ""))
+    for stage in stages:
+        node = "rl" if is_rl(stage) else stage
+        if is_aligned(stage):
+            models.append((f"{node}.actor", aligned_node(cfg, stage).actor, POLICY))
+        if is_rl(stage):
+            models.append(("rl.reward", cfg.rl.reward, SCORER))
+        for name, source in score_sources(cfg, stage).items():
+            models.append((f"{node}.rewards.{name}.path", source.path, SCORER))
+    if "eval" in stages:
+        paths = [p for p in cfg.eval.policies if p != BASE and not is_stage_name(p)]
+        models += [("eval.policies", path, POLICY) for path in paths]
+    return ((key, path, kind) for key, path, kind in models if path)
+
+
+def check_model(key: str, path: str, kind: str) -> Iterator[str]:
+    """Args: kind: POLICY, SCORER, or "" where any model will do."""
+    if path.startswith(BUILTIN):
+        if not (ASSETS / path.removeprefix(BUILTIN) / "config.json").exists():
+            yield f"{key}={path}: no such built-in model; use builtin:tiny"
+        return
+    if not is_directory(path):
+        return
+    config_file = model_directory(path) / "config.json"
+    if not config_file.exists():
+        where = f"no {config_file}"
+        yield f"{key}={path}: no model there ({where}); give a run, a model directory or a hub id"
+        return
+    architectures = json.loads(config_file.read_text()).get("architectures") or []
+    if kind and not any(kind in name for name in architectures):
+        expected = "a causal language model" if kind == POLICY else "a reward model"
+        actual = ", ".join(architectures) or "of unknown kind"
+        yield f"{key}={path}: this is {actual}, not {expected} (*{kind})"
+
+
+def check_functions(cfg: Config, stage: str) -> Iterator[str]:
+    """The python functions among the sources of the score."""
+    node = "rl" if is_rl(stage) else stage
+    for name, source in score_sources(cfg, stage).items():
+        if source.function and ":" in source.function and function_file(source.function) is None:
+            module = source.function.split(":")[0]
+            yield (
+                f"{node}.rewards.{name}.function={source.function}: there is no module {module}, "
+                f"neither here ({os.getcwd()}) nor among the installed packages"
+            )
+
+
+def check_prompt_files(cfg: Config) -> Iterator[str]:
+    for name in cfg.eval.prompts:
+        file = prompt_file(name)
+        if not file.is_file():
+            known = ", ".join(sorted(path.stem for path in PROMPTS.iterdir()))
+            yield f"eval.prompts: {name} is no file, and not one of {known}"
+            continue
         try:
-            read_prompt_lines(file) if name not in unknown else None
+            read_prompt_lines(file)
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"eval.prompts: {name} cannot be read: {error}")
-    return (
-        problems
-        + check_functions(cfg)
-        + [line for key, path, role in wanted if path for line in check_model(key, path, role)]
-    )
+            yield f"eval.prompts: {name} cannot be read: {error}"
 
 
 def prompt_file(name: str) -> Path:
     """The file of one of eval.prompts: of ours by its name, or the user's."""
-    return (
-        PROMPTS / f"{name}.txt"
-        if (PROMPTS / f"{name}.txt").exists()
-        else Path(name).expanduser().resolve()
-    )
+    ours = PROMPTS / f"{name}.txt"
+    return ours if ours.exists() else Path(name).expanduser().resolve()
 
 
 def read_prompt_lines(file: Path) -> list[str]:
@@ -77,45 +126,8 @@ def read_prompt_lines(file: Path) -> list[str]:
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def check_model(key: str, path: str, role: str) -> list[str]:
-    if path.startswith(BUILTIN):
-        if not (ASSETS / path.removeprefix(BUILTIN) / "config.json").exists():
-            return [f"{key}={path}: there is no such built-in model; there is builtin:tiny"]
-    elif is_directory(path):
-        config_file = model_directory(path) / "config.json"
-        if not config_file.exists():
-            return [
-                f"{key}={path}: no model there (no {config_file}); give a run, a model directory or a hub id"
-            ]
-        architectures = json.loads(config_file.read_text()).get("architectures") or []
-        if role and not any(role in name for name in architectures):
-            kind = "a causal language model" if role == "ForCausalLM" else "a reward model"
-            return [
-                f"{key}={path}: this is {', '.join(architectures) or 'of unknown kind'}, not {kind} (*{role})"
-            ]
-    return []
-
-
-def check_functions(cfg: Config) -> list[str]:
-    """What is wrong with the python functions among the sources of the score, without running any of their code."""
-    problems = []
-    for stage in cfg.stage.runs:
-        for name, source in sources_of_score(cfg, stage).items():
-            if (
-                source.function
-                and ":" in source.function
-                and function_file(source.function) is None
-            ):
-                where = f"neither here ({os.getcwd()}) nor among the installed packages"
-                key = f"{stage.name}.rewards.{name}.function={source.function}"
-                problems.append(
-                    f"{key}: there is no module {source.function.split(':')[0]}, {where}"
-                )
-    return problems
-
-
 def function_file(function: str) -> Path | None:
-    """The file of "module:name", below the directory where the command is run, or of an installed package; None where there is none."""
+    """The file of "module:name", in the current directory or an installed package; or None."""
     parts = function.split(":")[0].split(".")
     for root in (os.getcwd(), *sys.path):
         for file in (Path(root, *parts).with_suffix(".py"), Path(root, *parts, "__init__.py")):
@@ -124,88 +136,87 @@ def function_file(function: str) -> Path | None:
     return None
 
 
+# ---------------------------------------------------------------------------------------- inputs
+
+
+@dataclass
+class Inputs:
+    """What a stage starts from, by parent stage, rewards/NAME, policies/N and prompts/N."""
+
+    paths: dict[str, str] = field(default_factory=dict)  # directories, files or hub ids
+    ids: dict[str, str] = field(default_factory=dict)  # of the runs, or of the content
+
+    def add_model(self, name: str, path: str) -> None:
+        self.paths[name] = str(model_directory(path).resolve()) if is_directory(path) else path
+        self.ids[name] = content_id(path)
+
+    def add_file(self, name: str, file: Path) -> None:
+        self.paths[name], self.ids[name] = str(file), hash_of_file(file)
+
+
+def find_inputs(command: Command, stage: str) -> Inputs:
+    """The trained models that `stage` starts from.
+
+    Raises: UserError saying where it looked, and which commands make what is missing.
+    """
+    command = command.for_stage(stage)
+    cfg, inputs, missing = command.cfg, Inputs(), []
+    for name, source in score_sources(cfg, stage).items():
+        if source.path:
+            inputs.add_model(f"rewards/{name}", source.path)
+        elif source.function and (file := function_file(source.function)):
+            inputs.ids[f"rewards/{name}"] = hash_of_file(file)  # another function, another run
+    if stage == "eval":
+        for i, policy in enumerate(cfg.eval.policies):
+            if policy != BASE and not is_stage_name(policy):
+                inputs.add_model(f"policies/{i}", policy)
+        for i, prompts in enumerate(cfg.eval.prompts):
+            inputs.add_file(f"prompts/{i}", prompt_file(prompts))
+    for parent, given in parent_stages(cfg, stage).items():
+        if given:
+            inputs.add_model(parent, given)
+            continue
+        directory = run_dir_for(command, parent)
+        if summary := read_summary(directory):
+            inputs.paths[parent] = str((directory / "model").resolve())
+            inputs.ids[parent] = summary["id"]
+        else:
+            missing.append(how_to_make(command, stage, parent, directory))
+    if missing:
+        raise UserError("\n".join(missing))
+    return inputs
+
+
+def how_to_make(command: Command, stage: str, parent: str, directory: Path) -> str:
+    """The line for a parent run that is not there."""
+    what, key = ("reward model", "reward") if parent == "rm" else ("policy", "actor")
+    make = shlex.join(["python", "train.py", *command.for_stage(parent).to_train(parent)])
+    node = "rl" if is_rl(stage) else stage
+    instead = f"give {node}.{key}=<run, directory or hub id>"
+    if stage == "eval":
+        instead = "leave it out of eval.policies"
+        if parent == "rm":
+            instead = "remove it with eval.rewards.model=null"
+    return f"{stage} needs a trained {what}: not in {directory}; make it: {make}  or {instead}"
+
+
 def content_id(path: str) -> str:
-    """What tells a trained model from another one that lies there later: the id of its run, else its weights' sizes and times; the hub id
-    as it is."""
+    """What distinguishes a trained model from another one at the same place later.
+
+    The id of its run, else a hash of its weights' sizes and times; a hub id as it is.
+    """
     if not is_directory(path):
         return path
     directory = Path(path).expanduser()
-    own = read_summary(directory) or (
-        read_summary(directory.parent) if directory.name == "model" else None
-    )
-    if own:
-        return own["id"]
-    weights = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(model_directory(path).glob("*.safetensors"))
-    ]
+    summary = read_summary(directory)
+    if summary is None and directory.name == "model":
+        summary = read_summary(directory.parent)
+    if summary:
+        return str(summary["id"])
+    files = sorted(model_directory(path).glob("*.safetensors"))
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{path}:{hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]}"
 
 
-def find_inputs(
-    cfg: Config, stage: Stage, baseline: Config, command: list[str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """The trained models that `stage` stands on: their locations, and the ids of the runs that made them, by stage name (sources of the
-    score: rewards/NAME; of eval, by their places: policies/N, prompts/N).
-
-    Args: command: what the user typed, to be repeated in the advice.
-    Raises: FileNotFoundError saying where it looked and which commands make what is missing.
-    """
-    paths, ids, missing = {}, {}, []
-
-    def take(name: str, path: str) -> None:
-        paths[name] = str(model_directory(path).resolve()) if is_directory(path) else path
-        ids[name] = content_id(path)
-
-    for name, source in sources_of_score(cfg, stage).items():
-        if source.path:
-            take(f"rewards/{name}", source.path)
-        elif source.function and (file := function_file(source.function)):
-            ids[f"rewards/{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[
-                :16
-            ]  # another function, another run
-    for i, policy in enumerate(cfg.eval.policies) if stage == Stage.eval else ():
-        if not is_named(policy):
-            take(f"policies/{i}", policy)
-    for i, name in enumerate(cfg.eval.prompts) if stage == Stage.eval else ():
-        file = prompt_file(name)
-        paths[f"prompts/{i}"], ids[f"prompts/{i}"] = (
-            str(file),
-            hashlib.sha256(file.read_bytes()).hexdigest()[:16],
-        )
-    for parent, given in parent_stages(cfg, stage).items():
-        if given:
-            take(parent.name, given)
-            continue
-        directory = run_dir_for(cfg, parent, baseline)
-        summary = read_summary(directory)
-        if summary:
-            paths[parent.name], ids[parent.name] = (
-                str((directory / "model").resolve()),
-                summary["id"],
-            )
-        else:
-            read = {key.split(".")[0] for key in run_identity(cfg, parent)} | (
-                {"ppo"} if parent in ONLINE else set()
-            )  # whose values others follow
-            unread = tuple(
-                f"{name}." for name in ("rollout", *Stage.__members__) if name not in read
-            )
-            others = [
-                arg for arg in command if not arg.startswith(("stage=", "pipeline=", *unread))
-            ]
-            what = "reward model" if parent == Stage.rm else "policy"
-            make = " ".join(["python train.py", f"stage={parent.name}", *others])
-            instead = f"give {stage.name}.{'reward' if parent == Stage.rm else 'actor'}=<run, directory or hub id>"
-            if stage == Stage.eval:
-                instead = (
-                    "leave it out with '~eval.rewards.model'"
-                    if parent == Stage.rm
-                    else "leave it out of eval.policies"
-                )
-            missing.append(
-                f"{stage.name} needs a trained {what}: looked in {directory}; make it: {make}  or {instead}"
-            )
-    if missing:
-        raise FileNotFoundError("\n".join(missing))
-    return paths, ids
+def hash_of_file(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -19,18 +19,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.choices import Device
 from rlhf.config.deployment import world_size
-from rlhf.config.schema import Config, Device
+from rlhf.config.schema import Config
 
 WORKER = "rlhf.worker"
 SWEEP_LOG = "RLHF_SWEEP_LOG"  # names the file where the jobs of a sweep, which may be processes of their own, say how they ended
+class WorkerError(RuntimeError):
+    """A worker failed; the message names rank, cause and log."""
+
+
 STOPPED = (
     75  # exit code of a worker that was asked to stop, and has saved (EX_TEMPFAIL: try again later)
 )
 
 
 def run_workers(run_dir: Path, cfg: Config) -> bool:
-    """Run `python -m rlhf.worker run_dir` in `deploy.gpus` processes on each of `deploy.nodes` nodes, until all are done.
+    """Run `python -m rlhf.worker run_dir` in `deploy.processes_per_node` processes on each of `deploy.nodes` nodes, until all are done.
 
     With deploy.hostfile DeepSpeed's launcher starts them, on all nodes; else this process starts those of its own node. When one fails
     the others are stopped. At Ctrl-C or SIGTERM they save a checkpoint and end; at a second one they are stopped at once. Should this
@@ -91,13 +96,13 @@ def run_workers(run_dir: Path, cfg: Config) -> bool:
     ):  # asked for on this node, or on another one
         raise KeyboardInterrupt
     if failed:
-        raise RuntimeError(
+        raise WorkerError(
             f"{cfg.stage.name} failed, {first_failure(failed, run_dir)}; more in {run_dir / 'train.log'}"
         )
     if (
         not cfg.deploy.node_rank and not (run_dir / "result.json").exists()
     ):  # DeepSpeed's launcher hides some failures
-        raise RuntimeError(
+        raise WorkerError(
             f"{cfg.stage.name} ended without a result; look into {run_dir / 'train.log'}"
         )
     return bool(asked)
@@ -125,9 +130,9 @@ def claim_gpus(cfg: Config) -> Iterator[None]:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     mine.append(gpu)
-                if len(mine) == cfg.deploy.gpus:
+                if len(mine) == cfg.deploy.processes_per_node:
                     break
-            if len(mine) == cfg.deploy.gpus:
+            if len(mine) == cfg.deploy.processes_per_node:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
                 try:
                     yield
@@ -174,10 +179,10 @@ def worker_environments(cfg: Config) -> list[dict[str, str]]:
     }
     if deploy.device == Device.cpu:
         shared["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs
-    first = (deploy.node_rank or 0) * deploy.gpus
+    first = (deploy.node_rank or 0) * deploy.processes_per_node
     return [
         shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)}
-        for local in range(deploy.gpus)
+        for local in range(deploy.processes_per_node)
     ]
 
 
@@ -200,7 +205,7 @@ def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
         "--hostfile",
         str(deploy.hostfile),
     ]
-    command += ["--num_nodes", str(deploy.nodes), "--num_gpus", str(deploy.gpus)]
+    command += ["--num_nodes", str(deploy.nodes), "--num_gpus", str(deploy.processes_per_node)]
     if deploy.master:  # else DeepSpeed asks the first host for its address, and takes port 29500
         host, port = deploy.master.rsplit(":", 1)
         command += ["--master_addr", host, "--master_port", port]
@@ -274,21 +279,21 @@ def check_machines(cfg: Config) -> None:
     if deploy.device == Device.cpu:
         return
     there = count_gpus()
-    if there < deploy.gpus:
+    if there < deploy.processes_per_node:
         raise ValueError(
-            f"deploy.gpus={deploy.gpus}, but this machine shows {there} NVIDIA GPU(s): use deploy=cpu, or fewer deploy.gpus"
+            f"deploy.processes_per_node={deploy.processes_per_node}, but this machine shows {there} NVIDIA GPU(s): use deploy=cpu, or fewer deploy.processes_per_node"
         )
 
 
 def check_hostfile(path: Path, cfg: Config) -> None:
     if not path.is_file():
         raise ValueError(
-            f"deploy.hostfile={path}: no such file; it has a line for each node: HOST slots={cfg.deploy.gpus}"
+            f"deploy.hostfile={path}: no such file; it has a line for each node: HOST slots={cfg.deploy.processes_per_node}"
         )
     hosts = re.findall(r"^\s*([^#\s]\S*)\s+slots=(\d+)", path.read_text(), re.MULTILINE)
-    enough = [host for host, slots in hosts if int(slots) >= cfg.deploy.gpus]
+    enough = [host for host, slots in hosts if int(slots) >= cfg.deploy.processes_per_node]
     if len(hosts) < cfg.deploy.nodes or len(enough) < len(hosts):
-        wanted = f"deploy.nodes={cfg.deploy.nodes} of deploy.gpus={cfg.deploy.gpus}"
+        wanted = f"deploy.nodes={cfg.deploy.nodes} of deploy.processes_per_node={cfg.deploy.processes_per_node}"
         raise ValueError(
             f"deploy.hostfile={path}: {len(hosts)} node(s), {len(enough)} with enough slots, for {wanted}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.schema import Config, Stage
+from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
 from rlhf.runs.locations import BUILTIN, is_directory
 
@@ -22,7 +22,7 @@ WHAT = {
 def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
     """README.md in the model's directory. Args: directory: of the run.  summary: as in summary.json."""
     stage = summary["stage"]
-    given = parent_stages(cfg, Stage[stage]).get(Stage.sft)
+    given = parent_stages(cfg, stage).get("sft")
     path = cfg.reward.path if stage == "rm" else given or cfg.actor.path
     base = (
         [] if path.startswith(BUILTIN) or is_directory(path) else [f"base_model: {path}"]

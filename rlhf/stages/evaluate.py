@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from rlhf.config.schema import Config, Decoding, Eval
-from rlhf.config.stage_graph import is_named, policy_labels
+from rlhf.config.choices import Decoding
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import policy_labels
+from rlhf.config.stage_nodes import Eval
 from rlhf.data import template
 from rlhf.data.batches import uniforms
 from rlhf.data.load import open_data
@@ -36,7 +38,7 @@ from rlhf.evaluation.statistics import best_of_n, wilson_interval
 from rlhf.models.loading import check_context, context_length, load_policy, load_tokenizer, location
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.reporting import eval_page
-from rlhf.rl.experience import Models, make_experience
+from rlhf.rl.experience import Models, Prompts, make_experience
 from rlhf.rl.rewards import Rewards, Source, build_rewards, check_reward_models, load_functions
 from rlhf.runs.directory import write_json
 from rlhf.runs.inputs import read_prompt_lines
@@ -221,7 +223,8 @@ def location_of(cfg: Config, policy: str) -> str:
     """The model that one of eval.policies means."""
     if policy == "base":
         return cfg.actor.path
-    return cfg.inputs[policy if is_named(policy) else f"policies/{cfg.eval.policies.index(policy)}"]
+    key = f"policies/{cfg.eval.policies.index(policy)}"
+    return cfg.inputs.get(key) or cfg.inputs[policy]
 
 
 def free(*several: Models | None, keep: Models | None = None) -> None:
@@ -301,9 +304,8 @@ def best_of(
     ids = [row for row in encoded if row is not None for _ in range(node.best_of)]
     draws = uniforms("best of n", range(len(ids)), 0, 0, max_new)
     only = dataclasses.replace(models, ref=None)
-    e = make_experience(
-        only, ids, asked, draws, Sampling(node.temperature, node.top_p, node.top_k), micro_batch
-    )
+    sampling = Sampling(node.temperature, node.top_p, node.top_k)
+    e = make_experience(only, Prompts(asked, ids, draws), sampling, micro_batch)
     shape = (len(prompts), node.best_of)
     scores = e.scores[:, 0].view(shape).cpu()
     gold = data.gold

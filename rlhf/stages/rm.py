@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from rlhf.config.schema import Config, RmLoss
+from rlhf.config.choices import RmLoss
+from rlhf.config.schema import Config
 from rlhf.data import load, template
 from rlhf.data.batches import global_batches, micro_batches, pad_right
 from rlhf.data.load import open_data

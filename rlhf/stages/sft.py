@@ -71,18 +71,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         }
         tokens = sum(learnt.values())  # of the whole step, over all processes
         seen["tokens"] += tokens
-        longest = None if cfg.sft.micro_batch_means else max_prompt + max_response
+        longest = max_prompt + max_response
         micros = micro_batches(batch, rows.lengths, cfg.deploy.micro_batch, rank, world, longest)
-        # each with the count that its sum is divided by
-        parts = [
-            (
-                m,
-                sum(learnt[i] for i in m) * len(micros) * world
-                if cfg.sft.micro_batch_means
-                else tokens,
-            )
-            for m in micros
-        ]
+        parts = [(m, tokens) for m in micros]
         sums = torch.zeros(3, dtype=torch.float64)  # -log p, correct, entropy
 
         def loss_of(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.config.schema import DpoLoss
+from rlhf.config.choices import DpoLoss
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from rlhf.config.schema import Optim, Schedule
+from rlhf.config.choices import Schedule
+from rlhf.config.stage_nodes import Optim
 
 
 def learning_rate(step: int, total: int, optim: Optim) -> float:

@@ -20,7 +20,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from rlhf.config.schema import Config, WandbMode
+from rlhf.config.choices import WandbMode
+from rlhf.config.schema import Config
 from rlhf.distributed import collectives
 from rlhf.runs.log import first_line, is_listening, log
 
@@ -179,7 +180,7 @@ def start_wandb(cfg: Config, run_dir: Path) -> Any:
         dir=run_dir,
         project=cfg.wandb.project,
         entity=cfg.wandb.entity,
-        group=cfg.exp,
+        group=cfg.experiment_name,
         job_type=cfg.stage.name,
         name=run_dir.name,
         tags=[cfg.actor.name, cfg.deploy.device.name, *cfg.data.sources, *cfg.wandb.tags],

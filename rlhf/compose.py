@@ -1,0 +1,275 @@
+"""From the command line to a checked, typed configuration. Hydra is imported here and in cli.py.
+
+A command is composed once as typed, once without the values set by hand (the baseline of run
+names), and once for each further algorithm that stage=eval names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.config import keys, presets
+from rlhf.config.errors import UserError
+from rlhf.config.loading import to_typed
+from rlhf.config.presets import CONF
+from rlhf.config.schema import Config, Model
+from rlhf.config.stage_graph import is_rl, is_stage_name, parent_stages
+from rlhf.config.validation import check_config
+from rlhf.runs.command import Command
+from rlhf.runs.inputs import check_inputs
+
+MADE_GROUPS = ("actor", "reward", "pipeline")  # their options are made by register()
+HIDDEN_GROUPS = ("hydra", "model")  # a model is chosen as actor or as reward
+
+
+# ------------------------------------------------------------------------------- what can be chosen
+
+
+def register(folders: Sequence[Path] = ()) -> None:
+    """Tell Hydra the schema, and the options that are made from files.
+
+    One file per model serves the groups actor and reward; one file per preset of online RL serves
+    the groups stage and pipeline.
+
+    Args: folders: the user's own folders with option files, beside conf/.
+    """
+    presets.config_dirs[:] = [CONF, *folders]
+    store = ConfigStore.instance()
+    store.store("schema", Config)
+    for folder in presets.config_dirs:
+        for file in folder.glob("model/*.yaml"):
+            register_model(store, file)
+    for name in presets.pipeline_ends():
+        choose_rl = (
+            [] if name in ("ppo", "dpo") else [{"override /rl": name}]
+        )  # ppo is chosen anyway
+        node = {"defaults": [*choose_rl, "_self_"], "pipeline": name}
+        store.store(name, node, group="pipeline", package="_global_")
+    for name in presets.preset_names():
+        node = {"defaults": [{"override /rl": name}, "_self_"], "name": name, "runs": [name]}
+        store.store(name, node, group="stage")
+
+
+def register_model(store: ConfigStore, file: Path) -> None:
+    """Make actor=NAME and reward=NAME of conf/model/NAME.yaml."""
+    paired = (OmegaConf.to_object(OmegaConf.load(file)) or {}).get("pairs_with") or {}  # type: ignore[union-attr]
+    values = {"path": "${actor.path}"} if file.stem == "custom" else {}
+    data = [{"override /data@_global_.data": paired["data"]}] if paired.get("data") else []
+    reward = (
+        [{"override /reward@_global_.reward": paired["reward"]}] if paired.get("reward") else []
+    )
+    model = [{"/model@_here_": file.stem}]
+    store.store(file.stem, {"defaults": [*model, *reward, *data, "_self_"]}, group="actor")
+    store.store(file.stem, {"defaults": [*model, *data, "_self_"], **values}, group="reward")
+
+
+def group_names() -> list[str]:
+    """The groups that users choose from."""
+    folders = {
+        path.name for root in presets.config_dirs for path in root.iterdir() if path.is_dir()
+    }
+    return sorted(folders - set(HIDDEN_GROUPS) | set(MADE_GROUPS))
+
+
+def group_options(group: str) -> list[str]:
+    """The options of a group."""
+    if group in ("actor", "reward"):
+        return presets.options("model")
+    if group == "pipeline":
+        return presets.pipeline_ends()
+    return presets.options(group) + (presets.preset_names() if group == "stage" else [])
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def parse(arg: str) -> Override:
+    """One override. Raises: UserError when it cannot be read."""
+    try:
+        return OverridesParser.create().parse_override(arg)
+    except HydraException:
+        raise UserError(
+            f"cannot read {arg!r}: overrides look like key=value; quote values with spaces, commas "
+            "or brackets: 'data=[a,b]'"
+        ) from None
+
+
+def user_folders(config_dir: str | None, overrides: Sequence[str]) -> list[Path]:
+    """The user's folders with option files: --config-dir and hydra.searchpath=[file://DIR].
+
+    Raises: UserError when one is no folder.
+    """
+    folders = [Path(config_dir)] if config_dir else []
+    for arg in overrides:
+        if arg.lstrip("+").startswith("hydra.searchpath="):
+            entries: Any = parse(arg).value()
+            named = [str(entry) for entry in entries or ()]
+            folders += [Path(e.removeprefix("file://")) for e in named if not e.startswith("pkg:")]
+    for folder in folders:
+        if not folder.expanduser().is_dir():
+            raise UserError(f"{folder}: no such folder; --config-dir and hydra.searchpath name one")
+    return [folder.expanduser().resolve() for folder in folders]
+
+
+def explain(arg: str) -> list[str]:
+    """What is wrong with one override, as lines with the closest match; empty where nothing is."""
+    try:
+        override = parse(arg)
+    except UserError as error:
+        return [str(error)]
+    key = override.key_or_group
+    if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
+        return []
+    if key.split("@")[0] not in group_names():
+        return [] if keys.find_key(key) else [f"unknown key {suggest(key, arg)}"]
+    options = group_options(key)
+    chosen = [c.removesuffix(".yaml") for c in chosen_options(override)]
+    return [f"{key}={c}: no such option{closest(c, options)}" for c in chosen if c not in options]
+
+
+def suggest(key: str, arg: str) -> str:
+    """An unknown key with the closest match; of earlier versions' groups, what they are now."""
+    value = arg.partition("=")[2]
+    if key in ("ppo", "rloo", "grpo") and value in presets.preset_names():
+        return f"{key} (did you mean rl={value}?)"
+    return keys.with_suggestion(key)
+
+
+def chosen_options(override: Override) -> list[str]:
+    """The options of a group that an override chooses, also of a sweep or a list."""
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()]
+    value: Any = override.value()
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [str(value)] if value is not None else []
+
+
+def closest(word: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, options, n=1)
+    return f" (did you mean {near[0]}?)" if near else f"; choose from {', '.join(options)}"
+
+
+def allow_user_names(arg: str) -> str:
+    """`++` before keys in dictionaries that users extend by name: rl.rewards.NAME.function=..."""
+    key = arg.partition("=")[0]
+    extends = "=" in arg and not arg.startswith(("+", "~")) and keys.below_user_names(key)
+    return f"++{arg}" if extends else arg
+
+
+# ------------------------------------------------------------------------------------- composing
+
+
+def compose_alone(overrides: Sequence[str], folders: Sequence[Path], hydra_too: bool) -> DictConfig:
+    """The configuration of some overrides, where Hydra is not running yet."""
+    own = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(
+            "config", [*overrides, *(own if folders else [])], return_hydra_config=hydra_too
+        )
+
+
+def typed_config(composed: DictConfig) -> Config:
+    """The configuration as typed objects, with those stages only that the last one needs.
+
+    A pipeline that ends with dpo trains no reward model. Raises: UserError as `to_typed`.
+    """
+    cfg = to_typed(composed)
+    for model in (cfg.actor, cfg.reward):
+        if model.name == "custom":
+            model.name = Path(model.path).name or model.path
+    if cfg.rl.variant_of:  # stage=ppo rl=dschat means stage=dschat
+        runs = [cfg.rl.name if stage == cfg.rl.variant_of else stage for stage in cfg.stage.runs]
+        cfg.stage.runs = runs
+        cfg.stage.name = cfg.rl.name if cfg.stage.name == cfg.rl.variant_of else cfg.stage.name
+    last = cfg.stage.runs[-1]
+    cfg.stage.runs = [s for s in cfg.stage.runs if s == last or is_needed(cfg, s, last)]
+    return cfg
+
+
+def is_needed(cfg: Config, stage: str, last: str) -> bool:
+    """Whether a pipeline that ends with `last` needs the result of `stage`."""
+    return any(
+        parent == stage or is_needed(cfg, stage, parent)
+        for parent, given in parent_stages(cfg, last).items()
+        if not given
+    )
+
+
+def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
+    """A command while Hydra is running. Args: overrides: those that `composed` comes from.
+
+    Raises: UserError naming everything that is wrong with it.
+    """
+    cfg = typed_config(composed)
+    if problems := check_config(cfg) + check_inputs(cfg):
+        raise UserError("\n".join(problems))
+    choices = [arg for arg in overrides if group_of(arg) in group_names()]
+    usual = composed if choices == list(overrides) else compose("config", choices)
+    for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
+        OmegaConf.update(usual, key, OmegaConf.select(composed, key))
+    command = Command(cfg, typed_config(usual), list(overrides))
+    for mine, plain in ((cfg.actor, command.baseline.actor), (cfg.reward, command.baseline.reward)):
+        forget_shape(mine, plain)
+    for name in other_algorithms(cfg):
+        kept = [arg for arg in overrides if group_of(arg) not in ("stage", "pipeline", "rl")]
+        again = [*kept, f"stage={name}"]
+        command.algorithms[name] = make_command(compose("config", again), again)
+    return command
+
+
+def forget_shape(model: Model, plain: Model) -> None:
+    """Drop the shape of a model whose path was set by hand: it is that of another model."""
+    if model.path != plain.path and model.arch == plain.arch:
+        model.arch = None
+
+
+def other_algorithms(cfg: Config) -> list[str]:
+    """Algorithms that eval.policies names besides that of the rl node."""
+    if "eval" not in cfg.stage.runs:
+        return []
+    return [p for p in cfg.eval.policies if is_stage_name(p) and is_rl(p) and p != cfg.rl.name]
+
+
+def group_of(arg: str) -> str:
+    """The group or key of an override: `data` for +data=[a,b]."""
+    return arg.lstrip("+~").partition("=")[0]
+
+
+def check_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
+    """Check every job of a sweep before the first one starts. Returns: the number of jobs.
+
+    Raises: UserError with all problems.
+    """
+    chosen = [arg for arg in overrides if group_of(arg) == "sweep"]
+    params = compose_alone(chosen, folders, hydra_too=True).hydra.sweeper.params or {}
+    swept = [parse(allow_user_names(f"{key}={value}")) for key, value in params.items()]
+    typed = [parse(arg) for arg in overrides]
+    problems: dict[str, None] = {}
+    jobs = list(itertools.product(*map(job_values, [*swept, *typed])))
+    for job in jobs:
+        cfg = typed_config(compose_alone(job, folders, hydra_too=False))
+        problems |= dict.fromkeys(check_config(cfg) + check_inputs(cfg))
+    if problems:
+        raise UserError("\n".join(problems))
+    return len(jobs)
+
+
+def job_values(override: Override) -> list[str]:
+    """One override of a sweep as the overrides of its jobs."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]

@@ -1,0 +1,238 @@
+"""Run the stages of a command: skip what is finished, resume what was interrupted. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rlhf.config import keys
+from rlhf.config.choices import Device
+from rlhf.config.errors import UserError
+from rlhf.config.loading import save_config
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import is_rl, parent_stages, unused_keys
+from rlhf.planning.memory import make_plan
+from rlhf.planning.summary import one_line_summary, print_plan
+from rlhf.reporting import tables
+from rlhf.runs.command import Command
+from rlhf.runs.directory import (
+    archive_attempt,
+    check_resumable,
+    config_for_stage,
+    describe_environment,
+    find_checkpoints,
+    lock_run,
+    read_summary,
+    write_json,
+)
+from rlhf.runs.identity import run_dir_for, run_identity
+from rlhf.runs.inputs import Inputs, find_inputs
+from rlhf.runs.launch import WorkerError, check_machines, run_workers
+from rlhf.runs.model_card import write_card
+
+
+def run_command(command: Command) -> list[Path]:
+    """Run the chosen stages in order, but those that are finished. Returns: the run directories.
+
+    Raises: UserError, WorkerError when a stage failed, KeyboardInterrupt when asked to stop.
+    """
+    cfg = command.cfg
+    for line in name_unused_keys(command):
+        say(line)
+    if cfg.plan:
+        plan_stages(cfg)
+        return []
+    if cfg.deploy.node_rank:
+        for stage in cfg.stage.runs:
+            if stage != "inspect":
+                help_first_node(command, stage)
+        return []
+    started = time.time()
+    done = []
+    for stage in cfg.stage.runs:
+        if stage == "inspect":
+            inspect_data(command)
+        else:
+            is_parent = stage != cfg.stage.runs[-1]
+            done.append(run_stage(command, stage, is_parent))
+    if done:
+        tables.print_runs(done, time.time() - started)
+    return done
+
+
+def name_unused_keys(command: Command) -> list[str]:
+    """Values set by hand that this algorithm does not read, a line each."""
+    if not any(map(is_rl, command.cfg.stage.runs)):
+        return []
+    now, plain = dict(keys.values(command.cfg)), dict(keys.values(command.baseline))
+    changed = [key for key, value in now.items() if plain.get(key) != value]
+    return [
+        f"{key}={now[key]}: not used by rl.advantage={command.cfg.rl.advantage.name}"
+        for key in changed
+        for node in unused_keys(command.cfg)
+        if key == node or key.startswith(f"{node}.")
+    ]
+
+
+def plan_stages(cfg: Config) -> None:
+    """Print the plan of each stage. Raises: UserError when one does not fit into memory."""
+    plans = [make_plan(cfg, stage) for stage in cfg.stage.runs if stage != "inspect"]
+    if "inspect" in cfg.stage.runs:
+        print("inspect: loads no model and needs no GPU: it fits")
+    for plan in plans:
+        print_plan(plan, cfg)
+    if too_large := [plan.stage for plan in plans if not plan.fits]:
+        raise UserError(f"{', '.join(too_large)} would not fit into memory, see above")
+
+
+def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
+    """Run one stage unless it is finished, from its last checkpoint where it has one.
+
+    Args: is_parent: another stage of this command starts from it: where another process is training
+        it, wait for that process.
+    Returns: its directory.
+    """
+    # 1. what it starts from, and whether it is done
+    for parent, given in parent_stages(command.cfg, stage).items():
+        if not given:
+            wait_until_finished(run_dir_for(command, parent))
+    inputs = find_inputs(command, stage)
+    directory = run_dir_for(command, stage)
+    before = read_summary(directory)
+    if not command.cfg.fresh and is_finished(stage, directory, inputs):
+        return directory
+    # 2. what it needs
+    check_machines(command.cfg)
+    cfg = config_for_stage(command.cfg, stage, inputs.paths)
+    with contextlib.suppress(ValueError, OSError):  # no formula for this model: no plan
+        say(one_line_summary(make_plan(cfg, stage)))
+    # 3. the run itself
+    with lock_run(directory, wait=is_parent):
+        if read_summary(directory) != before:  # the process that we waited for has finished it
+            is_finished(stage, directory, inputs)
+            return directory
+        prepare_directory(command, stage, inputs, directory)
+        save_config(cfg, directory / "config.yaml")
+        write_json(directory / "parents.json", inputs.ids)
+        write_json(directory / "env.json", describe_environment())
+        asked_to_stop = train(cfg, directory)
+        finish(command, stage, cfg, directory)
+    if asked_to_stop:
+        raise KeyboardInterrupt
+    return directory
+
+
+def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: Path) -> None:
+    """Keep the checkpoints that the run resumes from, or move an earlier attempt aside."""
+    intact, _ = find_checkpoints(directory)
+    if intact and not read_summary(directory) and not command.cfg.fresh:
+        for line in check_resumable(directory, intact[0][1], command.cfg, inputs.ids):
+            say(f"{stage}: {line}")
+        for left in ("result.json", "stop", *(p.name for p in directory.glob("error-rank*.txt"))):
+            (directory / left).unlink(missing_ok=True)
+    elif archived := archive_attempt(directory):
+        say(f"{stage}: an earlier attempt is kept in {archived}")
+    say(f"{stage}: {directory}")
+
+
+def train(cfg: Config, directory: Path) -> bool:
+    """Run the workers. Returns: whether they were asked to stop, but were done by then.
+
+    Raises: WorkerError naming the last checkpoint, where there is one.
+    """
+    try:
+        return run_workers(directory, cfg)
+    except WorkerError as error:
+        intact, _ = find_checkpoints(directory)
+        if intact:
+            raise WorkerError(f"{error}; the last good checkpoint is {intact[0][0]}") from None
+        raise
+
+
+def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
+    """Write the summary and the model card of a run whose workers are done."""
+    environment = json.loads((directory / "env.json").read_text())
+    summary = {
+        "id": secrets.token_hex(8),
+        "stage": stage,
+        "status": "finished",
+        "parents": json.loads((directory / "parents.json").read_text()),
+        **json.loads((directory / "result.json").read_text()),
+        "data": json.loads((directory / "data.json").read_text()),
+        "settings": run_identity(command, stage),
+        "versions": environment["packages"] | {"git": environment["git"]},
+    }
+    if (directory / "model").exists():
+        write_card(directory, cfg, summary)
+    write_json(directory / "summary.json", summary)  # last: it means finished
+    if not cfg.checkpoint.keep_optimizer:
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def wait_until_finished(directory: Path) -> None:
+    """Wait while another process trains an unfinished run."""
+    if directory.exists() and not read_summary(directory):
+        with lock_run(directory, wait=True):
+            pass
+
+
+def is_finished(stage: str, directory: Path, inputs: Inputs) -> bool:
+    """Whether a run is done. Raises: UserError when its parent runs are other ones now."""
+    summary = read_summary(directory)
+    if summary is None:
+        return False
+    if summary["parents"] != inputs.ids:
+        raise UserError(
+            f"{directory} was trained from other runs than there are now ({summary['parents']} -> "
+            f"{inputs.ids}): add fresh=true to train it again; the old one is kept in its attempts/"
+        )
+    say(f"{stage}: finished, {directory}")
+    return True
+
+
+def inspect_data(command: Command) -> None:
+    """Look at the data, print the result and where the page is.
+
+    Each time again, as files may have changed; in one process without a GPU, whatever `deploy` says.
+    """
+    directory = run_dir_for(command, "inspect")
+    cfg = config_for_stage(command.cfg, "inspect", {})
+    cfg.deploy = dataclasses.replace(
+        cfg.deploy,
+        device=Device.cpu,
+        processes_per_node=1,
+        nodes=1,
+        hostfile=None,
+        node_rank=None,
+        master=None,
+    )
+    with lock_run(directory):
+        for path in directory.iterdir():
+            if not path.name.startswith("."):
+                path.unlink()
+        save_config(cfg, directory / "config.yaml")
+        run_workers(directory, cfg)
+        result = json.loads((directory / "result.json").read_text())
+    tables.print_inspection(result["metrics"], directory / "report.html")
+
+
+def help_first_node(command: Command, stage: str) -> None:
+    """Another node's part in a stage: its workers. They wait for those of node 0, and then read what
+    it has written."""
+    cfg, directory = command.cfg, run_dir_for(command, stage)
+    if read_summary(directory) and not cfg.fresh:
+        return
+    check_machines(cfg)
+    say(f"{stage}: node {cfg.deploy.node_rank} of {cfg.deploy.nodes}, {directory}")
+    run_workers(directory, config_for_stage(cfg, stage, {}))
+
+
+def say(line: str) -> None:
+    """Print a line to the user."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""The jobs of a sweep (-m): their folders below multirun/, how they ended, and the comparison."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rlhf import compose, run
+from rlhf.reporting import tables
+from rlhf.runs.history import find_runs
+from rlhf.runs.launch import SWEEP_LOG, end_with_parent
+
+SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
+SWEEP_SIZE = "RLHF_SWEEP_SIZE"  # number of jobs
+COPIED = ("config.yaml", "summary.json", "metrics.jsonl", "curves.png")
+
+
+def begin(overrides: Sequence[str], jobs: int) -> None:
+    """Prepare for jobs, which may be processes of their own, on other machines too.
+
+    They write how they ended to a file that the environment names. With a launcher that runs jobs
+    side by side, the first Ctrl-C is left to the jobs, which hear it as well and save (joblib would
+    kill them).
+    """
+    given = (arg.removeprefix("root=") for arg in overrides if arg.startswith("root="))
+    root = next(given, os.environ.get("RLHF_ROOT", "."))
+    log = Path(root).expanduser().resolve() / "multirun" / f".sweep-{secrets.token_hex(4)}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    atexit.register(log.unlink, missing_ok=True)
+    os.environ |= {SWEEP_LOG: str(log), SWEEP_PROCESS: str(os.getpid()), SWEEP_SIZE: str(jobs)}
+    if any(arg.startswith("hydra/launcher=") for arg in overrides):
+
+        def leave_to_the_jobs(*_: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, leave_to_the_jobs)
+
+
+def ended_jobs() -> list[dict[str, str]]:
+    """How the jobs of this sweep have ended so far, in the order of their ends."""
+    log = os.environ.get(SWEEP_LOG)
+    return [json.loads(line) for line in Path(log).read_text().splitlines()] if log else []
+
+
+def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
+    """One job of a sweep. Raises: what stopped it, after it is recorded."""
+    job = " ".join(overrides)
+    print(f"\n--- job {number} of {os.environ[SWEEP_SIZE]}: {job}", file=sys.stderr, flush=True)
+    if os.environ[SWEEP_PROCESS] != str(os.getpid()):  # side by side: save when the sweep is gone
+        end_with_parent()
+    folder = Path(composed.root).expanduser() / "multirun" / composed.experiment_name
+    try:
+        runs = run.run_command(compose.make_command(composed, overrides))
+    except Exception as error:
+        line = (str(error).splitlines() or [repr(error)])[0]
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        collect_job(folder, overrides, None, line)
+        record_end(job, folder, line)
+        raise
+    if runs:
+        collect_job(folder, overrides, runs[-1])
+        record_end(job, folder)
+
+
+def record_end(job: str, folder: Path, error: str = "") -> None:
+    with open(os.environ[SWEEP_LOG], "a") as log:
+        log.write(json.dumps({"job": job, "folder": str(folder.resolve()), "error": error}) + "\n")
+
+
+def collect_job(folder: Path, overrides: list[str], done: Path | None, error: str = "") -> None:
+    """A job's own folder below that of its sweep: copies of what its last stage wrote and a link to
+    the run, or why it failed."""
+    plain = "+".join(sorted(arg.lstrip("+").replace("=", "-") for arg in overrides))
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", plain)[:100] or "default"
+    name += "-" + hashlib.sha256(" ".join(sorted(overrides)).encode()).hexdigest()[:8]
+    folder = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
+    (folder / "error.txt").unlink(missing_ok=True)
+    if done is None:
+        (folder / "error.txt").write_text(error + "\n")
+        return
+    for file in COPIED:
+        if (done / file).exists():
+            shutil.copyfile(done / file, folder / file)
+    link = folder / "run"
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(done, folder))
+
+
+def report() -> list[str]:
+    """Compare the runs of the sweep, and name the jobs that failed. Returns: those."""
+    jobs = ended_jobs()
+    for folder in sorted({Path(job["folder"]) for job in jobs}):
+        try:
+            runs = find_runs([folder])
+            page = tables.write_page(runs, folder / "report.html", f"Sweep {folder.name}")
+            tables.print_comparison(runs, page)
+        except Exception as error:  # the runs themselves are done
+            line = (str(error).splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {line}"
+            print(f"error: no report of {folder}: {reason}", file=sys.stderr)
+    failed = [job for job in jobs if job["error"]]
+    for job in failed:
+        print(f"failed: {job['job']}: {job['error']}", file=sys.stderr, flush=True)
+    return [job["job"] for job in failed]
