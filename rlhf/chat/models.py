@@ -145,8 +145,10 @@ def load_model(path: str, device: str, option: str = "--path") -> tuple[Any, Any
 
 
 def context_of(model: Any) -> int:
-    """Tokens that a model can read at once."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    """Tokens that a model can read at once; 2048 where nothing limits them."""
+    from rlhf.models.loading import context_length
+
+    return context_length(model.config) or 2048
 
 
 # ------------------------------------------------------------------------------------------------------------- from turns to tokens

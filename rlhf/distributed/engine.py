@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.schema import Config
+from rlhf.config.schema import Config, Optim
 from rlhf.distributed import collectives
 from rlhf.distributed.deepspeed_config import build_ds_config, optim_of
-from rlhf.models import lora
-from rlhf.training.optimizer_step import track_nonfinite_grads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.integrations import HfDeepSpeedConfig
 
 Module = TypeVar("Module", bound=nn.Module, covariant=True)
+
+
+class HfModule(nn.Module):
+    """A module around a transformers model; models.wrappers has the two kinds."""
+
+    hf: PreTrainedModel
+
+
+Wrapper = TypeVar("Wrapper", bound=HfModule)
 
 
 class Engine(Protocol[Module]):
     """What this package uses of DeepSpeed's engine, which gives no types of its own."""
 
     optimizer: torch.optim.Optimizer
-    gradient_notes: dict[str, Tensor]  # ours: see training.optimizer_step
+    gradient_notes: dict[str, Tensor]  # ours: see track_nonfinite_grads
     enable_backward_allreduce: bool
 
     @property
@@ -42,19 +54,30 @@ class Engine(Protocol[Module]):
     def fp16_enabled(self) -> bool: ...
     def torch_autocast_enabled(self) -> bool: ...
     def torch_autocast_dtype(self) -> torch.dtype: ...
-    def save_checkpoint(self, save_dir: str, tag: str | None = None) -> bool: ...
+    def save_checkpoint(
+        self,
+        save_dir: Path,
+        tag: str | None = None,
+        *,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool: ...
     def load_checkpoint(
-        self, load_dir: str, tag: str | None = None
+        self, load_dir: Path, tag: str | None = None, load_module_strict: bool = True
     ) -> tuple[str | None, object]: ...
 
 
-def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path) -> Any:
-    """Load a module and wrap it in the DeepSpeed engine of its role; its configuration is written to run_dir/ds_<role>.json.
+def build_engine(
+    load: Callable[[], Wrapper], cfg: Config, role: str, run_dir: Path
+) -> Engine[Wrapper]:
+    """Load a module and wrap it in the DeepSpeed engine of its role.
 
-    A trained role gets its adapter, and its optimizer (no weight decay on vectors: biases and norms); a frozen one gets neither,
-    and no gradients.
+    A trained role gets an optimizer. A frozen one gets none, and its weights take no gradients.
 
-    Args: load: makes the module, a models.Policy or Scorer; where ZeRO-3 is to partition it, straight into its partitions.
+    Args:
+        load: makes the module; under ZeRO-3 its weights are loaded straight into their partitions.
+        role: see deepspeed_config.build_ds_config.
+        run_dir: the engine's configuration is written to ds_<role>.json there.
     """
     import deepspeed
 
@@ -62,42 +85,59 @@ def build_engine(load: Callable[[], Any], cfg: Config, role: str, run_dir: Path)
     if collectives.rank() == 0:
         (run_dir / f"ds_{role}.json").write_text(json.dumps(ds_config, indent=2))
     optim = optim_of(cfg, role)
-    node, adapter = ("actor", cfg.actor.lora) if role == "actor" else ("reward", cfg.reward.lora)
     with zero3_init(ds_config):
         module = load()
-        if optim and adapter.rank:
-            lora.add_adapter(module.hf, adapter, f"{node}.lora")
     if optim is None:
         module.requires_grad_(False).eval()
-        with contextlib.redirect_stdout(None):  # in bf16 it prints its memory
+        with contextlib.redirect_stdout(None):  # in bf16 DeepSpeed prints its memory
             return deepspeed.initialize(model=module, config=ds_config)[0]
     if cfg.deploy.activation_checkpointing:
         module.hf.activation_checkpointing_enable({"use_reentrant": False})
-    trained = [p for p in module.parameters() if p.requires_grad]
-    is_vector = [
-        len(getattr(p, "ds_shape", p.shape)) <= 1 for p in trained
-    ]  # a partitioned weight is always flat
-    groups = [
-        {
-            "params": [p for p, vector in zip(trained, is_vector) if not vector],
-            "weight_decay": optim.weight_decay,
-        },
-        {"params": [p for p, vector in zip(trained, is_vector) if vector], "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(module, optim)
     with contextlib.redirect_stdout(None):
-        engine = deepspeed.initialize(
-            model=module, config=ds_config, model_parameters=[g for g in groups if g["params"]]
+        engine: Engine[Wrapper] = deepspeed.initialize(
+            model=module, config=ds_config, model_parameters=groups
         )[0]
     engine.gradient_notes = track_nonfinite_grads(module)
     if collectives.world_size() == 1 and cfg.deploy.zero_stage == 0:
-        engine.enable_backward_allreduce = (
-            False  # with itself: a copy of all gradients, there and back
-        )
+        # with one rank it would only copy all gradients there and back
+        engine.enable_backward_allreduce = False
     return engine
 
 
-def release_engine(engine: Any) -> None:
-    """Let go of a frozen engine that nobody else holds: at ZeRO 3 DeepSpeed keeps its module in a list of its own."""
+def parameter_groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """The trained parameters for AdamW. Vectors (biases and norms) have no weight decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # a partitioned weight is always flat, so its own shape says nothing
+    is_vector = [len(getattr(p, "ds_shape", p.shape)) <= 1 for p in trained]
+    matrices = [p for p, vector in zip(trained, is_vector) if not vector]
+    vectors = [p for p, vector in zip(trained, is_vector) if vector]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def track_nonfinite_grads(module: nn.Module) -> dict[str, Tensor]:
+    """Note in the backward pass which gradients are not finite, without waiting for a GPU.
+
+    Returns: for each trained weight a scalar, filled by hooks: 0, or NaN where its gradient was not
+        finite.
+    """
+    notes: dict[str, Tensor] = {}
+
+    def note(gradient: Tensor, name: str) -> None:
+        notes[name] = notes.get(name, 0) + gradient.detach().sum(dtype=torch.float32) * 0
+
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            p.register_hook(functools.partial(note, name=name))
+    return notes
+
+
+def release_engine(engine: Engine[nn.Module]) -> None:
+    """Release a frozen engine; under ZeRO-3 DeepSpeed keeps a global reference to its module."""
     from deepspeed.runtime.zero import parameter_offload
 
     parameter_offload.FWD_MODULE_STACK[:] = [
@@ -107,9 +147,9 @@ def release_engine(engine: Any) -> None:
 
 @contextlib.contextmanager
 def gather_parameters(parameters: Iterable[Tensor], modify: bool = False) -> Iterator[bool]:
-    """Within this context the parameters are whole where ZeRO-3 partitions them; yields whether any is.
+    """Gather ZeRO-3 parameters inside the context; yields whether any of them is partitioned.
 
-    Args: modify: what the first process then changes in them is kept.
+    Args: modify: keep what rank 0 changes in them.
     """
     import deepspeed
 
@@ -120,43 +160,43 @@ def gather_parameters(parameters: Iterable[Tensor], modify: bool = False) -> Ite
         yield bool(partitioned)
 
 
-def computes_in_fp32(engine: Any) -> bool:
-    """Whether an engine computes in float32, so that two ways to the same number differ by its rounding only."""
-    return (
-        next(engine.module.parameters()).dtype == torch.float32
-        and not engine.torch_autocast_enabled()
-    )
+def computes_in_fp32(engine: Engine[nn.Module]) -> bool:
+    """Whether an engine computes in float32: two ways to one number differ by its rounding only."""
+    is_fp32 = next(engine.module.parameters()).dtype == torch.float32
+    return is_fp32 and not engine.torch_autocast_enabled()
 
 
-def autocast(engine: Any) -> Any:
-    """What an engine's own forward does about precision, for a forward that goes around it."""
+def autocast(engine: Engine[nn.Module]) -> torch.autocast:
+    """The autocast of an engine's own forward pass, for one that calls the module directly."""
     dtype = engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None
     return torch.autocast(engine.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-# transformers asks, while it loads, whether there is such an object alive; it holds no reference itself
-_partitioned_loading: list[Any] = []
+# While it loads a model, transformers looks for a live object of this kind; it holds no reference
+_zero3_configs: list[HfDeepSpeedConfig] = []
 
 
 @contextlib.contextmanager
 def zero3_init(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within this context transformers loads each weight straight into its partition, where the configuration has ZeRO 3, so that no
-    process ever holds a whole model."""
+    """With ZeRO-3, transformers loads each weight into its partition inside this context.
+
+    No rank ever holds a whole model then. At other stages the context does nothing.
+    """
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     if ds_config["zero_optimization"]["stage"] == 3:
-        _partitioned_loading.append(HfDeepSpeedConfig(ds_config))
+        _zero3_configs.append(HfDeepSpeedConfig(ds_config))
     try:
         yield
     finally:
-        _partitioned_loading.clear()
+        _zero3_configs.clear()
         unset_hf_deepspeed_config()
 
 
 @contextlib.contextmanager
 def without_zero3_init() -> Iterator[None]:
-    """Within this context models are made whole on every process; their engines partition them."""
+    """Make models unpartitioned on every rank inside this context; their engines partition them."""
     from transformers.integrations.deepspeed import (
         set_hf_deepspeed_config,
         unset_hf_deepspeed_config,
@@ -166,13 +206,16 @@ def without_zero3_init() -> Iterator[None]:
     try:
         yield
     finally:
-        for config in _partitioned_loading:
+        for config in _zero3_configs:
             set_hf_deepspeed_config(config)
 
 
 def init_distributed() -> torch.device:
-    """Join the other processes; returns the device of this one. Skips DeepSpeed's compiled communication op, which saves
-    a minute of compiling and is not needed: gloo and nccl do the same."""
+    """Join the process group; returns the device of this rank.
+
+    DeepSpeed's compiled communication op is skipped: it takes a minute to compile, and gloo and
+    nccl do the same.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

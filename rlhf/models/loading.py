@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlhf.config.schema import Precision, Template
+from rlhf.config.errors import UserError
+from rlhf.config.files import atomic_path
+from rlhf.config.schema import Lora, Precision, Template
 from rlhf.data import template
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import gather_parameters, without_zero3_init
+from rlhf.distributed.engine import Engine, HfModule, gather_parameters, without_zero3_init
 from rlhf.models import lora
 from rlhf.models.wrappers import Policy, Scorer
 from rlhf.runs.locations import ASSETS, BUILTIN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {  # of the weights
     Precision.fp32: torch.float32,
@@ -24,10 +28,11 @@ DTYPES = {  # of the weights
     Precision.fp16: torch.float16,
     Precision.autocast: torch.float32,
 }
+RESIDUAL_DROPOUT = ("dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")  # by family
 
 
 def location(path: str) -> str:
-    """What transformers loads: the built-in model's directory, an expanded directory, or the hub id as it is."""
+    """What transformers loads: a built-in model's directory, an expanded directory, or a hub id."""
     if path.startswith(BUILTIN):
         return str(ASSETS / path.removeprefix(BUILTIN))
     return os.path.expanduser(path)
@@ -36,50 +41,86 @@ def location(path: str) -> str:
 def check_context(
     path: str, max_prompt: int, max_response: int, response_key: str = "data.max_response_tokens"
 ) -> None:
-    """Refuse sequences longer than the model has positions, before its weights are loaded.
+    """Refuse sequences longer than a model's context, before its weights are loaded.
 
-    Args: max_prompt, max_response: tokens.  response_key: the setting that limits answers.  Raises: ValueError with the numbers.
+    Args: max_prompt, max_response: tokens.  response_key: the setting that limits responses.
+    Raises: UserError with the numbers.
     """
     context = context_length(path)
     if context and max_prompt + max_response > context:
-        wanted = f"data.max_prompt_tokens={max_prompt} + {response_key}={max_response}"
-        raise ValueError(
-            f"{wanted} is more than the {context} positions of {path}: lower one of them"
+        total = f"data.max_prompt_tokens={max_prompt} + {response_key}={max_response}"
+        raise UserError(
+            f"{total} is more than the {context} positions of {path}: lower one of them"
         )
 
 
-def context_length(path: str) -> int | None:
-    """Tokens that a model can read at once; None where nothing limits them. Loads no weights."""
+def context_length(model: str | PreTrainedConfig) -> int | None:
+    """Tokens that a model can read at once; None where nothing limits them.
+
+    Args: model: its path, of which only the configuration is loaded, or its configuration.
+    """
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(location(path)), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(location(model)) if isinstance(model, str) else model
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_tokenizer(path: str, style: Template = Template.hh) -> Any:
-    """The tokenizer of a model with the chat template of a style, and a pad token that is not its EOS.
-    Raises: ValueError when it has no EOS, or with style=tokenizer no chat template that can be trained with."""
+def load_tokenizer(path: str, style: Template = Template.hh) -> PreTrainedTokenizerBase:
+    """A model's tokenizer with the chat template of `style`, and a pad token that is not its EOS.
+
+    Raises: UserError when it has no EOS, or with style=tokenizer no chat template to train with.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False)
     template.install_chat_template(tokenizer, style)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path} has no EOS token: answers could not end")
+        raise UserError(
+            f"the tokenizer of {path} has no EOS token, so responses could not end: "
+            "choose another model"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     return tokenizer
 
 
-def load_policy(path: str, tokenizer: Any, precision: Precision, dropout: float = 0.0) -> Policy:
-    """A causal language model for training or as reference; random weights (of torch's current seed) for a built-in one."""
+def load_policy(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    dropout: float = 0.0,
+    adapter: Lora | None = None,
+) -> Policy:
+    """A causal language model; a built-in one has random weights, from torch's current seed.
+
+    Args:
+        dropout: of the residual stream.
+        adapter: add a LoRA adapter, where its rank is not 0; for a policy that is trained.
+    """
     from transformers import AutoModelForCausalLM
 
-    return Policy(_load_pretrained(AutoModelForCausalLM, path, tokenizer, precision, dropout))
+    hf = _load_pretrained(AutoModelForCausalLM, path, tokenizer, precision, dropout)
+    policy = Policy(hf)
+    if adapter and adapter.rank:
+        lora.add_adapter(hf, adapter, "actor.lora")
+    return policy
 
 
 def load_scorer(
-    path: str, tokenizer: Any, precision: Precision, zero_head: bool = False, dropout: float = 0.0
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    zero_head: bool = False,
+    dropout: float = 0.0,
+    adapter: Lora | None = None,
 ) -> Scorer:
-    """A one-label sequence-classification model; from a base model its head is new: N(0, 1/sqrt(d + 1)) (Stiennon 2020), or zero."""
+    """A sequence-classification model with one label.
+
+    From a base model its head is new: normal with mean 0 and standard deviation 1 / sqrt(d + 1),
+    d the hidden size (Stiennon 2020, arXiv:2009.01325).
+
+    Args: zero_head: set the head to zero.  dropout, adapter: as in load_policy.
+    """
     from transformers import AutoModelForSequenceClassification
 
     new_head = not is_reward_model(path)
@@ -87,120 +128,113 @@ def load_scorer(
         AutoModelForSequenceClassification, path, tokenizer, precision, dropout, num_labels=1
     )
     if new_head or zero_head:
-        random = torch.Generator().manual_seed(
-            torch.initial_seed()
-        )  # not what loading has left of torch's own stream
+        # a stream of its own: torch's depends on what loading has drawn
+        generator = torch.Generator().manual_seed(torch.initial_seed())
         with gather_parameters([hf.score.weight], modify=True):
             width = hf.score.weight.shape[1]
-            head = torch.randn(1, width, generator=random) * (width + 1) ** -0.5
-            hf.score.weight.data.copy_(head * (not zero_head))
-    return Scorer(hf)
+            head = torch.randn(1, width, generator=generator) * (width + 1) ** -0.5
+            hf.score.weight.data.copy_(torch.zeros_like(head) if zero_head else head)
+    scorer = Scorer(hf)
+    if adapter and adapter.rank:
+        lora.add_adapter(hf, adapter, "reward.lora")
+    return scorer
 
 
 def is_reward_model(path: str) -> bool:
     """Whether a model has a head that gives scores."""
     from transformers import AutoConfig
 
-    return "ForSequenceClassification" in str(
-        AutoConfig.from_pretrained(location(path)).architectures
-    )
+    config = AutoConfig.from_pretrained(location(path))
+    return "ForSequenceClassification" in str(config.architectures)
 
 
 def _load_pretrained(
-    auto_class: Any, path: str, tokenizer: Any, precision: Precision, dropout: float, **options: Any
-) -> Any:
+    auto_class: Any,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    dropout: float,
+    **options: int,
+) -> PreTrainedModel:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location(path), trust_remote_code=False, **options)
     for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(
-            value, float
-        ):  # dropout, attn_pdrop, layerdrop, hidden_dropout, ...
-            setattr(
-                config, key, 0.0
-            )  # the log-probabilities of an update must be those of the rollout
-        if dropout and key in (
-            "dropout",
-            "hidden_dropout",
-            "resid_pdrop",
-            "embd_pdrop",
-        ):  # of the residual stream
+        # dropout, attn_pdrop, layerdrop, hidden_dropout, ...: an update must see the log-probs of
+        # the rollout
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+        if dropout and key in RESIDUAL_DROPOUT:
             setattr(config, key, dropout)
+    dtype = DTYPES[precision]
     if path.startswith(BUILTIN):
-        with (
-            without_zero3_init()
-        ):  # so that its random weights do not depend on the number of processes
-            hf = auto_class.from_config(config, dtype=DTYPES[precision])
+        with without_zero3_init():  # random weights must not depend on the number of ranks
+            hf = auto_class.from_config(config, dtype=dtype)
     else:
         hf = auto_class.from_pretrained(
-            location(path), config=config, dtype=DTYPES[precision], trust_remote_code=False
+            location(path), config=config, dtype=dtype, trust_remote_code=False
         )
-    if (
-        len(tokenizer) > hf.get_input_embeddings().num_embeddings
-    ):  # only grow: many models have spare rows
-        hf.resize_token_embeddings(len(tokenizer))
-    for settings in filter(
-        None, (hf.config, getattr(hf, "generation_config", None))
-    ):  # what other programs stop and pad by
-        settings.pad_token_id, settings.eos_token_id = (
-            tokenizer.pad_token_id,
-            tokenizer.eos_token_id,
-        )
+    if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+        hf.resize_token_embeddings(len(tokenizer))  # never shrink: many models have spare rows
+    # other programs pad and stop by these
+    for settings in (hf.config, getattr(hf, "generation_config", None)):
+        if settings is not None:
+            settings.pad_token_id = tokenizer.pad_token_id
+            settings.eos_token_id = tokenizer.eos_token_id
     return hf
 
 
-def save_engine(engine: Any, tokenizer: Any, directory: Path) -> None:
-    """Write an engine's model: weights (safetensors), configuration, tokenizer and template, as transformers loads them. An
-    adapter is merged into the weights, and lies beside them in directory/adapter. The directory appears whole or not at all.
-    Called by all processes; the first one writes."""
+def save_engine(
+    engine: Engine[HfModule], tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Write an engine's model as transformers loads it; all ranks call this, rank 0 writes.
+
+    An adapter is merged into the weights, and also saved by itself in directory/adapter.
+    """
     hf = engine.module.hf
     weights, adapter = full_state_dict(hf)
     if collectives.rank() == 0:
-        temporary = directory.with_name(directory.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        hf.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        if adapter:
-            lora.write_adapter(hf, adapter, temporary / "adapter")
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+        with atomic_path(directory) as temporary:
+            hf.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            if adapter:
+                lora.write_adapter(hf, adapter, temporary / "adapter")
     collectives.barrier()
 
 
 @torch.no_grad()
-def full_state_dict(hf: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of a model that may be partitioned or carry an adapter, gathered one by one: beside its own part, a process
-    never holds more than one of them, and the first process collects them in host memory.
+def full_state_dict(hf: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gathered weights of a model that may be partitioned or have an adapter.
 
-    Returns: on the first process the weights with the adapter merged, by the names of the plain model; and what the adapter
-        trains, by its own names. Empty on the others, and the second one also where there is no adapter.
+    Weights are gathered one by one, so that a rank holds at most one of them beside its partition;
+    rank 0 collects them in host memory.
+
+    Returns: on rank 0 the weights with the adapter merged, by the names of the model without it;
+        and the trained weights of the adapter, by their own names. Empty on other ranks; the second
+        also without an adapter.
     """
     adapted = dict(lora.lora_layers(hf))
-    weights, adapter, seen = {}, {}, set()
+    weights: dict[str, Tensor] = {}
+    adapter: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, weight in hf.state_dict(keep_vars=True).items():
         if id(weight) in seen:  # tied to another
             continue
         seen.add(id(weight))
-        layer = (
-            adapted.get(name.removesuffix(".base_layer.weight"))
-            if name.endswith(".base_layer.weight")
-            else None
-        )
-        low_rank = (
-            [p for part in (layer.lora_A, layer.lora_B) for p in part.parameters()]
-            if layer is not None
-            else []
-        )
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        if not name.endswith(".base_layer.weight"):
+            layer = None
+        low_rank = [] if layer is None else lora.low_rank_weights(layer)
         with gather_parameters([weight, *low_rank]) as gathered:
-            if collectives.rank() == 0:
-                value = weight.detach()
-                if layer is not None:
-                    value = (value.float() + layer.get_delta_weight("default").float()).to(
-                        weight.dtype
-                    )
-                value = value.to("cpu", copy=gathered)
-                if ".lora_" not in name:
-                    weights[lora.merged_name(name)] = value
-                if adapted and weight.requires_grad:
-                    adapter[name] = value
+            if collectives.rank() != 0:
+                continue
+            value = weight.detach()
+            if layer is not None:
+                delta = layer.get_delta_weight("default").float()
+                value = (value.float() + delta).to(weight.dtype)
+            value = value.to("cpu", copy=gathered)
+            if ".lora_" not in name:
+                weights[lora.merged_name(name)] = value
+            if adapted and weight.requires_grad:
+                adapter[name] = value
     return weights, adapter

@@ -22,7 +22,13 @@ from rlhf.data import template
 from rlhf.data.batches import map_across_ranks, pad_right
 from rlhf.data.records import Dataset, Turn
 from rlhf.distributed.engine import build_engine
-from rlhf.models.loading import check_context, is_reward_model, load_scorer, load_tokenizer
+from rlhf.models.loading import (
+    check_context,
+    context_length,
+    is_reward_model,
+    load_scorer,
+    load_tokenizer,
+)
 from rlhf.models.wrappers import answer_scores
 from rlhf.rl.experience import Experience
 from rlhf.runs.log import log
@@ -113,14 +119,8 @@ def retokenize(source: Source, turns: list[Turn], answer: str, ended: Any) -> li
     """What a reward model with a tokenizer of its own reads: prompt and answer in its own template. What is too long for it loses
     its beginning."""
     ids = template.encode_prompts(source.tokenizer, [turns], 10**9)[0] or []
-    return (ids + template.encode_response(source.tokenizer, answer, bool(ended)))[
-        -context_of(source.engine) :
-    ]
-
-
-def context_of(engine: Any) -> int:
-    """Tokens that a model can read at once."""
-    return getattr(engine.module.hf.config, "max_position_embeddings", None) or 10**9
+    ids = ids + template.encode_response(source.tokenizer, answer, bool(ended))
+    return ids[-(context_length(source.engine.module.hf.config) or len(ids)) :]
 
 
 # --------------------------------------------------------------------------------------------------------------------- building
@@ -203,7 +203,7 @@ def build_rewards(
                 )
             mean, std = score_mean_std(
                 engine,
-                [(p + a)[-context_of(engine) :] for p, a in rows],
+                [(p + a)[-(context_length(settings) or 10**9) :] for p, a in rows],
                 own,
                 cfg.deploy.eval_micro_batch,
             )

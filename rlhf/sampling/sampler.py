@@ -45,7 +45,7 @@ def sample(
     alive = torch.arange(n, device=device)
     draws = draws.to(device)
     cache = new_cache(hf, prompt_ids.shape[1] + width)
-    plain = policy.is_plain() and isinstance(cache.layers[0], PreallocatedCacheLayer)
+    plain = policy.supports_packing() and isinstance(cache.layers[0], PreallocatedCacheLayer)
     seen = prompt_mask  # (B, P + t) where there is a token
     if plain:  # a mask of four dimensions is used as it is, added to the scores
         seen = torch.where(prompt_mask > 0, 0.0, -torch.inf).to(
@@ -101,9 +101,9 @@ def read_prompts(hf: Any, ids: Tensor, mask: Tensor, cache: Any, plain: bool) ->
         ).logits[:, -1]
     layout = packing.pack(ids, mask)
     for layer in cache.layers:
-        layer.layout = layout.place
+        layer.layout = layout.gather_index
     inputs = packing.packed_inputs(layout, hf.dtype)
     states = hf.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
     for layer in cache.layers:
         layer.layout = None
-    return hf.get_output_embeddings()(states[layout.place[:, -1]])
+    return hf.get_output_embeddings()(states[layout.gather_index[:, -1]])

@@ -91,7 +91,12 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         0.0  # the ratio of the first update must be 1
     )
     actor = build_engine(
-        lambda: load_policy(cfg.inputs["sft"], tokenizer, precision, dropout), cfg, "actor", run_dir
+        lambda: load_policy(
+            cfg.inputs["sft"], tokenizer, precision, dropout, adapter=cfg.actor.lora
+        ),
+        cfg,
+        "actor",
+        run_dir,
     )
     if adapter_only(cfg.actor):
         log.info("reference: the actor with its adapter off, one model less in memory")
@@ -102,7 +107,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         )
     rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
     critic = build_critic(cfg, ppo, rewards, tokenizer, run_dir) if ppo else None
-    trained = {"actor": actor} | ({"critic": critic} if ppo else {})
+    trained: dict[str, Any] = {"actor": actor} | ({"critic": critic} if ppo else {})
     for engine in trained.values():
         engine.eval()
     models = Models(
@@ -288,7 +293,14 @@ def build_critic(cfg: Config, ppo: Ppo, rewards: Rewards, tokenizer: Any, run_di
     )
 
     def load_critic() -> Any:
-        critic = load_scorer(path, tokenizer, precision, zero_head=not teacher, dropout=dropout)
+        critic = load_scorer(
+            path,
+            tokenizer,
+            precision,
+            zero_head=not teacher,
+            dropout=dropout,
+            adapter=cfg.reward.lora,
+        )
         if teacher:  # values have the unit of the scores, as they count in the sum
             unit = teacher.engine.module.hf.config
             critic.hf.config.score_mean, critic.hf.config.score_std = (

@@ -46,8 +46,12 @@ def with_adapter(stage: str, *overrides: str) -> Config:
 
 
 def build(cfg: Config, path: str, tokenizer: Any, run_dir: Path, role: str) -> Any:
-    load = load_scorer if role in ("reward_trained", "critic") else load_policy
-    return build_engine(lambda: load(path, tokenizer, Precision.fp32), cfg, role, run_dir)
+    is_scorer = role in ("reward_trained", "critic")
+    load = load_scorer if is_scorer else load_policy
+    adapter = cfg.reward.lora if is_scorer else cfg.actor.lora
+    return build_engine(
+        lambda: load(path, tokenizer, Precision.fp32, adapter=adapter), cfg, role, run_dir
+    )
 
 
 def said(policy: Any) -> Tensor:
@@ -187,7 +191,7 @@ def test_a_target_that_matches_nothing_is_named_with_what_there_is(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=r"actor.lora.targets=query: no linear layer of llama is named so; there are .*q_proj",
+        match=r"actor.lora.targets=query: llama has no linear layer of that name; choose from .*q_proj",
     ):
         build(
             with_adapter("sft", "actor.lora.targets=[q_proj,query]"),

@@ -98,7 +98,7 @@ def test_a_prompt_that_is_there_several_times_is_read_once(
 ) -> None:
     monkeypatch.setattr(fast_path, "traced_step", lambda _: None)  # a recorded step calls no hook
     policy = load(base, tokenizer, family, ends=False)
-    assert policy.is_plain()
+    assert policy.supports_packing()
     read: list[int] = []
     policy.hf.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: read.append(inputs[0].numel())
@@ -125,7 +125,7 @@ def test_finished_rows_cost_nothing(
     policy.hf.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: rows.append(inputs[0].shape[0])
     )
-    policy.is_plain()
+    policy.supports_packing()
     rows.clear()
     ids, mask = pad_left(PROMPTS * 4, PAD, CPU)
     _, here, _ = sample(
@@ -208,7 +208,7 @@ def test_in_bf16_the_cache_is_in_float32_and_answers_are_those_of_the_model(
     answers, here, logp = sample(
         policy, ids, mask, uniforms("test", range(len(PROMPTS)), 0, 0, NEW), EOS, Sampling()
     )
-    assert policy.plain
+    assert policy.can_pack
     full, seen = torch.cat([ids, answers], 1), torch.cat([mask, here.long()], 1)
     again = policy(full, seen, torch.cat([torch.zeros_like(mask), here], 1) > 0)[0][
         :, ids.shape[1] :

@@ -137,7 +137,7 @@ def test_an_output_layer_still_gives_logits() -> None:
 
 PEAK = """
 import sys, torch
-from rlhf.logprobs import target_logp
+from rlhf.models.logprobs import target_logp
 torch.set_num_threads(1)
 vocabulary = int(sys.argv[1])
 hidden, weight = torch.randn(1024, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)

@@ -25,6 +25,7 @@ from rlhf.config.loading import register_schema, to_typed
 from rlhf.config.schema import Config, Precision, RmLoss
 from rlhf.data.batches import pad_left, pad_right
 from rlhf.distributed.engine import build_engine
+from rlhf.evaluation.reward_model import pairwise_accuracy
 from rlhf.models.loading import (
     check_context,
     load_policy,
@@ -175,8 +176,8 @@ def test_log_probabilities_of_a_batch_are_those_of_its_rows(
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_policy_answers_for_the_wanted_tokens_only(tokenizer: Any, plain: bool) -> None:
     policy = load_policy("builtin:tiny", tokenizer, FP32).eval()
-    assert policy.is_plain()
-    policy.plain = plain
+    assert policy.supports_packing()
+    policy.can_pack = plain
     for pad in (pad_left, pad_right):
         ids, mask = pad(ROWS, PAD, CPU)
         everything = policy.hf(**model_inputs(policy.hf, ids, mask)).logits
@@ -214,7 +215,7 @@ def test_each_token_has_its_score_and_padding_that_of_the_last_one_before_it(
     for pad in (pad_left, pad_right):
         ids, mask = pad(ROWS, PAD, CPU)
         with torch.no_grad():
-            scores, read = scorer(ids, mask), scorer(ids, mask, padded=True)
+            scores, read = scorer(ids, mask), scorer(ids, mask, with_padding=True)
             states = hf.base_model(
                 **model_inputs(hf.base_model, ids, mask), use_cache=False
             ).last_hidden_state
@@ -480,8 +481,8 @@ def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     engine = build_engine(
         lambda: load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path
     )
-    assert engine.module.is_plain()
-    engine.module.plain = plain
+    assert engine.module.supports_packing()
+    engine.module.can_pack = plain
     rows = [
         ([5, 6, 7], [40, 41, EOS]),
         ([8], [42, 43, 44, 45, 46]),
@@ -593,6 +594,6 @@ def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(
 
 def test_accuracy_counts_a_tie_as_half() -> None:
     assert (
-        rm.correct(torch.tensor([2.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 1.0, -1.0]))
+        pairwise_accuracy(torch.tensor([2.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 1.0, -1.0]))
         == 2.5 / 4
     )

@@ -184,7 +184,12 @@ def test_model_states_are_the_measured_tensors(
     tokenizer = load_tokenizer("builtin:tiny")
     before = storages()
     engine = build_engine(
-        lambda: load_policy("builtin:tiny", tokenizer, cfg.deploy.precision), cfg, "actor", tmp_path
+        lambda: load_policy(
+            "builtin:tiny", tokenizer, cfg.deploy.precision, adapter=cfg.actor.lora
+        ),
+        cfg,
+        "actor",
+        tmp_path,
     )
     ids = torch.randint(5, 100, (2, 8), generator=torch.Generator().manual_seed(0))
     wanted = torch.arange(8).expand(2, 8) >= 4

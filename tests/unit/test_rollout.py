@@ -84,7 +84,7 @@ def small(request: pytest.FixtureRequest) -> Policy:
     }
     torch.manual_seed(0)
     policy = Policy(transformers.AutoModelForCausalLM.from_config(shapes[request.param]())).eval()
-    assert policy.is_plain() == (request.param != "bloom")
+    assert policy.supports_packing() == (request.param != "bloom")
     return policy
 
 

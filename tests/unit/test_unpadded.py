@@ -98,28 +98,28 @@ def test_every_token_is_there_once_and_at_its_place(seed: int) -> None:
         if random.random() < 0.3 and len(rows[i]) > 2:
             hole = random.choice(mask[i].nonzero()[:, 0].tolist())
             mask[i, hole] = 0
-    layout = packing.pack(ids, mask)
+    packed = packing.pack(ids, mask)
     real = [ids[i][mask[i] > 0].tolist() for i in range(len(rows))]
     beginnings_seen = {tuple(row[: t + 1]) for row in real for t in range(len(row))}
     # a token is its whole beginning; the same one twice only where too little is alike
-    assert len(beginnings_seen) <= layout.ids.shape[1] <= sum(map(len, real))
+    assert len(beginnings_seen) <= packed.ids.shape[1] <= sum(map(len, real))
     for i, row in enumerate(real):
-        places = layout.place[i][mask[i] > 0]
-        assert layout.ids[0, places].tolist() == row
-        assert layout.position_ids[0, places].tolist() == list(range(len(row)))
+        places = packed.gather_index[i][mask[i] > 0]
+        assert packed.ids[0, places].tolist() == row
+        assert packed.position_ids[0, places].tolist() == list(range(len(row)))
         seen = (mask[i].cumsum(0) - 1).clamp(min=0)
-        assert layout.place[i].tolist() == places[seen].tolist()
+        assert packed.gather_index[i].tolist() == places[seen].tolist()
         assert any(
-            line[: len(row)] == places.tolist() for part in layout.parts for line in part.tolist()
+            line[: len(row)] == places.tolist() for part in packed.buckets for line in part.tolist()
         )
-    assert sum(map(len, layout.parts)) == len(rows)
-    assert torch.cat([part.flatten() for part in layout.parts])[layout.own].tolist() == list(
-        range(layout.ids.shape[1])
+    assert sum(map(len, packed.buckets)) == len(rows)
+    assert torch.cat([part.flatten() for part in packed.buckets])[packed.scatter_index].tolist() == list(
+        range(packed.ids.shape[1])
     )
 
 
 def test_what_begins_alike_is_there_once() -> None:
-    layout = packing.pack(*batch()[:2])
+    packed = packing.pack(*batch()[:2])
     fresh = [
         8,
         2,
@@ -128,26 +128,26 @@ def test_what_begins_alike_is_there_once() -> None:
         1,
         0,
     ]  # the last row but one shares more than BEGINNING; the last is there already, but too short to share
-    assert layout.ids.shape[1] == len(BEGINNING) + sum(fresh[:5]) + 7
+    assert packed.ids.shape[1] == len(BEGINNING) + sum(fresh[:5]) + 7
     alike = packing.pack(*pad_right([ROWS[0], ROWS[0]], PAD, CPU))
     assert (
         alike.ids.tolist() == [ROWS[0]]
-        and alike.parts[0].tolist() == [list(range(len(ROWS[0])))] * 2
+        and alike.buckets[0].tolist() == [list(range(len(ROWS[0])))] * 2
     )
 
 
 def test_attention_pads_little() -> None:
     """Parts of sequences that are at least 0.8 times as long as the longest; all short ones are one part."""
     rows = [[1] * n for n in (100, 79, 81, 5, 32, 64, 100, 63, 2)]
-    layout = packing.pack(*pad_right([[i] * len(row) for i, row in enumerate(rows)], PAD, CPU))
-    assert [tuple(part.shape) for part in layout.parts] == [(3, 100), (2, 79), (1, 63), (3, 32)]
+    packed = packing.pack(*pad_right([[i] * len(row) for i, row in enumerate(rows)], PAD, CPU))
+    assert [tuple(part.shape) for part in packed.buckets] == [(3, 100), (2, 79), (1, 63), (3, 32)]
 
 
 def test_equal_lengths_need_no_rearrangement() -> None:
-    assert packing.pack(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3)).equal
+    assert packing.pack(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3)).is_dense
     assert not packing.pack(
         torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    ).equal
+    ).is_dense
     with pytest.raises(ValueError, match="without any token"):
         packing.pack(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 1], [0, 0]]))
 
@@ -162,14 +162,14 @@ def test_values_and_gradients_are_those_of_each_row_alone(
 ) -> None:
     policy = load_policy(base(family), tokenizer, Precision.fp32).train()
     assert_same(policy, left)
-    assert policy.plain
+    assert policy.can_pack
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in PLAIN])
 def test_others_are_padded_and_give_the_same(base: Any, tokenizer: Any, family: str) -> None:
     policy = load_policy(base(family), tokenizer, Precision.fp32).train()
     assert_same(policy)
-    assert not policy.plain
+    assert not policy.can_pack
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,7 +188,7 @@ def test_scores_are_those_of_each_row_alone(base: Any, tokenizer: Any, family: s
                 assert torch.equal(
                     scores[i, len(row) :], scores[i, len(row) - 1].expand(ids.shape[1] - len(row))
                 )
-    assert scorer.plain == (family in PLAIN)
+    assert scorer.can_pack == (family in PLAIN)
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -211,7 +211,10 @@ def test_with_adapter_and_activation_checkpointing(
 ) -> None:
     cfg = composed("stage=sft", "actor.lora.rank=3", "deploy.activation_checkpointing=true")
     engine = build_engine(
-        lambda: load_policy(base(family), tokenizer, Precision.fp32), cfg, "actor", tmp_path
+        lambda: load_policy(base(family), tokenizer, Precision.fp32, adapter=cfg.actor.lora),
+        cfg,
+        "actor",
+        tmp_path,
     )
     engine.train()
     policy = engine.module
@@ -223,7 +226,7 @@ def test_with_adapter_and_activation_checkpointing(
         if ".lora_B." in name:
             torch.nn.init.normal_(p, std=0.1)
     assert_same(policy)
-    assert policy.plain
+    assert policy.can_pack
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -244,7 +247,7 @@ def test_who_needs_no_padding(base: Any, tokenizer: Any, family: str) -> None:
     state = torch.get_rng_state()
     for training in (True, False):
         policy.train(training)
-        assert (policy.plain is not False and policy.agrees()) == (family in PLAIN)
+        assert (policy.can_pack is not False and policy.packing_matches_unpacked()) == (family in PLAIN)
         assert policy.training == training and torch.equal(torch.get_rng_state(), state)
 
 
@@ -257,7 +260,7 @@ def test_rounding_is_not_taken_for_a_difference(
 ) -> None:
     for load in (load_policy, load_scorer):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.autocast):
-            assert load(base(family), tokenizer, precision).agrees()
+            assert load(base(family), tokenizer, precision).packing_matches_unpacked()
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=lambda p: p.name)
@@ -269,10 +272,10 @@ def test_a_model_that_looks_across_a_border_is_padded(
     policy = load_policy(base(family), tokenizer, precision)
     monkeypatch.setattr(
         packing,
-        "inputs_of",
-        lambda layout, dtype: {"input_ids": layout.ids, "position_ids": layout.position_ids},
+        "packed_inputs",
+        lambda packed, dtype: {"input_ids": packed.ids, "position_ids": packed.position_ids},
     )
-    assert not policy.is_plain()
+    assert not policy.supports_packing()
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])  # the others' positions are relative
@@ -284,7 +287,7 @@ def test_a_model_whose_positions_go_on_is_padded(base: Any, tokenizer: Any, fami
         return inner(input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **inputs)
 
     policy.hf.base_model.forward = forward
-    assert not policy.is_plain()
+    assert not policy.supports_packing()
 
 
 def test_a_model_that_changes_its_logits_afterwards_is_used_as_it_is(
@@ -300,7 +303,7 @@ def test_a_model_that_changes_its_logits_afterwards_is_used_as_it_is(
         return out
 
     policy.hf.forward = forward
-    assert not policy.is_plain()
+    assert not policy.supports_packing()
     assert_same(policy)
 
 
