@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhf.config.constants import SANDBOX_SPLIT
 from rlhf.config.schema import Sandbox
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
 
@@ -380,7 +381,7 @@ def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> Dataset:
         )
     rng.shuffle(prompts)
     held_out, rest = prompts[:eval_rows], prompts[eval_rows:]
-    a, b = int(0.4 * len(rest)), int(0.8 * len(rest))
+    a, b = (int(share * len(rest)) for share in SANDBOX_SPLIT)
     for_sft, for_rm, for_ppo = rest[:a], rest[a:b], rest[b:]
 
     def demonstrate(prompt: str, rng: random.Random) -> Demonstration:
