@@ -39,7 +39,6 @@ from rlhf.runs.directory import (
     config_for_stage,
     describe_environment,
     find_checkpoints,
-    lock_run,
     read_summary,
     write_json,
 )
@@ -47,6 +46,7 @@ from rlhf.runs.history import find_runs
 from rlhf.runs.identity import run_dir_for, run_identity
 from rlhf.runs.inputs import check_models, find_inputs
 from rlhf.runs.launch import SWEEP_LOG, check_machines, end_with_parent, run_workers
+from rlhf.runs.locks import LOCK_FILE, lock_run
 from rlhf.runs.model_card import write_card
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -374,13 +374,7 @@ def run_stage(
         write_json(directory / "parents.json", parents)
         environment = describe_environment()
         write_json(directory / "env.json", environment)
-        try:
-            asked_to_stop = run_workers(directory, own)
-        except RuntimeError as error:
-            whole, _ = find_checkpoints(directory)
-            raise RuntimeError(
-                f"{error}; the last good checkpoint is {whole[0][0]}" if whole else str(error)
-            ) from None
+        asked_to_stop = run_workers(directory, own)
         result = json.loads((directory / "result.json").read_text())
         result["data"] = json.loads((directory / "data.json").read_text())
         result |= {
@@ -434,7 +428,7 @@ def inspect_data(cfg: Config, baseline: Config) -> None:
     )
     with lock_run(directory):
         for path in directory.iterdir():
-            if path.name != ".owner":
+            if path.name != LOCK_FILE:
                 path.unlink()
         save_config(own, directory / "config.yaml")
         run_workers(directory, own)
