@@ -10,7 +10,7 @@ CHUNK_LOGITS = 2**21
 # Probabilities kept for the backward pass, 16 MiB; those of further chunks are computed again.
 KEPT_PROBABILITIES = 2**22
 
-# rlhf/data/sandbox.py: prompts of the built-in world (24 things x 12 questions x 5 wishes about
+# rlhf/data/sandbox/: prompts of the built-in world (24 things x 12 questions x 5 wishes about
 # length x 5 about tone), and the shares of the training prompts at which the part of SFT and the
 # part of the reward model end; the rest is for the online algorithms
 SANDBOX_PROMPTS = 7200

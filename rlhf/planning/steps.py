@@ -42,7 +42,7 @@ def rows_for_stage(cfg: Config, stage: Stage) -> int | None:
 
 
 def sandbox_rows(sandbox: Sandbox, eval_rows: int, share: str) -> int:
-    """Rows of a share of the built-in world (rlhf/data/sandbox.py)."""
+    """Rows of a share of the built-in world (rlhf/data/sandbox/world.py)."""
     if share == "sft":
         return sandbox.demonstrations
     if share == "rm":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf.config.schema import BestBy, Config, DsChat, Grpo, KlPlace, Ppo, Ptx
 from rlhf.config.stage_graph import adapter_only, stage_config
-from rlhf.data import load
+from rlhf.data import tokenized
 from rlhf.data.batches import global_batches, micro_batches, uniforms
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset
@@ -47,7 +47,7 @@ from rlhf.training.optimizer_step import optimizer_step
 from rlhf.training.schedule import learning_rate
 from rlhf.training.tracker import Tracker
 
-Texts = load.Rows[tuple[list[int], list[int]]]
+Texts = tokenized.Rows[tuple[list[int], list[int]]]
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
@@ -70,9 +70,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         raise ValueError(
             f"{name}.evaluation.best_by=gold: these data do not know the truth; choose score or objective"
         )
-    prompts = load.prompts(tokenizer, data.ppo, max_prompt, cfg.data.workers)
+    prompts = tokenized.prompts(tokenizer, data.ppo, max_prompt, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if algo.ptx.coef else None
-    log.info(f"{name.upper()}: {prompts} prompts, {len(data.eval_prompts)} held out")
+    log.info(f"{name.upper()}: {prompts}, {len(data.eval_prompts)} held out")
     steps = len(prompts) // algo.batch_size * algo.prompt_epochs
     if not steps:
         raise ValueError(
@@ -553,17 +553,16 @@ def pretraining_texts(cfg: Config, data: Dataset, tokenizer: Any) -> Texts:
     ptx: Ptx = stage_config(cfg).ptx
     if data.texts is not None:
         check_context(cfg.inputs["sft"], 0, ptx.max_tokens, f"{cfg.stage.name}.ptx.max_tokens")
-        texts = load.texts(tokenizer, data.texts, ptx.max_tokens, cfg.data.workers)
+        texts = tokenized.texts(tokenizer, data.texts, ptx.max_tokens, cfg.data.workers)
     else:
         longest = min(ptx.max_tokens, cfg.data.max_response_tokens)  # which SFT has had room for
-        texts = load.demonstrations(
+        texts = tokenized.demonstrations(
             tokenizer, data.sft, cfg.data.max_prompt_tokens, longest, cfg.data.workers
         )
     if not len(texts):
         raise ValueError(
             f"{cfg.stage.name}.ptx.coef={ptx.coef}: there are neither texts (a source of format text) nor demonstrations"
         )
-    log.info(
-        f"pretraining loss: {texts} {'texts' if data.texts is not None else 'SFT demonstrations, as no source has plain text'}"
-    )
+    origin = "" if data.texts is not None else " of SFT, as no source has plain text"
+    log.info(f"pretraining loss: {texts}{origin}")
     return texts

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf.config.schema import Config, RmLoss
-from rlhf.data import load, template
+from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, micro_batches, pad_right
 from rlhf.data.load import open_data
 from rlhf.data.records import Pair
@@ -40,8 +40,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         for pair in data.eval_rm
         if template.encode_prompts(tokenizer, [pair.prompt], max_prompt)[0] is not None
     ]
-    pairs = load.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
-    log.info(f"reward model: {pairs} pairs, {len(held_out)} held out")
+    pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
+    log.info(f"reward model: {pairs}, {len(held_out)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
     if not steps:
         raise ValueError(f"rm.batch_size={cfg.rm.batch_size}: there are only {len(pairs)} pairs")

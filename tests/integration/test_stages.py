@@ -247,7 +247,7 @@ def test_preference_files_train_all_stages(tmp_path: Path) -> None:
     done = train("stage=rm", "data=rm_static", *dialogues, cwd=tmp_path)
     assert done.returncode == 1  # the answers of this file are no dialogues
     assert (
-        f"data.sources.rm_static: line 1 of {file}: chosen is no dialogue: it does not begin with Human:"
+        f"data.sources.rm_static: line 1 of {file}: chosen is not a dialogue: it does not begin with Human:"
         in done.stderr
     )
     done = train(
