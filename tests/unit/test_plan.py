@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.config.constants import SANDBOX_PROMPTS
 from rlhf.config.schema import Arch, Config, Lora, Stage
 from rlhf.config.validation import check_config
-from rlhf.data.sandbox import all_prompts
+from rlhf.data.sandbox.ground_truth import all_prompts
 from rlhf.distributed.engine import build_engine
 from rlhf.models import lora
 from rlhf.models.loading import load_policy, load_tokenizer
