@@ -21,7 +21,7 @@ def test_the_command_looks_anew_each_time(tmp_path: Path) -> None:
     ]  # needs none
     done = train(*command, cwd=tmp_path)
     assert (
-        done.returncode == 1
+        done.returncode == 2
         and "pairs.jsonl: no such file" in done.stderr
         and "Traceback" not in done.stderr
     )
