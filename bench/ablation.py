@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).parents[1]
-DSCHAT = ["ppo=dschat", "rm=dschat", "sft=dschat"]
-SEVERAL = ["ppo.epochs=4", "ppo.minibatches=4"]
+DSCHAT = ["rl=dschat", "rm=dschat", "sft=dschat"]
+SEVERAL = ["rl.epochs=4", "rl.minibatches=4"]
 ALWAYS = [
-    "ppo.prompt_epochs=2",
-    "ppo.evaluation.every=7",
+    "rl.prompt_epochs=2",
+    "rl.evaluation.every=7",
     "data.eval_rows=128",
     "wandb.mode=disabled",
     "deploy.threads=1",
     "rollout.log_answers=0",
 ]
-OURS_SCORE = ["ppo.normalize_score=true", "ppo.score_clip=null", "ppo.missing_eos_penalty=1"]
-NO_DROPOUT = ["ppo.dschat.dropout=0", "ppo.dschat.train_mode_logp=false"]
-SAMPLED, EOS_KEPT = "ppo.dschat.greedy=false", "ppo.dschat.pad_is_eos=false"
+OURS_SCORE = ["rl.normalize_score=true", "rl.score_clip=null", "rl.missing_eos_penalty=1"]
+NO_DROPOUT = ["rl.dschat.dropout=0", "rl.dschat.train_mode_logp=false"]
+SAMPLED, EOS_KEPT = "rl.dschat.greedy=false", "rl.dschat.pad_is_eos=false"
 
 # group -> arm -> overrides
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -42,41 +42,41 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "DeepSpeed-Chat, 4 x 4": DSCHAT + SEVERAL,
     },
     "this framework, one habit added": {
-        "+ greedy rollouts": [*SEVERAL, "ppo.dschat.greedy=true"],
-        "+ pad = EOS": [*SEVERAL, "ppo.dschat.pad_is_eos=true"],
-        "+ dropout, old log-probs without": [*SEVERAL, "ppo.dschat.dropout=0.1"],
+        "+ greedy rollouts": [*SEVERAL, "rl.dschat.greedy=true"],
+        "+ pad = EOS": [*SEVERAL, "rl.dschat.pad_is_eos=true"],
+        "+ dropout, old log-probs without": [*SEVERAL, "rl.dschat.dropout=0.1"],
         "+ dropout, old log-probs with": [
             *SEVERAL,
-            "ppo.dschat.dropout=0.1",
-            "ppo.dschat.train_mode_logp=true",
+            "rl.dschat.dropout=0.1",
+            "rl.dschat.train_mode_logp=true",
         ],
-        "+ no whitening": [*SEVERAL, "ppo.whiten_advantages=false"],
+        "+ no whitening": [*SEVERAL, "rl.normalize=none"],
         "+ raw scores, clipped at 5, no EOS penalty": [
             *SEVERAL,
-            "ppo.normalize_score=false",
-            "ppo.score_clip=5",
-            "ppo.missing_eos_penalty=0",
+            "rl.normalize_score=false",
+            "rl.score_clip=5",
+            "rl.missing_eos_penalty=0",
         ],
         "+ per-token reward loss": [*SEVERAL, "rm=dschat"],
-        "+ micro-batch means": [*SEVERAL, "ppo.dschat.micro_batch_means=true"],
-        "+ greedy, pad = EOS": [*SEVERAL, "ppo.dschat.greedy=true", "ppo.dschat.pad_is_eos=true"],
+        "+ micro-batch means": [*SEVERAL, "rl.dschat.micro_batch_means=true"],
+        "+ greedy, pad = EOS": [*SEVERAL, "rl.dschat.greedy=true", "rl.dschat.pad_is_eos=true"],
         "+ raw scores, no whitening": [
             *SEVERAL,
-            "ppo.normalize_score=false",
-            "ppo.score_clip=5",
-            "ppo.missing_eos_penalty=0",
+            "rl.normalize_score=false",
+            "rl.score_clip=5",
+            "rl.missing_eos_penalty=0",
         ]
-        + ["ppo.whiten_advantages=false"],
+        + ["rl.normalize=none"],
     },
     "DeepSpeed-Chat 4 x 4, one habit mended": {
         "- greedy rollouts": [*DSCHAT, *SEVERAL, SAMPLED],
         "- pad = EOS": [*DSCHAT, *SEVERAL, EOS_KEPT],
         "- dropout": [*DSCHAT, *SEVERAL, *NO_DROPOUT],
-        "- no whitening": [*DSCHAT, *SEVERAL, "ppo.whiten_advantages=true"],
+        "- no whitening": [*DSCHAT, *SEVERAL, "rl.normalize=batch"],
         "- raw scores, no EOS penalty": [*DSCHAT, *SEVERAL, *OURS_SCORE],
-        "- per-token reward loss": ["ppo=dschat", "sft=dschat", *SEVERAL],
-        "- micro-batch means": [*DSCHAT, *SEVERAL, "ppo.dschat.micro_batch_means=false"],
-        "target KL 0.05 per pass": [*DSCHAT, *SEVERAL, "ppo.target_kl=0.05"],
+        "- per-token reward loss": ["rl=dschat", "sft=dschat", *SEVERAL],
+        "- micro-batch means": [*DSCHAT, *SEVERAL, "rl.dschat.micro_batch_means=false"],
+        "target KL 0.05 per pass": [*DSCHAT, *SEVERAL, "rl.target_kl=0.05"],
         "- greedy, - pad = EOS": [*DSCHAT, *SEVERAL, SAMPLED, EOS_KEPT],
         "- greedy, - pad = EOS, - dropout": [*DSCHAT, *SEVERAL, SAMPLED, EOS_KEPT, *NO_DROPOUT],
     },

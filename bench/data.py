@@ -1,10 +1,11 @@
-"""How long the preparation of the data takes, and how much memory: preference pairs of a .jsonl file, of three sizes.
+"""How long the data preparation takes, and how much memory, for preference pairs of three sizes.
 
     python bench/data.py [--rows 2000000] [--out DIR] [--workers N]
 
-Each size is prepared in a process of its own, first with an empty cache and then from the cache, as a training run does it: the
-records of all stages, and the token ids of those for SFT, reward model and PPO with the tokenizer of builtin:tiny. DIR (a temporary
-one by default) gets the file and the caches, about 6 kB per row of --rows; they are deleted afterwards.
+The pairs are a .jsonl file. Each size is prepared in a process of its own, first with an empty
+cache and then from the cache, as a training run does it: the records of all stages, and the token
+ids for SFT, reward model and PPO with the tokenizer of builtin:tiny. DIR (a temporary one by
+default) gets the file and the caches, about 6 kB per row of --rows; they are deleted afterwards.
 """
 
 from __future__ import annotations
@@ -30,53 +31,59 @@ LIBRARIES = "libraries loaded"
 SELF_AND_WORKERS = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- the file
+# --- the file
 
 
 def write_pairs(file: Path, rows: int) -> None:
-    """Preference pairs, the same ones each time. Of a thousand lines 20 are there again, 10 have a prompt of before and new
-    answers, and one is broken."""
-    made = random.Random(1)
-    words = _words(made, 5_000)
+    """Write preference pairs, the same ones each time.
+
+    Of a thousand lines, 20 repeat an earlier line, 10 have an earlier prompt and new answers, and
+    one is not JSON.
+    """
+    rng = random.Random(1)
+    words = _words(rng, 5_000)
 
     def text() -> str:
-        return " ".join(made.choices(words, k=made.randint(10, 60)))
+        return " ".join(rng.choices(words, k=rng.randint(10, 60)))
 
-    before: list[tuple[str, str]] = []  # prompts and lines to have again
+    earlier: list[tuple[str, str]] = []  # prompts and lines to repeat
     with file.open("w") as lines:
         for _ in range(rows):
-            chance = made.random()
+            chance = rng.random()
             if chance < 0.001:
                 line = '{"prompt": "' + text()
-            elif chance < 0.021 and before:
-                line = made.choice(before)[1]
+            elif chance < 0.021 and earlier:
+                line = rng.choice(earlier)[1]
             else:
-                prompt = made.choice(before)[0] if chance < 0.031 and before else text()
+                prompt = rng.choice(earlier)[0] if chance < 0.031 and earlier else text()
                 line = json.dumps({"prompt": prompt, "chosen": text(), "rejected": text()})
-                if len(before) < 1_000:
-                    before.append((prompt, line))
+                if len(earlier) < 1_000:
+                    earlier.append((prompt, line))
                 else:
-                    before[made.randrange(1_000)] = (prompt, line)
+                    earlier[rng.randrange(1_000)] = (prompt, line)
             lines.write(line + "\n")
 
 
-def _words(made: random.Random, n: int) -> list[str]:
+def _words(rng: random.Random, n: int) -> list[str]:
     return [
-        "".join(made.choices("eeeetttaaooiinnsshhrrdlucmfwypvbgk", k=made.randint(2, 9)))
+        "".join(rng.choices("eeeetttaaooiinnsshhrrdlucmfwypvbgk", k=rng.randint(2, 9)))
         for _ in range(n)
     ]
 
 
-# -------------------------------------------------------------------------------------------------------------------- one process
+# --- one process
 
 
 def prepare(file: str, workers: int | None) -> dict[str, Any]:
-    """What a training run does before its first step. Returns: rows; seconds since the libraries are loaded, of the clock, of all
-    processors together, and by phase; and the peak RSS of the largest of this process and its workers."""
+    """What a training run does before its first step.
+
+    Returns: rows of each stage; seconds since the libraries are loaded: wall time, CPU time, and by
+        phase; peak RSS in bytes of the largest of this process and its workers.
+    """
     from hydra import compose, initialize_config_dir
 
     from rlhf.config.loading import register_schema, to_typed
-    from rlhf.data import load
+    from rlhf.data import load, tokenized
     from rlhf.models.loading import load_tokenizer
 
     register_schema()
@@ -100,11 +107,11 @@ def prepare(file: str, workers: int | None) -> dict[str, Any]:
 
     records = load.load_data(data)
     done("records")
-    sft = load.demonstrations(tokenizer, records.sft, prompt, response, data.workers)
+    sft = tokenized.demonstrations(tokenizer, records.sft, prompt, response, data.workers)
     done("sft")
-    rm = load.pairs(tokenizer, records.rm, prompt, response, data.workers)
+    rm = tokenized.pairs(tokenizer, records.rm, prompt, response, data.workers)
     done("rm")
-    ppo = load.prompts(tokenizer, records.ppo, prompt, data.workers)
+    ppo = tokenized.prompts(tokenizer, records.ppo, prompt, data.workers)
     done("ppo")
     for rows in (sft, rm, ppo):
         assert len(rows) and rows[len(rows) - 1]
@@ -119,15 +126,19 @@ def prepare(file: str, workers: int | None) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its workers that have ended."""
+    """CPU time of this process and of its workers that have ended."""
     usages = [resource.getrusage(who) for who in SELF_AND_WORKERS]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
-    """`prepare` in a fresh process. Adds GB of RSS, sampled 20 times a second: `libraries`, what it has before it begins; `largest`,
-    the peak of the largest of it and its workers; `not_files`, likewise without the pages of files (the cache, the libraries' code),
-    which the kernel may drop at will; `together`, the peak of their sum, in which what they share counts once per process."""
+    """Run `prepare` in a fresh process.
+
+    Returns: its results, and GB of RSS, sampled 20 times a second: `libraries`, when the libraries
+        are loaded; `largest`, the peak of the largest of it and its workers; `not_files`, the same
+        without pages of files (the cache, the libraries' code), which the kernel may drop;
+        `together`, the peak of their sum, in which shared pages count once per process.
+    """
     import psutil
 
     environment = os.environ | {
@@ -135,9 +146,8 @@ def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, __file__, "--child", str(file)] + (
-        ["--workers", str(workers)] if workers else []
-    )
+    command = [sys.executable, __file__, "--child", str(file)]
+    command += ["--workers", str(workers)] if workers else []
     errors = cache.with_suffix(".log")
     with errors.open("w") as log:  # the progress bars too
         child = subprocess.Popen(
@@ -174,10 +184,12 @@ def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
     ended.set()
     watcher.join()
     if code:
-        raise SystemExit(f"{errors.read_text()[-4000:]}\nthe preparation has ended with {code}")
-    found = json.loads(answer)
-    peak["largest"] = max(peak["largest"], found["peak"])
-    return found | {key: value / 1e9 for key, value in {**peak, "libraries": libraries}.items()}
+        raise SystemExit(
+            f"{errors.read_text()[-4000:]}\nthe preparation failed with exit code {code}"
+        )
+    result = json.loads(answer)
+    peak["largest"] = max(peak["largest"], result["peak"])
+    return result | {key: value / 1e9 for key, value in {**peak, "libraries": libraries}.items()}
 
 
 def _children(top: Any) -> list[Any]:
@@ -189,7 +201,7 @@ def _children(top: Any) -> list[Any]:
         return []
 
 
-# ---------------------------------------------------------------------------------------------------------------------- all sizes
+# --- all sizes
 
 
 def main() -> None:
@@ -216,10 +228,10 @@ def main() -> None:
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
     out = Path(tempfile.mkdtemp(prefix="bench-data-", dir=given.out))
-    print(
-        f"{os.cpu_count()} cores, {given.workers or min(os.cpu_count() or 1, 8)} workers; seconds without loading the libraries"
-    )
-    print("\n".join(HEAD), flush=True)
+    workers = given.workers or min(os.cpu_count() or 1, 8)
+    print(f"{os.cpu_count()} cores, {workers} workers; seconds without loading the libraries")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|" + " ---: |" * len(COLUMNS), flush=True)
     worst, before = 0.0, None
     try:
         write_pairs(out / "all.jsonl", given.rows)
@@ -239,27 +251,24 @@ def main() -> None:
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in first["phases"].items())
     print(f"\nof the last one: {phases}; {given.rows / first['seconds']:,.0f} rows per second")
     print(f"with the libraries loaded a process has {first['libraries']:.2f} GB")
-    print(
-        f"largest process {worst:.2f} GB, {'as' if worst < PROMISED else 'NOT as'} promised (< {PROMISED:g} GB)"
-    )
+    verdict = "as" if worst < PROMISED else "NOT as"
+    print(f"largest process {worst:.2f} GB, {verdict} promised (< {PROMISED:g} GB)")
 
 
-HEAD = [
-    "|      rows | seconds | ratio | CPU seconds | ratio | seconds, cached | peak GB, largest one | not of files | all together | cached |",
-    "|----------:|--------:|------:|------------:|------:|----------------:|---------------------:|-------------:|-------------:|-------:|",
-]
+COLUMNS = ["rows", "seconds", "ratio", "CPU seconds", "ratio", "seconds, cached"]
+COLUMNS += ["peak GB, largest one", "not of files", "all together", "cached"]
 
 
 def line_of(
     rows: int, first: dict[str, Any], again: dict[str, Any], before: dict[str, Any] | None
 ) -> str:
-    clock, cpu = (
-        f"{first[key] / before[key]:5.2f}" if before else "     " for key in ("seconds", "cpu")
-    )
-    return (
-        f"| {rows:9,} | {first['seconds']:7.1f} | {clock} | {first['cpu']:11.1f} | {cpu} | {again['seconds']:15.1f} |"
-        f" {first['largest']:20.2f} | {first['not_files']:12.2f} | {first['together']:12.2f} | {again['largest']:6.2f} |"
-    )
+    """A row of the table. Args: before: `first` of half the size."""
+    ratios = [f"{first[key] / before[key]:.2f}" if before else "" for key in ("seconds", "cpu")]
+    cells = [f"{rows:,}", f"{first['seconds']:.1f}", ratios[0], f"{first['cpu']:.1f}", ratios[1]]
+    cells += [f"{again['seconds']:.1f}"]
+    cells += [f"{first[key]:.2f}" for key in ("largest", "not_files", "together")]
+    cells += [f"{again['largest']:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -222,15 +222,15 @@ def product_overrides(spec: Spec) -> list[str]:
     ]
     if stage == "ppo":
         given += [
-            f"ppo.actor={spec['policy']}",
-            f"ppo.reward={spec['reward']}",
-            "ppo.minibatches=1",
-            "ppo.kl.coef=0.1",
+            f"rl.actor={spec['policy']}",
+            f"rl.reward={spec['reward']}",
+            "rl.minibatches=1",
+            "rl.kl.coef=0.1",
         ]
         given += [
-            "ppo.critic_optim.lr=1e-6",
-            "ppo.normalize_score=false",
-            "ppo.missing_eos_penalty=0",
+            "rl.critic.lr=1e-6",
+            "rl.normalize_score=false",
+            "rl.missing_eos_penalty=0",
         ]
     return given + spec["set"]
 
@@ -531,8 +531,8 @@ def processes(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, An
             wait_for_quiet(spec["wait"])
             given = [
                 *product_overrides(spec | {"threads": 1}),
-                f"deploy.gpus={count}",
-                f"ppo.max_steps={each}",
+                f"deploy.processes_per_node={count}",
+                f"rl.max_steps={each}",
             ]
             steps[count] += train(Path(spec["out"]) / f"processes-{count}-{number}", given)[
                 WARM_UP:-1

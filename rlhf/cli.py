@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf import compose, help, run, sweep
 from rlhf.config.errors import UserError
 from rlhf.config.presets import CONF
-from rlhf.runs.launch import WorkerError
+from rlhf.runs.failures import WorkerError
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130  # exit codes
 stopped_by: list[

@@ -58,13 +58,15 @@ def register(folders: Sequence[Path] = ()) -> None:
         node = {"defaults": [*choose_rl, "_self_"], "pipeline": name}
         store.store(name, node, group="pipeline", package="_global_")
     for name in presets.preset_names():
-        node = {"defaults": [{"override /rl": name}, "_self_"], "name": name, "runs": [name]}
+        choose_rl = [{"override /rl@_global_.rl": name}]
+        node = {"defaults": [*choose_rl, "_self_"], "name": name, "runs": [name]}
         store.store(name, node, group="stage")
+    store.store("rl", {"name": "${rl.name}", "runs": ["${rl.name}"]}, group="stage")
 
 
 def register_model(store: ConfigStore, file: Path) -> None:
     """Make actor=NAME and reward=NAME of conf/model/NAME.yaml."""
-    paired = (OmegaConf.to_object(OmegaConf.load(file)) or {}).get("pairs_with") or {}  # type: ignore[union-attr]
+    paired = OmegaConf.select(OmegaConf.load(file), "pairs_with") or {}
     values = {"path": "${actor.path}"} if file.stem == "custom" else {}
     data = [{"override /data@_global_.data": paired["data"]}] if paired.get("data") else []
     reward = (
@@ -89,7 +91,7 @@ def group_options(group: str) -> list[str]:
         return presets.options("model")
     if group == "pipeline":
         return presets.pipeline_ends()
-    return presets.options(group) + (presets.preset_names() if group == "stage" else [])
+    return presets.options(group) + (["rl", *presets.preset_names()] if group == "stage" else [])
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -163,10 +165,39 @@ def closest(word: str, options: Sequence[str]) -> str:
 
 
 def allow_user_names(arg: str) -> str:
-    """`++` before keys in dictionaries that users extend by name: rl.rewards.NAME.function=..."""
+    """An override below a dictionary that users extend by name, in the form that Hydra accepts.
+
+    rl.rewards.NAME.weight=2 becomes ++rl.rewards={NAME: {weight: 2}}: OmegaConf cannot add a typed
+    node by the key of one of its fields.
+    """
     key = arg.partition("=")[0]
-    extends = "=" in arg and not arg.startswith(("+", "~")) and keys.below_user_names(key)
-    return f"++{arg}" if extends else arg
+    found = keys.find_key(key) if "=" in arg and not arg.startswith(("+", "~", "-")) else None
+    if found is None or "*" not in found.name:
+        return arg
+    try:
+        override = parse(arg)
+    except UserError:
+        return arg  # reported later, with all else that is wrong
+    depth = found.name.split(".").index("*")
+    parts = key.split(".")
+    swept = override.is_sweep_override()
+    values = list(override.sweep_string_iterator()) if swept else [literal(override.value())]
+    for name in reversed(parts[depth:]):
+        values = [f"{{{name}: {value}}}" for value in values]
+    return f"++{'.'.join(parts[:depth])}={','.join(values)}"
+
+
+def literal(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if isinstance(value, str):
+        return "'" + value.replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}: {literal(item)}' for name, item in value.items())}}}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 # ------------------------------------------------------------------------------------- composing
@@ -218,6 +249,8 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
         raise UserError("\n".join(problems))
     choices = [arg for arg in overrides if group_of(arg) in group_names()]
     usual = composed if choices == list(overrides) else compose("config", choices)
+    if OmegaConf.is_missing(usual.actor, "path"):  # actor=custom; reward=custom may follow it
+        usual.actor.path = composed.actor.path
     for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
         OmegaConf.update(usual, key, OmegaConf.select(composed, key))
     command = Command(cfg, typed_config(usual), list(overrides))

@@ -27,20 +27,20 @@ from rlhf.runs.directory import (
     config_for_stage,
     describe_environment,
     find_checkpoints,
-    lock_run,
     read_summary,
     write_json,
 )
 from rlhf.runs.identity import run_dir_for, run_identity
 from rlhf.runs.inputs import Inputs, find_inputs
-from rlhf.runs.launch import WorkerError, check_machines, run_workers
+from rlhf.runs.launch import check_machines, run_workers
+from rlhf.runs.locks import LOCK_FILE, lock_run
 from rlhf.runs.model_card import write_card
 
 
 def run_command(command: Command) -> list[Path]:
     """Run the chosen stages in order, but those that are finished. Returns: the run directories.
 
-    Raises: UserError, WorkerError when a stage failed, KeyboardInterrupt when asked to stop.
+    Raises: UserError; WorkerError when a stage failed by a bug, KeyboardInterrupt when asked to stop.
     """
     cfg = command.cfg
     for line in name_unused_keys(command):
@@ -110,7 +110,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
     # 2. what it needs
     check_machines(command.cfg)
     cfg = config_for_stage(command.cfg, stage, inputs.paths)
-    with contextlib.suppress(ValueError, OSError):  # no formula for this model: no plan
+    with contextlib.suppress(UserError, OSError):  # no formula for this model: no plan
         say(one_line_summary(make_plan(cfg, stage)))
     # 3. the run itself
     with lock_run(directory, wait=is_parent):
@@ -121,7 +121,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         save_config(cfg, directory / "config.yaml")
         write_json(directory / "parents.json", inputs.ids)
         write_json(directory / "env.json", describe_environment())
-        asked_to_stop = train(cfg, directory)
+        asked_to_stop = run_workers(directory, cfg)
         finish(command, stage, cfg, directory)
     if asked_to_stop:
         raise KeyboardInterrupt
@@ -139,20 +139,6 @@ def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: P
     elif archived := archive_attempt(directory):
         say(f"{stage}: an earlier attempt is kept in {archived}")
     say(f"{stage}: {directory}")
-
-
-def train(cfg: Config, directory: Path) -> bool:
-    """Run the workers. Returns: whether they were asked to stop, but were done by then.
-
-    Raises: WorkerError naming the last checkpoint, where there is one.
-    """
-    try:
-        return run_workers(directory, cfg)
-    except WorkerError as error:
-        intact, _ = find_checkpoints(directory)
-        if intact:
-            raise WorkerError(f"{error}; the last good checkpoint is {intact[0][0]}") from None
-        raise
 
 
 def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
@@ -214,7 +200,7 @@ def inspect_data(command: Command) -> None:
     )
     with lock_run(directory):
         for path in directory.iterdir():
-            if not path.name.startswith("."):
+            if path.name != LOCK_FILE:
                 path.unlink()
         save_config(cfg, directory / "config.yaml")
         run_workers(directory, cfg)

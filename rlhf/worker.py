@@ -1,116 +1,136 @@
-"""One process of a run: python -m rlhf.worker RUN_DIR. Reads RUN_DIR/config.yaml, never imports Hydra.
+"""One process of a run: python -m rlhf.worker RUN_DIR. Reads RUN_DIR/config.yaml, no Hydra.
 
-train.py starts it; run by hand it repeats the run of that directory, for a debugger.
+train.py starts it. Started by hand it repeats the run of that directory, for a debugger.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import importlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf.config.schema import Config
 
 
 def main(run_dir: Path) -> None:
+    """Run the stage of `run_dir` as one of its processes; the exit code says how it ended."""
+    # 1. the environment, which the libraries read when they are imported
     prepare_environment()
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from rlhf.config.choices import Device
-    from rlhf.config.deployment import threads_per_process
     from rlhf.config.loading import load_config
-    from rlhf.config.stage_graph import is_rl
     from rlhf.distributed import collectives
     from rlhf.distributed.engine import init_distributed
-    from rlhf.reporting import curves
-    from rlhf.runs import launch
-    from rlhf.runs.directory import write_json
-    from rlhf.runs.log import first_line, log
+    from rlhf.runs.failures import write_failure
+    from rlhf.runs.launch import STOPPED
+    from rlhf.runs.log import log
     from rlhf.training import checkpoint
     from rlhf.training.tracker import finish_wandb, set_up_logging
 
     transformers_logging.disable_progress_bar()
     started = time.time()
     try:
-        device = (
-            init_distributed()
-        )  # first: on another node this process may be here before node 0 has written config.yaml
+        # 2. the process group: node 0 joins it when config.yaml is written
+        device = init_distributed()
         set_up_logging(run_dir)
-        collectives.assert_same_across_ranks(
-            run_dir.name, "the run; start all nodes with the same command"
-        )
+        same_run = "the run; start all nodes with the same command"
+        collectives.assert_same_across_ranks(run_dir.name, same_run)
+        # 3. the configuration, and what it says of torch
         cfg = load_config(run_dir / "config.yaml")
-        stage = cfg.stage.name
-        if cfg.deploy.device == Device.gpu and device.type == "cpu":
-            raise RuntimeError(
-                "deploy.device=gpu, but this torch finds none: it may be built without CUDA, or not fit the driver"
-            )
-        if cfg.deploy.device == Device.cpu and device.type != "cpu":
-            raise RuntimeError(
-                "deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu"
-            )
-        if cfg.deterministic:
-            os.environ.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # cuBLAS reads it when it starts
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.set_num_threads(threads_per_process(cfg))
-        torch.manual_seed(
-            cfg.seed
-        )  # the same on every process: it decides weights; sampling has streams of its own
-        file = "rl" if is_rl(stage) else {"eval": "evaluate"}.get(stage, stage)
-        module = importlib.import_module(f"rlhf.stages.{file}")  # the others' libraries take time
-        metrics = module.run(cfg, run_dir)
+        check_device(cfg, device)
+        configure_torch(cfg)
+        # 4. the stage
+        metrics = run_stage(cfg, run_dir)
         if collectives.rank() == 0:
-            if stage in curves.PANELS or is_rl(stage):
-                curves.plot_curves(run_dir, stage)
-            if is_rl(stage):
-                curves.plot_frontier(run_dir, metrics)
-            write_json(
-                run_dir / "result.json",
-                {"metrics": metrics, "seconds": round(time.time() - started, 1)},
-            )
-        collectives.barrier()  # all end together: another node's next workers must not find those of this stage
-    except checkpoint.Stopped as asked:
-        log.info(str(asked))
+            write_result(cfg, run_dir, metrics, time.time() - started)
+        # 5. all end together: the next workers of another node must not meet those of this stage
+        collectives.barrier()
+    except checkpoint.Stopped as stopped:
+        log.info(str(stopped))
         finish_wandb()
         collectives.barrier()
         logging.shutdown()
-        os._exit(launch.STOPPED)
+        os._exit(STOPPED)
     except Exception as error:
-        log.debug(
-            "failed", exc_info=True
-        )  # the traceback is for the log and the file, their first line for the user
-        text = f"rank {os.environ['RANK']}: {type(error).__name__}: {first_line(error)}\n\n{traceback.format_exc()}"
-        with contextlib.suppress(OSError):  # on a node whose run directory is not that of node 0
-            (run_dir / f"error-rank{os.environ['RANK']}.txt").write_text(text)
+        log.debug("failed", exc_info=True)  # the traceback is for train.log only
+        write_failure(run_dir, os.environ["RANK"], error)
         logging.shutdown()
-        os._exit(1)  # at once: leaving the group would wait for the others, who wait for this one
+        # at once: leaving the process group would wait for the others, who wait for this process
+        os._exit(1)
     torch.distributed.destroy_process_group()
 
 
+def check_device(cfg: Config, device: torch.device) -> None:
+    """Raises: UserError where torch computes on another device than deploy.device."""
+    from rlhf.config.choices import Device
+    from rlhf.config.errors import UserError
+
+    if cfg.deploy.device == Device.gpu and device.type == "cpu":
+        raise UserError(
+            "deploy.device=gpu, but torch finds no GPU: install a torch with CUDA that fits "
+            "the driver"
+        )
+    if cfg.deploy.device == Device.cpu and device.type != "cpu":
+        raise UserError("deploy.device=cpu, but this process is on a GPU: set DS_ACCELERATOR=cpu")
+
+
+def configure_torch(cfg: Config) -> None:
+    """Determinism, threads, and the seed."""
+    import torch
+
+    from rlhf.config.deployment import threads_per_process
+
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(threads_per_process(cfg))
+    # the same on every process: it decides new weights; sampling has random streams of its own
+    torch.manual_seed(cfg.seed)
+
+
+def run_stage(cfg: Config, run_dir: Path) -> dict[str, float]:
+    """Run the stage and return its final metrics. Imports the module of that stage only."""
+    from rlhf.config.stage_graph import is_rl
+
+    stage = cfg.stage.name
+    name = "rl" if is_rl(stage) else {"eval": "evaluate"}.get(stage, stage)
+    return importlib.import_module(f"rlhf.stages.{name}").run(cfg, run_dir)
+
+
+def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds: float) -> None:
+    """The curves of a finished run, and result.json."""
+    from rlhf.config.stage_graph import is_rl
+    from rlhf.reporting import curves
+    from rlhf.runs.directory import write_json
+
+    if cfg.stage.name in curves.PANELS or is_rl(cfg.stage.name):
+        curves.plot_curves(run_dir, cfg.stage.name)
+    if is_rl(cfg.stage.name):
+        curves.plot_frontier(run_dir, metrics)
+    write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(seconds, 1)})
+
+
 def prepare_environment() -> None:
-    """Die with the parent, be a group of one when started by hand, and keep the libraries quiet."""
+    """End with the parent, be a group of one when started by hand, keep the libraries quiet."""
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-        import socket
-
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
@@ -129,7 +149,9 @@ def prepare_environment() -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    # what is left is the libraries' own teardown, in which a thread of theirs can abort the process: a finished run would be called failed
+    # The run is finished. The libraries' own teardown is skipped: a thread of theirs can abort the
+    # process in it, and the run would count as failed.
     atexit._run_exitfuncs()
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)

@@ -142,12 +142,6 @@ def find_key(key: str) -> Key | None:
     return None
 
 
-def below_user_names(key: str) -> bool:
-    """Whether a key lies in a dictionary to which users add entries by name (rl.rewards.NAME)."""
-    found = find_key(key)
-    return found is not None and "*" in found.name.split(".")
-
-
 def with_suggestion(key: str) -> str:
     """`key` with the closest match: "rl.lrr (did you mean rl.lr?)"."""
     names = list(schema())

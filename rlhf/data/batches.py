@@ -1,4 +1,7 @@
-"""From token ids to tensors: padding, micro-batches, order. Masks are made here and carried along; none is guessed from ids."""
+"""From token ids to tensors: padding, order, micro-batches, and the rows of each rank.
+
+Masks are made here and carried along; no mask is derived from ids.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ T = TypeVar("T")
 def pad_right(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """ids and mask (B, longest), the padding behind."""
+    """ids and mask (B, T) int64, padded on the right to the longest row."""
     return _pad(rows, pad_id, device, left=False)
 
 
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """ids and mask (B, longest), the padding in front."""
+    """ids and mask (B, T) int64, padded on the left to the longest row."""
     return _pad(rows, pad_id, device, left=True)
 
 
@@ -42,7 +45,10 @@ def _pad(
 
 
 def global_batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """Row numbers of each optimizer step, the same on every process: a new permutation per epoch, its incomplete rest left out."""
+    """Row numbers of each optimizer step, the same on every rank.
+
+    Each epoch is a new permutation; its last, incomplete batch is dropped.
+    """
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(n)
         for start in range(0, n - batch_size + 1, batch_size):
@@ -57,20 +63,24 @@ def micro_batches(
     world: int,
     longest: int | None = None,
 ) -> list[Sequence[int]]:
-    """This process's part of a batch, cut for memory into rows of similar length (less padding; a sum does not care about order).
+    """This rank's part of a batch, in micro-batches of rows of similar length (less padding).
 
-    Args: rows: row numbers.  lengths: tokens of each row of the data, indexed by row number.  micro_batch: rows at most; with `longest`,
-        the tokens of a row of full length, as many rows as have as many tokens as micro_batch such rows.
-    Returns: the same number of micro-batches on every process, when len(rows) is divisible by `world`.
+    Args:
+        rows: row numbers of the batch.
+        lengths: tokens of each row of the data, indexed by row number.
+        micro_batch: the largest number of rows. With `longest`, the largest number of tokens, in
+            rows of that length: as many rows as have micro_batch * longest tokens with padding.
+        longest: the tokens of a row of full length.
+    Returns: row numbers of each micro-batch; the same number of micro-batches on every rank when
+        len(rows) is divisible by `world`.
     """
     order = sorted(rows, key=lambda row: lengths[row])
     if longest is None:
         return chunks(order[rank::world], micro_batch)
     parts = [chunk_by_tokens(order[r::world], lengths, micro_batch * longest) for r in range(world)]
     mine = parts[rank]
-    while len(mine) < max(
-        map(len, parts)
-    ):  # another process needs more of them: the fullest one is halved
+    most = max(len(part) for part in parts)
+    while len(mine) < most:  # another rank needs more micro-batches: halve the fullest one
         fullest = max(range(len(mine)), key=lambda i: len(mine[i]))
         middle = (len(mine[fullest]) + 1) // 2
         mine[fullest : fullest + 1] = [mine[fullest][:middle], mine[fullest][middle:]]
@@ -80,7 +90,10 @@ def micro_batches(
 def chunk_by_tokens(
     order: Sequence[int], lengths: Sequence[int], tokens: int
 ) -> list[Sequence[int]]:
-    """Consecutive parts of at most so many tokens each, padding included, or of one row. Args: order: row numbers, short ones first."""
+    """Consecutive chunks of at most `tokens` tokens with padding, or of a single longer row.
+
+    Args: order: row numbers, short rows first.  lengths: tokens of each row, by row number.
+    """
     parts: list[Sequence[int]] = []
     start = 0
     for i in range(1, len(order) + 1):
@@ -91,30 +104,39 @@ def chunk_by_tokens(
 
 
 def chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Consecutive parts of at most `size` rows."""
+    """Consecutive chunks of at most `size` rows."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def map_across_ranks(
     lengths: Sequence[int], micro_batch: int, work: Callable[[Sequence[int]], Tensor]
 ) -> Tensor:
-    """What `work` gives for all rows, in their order: each process takes its part, rows of similar length together.
+    """The results of `work` for all rows, in the order of the rows, on every rank.
 
-    Args: lengths: tokens of each row.  work: from some row numbers to a tensor with a row for each.
+    Each rank computes its part in micro-batches of rows of similar length.
+
+    Args:
+        lengths: tokens of each row.
+        micro_batch: the largest number of rows of a call.
+        work: from row numbers to a tensor with a row for each of them, (B, ...).
     """
     rank, world = collectives.rank(), collectives.world_size()
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    order += order[:1] * (-len(order) % world)  # the same number on every process
-    found = collectives.all_gather_rows(
+    order += order[:1] * (-len(order) % world)  # the same number of rows on every rank
+    results = collectives.all_gather_rows(
         torch.cat([work(some) for some in chunks(order[rank::world], micro_batch)])
     )
-    place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
-    return found[[place[i] for i in range(len(lengths))]]
+    gathered = [row for r in range(world) for row in order[r::world]]
+    position = {row: i for i, row in enumerate(gathered)}
+    return results[[position[row] for row in range(len(lengths))]]
 
 
 def uniforms(stream: str, keys: Sequence[int], seed: int, step: int, n: int) -> Tensor:
-    """Random numbers in [0, 1) for sampling, (len(keys), n) float64: each row depends on its own key only, so a sample does not
-    change with the batch or the process that it is drawn in."""
+    """Random numbers in [0, 1) for sampling, (len(keys), n) float64.
+
+    A row depends on (stream, seed, step, its key) only, so a sample does not change with the batch
+    or the rank that it is drawn on.
+    """
     tag = int.from_bytes(stream.encode(), "big")
     return torch.from_numpy(
         np.stack([np.random.default_rng([tag, seed, step, key]).random(n) for key in keys])
@@ -122,5 +144,8 @@ def uniforms(stream: str, keys: Sequence[int], seed: int, step: int, n: int) -> 
 
 
 def first_loss_token(prompt: Sequence[int], train_on_prompt: bool) -> int:
-    """Place of the first token of a demonstration that is learnt; all behind it are learnt too. Never 0: nothing predicts that one."""
+    """Position of the first token in the loss; all later tokens are in the loss too.
+
+    Never 0: no token predicts the first one.
+    """
     return 1 if train_on_prompt else max(1, len(prompt))

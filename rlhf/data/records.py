@@ -1,10 +1,16 @@
-"""What every data source yields: turns of a conversation, and answers to them. Plain text; `template` alone renders it."""
+"""What every data source yields: turns of a conversation, and answers to them.
+
+Records are plain text; only `template` renders them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -24,33 +30,44 @@ class Pair:
     prompt: list[Turn]
     chosen: str  # the answer that the label prefers
     rejected: str | None  # None where a source has no second answer
-    gold_margin: float | None = (
-        None  # true reward of chosen minus rejected, where a source knows it
-    )
+    gold_margin: float | None = None  # gold reward of chosen minus rejected, where it is known
     source: str = ""  # name of its source, where pairs are evaluated
+
+
+class SourceReport(TypedDict):
+    """Where the rows of one split of a source go, as data.json has it."""
+
+    source: str
+    split: str
+    rows: int  # rows that were read
+    skipped: dict[str, int]  # rows that no stage gets, by reason
+    content: NotRequired[str]  # hash of the rows that could be read; files only
+    first_unreadable: NotRequired[str]  # where the first unreadable row is, and what is wrong
+    sft: NotRequired[int]  # rows of each part; missing for plain text
+    rm: NotRequired[int]
+    ppo: NotRequired[int]
+    eval: NotRequired[int]
+    copies: NotRequired[int]  # rows that a weight above 1 adds
+    texts: NotRequired[int]  # plain text only: rows for PPO's pretraining loss
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The data of all stages. No prompt stands in two of sft, rm, ppo and eval_*. What is trained on are tables on disk
-    (datasets.Dataset) with the columns prompt (turns), chosen and rejected; what is evaluated on is small."""
+    """The data of all stages. No prompt is in two of sft, rm, ppo and eval_*.
 
-    sft: Any
-    rm: Any
-    ppo: Any  # each prompt once
+    The training data are tables on disk with the columns prompt (turns), chosen and rejected; the
+    evaluation data are small lists in memory.
+    """
+
+    sft: datasets.Dataset
+    rm: datasets.Dataset
+    ppo: datasets.Dataset  # each prompt once
     eval_sft: list[Demonstration]
     eval_rm: list[Pair]
     eval_prompts: list[list[Turn]]
-    eval_probe: list[Pair] = field(
-        default_factory=list
-    )  # chosen fits its prompt, rejected would fit the opposite one
-    gold: Callable[[list[Turn], str], float] | None = (
-        None  # true reward of an answer, where it is known
-    )
-    best_gold: Callable[[list[Turn]], float] | None = (
-        None  # true reward of the best answer there is
-    )
-    texts: Any = None  # plain text, column text: for PPO's pretraining loss
-    report: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # of each source and split: how many rows went where, and why not
+    # pairs whose chosen answer fits its prompt, and whose rejected answer fits the opposite one
+    eval_probe: list[Pair] = field(default_factory=list)
+    gold: Callable[[list[Turn], str], float] | None = None  # gold reward of an answer, if known
+    best_gold: Callable[[list[Turn]], float] | None = None  # that of the best possible answer
+    texts: datasets.Dataset | None = None  # column text: for PPO's pretraining loss
+    report: list[SourceReport] = field(default_factory=list)  # one of each source and split

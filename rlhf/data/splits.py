@@ -2,66 +2,104 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import numpy as np
 
 from rlhf.config.schema import Data
 
-SFT, RM, PPO, EVAL = range(4)  # the parts
-PARTS = ("sft", "rm", "ppo", "eval")
+Part = Literal["sft", "rm", "ppo", "eval"]
+PARTS: tuple[Part, ...] = ("sft", "rm", "ppo", "eval")
+SFT, RM, PPO, EVAL = range(4)  # positions in PARTS
 
 
-def split_rows(
-    rows: dict[str, np.ndarray], cfg: Data
-) -> tuple[dict[int, np.ndarray], dict[str, np.ndarray]]:
+class RowFacts(NamedTuple):
+    """What decides where a row goes: arrays with one value per row of all sources."""
+
+    prompt_hash: np.ndarray  # uint64, of the prompt in lower case with single spaces
+    row_hash: np.ndarray  # uint64, of the prompt and its answers
+    is_pair: np.ndarray  # bool: it has a rejected answer too
+    sft_only: np.ndarray  # bool: its source is for SFT only
+    has_eval_split: np.ndarray  # bool: its source has an evaluation split of its own
+    held_out: np.ndarray  # bool: it is in that evaluation split
+    weight: np.ndarray  # float: how many copies of it; 0.5 keeps every second row
+    table: np.ndarray  # int: the number of the table that it comes from
+
+
+class Split(NamedTuple):
+    """Row numbers by part, a row of weight 2 twice; and of skipped rows by reason."""
+
+    parts: dict[Part, np.ndarray]
+    skipped: dict[str, np.ndarray]
+
+
+def split_rows(rows: RowFacts, cfg: Data) -> Split:
     """Which rows go into which part, and which into none.
 
-    Args: rows: of each row `prompt` and `key` (hashes of the prompt, and of all of it), `is_pair`, `sft_only`, `own_eval` (its source
-        has a held-out split of its own), `held_out` (it is of such a split), `weight`.
-    Returns: row numbers by part, a row of weight 2 twice; row numbers by the reason why they are left out.
+    A prompt belongs to one part only, which its hash decides. Each row that several rules would
+    skip counts under the first of them.
     """
-    place = rows["prompt"] / 2.0**64  # uniform in [0, 1)
+    part = _part_of_prompt(rows, cfg)
+    skipped: dict[str, np.ndarray] = {}
+    kept = np.ones(len(part), dtype=bool)
+
+    def skip(reason: str, which: np.ndarray) -> None:
+        skipped[reason] = np.flatnonzero(which & kept)
+        kept[skipped[reason]] = False
+
+    evaluated = np.unique(rows.prompt_hash[part == EVAL])
+    skip("prompt is held out for evaluation", (part != EVAL) & np.isin(rows.prompt_hash, evaluated))
+    skip("duplicate row", kept & ~_first_copies(rows, kept))
+    sft_only = rows.sft_only & (part != EVAL)
+    skip("no rejected answer", (part == RM) & ~rows.is_pair & ~sft_only)
+    elsewhere = np.unique(rows.prompt_hash[kept & ~sft_only & ((part == RM) | (part == PPO))])
+    skip(
+        "prompt is used by another stage",
+        sft_only & (part != SFT) & np.isin(rows.prompt_hash, elsewhere),
+    )
+    part[sft_only] = SFT
+    for_ppo = np.flatnonzero(kept & (part == PPO))
+    first_with_prompt = np.zeros(len(part), dtype=bool)
+    first_with_prompt[for_ppo[np.unique(rows.prompt_hash[for_ppo], return_index=True)[1]]] = True
+    skip("duplicate prompt", (part == PPO) & ~first_with_prompt)
+    copies = _copies(rows, part)
+    skip("weight below 1", copies == 0)
+
+    parts = {name: np.flatnonzero(kept & (part == number)) for number, name in enumerate(PARTS)}
+    return Split({name: np.repeat(index, copies[index]) for name, index in parts.items()}, skipped)
+
+
+def _part_of_prompt(rows: RowFacts, cfg: Data) -> np.ndarray:
+    """The part that each row's prompt belongs to, by its hash; rows of evaluation splits: EVAL."""
+    place = rows.prompt_hash / 2.0**64  # uniform in [0, 1)
     share = cfg.eval_share
     within = np.where(place < share, place / share, (place - share) / (1 - share))
     a, b, c = cfg.shares
     part = np.select([within < a / (a + b + c), within < (a + b) / (a + b + c)], [SFT, RM], PPO)
-    part[((place < share) & ~rows["own_eval"]) | rows["held_out"]] = EVAL
+    part[((place < share) & ~rows.has_eval_split) | rows.held_out] = EVAL
+    return part
 
-    lost: dict[str, np.ndarray] = {}
-    kept = np.ones(len(part), dtype=bool)
 
-    def leave_out(reason: str, which: np.ndarray) -> None:
-        lost[reason] = np.flatnonzero(which & kept)
-        kept[lost[reason]] = False
+def _first_copies(rows: RowFacts, kept: np.ndarray) -> np.ndarray:
+    """Whether a kept row is the one that stays of its duplicates (bool, one per row).
 
-    leave_out(
-        "prompt is evaluated on",
-        (part != EVAL) & np.isin(rows["prompt"], np.unique(rows["prompt"][part == EVAL])),
-    )
-    candidates = np.flatnonzero(kept)  # the same row for SFT only yields to the one that is for all
-    candidates = candidates[
-        np.lexsort((candidates, rows["sft_only"][candidates], rows["key"][candidates]))
-    ]
-    seen_before = kept.copy()
-    seen_before[candidates[np.unique(rows["key"][candidates], return_index=True)[1]]] = False
-    leave_out("the same row again", seen_before)
-    sft_only = rows["sft_only"] & (part != EVAL)
-    leave_out("no second answer", (part == RM) & ~rows["is_pair"] & ~sft_only)
-    elsewhere = np.unique(rows["prompt"][kept & ~sft_only & ((part == RM) | (part == PPO))])
-    leave_out(
-        "prompt of another stage", sft_only & (part != SFT) & np.isin(rows["prompt"], elsewhere)
-    )
-    part[sft_only] = SFT
-    first_with_prompt = np.zeros(len(part), dtype=bool)
-    for_ppo = np.flatnonzero(kept & (part == PPO))
-    first_with_prompt[for_ppo[np.unique(rows["prompt"][for_ppo], return_index=True)[1]]] = True
-    leave_out("the same prompt again", (part == PPO) & ~first_with_prompt)
+    A row of a source for all stages comes before the same row of a source for SFT only.
+    """
+    candidates = np.flatnonzero(kept)
+    order = np.lexsort((candidates, rows.sft_only[candidates], rows.row_hash[candidates]))
+    candidates = candidates[order]
+    first = np.zeros(len(kept), dtype=bool)
+    first[candidates[np.unique(rows.row_hash[candidates], return_index=True)[1]]] = True
+    return first
 
-    fraction = (
-        rows["key"] >> np.uint64(11)
-    ) / 2.0**53  # a part of the rows, the same one each time
-    copies = (np.floor(rows["weight"]) + (fraction < rows["weight"] % 1)).astype(np.int64)
+
+def _copies(rows: RowFacts, part: np.ndarray) -> np.ndarray:
+    """How many copies of each row its weight makes; the same rows each time.
+
+    PPO takes each prompt once at most, and evaluation ignores weights.
+    """
+    fraction = (rows.row_hash >> np.uint64(11)) / 2.0**53
+    copies = (np.floor(rows.weight) + (fraction < rows.weight % 1)).astype(np.int64)
     copies[part == PPO] = np.minimum(copies[part == PPO], 1)
     copies[part == EVAL] = 1
-    leave_out("by weight", copies == 0)
-    chosen = {number: np.flatnonzero(kept & (part == number)) for number in (SFT, RM, PPO, EVAL)}
-    return {number: np.repeat(index, copies[index]) for number, index in chosen.items()}, lost
+    return copies

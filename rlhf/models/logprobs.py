@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK, SMALLEST = 512, 64  # tokens; with fewer the product would be slow
-LOGITS = (
-    2**21
-)  # elements of a chunk's logits, within these bounds: 8 MiB, which stay in the cache of a CPU
+from rlhf.config.constants import (
+    CHUNK_LOGITS,
+    KEPT_PROBABILITIES,
+    MAX_CHUNK_TOKENS,
+    MIN_CHUNK_TOKENS,
+)
+
 LARGE = 2**20  # elements of a weight
-KEPT = (
-    2**22
-)  # so many probabilities are kept for the backward pass, 16 MiB; those of further chunks are computed again
 
 
 def attach_chunked_logprobs(head: nn.Module) -> None:
@@ -67,8 +67,8 @@ class TargetLogp(torch.autograd.Function):
     ) -> Any:
         logp, entropy, correct = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         keep, kept = any(ctx.needs_input_grad[:3]), []
-        size = min(CHUNK, max(SMALLEST, LOGITS // len(weight)))
-        room = KEPT // len(weight)
+        size = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // len(weight)))
+        room = KEPT_PROBABILITIES // len(weight)
         for start in range(0, len(hidden), size):
             s = slice(start, start + size)
             logits = logits_of(hidden[s], weight, bias, temperature)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rlhf.config.errors import UserError
 from rlhf.config.schema import Arch, Lora
 from rlhf.runs.locations import ASSETS, BUILTIN, is_directory, model_directory
 
-# Elements that one block keeps per token for the backward pass: (x ffn, x hidden in fp32, x hidden in bf16). The norms of the
-# llama family compute in fp32, which a bf16 block keeps beside its own. To these comes the attention mask: one per key; BLOOM
-# keeps its attention matrix, for each head once in fp32 and three times in bf16.
+# Elements that one block keeps per token for the backward pass: (x ffn, x hidden in fp32, x hidden
+# in bf16). The norms of the llama family compute in fp32, which a bf16 block keeps beside its own
+# tensors. The attention mask adds one element per key; BLOOM keeps its attention matrix, for each
+# head once in fp32 and three times in bf16.
 ACTIVATIONS = {
     "opt": (1, 8, 8),
     "gpt2": (5, 8, 8),
@@ -23,7 +25,10 @@ ACTIVATIONS = {
 
 
 def linear_layers(arch: Arch) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers of one block, by transformers' names. Raises ValueError for an unknown family."""
+    """Inputs and outputs of the linear layers of one block, by transformers' names.
+
+    Raises: UserError for an unknown family.
+    """
     h, f, q, kv = arch.hidden, arch.ffn, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     if arch.family == "opt":
         return {
@@ -51,7 +56,7 @@ def linear_layers(arch: Arch) -> dict[str, tuple[int, int]]:
     if arch.family in ("llama", "qwen2", "gemma3_text"):
         mlp = {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
         return {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)} | mlp
-    raise ValueError(f"arch.family={arch.family}: must be one of {', '.join(ACTIVATIONS)}")
+    raise UserError(f"arch.family={arch.family}: must be one of {', '.join(ACTIVATIONS)}")
 
 
 def block_parameters(arch: Arch) -> int:
@@ -60,12 +65,7 @@ def block_parameters(arch: Arch) -> int:
     weights = sum(i * o for i, o in layers.values())
     outputs = sum(o for _, o in layers.values())
     h = arch.hidden
-    if arch.family in (
-        "opt",
-        "gpt2",
-        "gpt_neox",
-        "bloom",
-    ):  # biases everywhere, two norms with bias
+    if arch.family in ("opt", "gpt2", "gpt_neox", "bloom"):  # biases everywhere, also in two norms
         return weights + outputs + 4 * h
     if arch.family == "qwen2":  # biases on queries, keys and values
         return weights + (arch.heads + 2 * arch.kv_heads) * arch.head_dim + 2 * h
@@ -75,12 +75,13 @@ def block_parameters(arch: Arch) -> int:
 
 
 def parameters(arch: Arch, scorer: bool = False) -> int:
-    """Number of weights of a causal language model; `scorer`: of the sequence-classification model with one label."""
+    """Number of weights of a causal language model.
+
+    Args: scorer: count the sequence-classification model with one label instead.
+    """
     h, width = arch.hidden, arch.embed or arch.hidden
     total = arch.vocab * width + arch.layers * block_parameters(arch)
-    if (
-        arch.family == "opt"
-    ):  # positions with an offset of 2; no final norm where the embeddings are projected
+    if arch.family == "opt":  # positions start at 2; no final norm where embeddings are projected
         total += (arch.positions + 2) * h + (2 * h if width == h else 2 * width * h)
     elif arch.family == "gpt2":
         total += arch.positions * h + 2 * h
@@ -94,29 +95,35 @@ def parameters(arch: Arch, scorer: bool = False) -> int:
 
 
 def lora_parameters(arch: Arch, lora: Lora, scorer: bool = False) -> int:
-    """Number of trained weights with an adapter: rank x (inputs + outputs) of each adapted layer, head, embeddings."""
+    """Number of trained weights with an adapter.
+
+    rank x (inputs + outputs) of each adapted layer, the head of a scorer, and the embeddings where
+    they are trained.
+    """
     width = arch.embed or arch.hidden
-
-    def adapted(name: str) -> bool:
-        return lora.targets is None or any(
-            name == t or name.endswith("." + t) or t.endswith("." + name) for t in lora.targets
-        )
-
-    total = arch.layers * sum(
-        lora.rank * (i + o) for name, (i, o) in linear_layers(arch).items() if adapted(name)
-    )
+    layers = [shape for name, shape in linear_layers(arch).items() if is_adapted(name, lora)]
+    total = arch.layers * sum(lora.rank * (inputs + outputs) for inputs, outputs in layers)
     if width != arch.hidden:
-        total += sum(
-            lora.rank * (width + arch.hidden)
-            for name in ("project_in", "project_out")
-            if adapted(name)
-        )
+        projections = sum(is_adapted(name, lora) for name in ("project_in", "project_out"))
+        total += projections * lora.rank * (width + arch.hidden)
     return total + (width if scorer else 0) + (arch.vocab * width if lora.embeddings else 0)
 
 
+def is_adapted(layer: str, lora: Lora) -> bool:
+    """Whether a linear layer gets an adapter. Names match where one is the end of the other."""
+    return lora.targets is None or any(
+        layer == target or layer.endswith("." + target) or target.endswith("." + layer)
+        for target in lora.targets
+    )
+
+
 def arch_of(path: str, given: Arch | None) -> Arch | None:
-    """The numbers of a model: from its config.json where `path` is a directory or built in, else those given, or None.
-    Raises: ValueError for a family that there is no formula for."""
+    """The shape of a model.
+
+    Args: path: read from config.json where this is a directory or built in.  given: else this.
+    Returns: None where the shape is unknown.
+    Raises: UserError for a family that there is no formula for.
+    """
     if path.startswith(BUILTIN):
         file = ASSETS / path.removeprefix(BUILTIN) / "config.json"
     elif is_directory(path):
@@ -124,16 +131,23 @@ def arch_of(path: str, given: Arch | None) -> Arch | None:
     else:
         return given
     saved = json.loads(file.read_text())
+    family = saved.get("model_type")
+    if family not in ACTIVATIONS:
+        raise UserError(
+            f"{path}: there is no memory formula for models of type {family}; "
+            "it trains without a plan"
+        )
+    return read_arch(saved, family)
+
+
+def read_arch(saved: dict[str, Any], family: str) -> Arch:
+    """The shape that a config.json of transformers describes; names depend on the family."""
 
     def get(*names: str, default: Any = None) -> Any:
         return next((saved[name] for name in names if saved.get(name) is not None), default)
 
-    family, hidden = saved.get("model_type"), get("hidden_size", "n_embd", "n_embed")
-    if family not in ACTIVATIONS:
-        raise ValueError(
-            f"{path}: there is no memory formula for models of type {family}; it trains without a plan"
-        )
-    heads, width = get("num_attention_heads", "n_head"), get("word_embed_proj_dim", default=hidden)
+    hidden, heads = get("hidden_size", "n_embd", "n_embed"), get("num_attention_heads", "n_head")
+    width = get("word_embed_proj_dim", default=hidden)
     return Arch(
         family=family,
         layers=get("num_hidden_layers", "n_layer"),

@@ -44,7 +44,10 @@ def plot_curves(run_dir: Path, stage: str) -> None:
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = {name for row in rows for name in row}
-    panels = [(t, label, [n for n in names if n in logged]) for t, label, names in PANELS.get(stage, _ONLINE)]
+    panels = [
+        (t, label, [n for n in names if n in logged])
+        for t, label, names in PANELS.get(stage, _ONLINE)
+    ]
     panels = [panel for panel in panels if panel[2]]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained"

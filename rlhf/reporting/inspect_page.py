@@ -1,236 +1,196 @@
-"""What the dataset doctor (rlhf/stages/inspect.py) found, as one HTML page: tables, histograms, and samples token by token."""
+"""The page of stage=inspect: tables, histograms, and samples token by token."""
 
 from __future__ import annotations
 
 import io
-from html import escape
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.batches import first_loss_token
-from rlhf.data.records import Turn
+from rlhf.data.inspection.measuring import (
+    Effect,
+    Inspection,
+    Lengths,
+    MeasuredSource,
+    Measurement,
+    longer_is_better,
+    share,
+)
+from rlhf.data.records import SourceReport, Turn
 from rlhf.data.splits import PARTS
-from rlhf.reporting.html import document, html_table
+from rlhf.reporting.html import Table, render
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLES = 3  # rows of a stage that are shown
 SHOWN = 200  # tokens shown of each end of a long prompt or answer
-Lengths = dict[str, np.ndarray]  # tokens of each prompt, chosen, rejected, before anything is cut
 
 
-def share(numbers: dict[str, Any], key: str) -> float:
-    return numbers.get(key, 0) / max(1, numbers["measured"])
+class Histogram(NamedTuple):
+    name: str
+    note: str
+    svg: Markup
 
 
-def by_length(numbers: dict[str, Any]) -> float:
-    """Share of the pairs in which "the longer answer is the better one" gives the label; equal lengths count half."""
-    equal = numbers["pairs"] - numbers["chosen_longer"] - numbers["chosen_shorter"]
-    return (numbers["chosen_longer"] + equal / 2) / numbers["pairs"]
+class TokenBox(NamedTuple):
+    """A token of a sample, or several that make one character; without ids, a note."""
+
+    text: str
+    ids: list[int]
+    kinds: str  # CSS classes: context, loss, answer, scored, eos
 
 
-# ----------------------------------------------------------------------------------------------------------------------- the page
+class Sample(NamedTuple):
+    """A row as the model sees it."""
 
-STYLE = """
-.sample { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: #fafafa;
-          border: 1px solid #e4e4e4; padding: .6em; margin: .4em 0; max-height: 30em; overflow: auto; }
-.t { border-left: 1px solid #999; padding: 1px 0; unicode-bidi: isolate; }
-.given { background: #ececec; color: #555; } .learnt { background: #c8ecc8; } .answer { background: #d4e4fb; }
-.eos { outline: 2px solid #e8590c; outline-offset: -1px; font-weight: 700; } .scored { border-bottom: 3px solid #1c4fa0; }
-"""
-LEGEND = """<p class="note">Each box is a token; hold the mouse over it for its id. <span class="sample" style="padding: 2px 6px">
-<span class="t given">given</span> <span class="t learnt">learnt</span> <span class="t answer">answer of a pair</span>
-<span class="t answer eos">EOS</span> <span class="t answer scored">scored here</span></span> An answer without EOS was cut.</p>"""
+    note: str
+    prompt: list[TokenBox]
+    answer: list[TokenBox]
 
 
 def page(
-    found: dict[str, Any],
+    result: Inspection,
     lengths: dict[str, Lengths],
-    parts: dict[str, Any],
-    tokenizer: Any,
+    tables: dict[str, datasets.Dataset],
+    tokenizer: PreTrainedTokenizerBase,
     cfg: Config,
 ) -> str:
-    """All of it as one HTML page, which needs no other file and runs no code."""
+    """The results as one HTML page, which needs no other file and runs no script.
+
+    Args: lengths: by the name of a stage or source.  tables: of the stages with samples.
+    """
     data = cfg.data
-    settings = (
-        f"template {data.template.name}, tokenizer of {cfg.actor.path}, EOS {tokenizer.eos_token}, "
-    )
-    settings += f"at most {data.max_prompt_tokens:,} tokens of a prompt and {data.max_response_tokens:,} of an answer"
-    body = [
-        f"<h1>Data: {escape(' + '.join(data.sources))}</h1>",
-        f'<p class="note">{escape(settings)}</p>',
-    ]
-    body += [f'<p class="warning">&#9888; {escape(line)}</p>' for line in found["verdicts"]]
-    if not found["verdicts"]:
-        body.append('<p class="fine">&#10003; nothing to worry about</p>')
-
-    body += [
-        "<h2>Sources</h2>",
-        html_table(COLUMNS_OF_SOURCES, [row_of_source(entry) for entry in found["sources"]]),
-    ]
-    reasons = [
-        [name_of(entry), reason, f"{count:,}"]
-        for entry in found["sources"]
-        for reason, count in entry["left_out"].items()
-    ]
-    if reasons:
-        body += ["<h3>Left out</h3>", html_table(["source", "reason", "rows"], reasons, ["reason"])]
-    body += [
-        "<h2>Stages</h2>",
-        html_table(
-            COLUMNS_OF_PARTS,
-            [row_of_part(name, numbers) for name, numbers in found["stages"].items()],
+    measured = {**result["stages"], **{name_of(one): one["tokens"] for one in result["sources"]}}
+    pairs = {name: numbers for name, numbers in measured.items() if numbers.get("pairs")}
+    return render(
+        "inspect.html",
+        title="Data",
+        sources=" + ".join(data.sources),
+        settings=f"template {data.template.name}, tokenizer of {cfg.actor.path}, EOS"
+        f" {tokenizer.eos_token}, at most {data.max_prompt_tokens:,} tokens of a prompt and"
+        f" {data.max_response_tokens:,} of an answer",
+        verdicts=result["verdicts"],
+        source_table=Table(SOURCE_COLUMNS, [_source_cells(one) for one in result["sources"]]),
+        skipped_table=Table(
+            ["source", "reason", "rows"],
+            [
+                [name_of(source), reason, f"{count:,}"]
+                for source in result["sources"]
+                for reason, count in source["skipped"].items()
+            ],
+            ["reason"],
         ),
-    ]
-    body.append(
-        '<p class="note">Tokens: median / 95 % / longest, before anything is cut. Of eval only what is evaluated on.</p>'
+        stage_table=Table(
+            STAGE_COLUMNS, [_stage_cells(*item) for item in result["stages"].items()]
+        ),
+        leakage_table=Table(
+            ["between", "prompts"],
+            [
+                [parts.replace(" & ", " and "), f"{count:,}"]
+                for parts, count in result["leakage"].items()
+            ],
+        ),
+        bias_table=Table(BIAS_COLUMNS, [_bias_cells(*item) for item in pairs.items()]),
+        bias_note=_bias_note(result["stages"]["rm"]),
+        histograms=[
+            Histogram(
+                name,
+                _rows_note(numbers),
+                histogram(lengths[name], data.max_prompt_tokens, data.max_response_tokens),
+            )
+            for name, numbers in measured.items()
+            if numbers["rows"]
+        ],
+        samples_of_stages=[
+            (name, samples(tokenizer, name, table, cfg)) for name, table in tables.items()
+        ],
     )
 
-    body += ["<h2>The same prompt in two places</h2>"]
-    shared = [
-        [pair.replace(" & ", " and "), f"{count:,}"] for pair, count in found["leakage"].items()
-    ]
-    body += [
-        '<p class="note">Counted anew over all prompts; each must be 0.</p>',
-        html_table(["between", "prompts"], shared),
-    ]
 
-    measured = {
-        **found["stages"],
-        **{name_of(entry): entry["tokens"] for entry in found["sources"]},
-    }
-    biased = {name: numbers for name, numbers in measured.items() if numbers.get("pairs")}
-    if biased:
-        header = [
-            "pairs of",
-            "pairs",
-            "chosen longer",
-            "equal",
-            "chosen shorter",
-            "mean difference, tokens",
-            "same once cut",
-        ]
-        body += [
-            "<h2>Length of chosen and rejected answers</h2>",
-            html_table(header, [row_of_bias(*item) for item in biased.items()]),
-        ]
-        body.append(f'<p class="note">{escape(meaning_of_bias(found["stages"]["rm"]))}</p>')
-
-    body.append("<h2>Lengths in tokens</h2>")
-    for name, numbers in measured.items():
-        if numbers["rows"]:
-            note = (
-                f", a random sample of {numbers['measured']:,}"
-                if numbers["measured"] < numbers["rows"]
-                else ""
-            )
-            body.append(
-                f"<figure><h3>{escape(name)}</h3><p class='note'>{numbers['rows']:,} rows{note}</p>"
-            )
-            body.append(
-                histogram(lengths[name], data.max_prompt_tokens, data.max_response_tokens)
-                + "</figure>"
-            )
-
-    body += ["<h2>Samples</h2>", LEGEND]
-    for name in ("sft", "rm", "ppo"):
-        body.append(f"<h3>{name}</h3>")
-        body += samples(tokenizer, name, parts[name][0], cfg) or ['<p class="note">no rows</p>']
-    return document("Data", body, STYLE)
+def name_of(source: SourceReport) -> str:
+    return f"{source['source']}/{source['split']}"
 
 
-COLUMNS_OF_SOURCES = [
-    "source",
-    "rows",
-    "left out",
-    "chosen = rejected",
-    "duplicates",
-    "sft",
-    "rm",
-    "ppo",
-    "held out",
-]
-COLUMNS_OF_PARTS = [
-    "",
-    "rows",
-    "different prompts",
-    "prompts",
-    "chosen",
-    "rejected",
-    "prompts dropped",
-    "shortened",
-    "answers cut",
-]
+# --- tables
+
+SOURCE_COLUMNS = ["source", "rows", "skipped", "chosen = rejected", "duplicates"]
+SOURCE_COLUMNS += ["sft", "rm", "ppo", "held out"]
+STAGE_COLUMNS = ["", "rows", "distinct prompts", "prompts", "chosen", "rejected"]
+STAGE_COLUMNS += ["prompts dropped", "shortened", "answers truncated"]
+BIAS_COLUMNS = ["pairs of", "pairs", "chosen longer", "equal", "chosen shorter"]
+BIAS_COLUMNS += ["mean difference, tokens", "equal after truncation"]
 
 
-def name_of(entry: dict[str, Any]) -> str:
-    return f"{entry['source']}/{entry['split']}"
-
-
-def row_of_source(entry: dict[str, Any]) -> list[str]:
-    """Cells under COLUMNS_OF_SOURCES; a stage's with the share of its rows that come from here."""
+def _source_cells(source: MeasuredSource) -> list[str]:
+    """Cells under SOURCE_COLUMNS; those of a stage with the share of its rows from this source."""
     counts = [
-        entry["rows"],
-        sum(entry["left_out"].values()),
-        entry["same_answers"],
-        entry["duplicates"],
+        source["rows"],
+        sum(source["skipped"].values()),
+        source["same_answers"],
+        source["duplicates"],
     ]
     stages = [
-        f"{entry[part]:,} ({entry['share'].get(part, 0):.0%})" if part in entry else ""
+        f"{source[part]:,} ({source['share'].get(part, 0):.0%})" if part in source else ""
         for part in PARTS
     ]
-    return [name_of(entry), *(f"{count:,}" for count in counts), *stages]
+    return [name_of(source), *(f"{count:,}" for count in counts), *stages]
 
 
-def row_of_part(name: str, numbers: dict[str, Any]) -> list[str]:
-    """Cells under COLUMNS_OF_PARTS."""
-    tokens = [
-        " / ".join(f"{n:,}" for n in numbers["tokens"].get(key, {}).values())
-        for key in ("prompt", "chosen", "rejected")
+def _stage_cells(name: str, numbers: Measurement) -> list[str]:
+    """Cells under STAGE_COLUMNS; numbers of a sample have a star. Texts are in column `chosen`."""
+    columns = ["prompt", "text" if "text" in numbers["tokens"] else "chosen", "rejected"]
+    tokens = [numbers["tokens"].get(column) for column in columns]
+    cells = [
+        f"{spread['median']:,} / {spread['p95']:,} / {spread['max']:,}" if spread else ""
+        for spread in tokens
     ]
-    if "text" in numbers["tokens"]:
-        tokens[1] = " / ".join(f"{n:,}" for n in numbers["tokens"]["text"].values())
-    limits = [
-        f"{share(numbers, key):.1%}" if key in numbers else ""
-        for key in ("dropped", "shortened", "cut")
-    ]
-    sampled = "*" if numbers["measured"] < numbers["rows"] else ""
+    effects: tuple[Effect, ...] = ("dropped", "shortened", "truncated")
+    cells += [f"{share(numbers, effect):.1%}" if effect in numbers else "" for effect in effects]
+    if numbers["measured"] < numbers["rows"]:
+        cells = [cell and cell + "*" for cell in cells]
     distinct = f"{numbers['distinct_prompts']:,}" if "distinct_prompts" in numbers else ""
-    return [
-        name,
-        f"{numbers['rows']:,}",
-        distinct,
-        *(text and text + sampled for text in tokens + limits),
-    ]
+    return [name, f"{numbers['rows']:,}", distinct, *cells]
 
 
-def row_of_bias(name: str, numbers: dict[str, Any]) -> list[str]:
-    pairs, longer, shorter = (numbers[key] for key in ("pairs", "chosen_longer", "chosen_shorter"))
+def _bias_cells(name: str, numbers: Measurement) -> list[str]:
+    """Cells under BIAS_COLUMNS."""
+    pairs, longer, shorter = (numbers[k] for k in ("pairs", "chosen_longer", "chosen_shorter"))
     shares = [f"{count / pairs:.1%}" for count in (longer, pairs - longer - shorter, shorter)]
-    return [
-        name,
-        f"{pairs:,}",
-        *shares,
-        f"{numbers['chosen_longer_by']:+.1f}",
-        f"{numbers['alike']:,}",
-    ]
+    difference = f"{numbers['chosen_longer_by']:+.1f}"
+    return [name, f"{pairs:,}", *shares, difference, f"{numbers['same_truncated']:,}"]
 
 
-def meaning_of_bias(numbers: dict[str, Any]) -> str:
-    """What the length of the chosen answers tells, in a sentence."""
-    if not numbers["pairs"]:
+def _bias_note(numbers: Measurement) -> str:
+    """What the length of the chosen answers means for training, in a sentence."""
+    if not numbers.get("pairs"):
         return "No pairs for the reward model."
-    guessed = max(by_length(numbers), 1 - by_length(numbers))
-    which = "longer" if by_length(numbers) > 0.5 else "shorter"
+    accuracy = longer_is_better(numbers)
+    which = "longer" if accuracy > 0.5 else "shorter"
     return (
-        f"“The {which} answer is the better one” is right on {guessed:.1%} of rm's pairs. The nearer to 50 %, the less a reward model can "
-        "gain from length alone, and the less PPO is pulled towards it."
+        f"“The {which} answer is the better one” is right on {max(accuracy, 1 - accuracy):.1%} of"
+        " rm's pairs. The nearer to 50 %, the less a reward model can learn from length alone, and"
+        " the less PPO is rewarded for it."
     )
 
 
-def histogram(lengths: Lengths, max_prompt: int, max_response: int) -> str:
-    """Lengths of prompts, and of answers, as an SVG element. The limits are dashed lines."""
+def _rows_note(numbers: Measurement) -> str:
+    sampled = numbers["measured"] < numbers["rows"]
+    sample = f", a random sample of {numbers['measured']:,}" if sampled else ""
+    return f"{numbers['rows']:,} rows{sample}"
+
+
+# --- figures
+
+
+def histogram(lengths: Lengths, max_prompt: int, max_response: int) -> Markup:
+    """Lengths of prompts, and of answers, as an SVG element; the limits are dashed lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,7 +208,7 @@ def histogram(lengths: Lengths, max_prompt: int, max_response: int) -> str:
         )
         for axis, (title, names, limit) in zip(axes[0], panels):
             values = {name: lengths[name] for name in names if len(lengths.get(name, ()))}
-            # a few very long ones would press all others into one bar
+            # a few very long texts would press all others into one bar
             top = max(10.0, *(1.1 * float(np.percentile(some, 99)) for some in values.values()))
             bins = np.linspace(0, top, 41)
             for color, (name, some) in zip(("#1c7ed6", "#e8590c"), values.items()):
@@ -277,95 +237,100 @@ def histogram(lengths: Lengths, max_prompt: int, max_response: int) -> str:
             text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
         plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])
 
 
-# ----------------------------------------------------------------------------------------------------------------------- samples
+# --- samples
 
 
-def samples(tokenizer: Any, stage: str, table: Any, cfg: Config) -> list[str]:
-    """A few random rows of a stage as the model will see them, token by token."""
-    shown: list[str] = []
+def samples(
+    tokenizer: PreTrainedTokenizerBase, stage: str, table: datasets.Dataset, cfg: Config
+) -> list[Sample]:
+    """A few random rows of a stage as the model will see them; of a pair, two samples."""
+    shown: list[Sample] = []
+    wanted = SAMPLES * (2 if stage == "rm" else 1)
     for i in np.random.default_rng(cfg.data.seed).permutation(len(table))[:100].tolist():
         row = table[i]
-        [prompt] = template.encode_prompts(
-            tokenizer, [[Turn(**turn) for turn in row["prompt"]]], cfg.data.max_prompt_tokens
-        )
+        turns = [Turn(**turn) for turn in row["prompt"]]
+        [prompt] = template.encode_prompts(tokenizer, [turns], cfg.data.max_prompt_tokens)
         if prompt is None:
             continue
         if stage == "ppo":
-            shown.append(
-                sample(
-                    tokenizer, "the policy answers this prompt", prompt, [], ["given"] * len(prompt)
-                )
-            )
+            kinds = ["context"] * len(prompt)
+            shown.append(sample(tokenizer, "the policy answers this prompt", prompt, [], kinds))
         for name in {"sft": ["chosen"], "rm": ["chosen", "rejected"], "ppo": []}[stage]:
             [answer] = template.encode_responses(
                 tokenizer, [row[name]], cfg.data.max_response_tokens
             )
-            ended = answer[-1] == tokenizer.eos_token_id
-            if stage == "sft":
-                first = first_loss_token(prompt, cfg.sft.train_on_prompt)
-                kinds = [
-                    "learnt" if place >= first else "given"
-                    for place in range(len(prompt) + len(answer))
-                ]
-            else:
-                kinds = ["given"] * len(prompt) + ["answer"] * len(answer)
-                kinds[-1] += " scored"
-            kinds[-1] += " eos" * ended
-            shown.append(
-                sample(tokenizer, name + ("" if ended else ", cut"), prompt, answer, kinds)
-            )
-        if len(shown) >= SAMPLES * (2 if stage == "rm" else 1):
+            finished = answer[-1] == tokenizer.eos_token_id
+            title = name if finished else f"{name}, truncated"
+            kinds = _kinds(stage, prompt, answer, cfg)
+            if finished:
+                kinds[-1] += " eos"
+            shown.append(sample(tokenizer, title, prompt, answer, kinds))
+        if len(shown) >= wanted:
             break
     return shown
 
 
+def _kinds(stage: str, prompt: list[int], answer: list[int], cfg: Config) -> list[str]:
+    """What each token of prompt and answer is for the stage: CSS classes."""
+    if stage == "sft":
+        first = first_loss_token(prompt, cfg.sft.train_on_prompt)
+        return ["context"] * first + ["loss"] * (len(prompt) + len(answer) - first)
+    kinds = ["context"] * len(prompt) + ["answer"] * len(answer)
+    kinds[-1] += " scored"
+    return kinds
+
+
 def sample(
-    tokenizer: Any, title: str, prompt: list[int], answer: list[int], kinds: list[str]
-) -> str:
+    tokenizer: PreTrainedTokenizerBase,
+    title: str,
+    prompt: list[int],
+    answer: list[int],
+    kinds: list[str],
+) -> Sample:
     """One sequence. Args: kinds: CSS classes of each token of prompt and answer."""
-    note = f"{title}: {len(prompt):,} tokens of the prompt" + (
-        f", {len(answer):,} of the answer" if answer else ""
+    note = f"{title}: {len(prompt):,} tokens of the prompt"
+    if answer:
+        note += f", {len(answer):,} of the answer"
+    return Sample(
+        note,
+        list(token_boxes(tokenizer, prompt, kinds[: len(prompt)])),
+        list(token_boxes(tokenizer, answer, kinds[len(prompt) :])),
     )
-    boxes = token_boxes(tokenizer, prompt, kinds[: len(prompt)]) + token_boxes(
-        tokenizer, answer, kinds[len(prompt) :]
-    )
-    return f'<p class="note">{escape(note)}</p><div class="sample">{boxes}</div>'
 
 
-def token_boxes(tokenizer: Any, ids: list[int], kinds: list[str]) -> str:
-    """A box for each token, the middle of a long sequence left out. The bytes of one character may be several tokens: one box then."""
-    boxes = []
+def token_boxes(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], kinds: list[str]
+) -> Iterator[TokenBox]:
+    """A box for each token; the middle of a long sequence is a note.
+
+    The bytes of one character may be several tokens: they share a box.
+    """
     start = 0
     for end in range(1, len(ids) + 1):
         if SHOWN < end <= len(ids) - SHOWN:
             if end == SHOWN + 1:
-                boxes.append(f'<span class="note"> … {len(ids) - 2 * SHOWN:,} tokens … </span>')
+                yield TokenBox(f" … {len(ids) - 2 * SHOWN:,} tokens … ", [], "")
             start = end
             continue
         before = max(0, start - 6)  # some tokenizers decode a token by what is in front of it
-        text = decode(tokenizer, ids[before:end])[len(decode(tokenizer, ids[before:start])) :]
-        whole = not text.endswith("�") or end - start == 4
-        if whole or end == len(ids) or kinds[end] != kinds[start]:
-            numbers = " ".join(map(str, ids[start:end]))
-            boxes.append(
-                f'<span class="t {kinds[end - 1]}" title="{numbers}">{visible(text)}</span>'
-            )
+        text = _decode(tokenizer, ids[before:end])[len(_decode(tokenizer, ids[before:start])) :]
+        complete = not text.endswith("�") or end - start == 4
+        if complete or end == len(ids) or kinds[end] != kinds[start]:
+            yield TokenBox(_visible(text), ids[start:end], kinds[end - 1])
             start = end
-    return "".join(boxes)
 
 
-def decode(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def visible(text: str) -> str:
-    """Escaped, with signs for line breaks and control characters."""
-    signs = {code: chr(0x2400 + code) for code in range(32)} | {
-        ord("\n"): "↵\n",
-        ord("\t"): "→\t",
-        127: "␡",
-    }
-    return escape(text.translate(signs)) or "∅"
+SIGNS = {code: chr(0x2400 + code) for code in range(32)}
+SIGNS |= {ord("\n"): "↵\n", ord("\t"): "→\t", 127: "␡"}
+
+
+def _visible(text: str) -> str:
+    """A text with signs for line breaks and control characters."""
+    return text.translate(SIGNS) or "∅"

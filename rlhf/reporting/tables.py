@@ -231,7 +231,7 @@ def print_inspection(found: dict[str, Any], page: Path) -> None:
         ]
         name = escape(f"{entry['source']}/{entry['split']}")
         from_sources.add_row(
-            name, f"{entry['rows']:,}", f"{sum(entry['left_out'].values()):,}", *stages
+            name, f"{entry['rows']:,}", f"{sum(entry['skipped'].values()):,}", *stages
         )
     console.print(from_sources)
     lengths = Table(title="Tokens: median / 95 % / longest", title_justify="left")
@@ -242,7 +242,7 @@ def print_inspection(found: dict[str, Any], page: Path) -> None:
         "chosen",
         "rejected",
         "dropped",
-        "cut",
+        "truncated",
         "chosen longer",
     ):
         lengths.add_column(column, justify="left" if column == "stage" else "right")
@@ -253,7 +253,8 @@ def print_inspection(found: dict[str, Any], page: Path) -> None:
         ]
         measured = max(1, numbers["measured"])
         shares = [
-            f"{numbers[key] / measured:.1%}" if key in numbers else "" for key in ("dropped", "cut")
+            f"{numbers[key] / measured:.1%}" if key in numbers else ""
+            for key in ("dropped", "truncated")
         ]
         longer = (
             f"{numbers['chosen_longer'] / numbers['pairs']:.1%}" if numbers.get("pairs") else ""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf.config.choices import KlAppliedTo
 from rlhf.config.schema import Config
-from rlhf.data import load
+from rlhf.data import tokenized
 from rlhf.data.batches import micro_batches
 from rlhf.distributed import collectives
 from rlhf.rl.controllers import MovingAverage
@@ -29,7 +29,7 @@ from rlhf.training.optimizer_step import optimizer_step
 from rlhf.training.schedule import learning_rate
 from rlhf.training.stats import Stats
 
-Texts = load.Rows[tuple[list[int], list[int]]]
+Texts = tokenized.Rows[tuple[list[int], list[int]]]
 TERMS = ("policy", "entropy", "kl", "ptx")  # of the actor's loss
 
 

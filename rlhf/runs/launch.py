@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import random
 import re
@@ -15,106 +14,149 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from rlhf.config.choices import Device
 from rlhf.config.deployment import world_size
+from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
+from rlhf.runs.directory import find_checkpoints
+from rlhf.runs.failures import WorkerError, read_failures
+from rlhf.runs.locks import try_lock
+from rlhf.runs.log import plural
 
 WORKER = "rlhf.worker"
-SWEEP_LOG = "RLHF_SWEEP_LOG"  # names the file where the jobs of a sweep, which may be processes of their own, say how they ended
-class WorkerError(RuntimeError):
-    """A worker failed; the message names rank, cause and log."""
-
-
-STOPPED = (
-    75  # exit code of a worker that was asked to stop, and has saved (EX_TEMPFAIL: try again later)
-)
+# names the file in which the jobs of a sweep, which may be other processes, report how they ended
+SWEEP_LOG = "RLHF_SWEEP_LOG"
+# exit code of a worker that was asked to stop and has saved (EX_TEMPFAIL: try again later)
+STOPPED = 75
+Workers = dict[str, "subprocess.Popen[bytes]"]  # by "rank N"
 
 
 def run_workers(run_dir: Path, cfg: Config) -> bool:
-    """Run `python -m rlhf.worker run_dir` in `deploy.processes_per_node` processes on each of `deploy.nodes` nodes, until all are done.
+    """Run `python -m rlhf.worker run_dir` in all processes of the deployment, until all are done.
 
-    With deploy.hostfile DeepSpeed's launcher starts them, on all nodes; else this process starts those of its own node. When one fails
-    the others are stopped. At Ctrl-C or SIGTERM they save a checkpoint and end; at a second one they are stopped at once. Should this
-    process be killed, its workers die with it. Returns: whether it was asked to stop, but the run was done by then.
+    With deploy.hostfile DeepSpeed's launcher starts them on all nodes; otherwise this process
+    starts those of its own node. When one fails, the others are stopped. At Ctrl-C or SIGTERM they
+    save a checkpoint and end; at a second one they are stopped at once. When this process is
+    killed, its workers die with it.
 
-    Raises: RuntimeError with the first failed worker's rank, cause and log; KeyboardInterrupt when asked to stop.
+    Returns: whether a stop was requested, but the run was done by then.
+    Raises: UserError of a worker, with the last good checkpoint; WorkerError with rank, cause and
+        log of a failure that is none of the user's; KeyboardInterrupt after a stop.
     """
+    workers: Workers = {}
+    with claim_gpus(cfg), graceful_shutdown() as signals:
+        try:
+            start_workers(workers, run_dir, cfg)
+            failed = wait_for_workers(workers, run_dir, cfg, signals)
+        finally:
+            stop_workers(list(workers.values()))
+    codes = [worker.returncode for worker in workers.values()]
+    if was_stopped(codes, cfg, stop_requested=bool(signals)):
+        raise KeyboardInterrupt
+    if failed:
+        raise_failure(failed, run_dir, cfg)
+    # DeepSpeed's launcher hides some failures
+    if not cfg.deploy.node_rank and not (run_dir / "result.json").exists():
+        log_file = run_dir / "train.log"
+        raise WorkerError(f"{cfg.stage.name} ended without a result; look into {log_file}")
+    return bool(signals)
+
+
+def start_workers(workers: Workers, run_dir: Path, cfg: Config) -> None:
+    """Start the workers of this node, or DeepSpeed's launcher, and add them to `workers`."""
     commands: dict[str, tuple[list[str], dict[str, str]]]
     if cfg.deploy.hostfile:
         commands = {f"on {cfg.deploy.hostfile}": (launcher_command(run_dir, cfg), {})}
     else:
-        commands = {
-            f"rank {env['RANK']}": ([sys.executable, "-m", WORKER, str(run_dir)], env)
-            for env in worker_environments(cfg)
-        }
-    started: dict[str, subprocess.Popen[bytes]] = {}
+        command = [sys.executable, "-m", WORKER, str(run_dir)]
+        commands = {f"rank {env['RANK']}": (command, env) for env in worker_environments(cfg)}
+    for name, (command, env) in commands.items():
+        # a session of its own: Ctrl-C reaches this process only, which then stops the workers
+        workers[name] = subprocess.Popen(
+            command,
+            env=os.environ | env,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
+        )
+
+
+def wait_for_workers(
+    workers: Workers, run_dir: Path, cfg: Config, signals: Sequence[int]
+) -> dict[str, int]:
+    """Wait until all workers have ended or one has failed; pass a first signal on to them.
+
+    Args: signals: filled by `graceful_shutdown`.
+    Returns: exit codes of those that failed.
+    """
     failed: dict[str, int] = {}
-    with claim_gpus(cfg), graceful_shutdown() as asked:
-        try:
-            for name, (command, env) in commands.items():
-                # a session of its own: Ctrl-C reaches this process only, which then stops the workers
-                options: dict[str, Any] = {
-                    "start_new_session": True,
-                    "stdin": subprocess.DEVNULL,
-                    "preexec_fn": end_with_parent,
-                }
-                started[name] = subprocess.Popen(command, env=os.environ | env, **options)
-            told = False
-            while not failed and any(worker.poll() is None for worker in started.values()):
-                time.sleep(0.05)
-                if asked and not told:
-                    told = True
-                    print(
-                        "stopping after this step, with a checkpoint; once more to stop at once",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    if cfg.deploy.hostfile:  # DeepSpeed's launcher would give the workers 30 s; they see this file on their own
-                        (run_dir / "stop").touch()
-                    else:
-                        for worker in started.values():
-                            worker.terminate()
-                failed = {
-                    name: worker.returncode
-                    for name, worker in started.items()
-                    if worker.poll() and worker.returncode != STOPPED
-                }
-        finally:
-            stop_workers(list(started.values()))
-    codes = [worker.returncode for worker in started.values()]
-    broken = (
-        any(code > 0 and code != STOPPED for code in codes)
-        and not cfg.deploy.hostfile
-        and not any(code < 0 for code in codes)
+    notified = False
+    while not failed and any(worker.poll() is None for worker in workers.values()):
+        time.sleep(0.05)
+        if signals and not notified:
+            notified = True
+            text = "stopping after this step, with a checkpoint; repeat it to stop at once"
+            print(text, file=sys.stderr, flush=True)
+            request_stop(workers, run_dir, cfg)
+        failed = {
+            name: worker.returncode
+            for name, worker in workers.items()
+            if worker.poll() and worker.returncode != STOPPED
+        }
+    return failed
+
+
+def request_stop(workers: Workers, run_dir: Path, cfg: Config) -> None:
+    """Ask the workers to save a checkpoint and end."""
+    if cfg.deploy.hostfile:
+        # DeepSpeed's launcher would give the workers 30 s; they look for this file themselves
+        (run_dir / "stop").touch()
+        return
+    for worker in workers.values():
+        worker.terminate()
+
+
+def was_stopped(codes: Sequence[int], cfg: Config, stop_requested: bool) -> bool:
+    """Whether the workers ended because a stop was requested, on this node or another one."""
+    failure = any(code > 0 and code != STOPPED for code in codes)
+    killed = any(code < 0 for code in codes)
+    if failure and not killed and not cfg.deploy.hostfile:
+        return False
+    return STOPPED in codes or (stop_requested and any(codes))
+
+
+def raise_failure(failed: dict[str, int], run_dir: Path, cfg: Config) -> NoReturn:
+    """Raise the first failure with the last good checkpoint.
+
+    Args: failed: exit codes by "rank N".
+    Raises: UserError, or WorkerError, which says where the log is.
+    """
+    intact, _ = find_checkpoints(run_dir)
+    checkpoint = f"; the last good checkpoint is {intact[0][0]}" if intact else ""
+    failures = [] if any(code < 0 for code in failed.values()) else read_failures(run_dir)
+    if failures and failures[0].is_user_error:
+        raise UserError(f"{cfg.stage.name}: {failures[0].message}{checkpoint}")
+    where = f"the traceback is in {run_dir / 'train.log'}"
+    if not failures:
+        where = f"the log is {run_dir / 'train.log'}"
+    raise WorkerError(
+        f"{cfg.stage.name} failed, {first_failure(failed, run_dir)}; {where}{checkpoint}"
     )
-    if not broken and (
-        STOPPED in codes or (asked and any(codes))
-    ):  # asked for on this node, or on another one
-        raise KeyboardInterrupt
-    if failed:
-        raise WorkerError(
-            f"{cfg.stage.name} failed, {first_failure(failed, run_dir)}; more in {run_dir / 'train.log'}"
-        )
-    if (
-        not cfg.deploy.node_rank and not (run_dir / "result.json").exists()
-    ):  # DeepSpeed's launcher hides some failures
-        raise WorkerError(
-            f"{cfg.stage.name} ended without a result; look into {run_dir / 'train.log'}"
-        )
-    return bool(asked)
 
 
 @contextlib.contextmanager
 def claim_gpus(cfg: Config) -> Iterator[None]:
-    """Within this context a job of a sweep has GPUs for itself: jobs side by side take different ones, and wait until enough are free.
-    The locks end with their process, however that ends."""
-    alone = (
-        SWEEP_LOG not in os.environ or "SLURM_JOB_ID" in os.environ
-    )  # SLURM has given this job its own
+    """Within this context a job of a sweep has GPUs that no other job uses.
+
+    Jobs side by side take different GPUs, and wait until enough are free. Sets
+    CUDA_VISIBLE_DEVICES. No effect outside sweeps, on CPU, with a hostfile, and under SLURM, which
+    gives each job its own GPUs.
+    """
+    alone = SWEEP_LOG not in os.environ or "SLURM_JOB_ID" in os.environ
     if alone or cfg.deploy.device == Device.cpu or cfg.deploy.hostfile:
         yield
         return
@@ -123,31 +165,28 @@ def claim_gpus(cfg: Config) -> Iterator[None]:
     folder = Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     while True:
-        with contextlib.ExitStack() as held:
-            mine = []
+        with contextlib.ExitStack() as locks:
+            claimed = []
             for gpu in visible:
-                lock = held.enter_context(open(folder / gpu, "w"))
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    mine.append(gpu)
-                if len(mine) == cfg.deploy.processes_per_node:
+                if locks.enter_context(try_lock(folder / gpu)):
+                    claimed.append(gpu)
+                if len(claimed) == cfg.deploy.processes_per_node:
                     break
-            if len(mine) == cfg.deploy.processes_per_node:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+            if len(claimed) == cfg.deploy.processes_per_node:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(claimed)
                 try:
                     yield
                 finally:
-                    os.environ.pop("CUDA_VISIBLE_DEVICES") if before is None else os.environ.update(
-                        CUDA_VISIBLE_DEVICES=before
-                    )
+                    os.environ.pop("CUDA_VISIBLE_DEVICES")
+                    if before is not None:
+                        os.environ["CUDA_VISIBLE_DEVICES"] = before
                 return
-        time.sleep(
-            random.uniform(0.5, 1.5)
-        )  # two that each hold half of what they need must not meet for ever
+        # at random: two jobs that each hold half of what they need must not meet for ever
+        time.sleep(random.uniform(0.5, 1.5))
 
 
 def end_with_parent() -> None:
-    """Ask the system to end this new process when its parent is gone, however it went."""
+    """Ask the system to end this new process when its parent ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -187,6 +226,7 @@ def worker_environments(cfg: Config) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
+    """A TCP port of this machine that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -206,32 +246,31 @@ def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
         str(deploy.hostfile),
     ]
     command += ["--num_nodes", str(deploy.nodes), "--num_gpus", str(deploy.processes_per_node)]
-    if deploy.master:  # else DeepSpeed asks the first host for its address, and takes port 29500
+    if deploy.master:  # otherwise DeepSpeed takes the first host's address and port 29500
         host, port = deploy.master.rsplit(":", 1)
         command += ["--master_addr", host, "--master_port", port]
     return [*command, "--no_local_rank", "--module", WORKER, str(run_dir)]
 
 
 def first_failure(failed: dict[str, int], run_dir: Path) -> str:
-    """Rank and cause of the first failure: who was killed first, since that makes others fail; else the oldest message left.
+    """Rank and cause of the first failure.
 
-    Args: failed: exit codes by "rank N"; minus the signal where one ended it.  A worker leaves its message, and below it the
-    traceback, in error-rankN.txt.
+    That is a worker that was killed, since this makes others fail; else the oldest message.
+
+    Args: failed: exit codes by "rank N"; minus the signal where a signal ended the worker.
     """
     for name, code in failed.items():
         if code < 0:
-            return f"{name}: killed by {signal.Signals(-code).name}" + (
-                " (out of memory?)" if code == -signal.SIGKILL else ""
-            )
-    messages = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
-    if messages:
-        return messages[0].read_text().splitlines()[0]
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            return f"{name}: killed by {signal.Signals(-code).name}{hint}"
+    for failure in read_failures(run_dir):
+        return f"rank {failure.rank}: {failure.cause}"
     name, code = next(iter(failed.items()))
     return f"{name}: exit code {code}"
 
 
 def stop_workers(workers: list[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: politely, and after 5 s for good."""
+    """End the workers that still run: SIGTERM, and SIGKILL after 5 s."""
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
@@ -246,67 +285,76 @@ def stop_workers(workers: list[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def graceful_shutdown() -> Iterator[list[int]]:
-    """Within this context a first Ctrl-C or SIGTERM is noted in the list that it gives, and a second one ends the work."""
-    asked: list[int] = []
+    """Within this context a first Ctrl-C or SIGTERM is only added to the list that it gives.
+
+    A second one raises KeyboardInterrupt.
+    """
+    signals: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if asked:
+        if signals:
             raise KeyboardInterrupt
-        asked.append(number)
+        signals.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def check_machines(cfg: Config) -> None:
-    """Refuse a deployment on nodes and GPUs that are not there. Asks the driver's device files, not torch.
+    """Refuse a deployment on missing nodes and GPUs. Looks at the driver's files, not at torch.
 
-    Raises: ValueError naming the key.
+    Raises: UserError that names the key.
     """
     deploy = cfg.deploy
     if deploy.hostfile:
         check_hostfile(Path(deploy.hostfile).expanduser(), cfg)
         return
     if deploy.nodes > 1 and deploy.node_rank is None:
-        raise ValueError(
-            f"deploy.nodes={deploy.nodes}: how are they reached? Give deploy.hostfile=FILE, or start the command on each of them "
-            "with deploy.node_rank=N deploy.master=HOST:PORT (docs/deployment.md)"
+        raise UserError(
+            f"deploy.nodes={deploy.nodes}: how are they reached? Give deploy.hostfile=FILE, or "
+            "start the command on each of them with deploy.node_rank=N deploy.master=HOST:PORT "
+            "(docs/deployment.md)"
         )
     if deploy.device == Device.cpu:
         return
-    there = count_gpus()
-    if there < deploy.processes_per_node:
-        raise ValueError(
-            f"deploy.processes_per_node={deploy.processes_per_node}, but this machine shows {there} NVIDIA GPU(s): use deploy=cpu, or fewer deploy.processes_per_node"
+    available = count_gpus()
+    if available < deploy.processes_per_node:
+        raise UserError(
+            f"deploy.processes_per_node={deploy.processes_per_node}, but this machine shows {plural(available, 'NVIDIA GPU')}: "
+            "use deploy=cpu, or fewer deploy.processes_per_node"
         )
 
 
 def check_hostfile(path: Path, cfg: Config) -> None:
+    """Raises: UserError where the hostfile lacks nodes or slots, or pdsh is not installed."""
+    deploy = cfg.deploy
     if not path.is_file():
-        raise ValueError(
-            f"deploy.hostfile={path}: no such file; it has a line for each node: HOST slots={cfg.deploy.processes_per_node}"
+        raise UserError(
+            f"deploy.hostfile={path}: no such file; it needs a line per node: "
+            f"HOST slots={deploy.processes_per_node}"
         )
     hosts = re.findall(r"^\s*([^#\s]\S*)\s+slots=(\d+)", path.read_text(), re.MULTILINE)
-    enough = [host for host, slots in hosts if int(slots) >= cfg.deploy.processes_per_node]
-    if len(hosts) < cfg.deploy.nodes or len(enough) < len(hosts):
-        wanted = f"deploy.nodes={cfg.deploy.nodes} of deploy.processes_per_node={cfg.deploy.processes_per_node}"
-        raise ValueError(
-            f"deploy.hostfile={path}: {len(hosts)} node(s), {len(enough)} with enough slots, for {wanted}"
+    enough = [host for host, slots in hosts if int(slots) >= deploy.processes_per_node]
+    if len(hosts) < deploy.nodes or len(enough) < len(hosts):
+        raise UserError(
+            f"deploy.hostfile={path}: {plural(len(hosts), 'node')}, {len(enough)} with enough "
+            f"slots, for deploy.nodes={deploy.nodes} of deploy.processes_per_node={deploy.processes_per_node}"
         )
     if shutil.which("pdsh") is None:
-        raise ValueError(
-            "deploy.hostfile: DeepSpeed reaches the nodes by pdsh, which is not installed; or use deploy.node_rank"
+        raise UserError(
+            "deploy.hostfile: DeepSpeed reaches the nodes by pdsh, which is not installed; "
+            "install it, or use deploy.node_rank"
         )
 
 
 def count_gpus() -> int:
+    """NVIDIA GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    return len(
-        [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    )
+    devices = Path("/dev").glob("nvidia*")
+    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in devices)

@@ -10,18 +10,21 @@ log = logging.getLogger("rlhf")
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, or its kind where it says nothing."""
+    """The first line of an exception's message, or its type where the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def plural(count: int, noun: str, ending: str = "s") -> str:
+    """`1 process`, `2 processes`: a number and its noun."""
+    return f"{count} {noun}{'' if count == 1 else ending}"
+
+
 def is_listening(url: str) -> bool:
-    """Whether somebody listens at a URL, within 2 s."""
-    where = urlsplit(url)
+    """Whether a server accepts connections at a URL within 2 seconds."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection(
-            (where.hostname or "", where.port or (443 if where.scheme == "https" else 80)),
-            timeout=2,
-        ).close()
+        socket.create_connection((parts.hostname or "", port), timeout=2).close()
     except OSError:
         return False
     return True

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import adapter_only
-from rlhf.data import load, template
+from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, map_across_ranks, micro_batches
+from rlhf.data.cache import cache_folder, digest
 from rlhf.data.load import open_data
-from rlhf.data.sources import cache_folder, digest
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, gather_parameters
 from rlhf.evaluation.policy import Found, before_and_after, evaluate_policy
@@ -56,9 +56,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     )
     tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
     data = open_data(cfg, run_dir)
-    pairs = load.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
+    pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
     held_out = template.encode_pairs(tokenizer, data.eval_rm, max_prompt, max_response)
-    log.info(f"DPO: {pairs} pairs, {len(held_out)} held out")
+    log.info(f"DPO: {pairs}, {len(held_out)} held out")
     steps = len(pairs) // dpo.batch_size * dpo.epochs
     if not steps:
         raise ValueError(f"dpo.batch_size={dpo.batch_size}: there are only {len(pairs)} pairs")

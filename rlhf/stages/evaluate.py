@@ -232,7 +232,8 @@ def free(*several: Models | None, keep: Models | None = None) -> None:
     for models in several:
         if models is not None and models is not keep:
             release_engine(models.actor)
-            models.actor = models.ref = models.rewards = None
+            del models.actor
+            models.ref = models.rewards = None
     gc.collect()
 
 
@@ -344,6 +345,7 @@ def measure_scorer(source: Source, data: Dataset, cfg: Config) -> dict[str, Any]
     chosen, rejected = score_pairs(
         source.engine, source.tokenizer, pairs, *limits, cfg.deploy.eval_micro_batch
     )
+    assert source.engine is not None
     margins = (chosen - rejected) * getattr(source.engine.module.hf.config, "score_std", 1.0)
     lengths = [
         length_group(len(c), len(r))

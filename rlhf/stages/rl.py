@@ -22,7 +22,7 @@ from rlhf.config import stage_graph
 from rlhf.config.choices import BestBy, KlAppliedTo
 from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
-from rlhf.data import load
+from rlhf.data import tokenized
 from rlhf.data.batches import global_batches, uniforms
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Turn
@@ -46,7 +46,7 @@ from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.tracker import Tracker
 
-PromptRows = load.Rows[tuple[list[Turn], list[int]]]
+PromptRows = tokenized.Rows[tuple[list[Turn], list[int]]]
 SHOWN = ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"]
 
 
@@ -69,7 +69,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     check_reward_models(cfg)
     tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
     data = open_data(cfg, run_dir)
-    prompts = load.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
+    prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts} prompts, {len(data.eval_prompts)} held out")
     steps = count_rollouts(cfg, data, len(prompts))
@@ -386,12 +386,12 @@ def pretraining_texts(cfg: Config, data: Dataset, tokenizer: PreTrainedTokenizer
     if data.texts is not None:
         kind = "texts"
         check_context(cfg.inputs["sft"], 0, longest, "rl.ptx.max_tokens")
-        texts = load.texts(tokenizer, data.texts, longest, cfg.data.workers)
+        texts = tokenized.texts(tokenizer, data.texts, longest, cfg.data.workers)
     else:
         kind = "SFT demonstrations, as no source has plain text"
         longest = min(longest, cfg.data.max_response_tokens)  # what SFT had room for
         max_prompt, workers = cfg.data.max_prompt_tokens, cfg.data.workers
-        texts = load.demonstrations(tokenizer, data.sft, max_prompt, longest, workers)
+        texts = tokenized.demonstrations(tokenizer, data.sft, max_prompt, longest, workers)
     if not len(texts):
         raise UserError(
             f"rl.ptx.coef={cfg.rl.ptx.coef}: there are neither texts (a source of format text) nor "

@@ -11,7 +11,7 @@ import torch
 
 from rlhf.config.choices import RmLoss
 from rlhf.config.schema import Config
-from rlhf.data import load, template
+from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, micro_batches, pad_right
 from rlhf.data.load import open_data
 from rlhf.data.records import Pair
@@ -41,8 +41,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         for pair in data.eval_rm
         if template.encode_prompts(tokenizer, [pair.prompt], max_prompt)[0] is not None
     ]
-    pairs = load.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
-    log.info(f"reward model: {pairs} pairs, {len(held_out)} held out")
+    pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
+    log.info(f"reward model: {pairs}, {len(held_out)} held out")
     steps = len(pairs) // cfg.rm.batch_size * cfg.rm.epochs
     if not steps:
         raise ValueError(f"rm.batch_size={cfg.rm.batch_size}: there are only {len(pairs)} pairs")

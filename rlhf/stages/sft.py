@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rlhf.config.schema import Config
-from rlhf.data import load, template
+from rlhf.data import template, tokenized
 from rlhf.data.batches import first_loss_token, global_batches, micro_batches
 from rlhf.data.load import open_data
 from rlhf.distributed import collectives
@@ -37,9 +37,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     check_context(cfg.actor.path, max_prompt, max_response)
     tokenizer = load_tokenizer(cfg.actor.path, cfg.data.template)
     data = open_data(cfg, run_dir)
-    rows = load.demonstrations(tokenizer, data.sft, max_prompt, max_response, cfg.data.workers)
+    rows = tokenized.demonstrations(tokenizer, data.sft, max_prompt, max_response, cfg.data.workers)
     held_out = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
-    log.info(f"SFT: {rows} demonstrations, {len(held_out)} held out")
+    log.info(f"SFT: {rows}, {len(held_out)} held out")
     steps = len(rows) // cfg.sft.batch_size * cfg.sft.epochs
     if not steps:
         raise ValueError(

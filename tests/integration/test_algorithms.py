@@ -22,7 +22,7 @@ from worker_runs import compare, kill_when, prepare, same, work
 from rlhf.config.loading import load_config
 from rlhf.config.schema import KlPlace, Precision
 from rlhf.config.stage_graph import stage_config
-from rlhf.data import load, template
+from rlhf.data import load, template, tokenized
 from rlhf.models.loading import load_policy
 from rlhf.training.likelihood import response_logprobs
 
@@ -194,7 +194,7 @@ def test_the_logged_log_probabilities_are_those_of_the_pairs(
     """Of the first step, whose policy is the SFT policy: all 96 pairs by themselves, one by one, without padding."""
     cfg = load_config(runs["dpo"] / "config.yaml")
     data = load.load_data(cfg.data)
-    pairs = load.pairs(tokenizer, data.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+    pairs = tokenized.pairs(tokenizer, data.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
     policy = load_policy(str(runs["sft"] / "model"), tokenizer, Precision.fp32).eval()
     policy.device = torch.device("cpu")
     order = np.random.default_rng([cfg.seed, 0]).permutation(len(pairs))[:8]

@@ -884,7 +884,7 @@ def test_the_loop_closes(
     data = load_data(cfg)
     (report,) = data.report
     assert report["rows"] == 22 and not set(report["left_out"]) - {
-        "no second answer",
+        "no rejected answer",
         "the same prompt again",
     }
     evaluated = [(pair.prompt, pair.chosen, pair.rejected) for pair in data.eval_rm]

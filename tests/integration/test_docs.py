@@ -17,7 +17,8 @@ from helpers import REPO, SMALL, SWEEP, Demo, composed, train, undocumented
 from rlhf.config.deployment import world_size
 from rlhf.config.schema import Stage
 from rlhf.config.validation import check_config
-from rlhf.planning.memory import GIB, make_plan
+from rlhf.planning.formulas import GIB
+from rlhf.planning.memory import make_plan
 
 SLURM = "sbatch docs/slurm.sh"
 

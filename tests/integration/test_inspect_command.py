@@ -21,7 +21,7 @@ def test_the_command_looks_anew_each_time(tmp_path: Path) -> None:
     ]  # needs none
     done = train(*command, cwd=tmp_path)
     assert (
-        done.returncode == 1
+        done.returncode == 2
         and "pairs.jsonl: no such file" in done.stderr
         and "Traceback" not in done.stderr
     )
@@ -32,7 +32,7 @@ def test_the_command_looks_anew_each_time(tmp_path: Path) -> None:
     assert (
         str(page.relative_to(tmp_path)) in done.stdout
         and "mine/train" in done.stdout
-        and "that cannot be read: 1" in done.stdout
+        and "unreadable rows of mine/train: 1" in done.stdout
     )
     result = json.loads((page.parent / "result.json").read_text())
     assert result["metrics"]["sources"][0]["rows"] == 60

@@ -148,7 +148,7 @@ def test_an_interrupted_run_starts_anew_and_keeps_what_was(tmp_path: Path) -> No
     # a second owner is refused while the first one works
     second = train("stage=sft", "wandb.mode=disabled", "deploy.threads=1", cwd=tmp_path)
     assert (
-        second.returncode == 1
+        second.returncode == 2
         and f"pid {stopped.pid}" in second.stderr
         and "being trained by another process" in second.stderr
     )

@@ -42,7 +42,7 @@ def test_plan_is_printed_without_torch_and_ends_with_2_where_it_does_not_fit(
         "logits",
         "tokens",
         "on disk",
-        "32 answers per optimizer step",
+        "32 responses per optimizer step",
     ):
         assert word in done.stdout
     done = train("stage=sft", "actor=llama2-7b", "deploy=single_gpu", "plan=true", cwd=tmp_path)

@@ -14,6 +14,7 @@ import pytest
 from helpers import Demo, composed
 from scipy import stats
 
+from rlhf.config.errors import UserError
 from rlhf.config.loading import save_config
 from rlhf.config.schema import Stage
 from rlhf.reporting import curves, report_page, tables
@@ -27,9 +28,10 @@ from rlhf.reporting.comparison import (
     run_label,
     seed_groups,
 )
-from rlhf.runs.directory import config_for_stage, lock_run, write_json
+from rlhf.runs.directory import config_for_stage, write_json
 from rlhf.runs.history import Run, find_runs, read_lines, run_status
 from rlhf.runs.identity import run_name
+from rlhf.runs.locks import lock_run
 
 HOSTILE = "</script><script>document.title='run'</script>"
 
@@ -166,11 +168,11 @@ def test_every_status_is_told(tmp_path: Path) -> None:
     (broken / "error-rank0.txt").write_text("rank 0: ValueError: no data\n\nTraceback")
     with lock_run(held):
         statuses = [run_status(run) for run in (done, left, broken, held)]
-        with pytest.raises(RuntimeError, match="being trained by another process"), lock_run(held):
+        with pytest.raises(UserError, match="being trained by another process"), lock_run(held):
             pass
     assert statuses == [
         "finished",
-        "stopped, goes on after step 8",
+        "stopped, resumes after step 8",
         "failed: ValueError: no data",
         "running",
     ]

@@ -210,7 +210,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     parent, run = running(*long, cwd=tmp_path)
     second = train(*long, cwd=tmp_path)  # one run, one owner
     assert (
-        second.returncode == 1
+        second.returncode == 2
         and f"pid {parent.pid} on" in second.stderr
         and "being trained by another process" in second.stderr
     )
@@ -225,8 +225,8 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     assert lines(run / "metrics.jsonl") == step < 400
     refused = train(*long, "deploy.gpus=2", cwd=tmp_path)
     assert (
-        refused.returncode == 1
-        and "made with deploy.gpus=1, not deploy.gpus=2: go on with deploy.gpus=1" in refused.stderr
+        refused.returncode == 2
+        and "made with deploy.gpus=1, not deploy.gpus=2: resume it with deploy.gpus=1" in refused.stderr
     )
     assert "fresh=true" in refused.stderr
     done = train(*long, cwd=tmp_path)

@@ -245,12 +245,12 @@ def test_preference_files_train_all_stages(tmp_path: Path) -> None:
         "data.sources.rm_static.format=chosen_rejected",
     ]
     done = train("stage=rm", "data=rm_static", *dialogues, cwd=tmp_path)
-    assert done.returncode == 1  # the answers of this file are no dialogues
+    assert done.returncode == 2  # the answers of this file are not dialogues
     assert (
-        f"data.sources.rm_static: line 1 of {file}: chosen is no dialogue: it does not begin with Human:"
+        f"data.sources.rm_static: line 1 of {file}: chosen is not a dialogue: it does not begin with Human:"
         in done.stderr
     )
     done = train(
         "stage=rm", "data=rm_static", "data.sources.rm_static.path=./missing.jsonl", cwd=tmp_path
     )
-    assert done.returncode == 1 and "missing.jsonl: no such file" in done.stderr
+    assert done.returncode == 2 and "missing.jsonl: no such file" in done.stderr

@@ -15,7 +15,8 @@ import pytest
 from helpers import REPO, SLOW, SMALL, SWEEP, composed, runs_in, summary, train
 
 from rlhf.runs import launch
-from rlhf.runs.directory import find_checkpoints, is_locked
+from rlhf.runs.directory import find_checkpoints
+from rlhf.runs.locks import is_locked
 
 
 @pytest.mark.full

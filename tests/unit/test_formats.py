@@ -1,4 +1,4 @@
-"""Rows of every public data set of conf/data, written by us in its schema, and what is read from them."""
+"""Rows in the schema of every public data set of conf/data, and what is read from them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read(format: str, row: dict[str, Any], **fields: Any) -> Pair | str:
         return str(reason)
 
 
-# ------------------------------------------------------------------------------------------------------------ the sets of conf/data
+# --- the sets of conf/data
 
 HH = [
     (
@@ -55,7 +55,10 @@ HH = [
     ),
     (
         {
-            "prompt": "\n\nHuman: Hi\n\nAssistant: Hello! I am the Assistant: ask me.\n\nHuman: How do I boil an egg?\n\nAssistant:",
+            "prompt": (
+                "\n\nHuman: Hi\n\nAssistant: Hello! I am the Assistant: ask me.\n\nHuman: How "
+                "do I boil an egg?\n\nAssistant:"
+            ),
             "response": " Eight minutes.\n\nNo more.",
             "chosen": " Eight minutes.\n\nNo more.",
             "rejected": " Do you mean a hen's egg?",
@@ -165,8 +168,14 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
     "anthropic_hh": [
         (
             {
-                "chosen": "\n\nHuman: Is it late?\n\nAssistant: Are you tired?\n\nHuman: Yes\n\nAssistant: Then it is.",
-                "rejected": "\n\nHuman: Is it late?\n\nAssistant: Are you tired?\n\nHuman: Yes\n\nAssistant: No.",
+                "chosen": (
+                    "\n\nHuman: Is it late?\n\nAssistant: Are you tired?\n\nHuman: Yes\n\n"
+                    "Assistant: Then it is."
+                ),
+                "rejected": (
+                    "\n\nHuman: Is it late?\n\nAssistant: Are you tired?\n\nHuman: Yes\n\n"
+                    "Assistant: No."
+                ),
             },
             Pair(
                 [user("Is it late?"), assistant("Are you tired?"), user("Yes")],
@@ -199,12 +208,14 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
                 "Nothing.",
             ),
         ),
-        ({"prompt": "Say yes.", "chosen": "yes", "rejected": " yes\n"}, "the same answer twice"),
+        ({"prompt": "Say yes.", "chosen": "yes", "rejected": " yes\n"}, "chosen equals rejected"),
     ],
     "rlhf_reward": [
         (
             {
-                "prompt": "\n\nHuman: Tell me a tale.\n\nAssistant: Which one?\n\nHuman: A short one.\n\n",
+                "prompt": (
+                    "\n\nHuman: Tell me a tale.\n\nAssistant: Which one?\n\nHuman: A short one.\n\n"
+                ),
                 "chosen": "Assistant: Once she said: Assistant: I obey. The end.",
                 "rejected": "Assistant: No.",
             },
@@ -273,7 +284,10 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
         ),
         (
             {
-                "prompt": "USER: Hi\nASSISTANT: Hello, USER!\nUSER: What is an ASSISTANT: mark?\nASSISTANT:",
+                "prompt": (
+                    "USER: Hi\nASSISTANT: Hello, USER!\nUSER: What is an ASSISTANT: mark?\n"
+                    "ASSISTANT:"
+                ),
                 "label": " A word. ",
             },
             Pair(
@@ -378,7 +392,10 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
                 "answers": ["1960年", "毎年"],
                 "questions": ["いつ始まった？", "どのくらいの頻度？"],
                 "paragraph": "大会は1960年に始まった。毎年ある。",
-                "questions_answers": "question: いつ始まった？, answer: 1960年 | question: どのくらいの頻度？, answer: 毎年",
+                "questions_answers": (
+                    "question: いつ始まった？, answer: 1960年"
+                    " | question: どのくらいの頻度？, answer: 毎年"
+                ),
             },
             Pair([user("いつ始まった？")], "大会は1960年に始まった。毎年ある。", None),
         ),
@@ -445,7 +462,7 @@ def test_sets_with_one_answer_are_for_sft_only() -> None:
         assert one.sft_only == all(pair.rejected is None for pair in pairs), name
 
 
-# ------------------------------------------------------------------------------------------------------------------------- formats
+# --- formats
 
 
 CONVERSATION = [user("a"), assistant("b"), user("c")]
@@ -530,7 +547,7 @@ def test_a_second_answer_may_be_missing_but_not_empty() -> None:
     for missing in ({}, {"rejected": None}, {"rejected": []}):
         assert read("prompt_chosen_rejected", row | missing) == Pair([user("a")], "b", None)
     assert read("prompt_chosen_rejected", row | {"rejected": " "}) == "empty answer"
-    assert read("prompt_chosen_rejected", row | {"rejected": "b "}) == "the same answer twice"
+    assert read("prompt_chosen_rejected", row | {"rejected": "b "}) == "chosen equals rejected"
 
 
 @pytest.mark.parametrize("name", ["response", "completion", "answer", "output"])
@@ -559,7 +576,7 @@ def test_whole_dialogues_as_strings_and_as_messages() -> None:
     assert read("chosen_rejected", messages | {"rejected": turns}) == "empty answer"
     assert (
         read("chosen_rejected", messages | {"rejected": messages["chosen"]})
-        == "the same answer twice"
+        == "chosen equals rejected"
     )
 
 
@@ -575,7 +592,7 @@ def scored(a: Any, b: Any) -> dict[str, Any]:
         (-1, -2, 1, "first"),
         (2, 2.0, 1, "tie"),
         (0, 0, 2, "tie"),
-        (3, 2, 2, "scores too near"),
+        (3, 2, 2, "scores too close"),
         (2, 3, 1.5, "second"),
         (4, 2, 2, "first"),
         (0, 1, 9, "second"),
@@ -592,7 +609,7 @@ def test_the_higher_score_is_chosen_if_it_is_high_enough(
 def test_the_score_ratio_of_shp_is_a_setting() -> None:
     row = shp(("Yes.", "No."), (12, 8))
     assert read_row(row, composed("data=shp").data.sources["shp"]).chosen == "Yes."
-    with pytest.raises(Skip, match="scores too near"):
+    with pytest.raises(Skip, match="scores too close"):
         read_row(
             row, composed("data=shp", "data.sources.shp.min_score_ratio=2").data.sources["shp"]
         )
@@ -639,11 +656,11 @@ def test_plain_text_is_read_as_it_is() -> None:
     for nothing in ({"text": " \n"}, {"text": None}):
         with pytest.raises(Skip, match="empty text"):
             read_text(nothing, source("text"))
-    with pytest.raises(ValueError, match="text is a number, not a text"):
+    with pytest.raises(ValueError, match="text is a number, not a string"):
         read_text({"text": 3}, source("text"))
 
 
-# ------------------------------------------------------------------------------------------------------------------ fields, columns
+# --- fields, columns
 
 
 @pytest.mark.parametrize(
@@ -661,7 +678,7 @@ def test_plain_text_is_read_as_it_is() -> None:
         ("empty", None),
         ("question.nothing", None),
         ("nothing", None),
-        ("passages.0.text.deeper", "passages.0.text.deeper: a text has no deeper"),
+        ("passages.0.text.deeper", "passages.0.text.deeper: a string has no deeper"),
         ("passages.first", "passages.first: a list has no first"),
     ],
 )
@@ -752,7 +769,7 @@ def test_columns_that_are_missing_are_named_with_those_there_are(
     assert expected in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------- rows that cannot be read
+# --- rows that cannot be read
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
@@ -760,24 +777,28 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 @pytest.mark.parametrize(
     "format, row, expected",
     [
-        ("prompt_chosen_rejected", GOOD | {"chosen": 3}, "chosen is a number, not a text"),
-        ("prompt_chosen_rejected", GOOD | {"chosen": True}, "chosen is true or false, not a text"),
+        ("prompt_chosen_rejected", GOOD | {"chosen": 3}, "chosen is a number, not a string"),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"chosen": True},
+            "chosen is true or false, not a string",
+        ),
         (
             "prompt_chosen_rejected",
             GOOD | {"rejected": {"text": "c"}},
-            "rejected is an object, not a text",
+            "rejected is an object, not a string",
         ),
         (
             "prompt_chosen_rejected",
             GOOD | {"rejected": float("nan")},
-            "rejected is nan, not a text",
+            "rejected is nan, not a string",
         ),
         (
             "prompt_chosen_rejected",
             GOOD | {"prompt": {"text": "a"}},
-            "prompt is an object, not a text",
+            "prompt is an object, not a string",
         ),
-        ("prompt_chosen_rejected", GOOD | {"prompt": b"a"}, "prompt is a bytes, not a text"),
+        ("prompt_chosen_rejected", GOOD | {"prompt": b"a"}, "prompt is a bytes, not a string"),
         ("prompt_chosen_rejected", {"prompt": "a"}, "no field chosen"),
         ("prompt_chosen_rejected", {"chosen": "a"}, "no field prompt"),
         ("prompt_chosen_rejected", GOOD | {"prompt": None}, "prompt is empty"),
@@ -803,16 +824,16 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
             GOOD | {"prompt": "\n\nHuman: a\n\nAssistant: b"},
             "the prompt ends with the assistant's turn, not with the user's",
         ),
-        ("prompt_chosen_rejected", GOOD | {"prompt": ["a"]}, "prompt.0 is a text, not a message"),
+        ("prompt_chosen_rejected", GOOD | {"prompt": ["a"]}, "prompt.0 is a string, not a message"),
         (
             "prompt_chosen_rejected",
             GOOD | {"prompt": [message("user", None)]},
-            "prompt.0 is empty, not a text",
+            "prompt.0 is empty, not a string",
         ),
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": [message("user", [{"type": "text"}])]},
-            "chosen.0 is a list, not a text",
+            "chosen.0 is a list, not a string",
         ),
         (
             "prompt_chosen_rejected",
@@ -827,7 +848,7 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             "chosen_rejected",
             {"chosen": "yes", "rejected": "no"},
-            "chosen is no dialogue: it does not begin with Human: or USER:",
+            "chosen is not a dialogue: it does not begin with Human: or USER:",
         ),
         ("chosen_rejected", {"chosen": "USER: a ASSISTANT: b"}, "no field rejected"),
         (
@@ -840,20 +861,20 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
             {"chosen": "USER: a ASSISTANT: b", "rejected": "USER: x ASSISTANT: c"},
             "chosen and rejected differ before the last answer",
         ),
-        ("scored_answers", scored("5", 1), "score_a is a text, not a number"),
+        ("scored_answers", scored("5", 1), "score_a is a string, not a number"),
         ("scored_answers", scored(1, None), "score_b is empty"),
         ("scored_answers", scored(1, True), "score_b is true or false, not a number"),
         ("scored_answers", scored(float("nan"), 1), "score_a is nan, not a number"),
         ("scored_answers", {"prompt": "q"}, "no field answer_a"),
-        ("scored_answers", scored(1, 2) | {"answer_b": 7}, "answer_b is a number, not a text"),
+        ("scored_answers", scored(1, 2) | {"answer_b": 7}, "answer_b is a number, not a string"),
         ("instruction", {"instruction": "a"}, "no field output"),
         (
             "instruction",
             {"instruction": "a", "input": 1, "output": "b"},
-            "input is a number, not a text",
+            "input is a number, not a string",
         ),
         ("instruction", {"instruction": "", "output": "b"}, "the prompt has no user's turn"),
-        ("messages", {"messages": "a"}, "messages is a text, not a list of messages"),
+        ("messages", {"messages": "a"}, "messages is a string, not a list of messages"),
         ("messages", {"messages": []}, "messages is empty"),
         (
             "messages",
@@ -861,7 +882,7 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
             "the last message is the user's, not the assistant's",
         ),
         ("messages", {"messages": [message("assistant", "a")]}, "the prompt has no user's turn"),
-        ("text", {"text": "a"}, "format text has no questions and answers"),
+        ("text", {"text": "a"}, "format text has no prompts and answers"),
         (
             None,
             {"question": "a", "reply": "b"},

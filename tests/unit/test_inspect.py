@@ -1,4 +1,4 @@
-"""The dataset doctor: its numbers on a file whose numbers are known, and its page."""
+"""stage=inspect: its numbers for a file whose numbers are known, and its page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 from data_files import digits, known_file
 from helpers import composed
 
-from rlhf.data import load, template
+from rlhf.data import load, template, tokenized
+from rlhf.data.inspection import measuring
+from rlhf.data.inspection.leakage import leakage
 from rlhf.data.load import table_of
 from rlhf.data.records import Dataset, Pair, Turn
 from rlhf.models.loading import load_tokenizer
@@ -51,11 +53,17 @@ class Boxes(HTMLParser):
             self.found[-1] = (classes, text + data, ids)
 
 
-def ids_of(boxes: Boxes, kind: str) -> list[int]:
-    return [i for classes, _, ids in boxes.found for i in ids if kind in classes]
+def boxes_of(sample: inspect_page.Sample) -> list[inspect_page.TokenBox]:
+    return sample.prompt + sample.answer
 
 
-# ----------------------------------------------------------------------------------------------------------------------- numbers
+def ids_of(sample: inspect_page.Sample, kind: str = "") -> list[int]:
+    """Token ids of a sample, or those of one kind."""
+    boxes = boxes_of(sample)
+    return [i for box in boxes for i in box.ids if not kind or kind in box.kinds.split()]
+
+
+# --- numbers
 
 
 def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
@@ -64,14 +72,12 @@ def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
     (source,) = found["sources"]
     assert (source["source"], source["split"], source["rows"]) == ("mine", "train", 60)
     counts = {
-        "the same answer twice": 2,
+        "chosen equals rejected": 2,
         "empty answer": 1,
-        "cannot be read": 1,
-        "the same row again": 3,
+        "unreadable": 1,
+        "duplicate row": 3,
     }
-    assert (
-        source["left_out"] == counts and source["same_answers"] == 2 and source["duplicates"] == 3
-    )
+    assert source["skipped"] == counts and source["same_answers"] == 2 and source["duplicates"] == 3
     assert sum(source[part] for part in ("sft", "rm", "ppo", "eval")) == 60 - 7
     assert source["share"] == {part: 1.0 for part in ("sft", "rm", "ppo", "eval") if source[part]}
 
@@ -82,7 +88,12 @@ def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
         "chosen": {"median": 9, "p95": 9, "max": 11},
         "rejected": {"median": 5, "p95": 9, "max": 11},
     }
-    assert (numbers["dropped"], numbers["shortened"], numbers["cut"], numbers["alike"]) == (
+    assert (
+        numbers["dropped"],
+        numbers["shortened"],
+        numbers["truncated"],
+        numbers["same_truncated"],
+    ) == (
         1,
         1,
         44,
@@ -90,7 +101,7 @@ def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
     )
     assert (numbers["chosen_longer"], numbers["chosen_shorter"]) == (33, 10)
     assert numbers["chosen_longer_by"] == pytest.approx((33 * 4 - 10 * 4) / 56)
-    assert inspect_page.by_length(numbers) == pytest.approx((33 + 13 / 2) / 56)
+    assert measuring.longer_is_better(numbers) == pytest.approx((33 + 13 / 2) / 56)
 
     stages = found["stages"]
     assert [stages[name]["rows"] for name in ("sft", "rm", "ppo")] == [
@@ -98,29 +109,29 @@ def test_the_numbers_of_a_known_file(tmp_path: Path) -> None:
     ]
     assert set(found["leakage"].values()) == {0} and len(found["leakage"]) == 6
     text = "\n".join(found["verdicts"])
-    assert "line 60 of" in text and "answer as chosen and as rejected: 2" in text
+    assert "line 60 of" in text and "whose chosen and rejected answers are equal: 2" in text
     assert re.search(
-        r"an answer that is cut.* of sft, \d+% of rm: raise data.max_response_tokens=8", text
+        r"truncated answers, .* of sft, \d+% of rm: raise data.max_response_tokens=8", text
     )
     assert json.loads(json.dumps(found)) == found
 
 
 def test_the_numbers_are_those_of_training(tmp_path: Path) -> None:
-    """Dropped and cut rows are counted by the doctor's own code, and by what prepares the training."""
+    """Skipped and truncated rows are counted by other code than that which prepares training."""
     cfg = config_for(known_file(tmp_path / "known.jsonl"), "data.shares=[1,1,1]")
     found, data = inspect.run(cfg, tmp_path)["stages"], load.load_data(cfg.data)
     tokenizer = load_tokenizer("builtin:tiny")
     for name, rows in (
-        ("sft", load.demonstrations(tokenizer, data.sft, 10, 8)),
-        ("rm", load.pairs(tokenizer, data.rm, 10, 8)),
+        ("sft", tokenized.demonstrations(tokenizer, data.sft, 10, 8)),
+        ("rm", tokenized.pairs(tokenizer, data.rm, 10, 8)),
     ):
         assert len(rows) == found[name]["rows"] - found[name]["dropped"] > 0
-        assert (rows.dropped, rows.cut) == (found[name]["dropped"], found[name]["cut"])
-    assert load.prompts(tokenizer, data.ppo, 10).dropped == found["ppo"]["dropped"]
+        assert (rows.skipped, rows.truncated) == (found[name]["dropped"], found[name]["truncated"])
+    assert tokenized.prompts(tokenizer, data.ppo, 10).skipped == found["ppo"]["dropped"]
 
 
 def test_a_large_part_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "SAMPLE", 20)
+    monkeypatch.setattr(measuring, "SAMPLE", 20)
     found = inspect.run(config_for(known_file(tmp_path / "known.jsonl")), tmp_path)
     (source,) = found["sources"]
     assert (
@@ -144,7 +155,7 @@ def test_leakage_is_found_where_there_is_some() -> None:
     data = Dataset(
         sft, rm, ppo, [], pairs("four", "five"), [[Turn("user", "one")], [Turn("system", "three")]]
     )
-    shared, distinct = inspect.leakage(data)
+    shared, distinct = leakage(data)
     assert shared == {
         "sft & rm": 1,
         "sft & ppo": 0,
@@ -162,12 +173,14 @@ def test_leakage_is_found_where_there_is_some() -> None:
         (
             710,
             290,
-            "chosen answers are longer in 71% of the pairs: a judge that only counts tokens is right on 71%",
+            "chosen answers are longer in 71% of the pairs: a judge that only counts tokens has"
+            " an accuracy of 71%",
         ),
         (
             100,
             700,
-            "chosen answers are shorter in 70% of the pairs: a judge that only counts tokens is right on 80%",
+            "chosen answers are shorter in 70% of the pairs: a judge that only counts tokens "
+            "has an accuracy of 80%",
         ),
         (540, 460, ""),
         (0, 0, ""),
@@ -184,67 +197,53 @@ def test_few_pairs_are_no_bias() -> None:
 
 
 def test_spread_takes_values_that_are_there() -> None:
-    assert inspect.spread(np.arange(1, 101)) == {"median": 50, "p95": 95, "max": 100}
-    assert inspect.spread(np.array([7])) == {"median": 7, "p95": 7, "max": 7}
+    assert measuring.spread(np.arange(1, 101)) == {"median": 50, "p95": 95, "max": 100}
+    assert measuring.spread(np.array([7])) == {"median": 7, "p95": 7, "max": 7}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the page
+# --- the page
 
 
 @pytest.mark.parametrize("train_on_prompt", [False, True])
-def test_samples_of_sft_show_what_is_learnt(train_on_prompt: bool) -> None:
+def test_samples_of_sft_show_the_tokens_in_the_loss(train_on_prompt: bool) -> None:
     cfg = composed(f"sft.train_on_prompt={str(train_on_prompt).lower()}")
     tokenizer = load_tokenizer("builtin:tiny")
     question = [Turn("user", "What does my pan need?")]
-    (html,) = inspect_page.samples(
-        tokenizer, "sft", table_of([Pair(question, "A café ☃ <b>.", None)]), cfg
-    )
-    [prompt], [answer] = (
-        template.encode_prompts(tokenizer, [question], 99),
-        template.encode_responses(tokenizer, ["A café ☃ <b>."], 99),
-    )
-    boxes = Boxes(html)
-    assert prompt and sum((ids for *_, ids in boxes.found), []) == prompt + answer
-    assert ids_of(boxes, "learnt") == (prompt[1:] if train_on_prompt else []) + answer
-    assert ids_of(boxes, "given") == (prompt[:1] if train_on_prompt else prompt)
-    assert ids_of(boxes, "eos") == [tokenizer.eos_token_id]
-    shown = "".join(text for _, text, _ in boxes.found).replace("↵", "")
-    assert (
-        shown
-        == "\n\nHuman: What does my pan need?\n\nAssistant: A café ☃ <b>." + tokenizer.eos_token
-    )
-    assert (
-        len([ids for _, text, ids in boxes.found if "☃" in text and len(ids) > 1]) == 1
-    )  # one character of several tokens
+    table = table_of([Pair(question, "A café ☃ <b>.", None)])
+    (sample,) = inspect_page.samples(tokenizer, "sft", table, cfg)
+    [prompt] = template.encode_prompts(tokenizer, [question], 99)
+    [answer] = template.encode_responses(tokenizer, ["A café ☃ <b>."], 99)
+    assert prompt and ids_of(sample) == prompt + answer
+    assert ids_of(sample, "loss") == (prompt[1:] if train_on_prompt else []) + answer
+    assert ids_of(sample, "context") == (prompt[:1] if train_on_prompt else prompt)
+    assert ids_of(sample, "eos") == [tokenizer.eos_token_id]
+    shown = "".join(box.text for box in boxes_of(sample)).replace("↵", "")
+    dialogue = "\n\nHuman: What does my pan need?\n\nAssistant: A café ☃ <b>."
+    assert shown == dialogue + tokenizer.eos_token
+    # one character of several tokens has one box
+    assert len([box for box in boxes_of(sample) if "☃" in box.text and len(box.ids) > 1]) == 1
 
 
 def test_samples_of_rm_and_ppo() -> None:
     cfg = composed("data.max_response_tokens=8")
     tokenizer = load_tokenizer("builtin:tiny")
     table = table_of([Pair([Turn("user", "1")], digits("12"), digits("54321"))])
-    chosen, rejected = map(Boxes, inspect_page.samples(tokenizer, "rm", table, cfg))
+    chosen, rejected = inspect_page.samples(tokenizer, "rm", table, cfg)
     assert ids_of(chosen, "scored") == ids_of(chosen, "eos") == [tokenizer.eos_token_id]
-    assert (
-        ids_of(rejected, "eos") == []
-        and ids_of(rejected, "scored") == tokenizer("2", add_special_tokens=False).input_ids
-    )  # cut there
+    last = tokenizer("2", add_special_tokens=False).input_ids  # it is truncated there
+    assert ids_of(rejected, "eos") == [] and ids_of(rejected, "scored") == last
     assert len(ids_of(chosen, "answer")) == 5 and len(ids_of(rejected, "answer")) == 8
-    (prompt,) = map(Boxes, inspect_page.samples(tokenizer, "ppo", table, cfg))
-    assert (
-        ids_of(prompt, "given")
-        == sum((ids for *_, ids in prompt.found), [])
-        == ids_of(chosen, "given")
-    )
+    (prompt,) = inspect_page.samples(tokenizer, "ppo", table, cfg)
+    assert ids_of(prompt, "context") == ids_of(prompt) == ids_of(chosen, "context")
 
 
-def test_the_middle_of_a_long_text_is_left_out() -> None:
+def test_the_middle_of_a_long_text_is_not_shown() -> None:
     tokenizer = load_tokenizer("builtin:tiny")
     ids = tokenizer(" " + digits("1" * 400), add_special_tokens=False).input_ids
-    html = inspect_page.token_boxes(tokenizer, ids, ["given"] * len(ids))
-    assert (
-        html.count('<span class="t') == 2 * inspect_page.SHOWN
-        and f"{len(ids) - 2 * inspect_page.SHOWN:,} tokens" in html
-    )
+    boxes = list(inspect_page.token_boxes(tokenizer, ids, ["context"] * len(ids)))
+    assert sum(bool(box.ids) for box in boxes) == 2 * inspect_page.SHOWN
+    (note,) = [box.text for box in boxes if not box.ids]
+    assert f"{len(ids) - 2 * inspect_page.SHOWN:,} tokens" in note
 
 
 def test_the_page_is_self_contained_and_escapes_what_data_hold(tmp_path: Path) -> None:
@@ -258,7 +257,7 @@ def test_the_page_is_self_contained_and_escapes_what_data_hold(tmp_path: Path) -
     found = inspect.run(
         config_for(file, "data.max_prompt_tokens=256", "data.max_response_tokens=256"), tmp_path
     )
-    assert [s["left_out"] for s in found["sources"]] == [{"cannot be read": 1}]
+    assert [s["skipped"] for s in found["sources"]] == [{"unreadable": 1}]
     page = (tmp_path / "report.html").read_text()
     boxes = Boxes(page)
     assert not boxes.tags & {"script", "img", "link", "iframe", "object"} and "svg" in boxes.tags
@@ -267,7 +266,7 @@ def test_the_page_is_self_contained_and_escapes_what_data_hold(tmp_path: Path) -
     )
     assert "漢" in "".join(text for _, text, _ in boxes.found)
     assert page.count("<h3>sft</h3>") == 2  # lengths and samples
-    assert {"learnt", "given", "answer", "eos", "scored"} <= set().union(
+    assert {"loss", "context", "answer", "eos", "scored"} <= set().union(
         *(classes for classes, *_ in boxes.found)
     )
 
@@ -287,7 +286,7 @@ def test_a_source_without_second_answers(tmp_path: Path) -> None:
         and found["stages"]["sft"]["rows"] > 30
     )
     assert any(
-        line.startswith("no rows for rm: no source has second answers")
+        line.startswith("no rows for rm: no source has rejected answers")
         for line in found["verdicts"]
     )
     assert (

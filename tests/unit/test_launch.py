@@ -8,9 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import composed
+from helpers import REPO, composed
 
+from rlhf.config.errors import UserError
+from rlhf.config.schema import Stage
 from rlhf.runs import launch
+from rlhf.runs.directory import config_for_stage
+from rlhf.runs.failures import WorkerError
 
 
 def test_places_number_all_processes_of_all_nodes() -> None:
@@ -72,17 +76,17 @@ def test_the_cause_is_who_was_killed_or_who_failed_first(tmp_path: Path) -> None
         (
             ["deploy.nodes=2", "deploy.hostfile=hosts"],
             None,
-            "hosts: no such file; it has a line for each node: HOST slots=1",
+            "hosts: no such file; it needs a line per node: HOST slots=1",
         ),
         (
             ["deploy.nodes=2", "deploy.hostfile=hosts"],
             "a slots=8\n# b slots=8\n",
-            "1 node(s), 1 with enough slots, for deploy.nodes=2",
+            "1 node, 1 with enough slots, for deploy.nodes=2",
         ),
         (
             ["deploy.nodes=2", "deploy.gpus=4", "deploy.hostfile=hosts"],
             "a slots=8\nb slots=2\n",
-            "2 node(s), 1 with enough slots",
+            "2 nodes, 1 with enough slots",
         ),
         (["deploy=single_node", "deploy.gpus=64"], None, "deploy.gpus=64, but this machine shows"),
     ],
@@ -93,7 +97,7 @@ def test_machines_that_are_not_there_are_refused(
     if hosts is not None:
         (tmp_path / "hosts").write_text(hosts)
     overrides = [arg.replace("=hosts", f"={tmp_path}/hosts") for arg in overrides]
-    with pytest.raises(ValueError, match=".*") as error:
+    with pytest.raises(UserError) as error:
         launch.check_machines(composed(*overrides))
     assert expected in str(error.value)
 
@@ -103,16 +107,52 @@ def test_without_pdsh_a_hostfile_is_refused(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # nothing is installed there
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
-    with pytest.raises(ValueError, match="pdsh, which is not installed"):
+    with pytest.raises(UserError, match="pdsh, which is not installed"):
         launch.check_machines(composed("deploy.nodes=2", f"deploy.hostfile={tmp_path}/hosts"))
+
+
+FAILING_WORKER = """
+import os, pathlib, sys
+from rlhf.config.errors import UserError
+from rlhf.runs.failures import write_failure
+try:
+    raise {error}
+except Exception as error:
+    write_failure(pathlib.Path(sys.argv[1]), os.environ["RANK"], error)
+    os._exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        ("UserError('sft.lr=9: lower it')", UserError, "sft: sft.lr=9: lower it"),
+        ("KeyError('x')", WorkerError, "sft failed, rank 0: KeyError: 'x'; the traceback is in "),
+    ],
+)
+def test_a_users_error_in_a_worker_is_raised_as_it_is_and_a_bug_names_the_log(
+    error: str,
+    kind: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "a_worker.py").write_text(FAILING_WORKER.format(error=error))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPO}")
+    monkeypatch.setattr(launch, "WORKER", "a_worker")
+    cfg = config_for_stage(composed("stage=sft"), Stage.sft, {})
+    with pytest.raises(kind) as raised:
+        launch.run_workers(tmp_path, cfg)
+    assert str(raised.value).startswith(message)
+    assert ("train.log" in str(raised.value)) == (kind is WorkerError)
 
 
 @pytest.mark.parametrize(
     "codes, outcome",
     [
         ((75, 75), KeyboardInterrupt),
-        ((75, 1), RuntimeError),
-        ((0, 1), RuntimeError),
+        ((75, 1), WorkerError),
+        ((0, 1), WorkerError),
         ((0, 0), None),
     ],
 )

@@ -54,7 +54,7 @@ def test_values_and_gradients_equal_those_of_the_whole_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sizes: within one chunk; over several; over several, of which not all are kept for the backward pass."""
-    monkeypatch.setattr(logprobs, "KEPT", 2**21)
+    monkeypatch.setattr(logprobs, "KEPT_PROBABILITIES", 2**21)
     hidden, weight, offset, targets = random(size[0], 12, size[1], bias)
     a, b = torch.randn(2, size[0])
     found, expected = (

@@ -12,21 +12,15 @@ from families import FAMILIES, save_base
 from helpers import CONF, composed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf.config.constants import SANDBOX_PROMPTS
 from rlhf.config.schema import Arch, Config, Lora, Stage
 from rlhf.config.validation import check_config
+from rlhf.data.sandbox.ground_truth import all_prompts
 from rlhf.distributed.engine import build_engine
-from rlhf.models import logprobs, lora
+from rlhf.models import lora
 from rlhf.models.loading import load_policy, load_tokenizer
-from rlhf.planning.memory import (
-    CHUNK,
-    KEPT,
-    LOGITS,
-    SMALLEST,
-    activations,
-    gather_for_rollout,
-    make_plan,
-    role_memory,
-)
+from rlhf.planning.formulas import activations, role_memory
+from rlhf.planning.memory import gather_for_rollout, make_plan
 from rlhf.planning.shapes import ACTIVATIONS, arch_of, linear_layers, lora_parameters, parameters
 from rlhf.planning.steps import rows_for_stage
 from rlhf.planning.summary import cheapest_changes, one_line_summary
@@ -313,12 +307,10 @@ def test_hand_numbers() -> None:
     )
     assert p.phases["sampling"]["kv cache"] == 2 * 40 * 5120 * 32 * 512 * 2
     assert p.phases["actor's update"]["logits"] == 64 * 50272 * (4 + 4) + 4 * 2**22
-    assert (CHUNK, SMALLEST, LOGITS, KEPT) == (
-        logprobs.CHUNK,
-        logprobs.SMALLEST,
-        logprobs.LOGITS,
-        logprobs.KEPT,
-    )
+
+
+def test_the_plan_knows_the_size_of_the_sandbox() -> None:
+    assert len(all_prompts()) == SANDBOX_PROMPTS
 
 
 def test_partitioned_sampling_is_chosen_where_whole_weights_do_not_fit() -> None:

@@ -1,4 +1,4 @@
-"""Files -> records on disk: parts, duplicates, mixes, bad input, the cache; and their token ids on disk.
+"""Files -> records on disk (parts, duplicates, mixes, bad input, the cache) -> token ids on disk.
 
 T.. and D.. name the tests and flaws of the survey of DeepSpeed-Chat that a test answers.
 """
@@ -18,10 +18,12 @@ import pytest
 from data_files import Record, jsonl, row, rows
 from helpers import composed
 
+from rlhf.config.errors import UserError
 from rlhf.config.schema import BadRow, Config, Data, Format, Source, Template
-from rlhf.data import load, sources, template
+from rlhf.data import load, reading, template, tokenized
+from rlhf.data.reading import hash_text
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn
-from rlhf.data.sources import load_sources, number_of, pair_of
+from rlhf.data.sources import load_sources, pair_of
 from rlhf.data.splits import PARTS
 from rlhf.models.loading import load_tokenizer
 
@@ -94,12 +96,12 @@ def assert_counts_add_up(data: Dataset) -> None:
         assert sum(report[part] for report in data.report if part in report) == size
     for report in data.report:
         into = sum(report[part] for part in ("sft", "rm", "ppo", "eval", "texts") if part in report)
-        assert report["rows"] + report.get("copies", 0) == into + sum(
-            report["left_out"].values()
-        ), report
+        assert report["rows"] + report.get("copies", 0) == into + sum(report["skipped"].values()), (
+            report
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------------------ splits
+# --- splits
 
 
 @pytest.mark.parametrize("n", [10_000, pytest.param(50_000, marks=pytest.mark.full)])
@@ -168,7 +170,7 @@ def test_case_and_spaces_do_not_make_another_prompt(tmp_path: Path) -> None:
     records = rows(*range(300)) + [{**row(i), "prompt": f" qUESTION\n {i}? "} for i in range(300)]
     data = load_sources(config(mine=jsonl(tmp_path / "a.jsonl", records)))
     (report,) = data.report
-    assert report["left_out"] == {"the same row again": 300}
+    assert report["skipped"] == {"duplicate row": 300}
     assert sorted(asked(data.ppo)) == sorted(set(asked(data.ppo)))
 
 
@@ -183,7 +185,7 @@ def test_added_rows_and_other_versions_do_not_move_a_prompt(tmp_path: Path) -> N
 
 
 def test_an_own_eval_split_is_evaluated_on_and_nothing_of_it_trained_on(tmp_path: Path) -> None:
-    """T16. Half of the held-out prompts of this set are in its training split too, a few rows word for word."""
+    """T16. Half of the held-out prompts are in the training split too, with a few equal rows."""
     directory = saved(
         tmp_path / "set",
         train=rows(*range(300)),
@@ -194,8 +196,8 @@ def test_an_own_eval_split_is_evaluated_on_and_nothing_of_it_trained_on(tmp_path
     assert_apart(data)
     assert_counts_add_up(data)
     trained, held_out = data.report
-    assert trained["left_out"] == {"prompt is evaluated on": 53} and trained["eval"] == 0
-    assert (held_out["eval"], held_out["left_out"]) == (103, {})
+    assert trained["skipped"] == {"prompt is held out for evaluation": 53} and trained["eval"] == 0
+    assert (held_out["eval"], held_out["skipped"]) == (103, {})
     assert len(data.sft) + len(data.rm) + len(data.ppo) == 247  # nothing else is held out
 
 
@@ -203,9 +205,9 @@ def test_duplicates_are_dropped_and_counted_over_all_sources(tmp_path: Path) -> 
     one = jsonl(tmp_path / "one.jsonl", rows(*range(200)) + rows(*range(50)))
     two = jsonl(tmp_path / "two.jsonl", rows(*range(100, 300)))
     data = load_sources(config(one=one, two=two))
-    assert [report["left_out"] for report in data.report] == [
-        {"the same row again": 50},
-        {"the same row again": 100},
+    assert [report["skipped"] for report in data.report] == [
+        {"duplicate row": 50},
+        {"duplicate row": 100},
     ]
     everything = [*data.sft, *data.rm, *data.ppo]
     assert (
@@ -223,10 +225,10 @@ def test_ppo_has_each_prompt_once(tmp_path: Path) -> None:
     assert len(data.rm) == 2 * len(set(asked(data.rm))) and len(data.ppo) == len(
         set(asked(data.ppo))
     )
-    assert data.report[0]["left_out"] == {"the same prompt again": len(data.ppo)}
+    assert data.report[0]["skipped"] == {"duplicate prompt": len(data.ppo)}
 
 
-# ------------------------------------------------------------------------------------------------------------------------- mixing
+# --- mixing
 
 
 def test_weight_takes_a_share_of_the_rows_or_repeats_them(tmp_path: Path) -> None:
@@ -242,7 +244,7 @@ def test_weight_takes_a_share_of_the_rows_or_repeats_them(tmp_path: Path) -> Non
     assert 1.4 < len(more.rm) / len(full.rm) < 1.6
     assert half.eval_sft == full.eval_sft == twice.eval_sft  # what is evaluated on stays
     assert asked(full.ppo) == asked(twice.ppo)
-    assert half.report[0]["left_out"]["by weight"] == 2000 - sum(
+    assert half.report[0]["skipped"]["weight below 1"] == 2000 - sum(
         half.report[0][part] for part in PARTS
     )
     assert twice.report[0]["copies"] == len(full.sft) + len(full.rm)
@@ -267,7 +269,7 @@ def test_sft_only_keeps_a_source_from_the_other_stages(tmp_path: Path) -> None:
         0,
         0,
     )
-    assert data.report[1]["left_out"]["prompt of another stage"] > 50
+    assert data.report[1]["skipped"]["prompt is used by another stage"] > 50
     # the same file twice: for all stages as if it were there once
     both = load_sources(config(two=Source(str(one), sft_only=True), one=one))
     assert parts(both) == parts(load_sources(config(one=one)))
@@ -284,7 +286,7 @@ def test_one_answer_is_enough_for_all_but_the_reward_model(tmp_path: Path) -> No
     assert any(text.startswith("else") for text in asked(data.sft)) and any(
         text.startswith("else") for text in asked(data.ppo)
     )
-    assert data.report[0]["left_out"]["no second answer"] > 50
+    assert data.report[0]["skipped"]["no rejected answer"] > 50
     assert_counts_add_up(data)
 
 
@@ -297,14 +299,14 @@ def test_texts_are_for_the_pretraining_loss_only(tmp_path: Path) -> None:
     data = load_sources(config(pairs=pairs, corpus=texts))
     assert data.texts["text"] == ["Once upon 1.", "Once upon 2.", "Once upon 3."]
     assert not any("once" in text for questions in parts(data).values() for text in questions)
-    assert data.report[1]["left_out"] == {"empty text": 1, "the same text again": 1}
+    assert data.report[1]["skipped"] == {"empty text": 1, "duplicate text": 1}
     assert_counts_add_up(data)
     assert (
-        "corpus/train: 5 rows: texts 3; left out: 1 empty text, 1 the same text again"
+        "corpus/train: 5 rows: texts 3; skipped: 1 empty text, 1 duplicate text"
         in load.summarize(data)
     )
     with pytest.raises(
-        ValueError, match="data=corpus: plain text only; add a source with questions and answers"
+        UserError, match="data=corpus: plain text only; add a source with prompts and answers"
     ):
         load_sources(config(corpus=texts))
     held_out = saved(tmp_path / "set", train=[{"text": "a"}], test=[{"text": "b"}])
@@ -410,7 +412,7 @@ def test_columns_of_other_names_mix_with_the_usual_ones(tmp_path: Path) -> None:
     assert data.rm.column_names == ["prompt", "chosen", "rejected"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- bad input
+# --- bad input
 
 
 def broken(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -423,8 +425,8 @@ GOOD = json.dumps(row(1)) + "\n"
 FILES: list[tuple[str, str | bytes | None, str]] = [
     ("missing.jsonl", None, ".path={path}: no such file"),
     ("empty.jsonl", "", ".path={path}: the file is empty"),
-    ("empty.json", "[]", ".path={path}: it is empty"),
-    ("header.csv", "prompt,chosen\n", ".path={path}: it is empty"),
+    ("empty.json", "[]", ".path={path}: the file is empty"),
+    ("header.csv", "prompt,chosen\n", ".path={path}: the file is empty"),
     (
         "a.txt",
         "hello",
@@ -433,7 +435,7 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
     (
         "a.json",
         '[{"prompt": 1},\n {]',
-        ".path={path}: no JSON (Expecting property name enclosed in double quotes: line 2",
+        ".path={path}: not JSON (Expecting property name enclosed in double quotes: line 2",
     ),
     ("a.parquet", "hello", ".path={path}: Parquet file size is 5 bytes"),
     (
@@ -462,22 +464,23 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
     (
         "lines.jsonl",
         "{no\n{\n",
-        ": {path} has no line that is a JSON object {{...}}: line 1: no JSON (Expecting property name",
+        ": {path} has no line that is a JSON object {{...}}: line 1: not JSON (Expecting "
+        "property name",
     ),
     (
         "types.jsonl",
         '{"prompt": 3, "chosen": "a"}\n',
-        ": line 1 of {path}: prompt is a number, not a text (nor can any other",
+        ": line 1 of {path}: prompt is a number, not a string (and no other row can",
     ),
     (
         "types.json",
         '[{"prompt": "a", "chosen": 3}]',
-        ": row 1 of {path}: chosen is a number, not a text (nor can any other",
+        ": row 1 of {path}: chosen is a number, not a string (and no other row can",
     ),
     (
         "same.jsonl",
         '{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3,
-        ": no row of {path} (train) is left: 3 the same answer twice",
+        ": all rows of {path} (train) are skipped: 3 chosen equals rejected",
     ),
 ]
 
@@ -491,7 +494,7 @@ def test_a_file_that_cannot_be_read_gets_one_line(
     expected: str,
 ) -> None:
     path = tmp_path / name if content is None else broken(tmp_path, name, content)
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises(UserError) as error:
         load_sources(config(mine=path))
     assert str(error.value).startswith(
         "data.sources.mine" + expected.format(path=path)
@@ -502,8 +505,11 @@ def test_a_file_that_cannot_be_read_gets_one_line(
 def test_columns_that_are_missing_are_named_with_those_there_are(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"query": "a", "chosen": "b"}])
     with pytest.raises(
-        ValueError,
-        match=rf"data.sources.mine: {file}: format chosen_rejected needs the columns rejected; there are query",
+        UserError,
+        match=(
+            rf"data.sources.mine: {file}: format chosen_rejected needs the columns rejected; "
+            rf"there are query"
+        ),
     ):
         load_sources(config(mine=Source(str(file), Format.chosen_rejected)))
 
@@ -512,24 +518,22 @@ def test_a_split_that_is_not_there_is_named_with_those_there_are(tmp_path: Path)
     directory = saved(tmp_path / "set", train=rows(1), validation=rows(2))
     for source in (Source(str(directory), split="test"), Source(str(directory), eval_split="test")):
         with pytest.raises(
-            ValueError,
-            match=rf"data.sources.mine: {directory} has no split test, but train, validation",
+            UserError,
+            match=rf"data.sources.mine: {directory} has no split test; it has train, validation",
         ):
             load_sources(config(mine=source))
     written(tmp_path / "one.saved", rows(1, 2))
-    with pytest.raises(ValueError, match="has no split test, but train"):
+    with pytest.raises(UserError, match="has no split test; it has train"):
         load_sources(config(mine=Source(str(tmp_path / "one.saved"), eval_split="test")))
     (tmp_path / "other").mkdir()
-    with pytest.raises(
-        ValueError, match="other: a directory must be one that save_to_disk has written"
-    ):
+    with pytest.raises(UserError, match="other: not a directory written by save_to_disk"):
         load_sources(config(mine=tmp_path / "other"))
 
 
 BAD = [
-    ("{not json", "no JSON (Expecting property name"),
-    ("[1, 2]", "JSON, but no object"),
-    ('{"prompt": 3, "chosen": "a"}', "prompt is a number, not a text"),
+    ("{not json", "not JSON (Expecting property name"),
+    ("[1, 2]", "JSON, but not an object"),
+    ('{"prompt": 3, "chosen": "a"}', "prompt is a number, not a string"),
     ('{"prompt": "a"}', "no field chosen"),
     ('{"prompt": "half an emoji \\ud83d", "chosen": "a"}', "'utf-8' codec can't encode character"),
 ]
@@ -552,14 +556,15 @@ def test_a_bad_row_among_many_is_skipped_and_shown_or_refused(
     )
     data = load_sources(config(mine=file))
     (report,) = data.report
-    assert report["left_out"] == {"empty line": 1, "cannot be read": 2} and report["rows"] == 52
+    assert report["skipped"] == {"empty line": 1, "unreadable": 2} and report["rows"] == 52
     assert_counts_add_up(data)
     where = f"data.sources.mine: line 3 of {file}: {problem}"
     assert report["first_unreadable"].startswith(where)
-    assert "left out: 1 empty line, 2 cannot be read\n  for instance " + where in load.summarize(
-        data
+    assert (
+        "skipped: 1 empty line, 2 unreadable\n  first unreadable row: " + where
+        in load.summarize(data)
     )
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_sources(config(BadRow.refuse, mine=file))
     assert str(error.value).startswith(where)
 
@@ -577,15 +582,18 @@ def test_a_hub_name_without_network_is_refused_at_once(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     started = time.time()
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         load_sources(config(mine="somebody/unknown", other="somebody/else"))
     assert time.time() - started < 5
-    expected = "data.sources.mine.path=somebody/unknown: no such file, not in the cache, and the hub does not answer"
+    expected = (
+        "data.sources.mine.path=somebody/unknown: no such file, not in the cache, and the hub "
+        "does not answer"
+    )
     assert str(error.value).startswith(expected) and "\n" not in str(error.value)
 
 
 def test_hub_sets_that_are_programs_are_read_as_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """miracl and jaquad are: the library runs no program any more, but the hub has their rows as parquet."""
+    """miracl and jaquad are programs, which the library does not run; the hub has parquet files."""
     import datasets
 
     called = []
@@ -611,13 +619,16 @@ def test_the_hubs_own_splits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError,
-        match=r"data.sources.mine.split=dev: Unknown split .dev.. Should be one of \['train', 'test'\]",
+        UserError,
+        match=(
+            r"data.sources.mine.split=dev: Unknown split .dev.. Should be one of \['train', "
+            r"'test'\]"
+        ),
     ):
         load_sources(config(mine=Source("a/b", split="dev")))
 
 
-# ---------------------------------------------------------------------------------------------------------------- for the stages
+# --- for the stages
 
 
 def stage(name: str, file: Path, *overrides: str) -> Config:
@@ -639,8 +650,11 @@ def test_a_run_says_what_it_reads(
     with caplog.at_level(logging.INFO, "rlhf"):
         data = load.open_data(stage("rm", file), tmp_path)
     assert json.loads((tmp_path / "data.json").read_text()) == data.report
-    sizes = f"sft {len(data.sft)}, rm {len(data.rm)}, ppo {len(data.ppo)}, eval {data.report[0]['eval']}"
-    assert f"mine/train: 1,201 rows: {sizes}; left out: 1 the same row again" in caplog.text
+    sizes = (
+        f"sft {len(data.sft)}, rm {len(data.rm)}, ppo {len(data.ppo)}, eval "
+        f"{data.report[0]['eval']}"
+    )
+    assert f"mine/train: 1,201 rows: {sizes}; skipped: 1 duplicate row" in caplog.text
 
 
 def test_a_stage_without_rows_says_why(tmp_path: Path) -> None:
@@ -649,17 +663,20 @@ def test_a_stage_without_rows_says_why(tmp_path: Path) -> None:
     )
     assert len(load.open_data(stage("sft", one_answer), tmp_path).sft) > 5
     with pytest.raises(
-        ValueError,
-        match="data=mine: no rows for rm: no source has second answers, or they are too small",
+        UserError,
+        match=(
+            "data=mine: no rows for rm: no source has rejected answers, or the sources are too "
+            "small"
+        ),
     ):
         load.open_data(stage("rm", one_answer), tmp_path)
     with pytest.raises(
-        ValueError, match="data=mine: no rows.* for sft: the sources are too small for data.shares"
+        UserError, match="data=mine: no rows.* for sft: the sources are too small for data.shares"
     ):
         load.open_data(stage("sft", jsonl(tmp_path / "b.jsonl", rows(1))), tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- tokens
+# --- tokens
 
 
 @pytest.fixture(scope="module")
@@ -681,49 +698,49 @@ def mixed_lengths(tmp_path: Path) -> Dataset:
 def test_rows_on_disk_are_what_the_template_makes_of_the_records(
     tmp_path: Path, tokenizer: Any, limits: tuple[int, int]
 ) -> None:
-    """T1, D7: an answer loses nothing to its prompt; one that is cut is counted and carries no EOS."""
+    """T1, D7: an answer keeps its length beside a long prompt; a truncated one has no EOS."""
     data = mixed_lengths(tmp_path)
     pairs = [pair_of(record) for record in data.rm]
-    done = load.pairs(tokenizer, data.rm, *limits)
+    done = tokenized.pairs(tokenizer, data.rm, *limits)
     expected = template.encode_pairs(tokenizer, pairs, *limits)
     assert list(done) == done[:] == expected and len(done) == len(expected)
     assert list(done.lengths) == [
         len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in expected
     ]
-    assert done.dropped == len(pairs) - len(expected)
-    assert done.cut == sum(
+    assert done.skipped == len(pairs) - len(expected)
+    assert done.truncated == sum(
         any(ids[-1] != tokenizer.eos_token_id for ids in both) for _, *both in expected
     )
 
-    shown = load.demonstrations(tokenizer, data.sft, *limits)
+    shown = tokenized.demonstrations(tokenizer, data.sft, *limits)
     records = [Demonstration(pair.prompt, pair.chosen) for pair in map(pair_of, data.sft)]
     wanted = template.encode_demonstrations(tokenizer, records, *limits)
     assert list(shown) == wanted and list(shown.lengths) == [
         len(prompt) + len(answer) for prompt, answer in wanted
     ]
-    assert shown.cut == sum(answer[-1] != tokenizer.eos_token_id for _, answer in wanted)
+    assert shown.truncated == sum(answer[-1] != tokenizer.eos_token_id for _, answer in wanted)
     assert (
-        (shown.dropped > 0)
-        == (shown.cut > 0)
-        == (done.dropped > 0)
-        == (done.cut > 0)
+        (shown.skipped > 0)
+        == (shown.truncated > 0)
+        == (done.skipped > 0)
+        == (done.truncated > 0)
         == (limits[0] == 30)
     )
     assert shown[-1] == wanted[-1]
-    notes = f"{len(wanted)} ({shown.dropped} with too long a prompt left out, {shown.cut} cut)"
-    assert str(shown) == (notes if shown.dropped else str(len(wanted)))
+    notes = f" ({shown.skipped} skipped: prompt too long; {shown.truncated} truncated)"
+    assert str(shown) == f"{len(wanted)} demonstrations" + (notes if shown.skipped else "")
 
-    prompts = load.prompts(tokenizer, data.ppo, limits[0])
+    prompts = tokenized.prompts(tokenizer, data.ppo, limits[0])
     turns = [pair.prompt for pair in map(pair_of, data.ppo)]
     encoded = template.encode_prompts(tokenizer, turns, limits[0])
     assert list(prompts) == [(t, ids) for t, ids in zip(turns, encoded) if ids is not None]
-    assert list(prompts.lengths) == [len(ids) for _, ids in prompts] and prompts.cut == 0
+    assert list(prompts.lengths) == [len(ids) for _, ids in prompts] and prompts.truncated == 0
 
 
 def test_tokens_stay_on_disk_and_nothing_is_padded(
     tmp_path: Path, cache: Path, tokenizer: Any
 ) -> None:
-    """D5: DeepSpeed-Chat keeps two tensors of 512 numbers for each row in the memory of every process."""
+    """D5: DeepSpeed-Chat keeps two tensors of 512 numbers per row in every process."""
     import pyarrow
 
     file = jsonl(
@@ -731,7 +748,7 @@ def test_tokens_stay_on_disk_and_nothing_is_padded(
     )
     data = load_sources(config(mine=file))
     before = pyarrow.total_allocated_bytes()
-    done = load.pairs(tokenizer, data.rm, 256, 256)
+    done = tokenized.pairs(tokenizer, data.rm, 256, 256)
     tokens = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in done)
     assert all(Path(f["filename"]).parent == cache for f in done.table.cache_files)
     on_disk = sum(Path(f["filename"]).stat().st_size for f in done.table.cache_files)
@@ -744,13 +761,13 @@ def test_records_of_the_memory_are_read_likewise(tokenizer: Any) -> None:
     pairs = [Pair([Turn("user", f"{i}?")], "Yes.", None if i % 2 else "No.") for i in range(20)]
     table = load.table_of(pairs)
     assert [pair_of(record) for record in table] == pairs
-    done = load.demonstrations(tokenizer, table, 99, 99)
+    done = tokenized.demonstrations(tokenizer, table, 99, 99)
     assert list(done) == template.encode_demonstrations(
         tokenizer, [Demonstration(p.prompt, p.chosen) for p in pairs], 99, 99
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------------- cache
+# --- cache
 
 
 def files(cache: Path) -> dict[str, int]:
@@ -764,11 +781,11 @@ def test_the_cache_holds_for_the_same_and_for_nothing_else(
     file = jsonl(tmp_path / "a.jsonl", rows(*range(100)))
 
     def prepare(limit: int = 99, tokenizer: Any = tokenizer, seed: int = 1, **settings: Any) -> int:
-        """Prepare the data; returns how many files of the cache are new. None is ever written again."""
+        """Prepare the data; returns how many files of the cache are new. None is rewritten."""
         before = files(cache)
         cfg = config(mine=Source(str(file), **settings))
         cfg.seed = seed
-        load.demonstrations(tokenizer, load_sources(cfg).sft, limit, 99)
+        tokenized.demonstrations(tokenizer, load_sources(cfg).sft, limit, 99)
         after = files(cache)
         assert before.items() <= after.items()
         return len(after) - len(before)
@@ -816,8 +833,8 @@ def test_another_version_of_the_code_reads_anew(
     file = jsonl(tmp_path / "a.jsonl", rows(*range(50)))
     load_sources(config(mine=file))
     changed = tmp_path / "formats.py"
-    changed.write_text(Path(sources.formats.__file__).read_text() + "\n# another version\n")
-    monkeypatch.setattr(sources.formats, "__file__", str(changed))
+    changed.write_text(Path(reading.formats.__file__).read_text() + "\n# another version\n")
+    monkeypatch.setattr(reading.formats, "__file__", str(changed))
     load_sources(config(mine=file))
     assert len(files(cache)) == 2
 
@@ -826,7 +843,7 @@ def test_an_interrupted_preparation_leaves_nothing_half_done(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = jsonl(tmp_path / "a.jsonl", rows(*range(3000)))
-    original: Callable[..., Any] = number_of
+    original: Callable[..., Any] = hash_text
     calls = []
 
     def fails(text: str) -> int:
@@ -835,9 +852,9 @@ def test_an_interrupted_preparation_leaves_nothing_half_done(
             raise KeyboardInterrupt
         return original(text)
 
-    monkeypatch.setattr(sources, "number_of", fails)
+    monkeypatch.setattr(reading, "hash_text", fails)
     with pytest.raises(KeyboardInterrupt):
         load_sources(config(mine=file))
     assert not files(cache)
-    monkeypatch.setattr(sources, "number_of", original)
+    monkeypatch.setattr(reading, "hash_text", original)
     assert load_sources(config(mine=file)).report[0]["rows"] == 3000

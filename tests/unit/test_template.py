@@ -1,4 +1,4 @@
-"""The four styles on four families of tokenizers: what is trained on is what is sampled, and what transformers renders."""
+"""Four styles on four families of tokenizers: training, sampling and transformers agree."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def messages(turns: list[Turn], *answer: str) -> list[dict[str, str]]:
 def check_dialogue(
     tokenizer: Any, turns: list[Turn], answer: str, separator: str, space: str = ""
 ) -> tuple[list[int], list[int]]:
-    """Training, sampling, transformers and decoding agree about a dialogue. Returns: ids of prompt and answer."""
+    """Training, sampling, transformers and decoding agree. Returns: ids of prompt and answer."""
     eos = tokenizer.eos_token
     prompt = template.render_prompt(tokenizer, turns)
     whole = tokenizer.apply_chat_template(messages(turns, answer), tokenize=False)
@@ -98,7 +98,7 @@ def check_dialogue(
     return prompt_ids, answer_ids
 
 
-# ---------------------------------------------------------------------------------------------------------------- the three styles
+# --- the three styles
 
 
 def test_how_each_style_reads(saved: Callable[[str], str]) -> None:
@@ -111,10 +111,15 @@ def test_how_each_style_reads(saved: Callable[[str], str]) -> None:
     wanted = {
         Template.hh: "Be brief.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:",
         Template.chatml: "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
-        Template.llama3: "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi"
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        Template.llama3: (
+            "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
     }
     for family, bos in {
         "gpt2": "",
@@ -136,7 +141,7 @@ def test_trained_on_is_what_is_sampled(
     saved: Callable[[str], str], family: str, style: Template
 ) -> None:
     tokenizer = load_tokenizer(saved(family), style)
-    # a space is put in front of each text by llama2; GPT-2's words join the two newlines at the end of llama3's prompt
+    # llama2 puts a space in front of each text; GPT-2 joins the newlines that end llama3's prompt
     one_go = not (family == "llama2" or (family in ("gpt2", "opt") and style is Template.llama3))
     agreed = True
     for turns in DIALOGUES:
@@ -277,25 +282,32 @@ def test_the_embedding_grows_with_the_marks(saved: Callable[[str], str], tmp_pat
     assert torch.equal(policy.hf.get_input_embeddings().weight[:size], before)
 
 
-# ------------------------------------------------------------------------------------------------------- the model's own template
+# --- the model's own template
 
 SMOL = (  # begins with a system's turn of its own
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHelp!<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+    "'<|im_start|>system\nHelp!<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' +"
+    " '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA2 = (  # strips, has nothing to add for an answer, and a space in front of EOS
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system here') }}"
-    "{% elif message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no "
+    "system here') }}"
+    "{% elif message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() "
+    "+ ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 PHI = (  # a second end mark behind the whole dialogue
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + "
+    "'<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}"
+    "{% endif %}"
 )
 QWEN = (  # the last answer has room for thoughts
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% if loop.last and message.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ message.content + '<|im_end|>\n' }}"
+    "{% if loop.last and message.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{{ message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

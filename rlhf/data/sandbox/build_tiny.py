@@ -1,7 +1,10 @@
-"""Build the tokenizer and the configuration of the built-in tiny model: python -m rlhf.data.build_tiny [DIRECTORY]
+"""Build the tokenizer and the configuration of the built-in tiny model.
 
-A byte-level BPE learnt from the sandbox's own text (so its words are single tokens, and any other text still works, byte by
-byte), and the shape of a small OPT. There are no weights: a built-in model starts from random ones, drawn from `seed`.
+    python -m rlhf.data.sandbox.build_tiny [DIRECTORY]
+
+The tokenizer is a byte-level BPE trained on the sandbox's text: its words are single tokens, and
+any other text works byte by byte. The configuration is that of a small OPT. There are no weights:
+a built-in model starts from random ones, drawn from `seed`.
 """
 
 from __future__ import annotations
@@ -9,17 +12,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-VOCABULARY = 1024  # at most; the words of the sandbox need fewer
+MAX_VOCABULARY = 1024  # the words of the sandbox need fewer
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 def build(directory: Path) -> None:
+    """Write the tokenizer's files and config.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import OPTConfig, PreTrainedTokenizerFast
 
     from rlhf.config.schema import Sandbox
     from rlhf.data import template
-    from rlhf.data.sandbox import build_world
+    from rlhf.data.sandbox.world import build_world
 
     world = build_world(Sandbox(demonstrations=4000, pairs=1, label_noise=0.1), seed=0, eval_rows=1)
     texts = [f" {text}" for d in world.sft for text in (d.prompt[0].text, d.response)]
@@ -29,7 +33,7 @@ def build(directory: Path) -> None:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
+            vocab_size=MAX_VOCABULARY,
             special_tokens=[PAD, BOS, EOS],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -51,7 +55,8 @@ def build(directory: Path) -> None:
         dropout=0.0,
         attention_dropout=0.0,
         layerdrop=0.0,
-        init_std=0.06,  # with the usual 0.02 so small a model does not learn to copy words from the prompt
+        # with the usual 0.02 a model of this size does not learn to copy words from the prompt
+        init_std=0.06,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -60,4 +65,4 @@ def build(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "assets" / "tiny")
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "assets" / "tiny")

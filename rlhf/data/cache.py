@@ -1,0 +1,76 @@
+"""Cache what is computed from the data: arrow files in the cache of the `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+Columns = dict[str, list[Any]]  # a batch of rows, column by column
+LARGE = 20_000  # rows from which on several processes share the work
+
+
+def digest(*parts: str) -> str:
+    """A key for the cache: 32 hexadecimal digits that depend on all parts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """The directory of the cache, which is made if it does not exist."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def cached_map(
+    table: datasets.Dataset,
+    function: Callable[[Columns], dict[str, Any]],
+    features: datasets.Features,
+    key: str,
+    description: str,
+    workers: int | None,
+) -> datasets.Dataset:
+    """`table.map(function)` in several processes; computed once, then read from the cache.
+
+    Args:
+        function: from a batch of rows to the columns of the new rows.
+        key: the name in the cache. It must depend on the table's content, on all settings, and on
+            the code of `function`.
+        description: label of the progress bar.
+        workers: number of processes for a large table; None = one per core, at most 8.
+    """
+    from filelock import FileLock
+
+    folder = cache_folder()
+    large = len(table) > LARGE
+    show_progress(large)
+    processes = min(workers or min(os.cpu_count() or 1, 8), len(table)) if large else None
+    # another process of this run, or another run, may be computing the same: wait, then read it
+    with FileLock(folder / f"{key}.lock"):
+        return table.map(
+            function,
+            batched=True,
+            remove_columns=table.column_names,
+            features=features,
+            num_proc=processes,
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+            desc=description,
+        )
+
+
+def show_progress(wanted: bool) -> None:
+    """Switch the progress bars of the `datasets` library on or off."""
+    import datasets
+
+    if wanted:
+        datasets.enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()

@@ -1,0 +1,268 @@
+"""Read a split of a source: rows become records on disk; skipped rows are counted by reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rlhf.config.choices import BadRow, Format
+from rlhf.config.errors import UserError
+from rlhf.config.schema import Data, Source
+from rlhf.data import formats
+from rlhf.data.cache import Columns, cached_map, digest
+from rlhf.data.files import RawTable, open_source
+from rlhf.data.records import Pair, SourceReport
+
+if TYPE_CHECKING:
+    import datasets
+
+UNREADABLE = "unreadable: "  # begins the problem of a row that cannot be read
+KNOWN_COLUMNS = (
+    "prompt, chosen, rejected; chosen, rejected; messages; instruction, output; prompt, response;"
+    " text"
+)
+
+
+class SourceSplit(NamedTuple):
+    """The records of one split of a source. Plain text has no hashes."""
+
+    table: datasets.Dataset  # columns prompt, chosen, rejected; or text
+    report: SourceReport
+    is_text: bool
+    prompt_hash: np.ndarray  # uint64, one per row
+    row_hash: np.ndarray  # uint64
+    is_pair: np.ndarray  # bool
+
+
+def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
+    """The records of a split of a source, without the rows that are skipped.
+
+    Args: name: the source's key in `data.sources`.
+    Raises: UserError that names the source, and the line or row.
+    """
+    raw = open_source(name, source, split)
+    if not len(raw.table):
+        raise UserError(f"data.sources.{name}: {source.path} ({split}) is empty")
+    if source.rows is not None:
+        first_rows = raw.table.select(range(min(source.rows, len(raw.table))))
+        raw = RawTable(first_rows, raw.by_line)
+    source = with_format(name, source, _first_row(name, source, raw))
+    table = _convert(name, source, raw, cfg)
+    report = SourceReport(source=name, split=split, rows=len(table), skipped={})
+    readable = _readable_rows(table, report, source.path, raw.by_line, cfg.on_bad_row)
+    report["content"] = _content(table, readable)  # a resumed run must find the same
+    if source.format == Format.text:
+        return _texts(table, readable, report)
+    has_rejected = ~table.data.column("rejected").is_null().to_numpy()[readable]
+    return SourceSplit(
+        table.select_columns(["prompt", "chosen", "rejected"]).select(readable),
+        report,
+        is_text=False,
+        prompt_hash=_column(table, "prompt_hash", readable),
+        row_hash=_column(table, "row_hash", readable),
+        is_pair=has_rejected & (not source.sft_only),
+    )
+
+
+def with_format(name: str, source: Source, first: dict[str, Any]) -> Source:
+    """The source with its format, which is detected from or checked against its first row.
+
+    Raises: UserError that names the columns.
+    """
+    columns = list(first)
+    format = source.format or formats.detect_format([*columns, *source.columns])
+    if format is None:
+        raise UserError(
+            f"data.sources.{name}: {source.path} has the columns {', '.join(columns)}; give format"
+            f" and columns. Known: {KNOWN_COLUMNS}"
+        )
+    source = dataclasses.replace(source, format=format)
+    try:
+        formats.check_columns(columns, source)
+    except ValueError as error:
+        raise UserError(f"data.sources.{name}: {source.path}: {error}") from None
+    return source
+
+
+def _first_row(name: str, source: Source, raw: RawTable) -> dict[str, Any]:
+    """A row that shows the columns. Raises: UserError when none of the first lines is an object."""
+    if not raw.by_line:
+        return dict.fromkeys(raw.table.column_names)
+    problem = "line 1 is empty"
+    for number, line in enumerate(raw.table.select(range(min(1000, len(raw.table)))), 1):
+        try:
+            return parse_line(line["text"])
+        except formats.Skip:
+            continue
+        except ValueError as error:
+            problem = f"line {number}: {error}" if problem == "line 1 is empty" else problem
+    raise UserError(
+        f"data.sources.{name}: {source.path} has no line that is a JSON object {{...}}: {problem}"
+    )
+
+
+def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Dataset:
+    """All rows as records with a column `problem`, which is "" where a row is fine; cached."""
+    import datasets
+
+    strings, hashes = datasets.Value("string"), datasets.Value("uint64")
+    is_text = source.format == Format.text
+    if is_text:
+        features = {"text": strings}
+    else:
+        turns = datasets.List({"role": strings, "text": strings})
+        features = {"prompt": turns, "chosen": strings, "rejected": strings, "prompt_hash": hashes}
+    features |= {"problem": strings, "row_hash": hashes}
+    columns = sorted(source.columns.items())
+    settings = (source.format, columns, source.min_score_ratio, raw.by_line, cfg.seed)
+    code = Path(__file__).read_text(), Path(formats.__file__).read_text()
+    key = digest(raw.table._fingerprint, str(settings), *code)
+    if is_text:
+        convert = partial(read_texts, source=source, by_line=raw.by_line)
+    else:
+        convert = partial(read_rows, source=source, by_line=raw.by_line, seed=cfg.seed)
+    features = datasets.Features(features)
+    return cached_map(raw.table, convert, features, key, f"reading {name}", cfg.workers)
+
+
+# --- what became of the rows
+
+
+def _readable_rows(
+    table: datasets.Dataset, report: SourceReport, path: str, by_line: bool, on_bad_row: BadRow
+) -> np.ndarray:
+    """The numbers of the rows without a problem; fills in `skipped` of the report.
+
+    Raises: UserError when no row is left, or a row is unreadable and `on_bad_row` refuses that.
+    """
+    import pyarrow.compute as pc
+
+    name, skipped = report["source"], report["skipped"]
+    problems = table.data.column("problem")
+    unreadable = pc.starts_with(problems, UNREADABLE)  # with a message of its own each
+    counts = pc.value_counts(problems.filter(pc.invert(unreadable))).to_pylist()
+    skipped |= {count["values"]: count["counts"] for count in counts if count["values"]}
+    if number := pc.sum(unreadable).as_py():
+        first = pc.index(unreadable, True).as_py()
+        problem = problems[first].as_py().removeprefix(UNREADABLE)
+        line = f"{'line' if by_line else 'row'} {first + 1} of {path}: {problem}"
+        message = f"data.sources.{name}: {line}"
+        if on_bad_row == BadRow.refuse:
+            raise UserError(message)
+        if number == len(table):
+            raise UserError(f"{message} (and no other row can be read)")
+        skipped["unreadable"] = number
+        report["first_unreadable"] = message
+    readable = np.flatnonzero(pc.equal(problems, "").to_numpy(zero_copy_only=False))
+    if not len(readable):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        raise UserError(
+            f"data.sources.{name}: all rows of {path} ({report['split']}) are skipped: {reasons}"
+        )
+    return readable
+
+
+def _texts(table: datasets.Dataset, readable: np.ndarray, report: SourceReport) -> SourceSplit:
+    """Plain text, each text once."""
+    hashes = _column(table, "row_hash", readable)
+    distinct = readable[np.sort(np.unique(hashes, return_index=True)[1])]
+    if len(distinct) < len(readable):
+        report["skipped"]["duplicate text"] = len(readable) - len(distinct)
+    report["texts"] = len(distinct)
+    nothing = np.array([], dtype=np.uint64)
+    texts = table.select_columns(["text"]).select(distinct)
+    return SourceSplit(texts, report, True, nothing, nothing, nothing.astype(bool))
+
+
+def _content(table: datasets.Dataset, readable: np.ndarray) -> str:
+    """A hash of all rows that could be read, 16 hexadecimal digits."""
+    return hashlib.sha256(_column(table, "row_hash", readable).tobytes()).hexdigest()[:16]
+
+
+def _column(table: datasets.Dataset, name: str, rows: np.ndarray) -> np.ndarray:
+    return table.data.column(name).to_numpy()[rows]
+
+
+# --- from a batch of raw rows to records; worker processes run this
+
+
+def read_rows(batch: Columns, source: Source, by_line: bool, seed: int) -> dict[str, Any]:
+    """A batch of raw rows as records; `problem` is "" where a row is fine."""
+    columns: Columns = {
+        key: [] for key in ("prompt", "chosen", "rejected", "prompt_hash", "problem", "row_hash")
+    }
+    for row in _raw_rows(batch):
+        pair, prompt_hash, row_hash, problem = Pair([], "", None), 0, 0, ""
+        try:
+            record = formats.read_row(parse_line(row["text"]) if by_line else row, source)
+            # case and spaces do not make another prompt
+            prompt = "|".join(
+                f"{turn.role}:{' '.join(turn.text.lower().split())}" for turn in record.prompt
+            )
+            prompt_hash = hash_text(f"{seed}|{prompt}")
+            content = [prompt, record.chosen, record.rejected]
+            row_hash = hash_text(json.dumps(content, ensure_ascii=False))
+            pair = record
+        except formats.Skip as reason:
+            problem = str(reason)
+        except ValueError as error:  # also a text that is not valid Unicode: "\\ud83d" alone
+            problem = UNREADABLE + str(error)
+        columns["prompt"].append([{"role": turn.role, "text": turn.text} for turn in pair.prompt])
+        columns["chosen"].append(pair.chosen)
+        columns["rejected"].append(pair.rejected)
+        columns["prompt_hash"].append(prompt_hash)
+        columns["row_hash"].append(row_hash)
+        columns["problem"].append(problem)
+    return columns | {name: _uint64(columns[name]) for name in ("prompt_hash", "row_hash")}
+
+
+def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:
+    """A batch of raw rows as plain texts; `problem` is "" where a row is fine."""
+    columns: Columns = {"text": [], "problem": [], "row_hash": []}
+    for row in _raw_rows(batch):
+        text, row_hash, problem = "", 0, ""
+        try:
+            record = formats.read_text(parse_line(row["text"]) if by_line else row, source)
+            row_hash = hash_text(record)
+            text = record
+        except formats.Skip as reason:
+            problem = str(reason)
+        except ValueError as error:
+            problem = UNREADABLE + str(error)
+        columns["text"].append(text)
+        columns["problem"].append(problem)
+        columns["row_hash"].append(row_hash)
+    return columns | {"row_hash": _uint64(columns["row_hash"])}
+
+
+def _raw_rows(batch: Columns) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values)) for values in zip(*batch.values())]
+
+
+def _uint64(values: list[int]) -> np.ndarray:
+    return np.array(values, dtype=np.uint64)
+
+
+def parse_line(line: str) -> dict[str, Any]:
+    """A line of a .jsonl file. Raises: Skip if it is empty, ValueError unless it is an object."""
+    line = line.removeprefix("\ufeff")  # some editors put a byte order mark in front of a file
+    if not line.strip():
+        raise formats.Skip("empty line")
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError("JSON, but not an object {...}")
+    return row
+
+
+def hash_text(text: str) -> int:
+    """64 bits of SHA-256. Raises: UnicodeEncodeError for half of a surrogate pair."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,78 @@
+"""Locks on files (flock). A lock ends with its process, however that ends. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from rlhf.config.errors import UserError
+
+LOCK_FILE = ".owner"  # in a run directory; it names the process that holds the lock
+GRACE = 0.3  # s; `is_locked` of another process holds a lock that long at most
+REPORT_EVERY = 30.0  # s
+
+
+@contextlib.contextmanager
+def try_lock(path: Path, shared: bool = False) -> Iterator[bool]:
+    """Lock a file within this context, without waiting. Gives whether the lock was free."""
+    with open(path, "a+") as file:
+        yield lock_open_file(file, shared)
+
+
+def lock_open_file(file: IO[str], shared: bool = False) -> bool:
+    """Lock a file until it is closed. Returns: False where another process holds the lock."""
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
+    """Lock a run directory for this process, so that no other process trains the same run.
+
+    Args: wait: wait for another process that holds the lock, with a line every 30 s.
+    Raises: UserError that names the other process, without `wait`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / LOCK_FILE, "a+") as file:
+        wait_for_lock(file, directory, wait)
+        file.seek(0)
+        file.truncate()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {since}")
+        file.flush()
+        yield
+
+
+def wait_for_lock(file: IO[str], directory: Path, wait: bool) -> None:
+    """Lock the open lock file of a run. Args and raises: as `lock_run`."""
+    start = next_report = time.monotonic()
+    while not lock_open_file(file):
+        file.seek(0)
+        owner = f"{directory} is being trained by another process ({file.read().strip()})"
+        now = time.monotonic()
+        if not wait and now > start + GRACE:
+            raise UserError(f"{owner}: wait until it ends, or stop it")
+        if wait and now >= next_report:
+            print(f"waiting for {now - start:.0f} s: {owner}", file=sys.stderr, flush=True)
+            next_report = now + REPORT_EVERY
+        time.sleep(0.1)
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process holds the lock of a run directory."""
+    path = directory / LOCK_FILE
+    if not path.exists():
+        return False
+    with open(path) as file:
+        return not lock_open_file(file, shared=True)
