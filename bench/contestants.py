@@ -352,7 +352,7 @@ def product_generate(spec: Spec) -> None:
     import torch
     from transformers import AutoModelForCausalLM, OPTForCausalLM  # noqa: F401
 
-    from rlhf.config.schema import Precision
+    from rlhf.config.choices import Precision
     from rlhf.data.batches import pad_left, uniforms
     from rlhf.models.loading import load_policy, load_tokenizer
     from rlhf.sampling.sampler import sample

@@ -16,9 +16,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from rlhf.config.loading import register_schema, to_typed
-from rlhf.config.schema import (
-    Config,
-)
+from rlhf.config.schema import Config
 
 REPO = Path(__file__).parents[1]
 CONF = REPO / "conf"
@@ -30,8 +28,8 @@ SMALL = [
     "data.eval_rows=16",
     "sft.max_steps=3",
     "rm.max_steps=3",
-    "ppo.max_steps=2",
-    "ppo.batch_size=16",
+    "rl.max_steps=2",
+    "rl.batch_size=16",
     "rollout.max_new_tokens=16",
     "wandb.mode=disabled",
     "deploy.threads=1",  # other tests run beside it
@@ -50,7 +48,7 @@ SLOW = [
 ]
 
 
-SWEEP = "python train.py -m ppo.kl.coef=0.02,0.1 seed=1,2 exp=kl_study"  # as the README has it
+SWEEP = "python train.py -m rl.kl.coef=0.02,0.1 seed=1,2 experiment_name=kl_study"  # as the README has it
 
 
 def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

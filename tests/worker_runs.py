@@ -16,7 +16,8 @@ from helpers import REPO, composed, metrics
 from safetensors.torch import load_file
 
 from rlhf.config.loading import save_config
-from rlhf.config.schema import Stage
+
+pass
 from rlhf.config.validation import check_config
 from rlhf.runs import launch
 from rlhf.runs.directory import config_for_stage
@@ -27,10 +28,10 @@ FIVE_STEPS = [
     "data.eval_rows=9",  # two processes cannot share them evenly
     "sft.max_steps=5",
     "rm.max_steps=5",
-    "ppo.max_steps=2",
-    "ppo.epochs=2",
-    "ppo.minibatches=2",
-    "ppo.batch_size=16",
+    "rl.max_steps=2",
+    "rl.epochs=2",
+    "rl.minibatches=2",
+    "rl.batch_size=16",
     "rollout.max_new_tokens=12",
     "wandb.mode=disabled",
     "deploy.threads=1",
@@ -39,8 +40,8 @@ FIVE_STEPS = [
     "sft.adam_eps=1e-5",
     "rm.adam_eps=1e-5",
     # a token on the very edge of a clip is cut in one order of additions and not in another
-    "ppo.clip=5",
-    "ppo.value_clip=5",
+    "rl.clip_low=5",
+    "rl.critic.value_clip=5",
 ]
 
 
@@ -66,7 +67,7 @@ def prepare(
     assert check_config(cfg) == []
     run = root / f"{name}-{stage}"
     run.mkdir()
-    save_config(config_for_stage(cfg, Stage[stage], inputs), run / "config.yaml")
+    save_config(config_for_stage(cfg, stage, inputs), run / "config.yaml")
     return run
 
 

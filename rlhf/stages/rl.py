@@ -71,7 +71,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     data = open_data(cfg, run_dir)
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
-    log.info(f"{cfg.rl.name}: {prompts} prompts, {len(data.eval_prompts)} held out")
+    log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")
     steps = count_rollouts(cfg, data, len(prompts))
 
     # 2. models: policy and reference, what scores responses, and the critic

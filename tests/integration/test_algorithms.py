@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import OPTConfig
 from worker_runs import compare, kill_when, prepare, same, work
 
+from rlhf.config.choices import KlAppliedTo, Precision
 from rlhf.config.loading import load_config
-from rlhf.config.schema import KlPlace, Precision
 from rlhf.config.stage_graph import stage_config
 from rlhf.data import load, template, tokenized
 from rlhf.models.loading import load_policy
@@ -28,31 +28,31 @@ from rlhf.training.likelihood import response_logprobs
 
 ALL = "rollout.log_answers=-1"
 CASES: dict[str, tuple[str, list[str]]] = {
-    "rloo": ("rloo", ["rloo.batch_size=4", ALL]),
+    "rloo": ("rloo", ["rl.batch_size=4", ALL]),
     "rloo_two": (
         "rloo",
         [
-            "rloo.batch_size=8",
-            "rloo.responses_per_prompt=2",
-            "rloo.kl.coef=0.5",
-            "rloo.ema=0.5",
+            "rl.batch_size=8",
+            "rl.responses_per_prompt=2",
+            "rl.kl.coef=0.5",
+            "rl.ema=0.5",
             ALL,
         ],
     ),
-    "grpo": ("grpo", ["grpo.batch_size=4", "grpo.responses_per_prompt=4", ALL]),
+    "grpo": ("grpo", ["rl.batch_size=4", "rl.responses_per_prompt=4", ALL]),
     "dr_grpo": (
         "grpo",
         [
-            "grpo.batch_size=4",
-            "grpo.responses_per_prompt=4",
-            "grpo.normalize_std=false",
-            "grpo.loss_over=constant",
+            "rl.batch_size=4",
+            "rl.responses_per_prompt=4",
+            "rl.normalize=none",
+            "rl.loss_aggregation=constant",
             ALL,
         ],
     ),
     "clip_higher": (
         "grpo",
-        ["grpo.batch_size=4", "grpo.responses_per_prompt=4", "grpo.clip=0.01", "grpo.clip_high=5"],
+        ["rl.batch_size=4", "rl.responses_per_prompt=4", "rl.clip_low=0.01", "rl.clip_high=5"],
     ),
     "dpo": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=3", "dpo.eval_every=2"]),
     "dpo_again": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=3", "dpo.beta=1.0"]),
@@ -113,7 +113,7 @@ def test_logged_advantages_compare_the_answers_to_a_prompt(
     cfg = load_config(runs[name] / "config.yaml")
     node: Any = stage_config(cfg)
     log, k = answers(runs[name]), node.responses_per_prompt
-    in_reward = node.kl.coef if node.kl.place == KlPlace.reward else 0.0
+    in_reward = node.kl.coef if node.kl.place == KlAppliedTo.reward else 0.0
     for _, rollout in log.groupby("step"):
         assert len(rollout) == node.batch_size * k
         rows = rollout.to_dict("records")
@@ -194,7 +194,9 @@ def test_the_logged_log_probabilities_are_those_of_the_pairs(
     """Of the first step, whose policy is the SFT policy: all 96 pairs by themselves, one by one, without padding."""
     cfg = load_config(runs["dpo"] / "config.yaml")
     data = load.load_data(cfg.data)
-    pairs = tokenized.pairs(tokenizer, data.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+    pairs = tokenized.pairs(
+        tokenizer, data.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
+    )
     policy = load_policy(str(runs["sft"] / "model"), tokenizer, Precision.fp32).eval()
     policy.device = torch.device("cpu")
     order = np.random.default_rng([cfg.seed, 0]).permutation(len(pairs))[:8]
@@ -275,8 +277,8 @@ def test_two_processes_and_zero_3_change_nothing(
         f"{stage}.batch_size=4",
         f"{stage}.max_steps=2",
         "dpo.adam_eps=1e-5",
-        "rloo.clip=5",
-        "grpo.clip=5",
+        "rl.clip_low=5",
+        "rl.clip_low=5",
     ]
     one = prepare(tmp_path, "one", stage, inputs, more)
     two = prepare(tmp_path, "two", stage, inputs, more, gpus=2, zero_stage=3, micro_batch=3)
@@ -355,12 +357,12 @@ def test_their_report_has_one_table_and_one_picture(pipelines: Path) -> None:
 
 CALLS: dict[str, tuple[list[str], str]] = {
     "one answer": (
-        ["stage=rloo", "rloo.responses_per_prompt=1"],
-        "rloo.responses_per_prompt=1: an answer is compared with the others",
+        ["stage=rloo", "rl.responses_per_prompt=1"],
+        "rl.responses_per_prompt=1: an answer is compared with the others",
     ),
     "one of a group": (
-        ["stage=grpo", "grpo.responses_per_prompt=1"],
-        "grpo.responses_per_prompt=1: an answer is compared with the others",
+        ["stage=grpo", "rl.responses_per_prompt=1"],
+        "rl.responses_per_prompt=1: an answer is compared with the others",
     ),
     "no such algorithm": (
         ["pipeline=sarsa"],
@@ -396,19 +398,19 @@ def test_the_advice_keeps_what_others_follow_ppo_in(tmp_path: Path) -> None:
     done = train(
         "stage=eval",
         "pipeline=rloo",
-        "ppo.lr=1e-4",
+        "rl.lr=1e-4",
         "eval.policies=[rloo]",
         "eval.against=null",
         cwd=tmp_path,
     )
-    assert "make it: python train.py stage=rloo ppo.lr=1e-4 " in done.stderr
+    assert "make it: python train.py stage=rloo rl.lr=1e-4 " in done.stderr
 
 
 def test_a_stage_that_is_not_needed_is_not_checked(tmp_path: Path) -> None:
     done = train(
         "pipeline=dpo",
         "rm.batch_size=7",
-        "deploy.gpus=2",
+        "deploy.processes_per_node=2",
         "reward.path=/nowhere",
         "plan=true",
         cwd=tmp_path,

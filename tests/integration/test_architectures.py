@@ -18,7 +18,7 @@ from transformers import (
 )
 from worker_runs import prepare, work
 
-from rlhf.config.schema import Precision
+from rlhf.config.choices import Precision
 from rlhf.data import template
 from rlhf.data.batches import pad_left
 from rlhf.data.records import Turn
@@ -29,10 +29,10 @@ from rlhf.rl.rewards import Source, retokenize
 ONE_STEP = [
     "sft.max_steps=1",
     "rm.max_steps=1",
-    "ppo.max_steps=1",
+    "rl.max_steps=1",
     "sft.lr=1e-3",
     "rm.lr=1e-3",
-    "ppo.lr=1e-3",
+    "rl.lr=1e-3",
 ]
 
 

@@ -24,7 +24,8 @@ import chat
 from rlhf.chat.conversation import Conversation, Params, Policy, Reply, visible
 from rlhf.chat.feedback import Judge, Preferences, trace
 from rlhf.chat.models import Reader, find_reference, load_model, newest_policy
-from rlhf.config.schema import POLICIES, Format, Precision, Source, Template
+from rlhf.config.choices import Format, Precision, Template
+from rlhf.config.schema import Source
 from rlhf.data import template
 from rlhf.data.formats import read_row
 from rlhf.data.load import load_data

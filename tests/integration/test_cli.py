@@ -33,37 +33,40 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["data=jsonl"], "data.sources.mine.path has no value: give one"),
         (["actor=opt1b"], "actor=opt1b: no such option; choose from"),
         (["-m", "actor=tiny,nope"], "actor=nope: no such option"),
-        (["ppo.lrr=1"], "unknown key ppo.lrr (did you mean ppo.lr?)"),
+        (["ppo.lrr=1"], "unknown key ppo.lrr (did you mean rl.lr?)"),
         (["+ppo.x=1"], "unknown key ppo.x"),
         (["stagee=ppo"], "unknown key stagee (did you mean stage?)"),
-        (["kl.coef=0.1"], "unknown key kl.coef (did you mean ppo.kl.coef?)"),
-        (["ppo.lr=abc"], "Value 'abc' of type 'str' could not be converted to Float"),
+        (["kl.coef=0.1"], "unknown key kl.coef (did you mean rl.kl.coef?)"),
+        (["rl.lr=abc"], "Value 'abc' of type 'str' could not be converted to Float"),
         (["deploy.precision=fp8"], "expected one of [fp32, bf16, fp16, autocast]"),
-        (["ppo.lr=[1"], "cannot read 'ppo.lr=[1'"),
+        (["rl.lr=[1"], "cannot read 'rl.lr=[1'"),
         (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
         (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
-        (["ppo.rewards.model.path=./nowhere"], "ppo.rewards.model.path=./nowhere: no model there"),
+        (["rl.rewards.model.path=./nowhere"], "rl.rewards.model.path=./nowhere: no model there"),
         (
-            ["+ppo.rewards={mine: {function: 'nowhere:f'}}"],
-            "ppo.rewards.mine.function=nowhere:f: there is no module nowhere, neither here (",
+            ["+rl.rewards={mine: {function: 'nowhere:f'}}"],
+            "rl.rewards.mine.function=nowhere:f: there is no module nowhere, neither here (",
         ),
-        (["+ppo.rewards={mine: {weigth: 1}}"], "Key 'weigth' not in 'RewardSource'"),
+        (["+rl.rewards={mine: {weigth: 1}}"], "Key 'weigth' not in 'RewardSource'"),
         (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training"),
         (["actor.path=builtin:huge"], "actor.path=builtin:huge: there is no such built-in model"),
         (
-            ["ppo.batch_size=30"],
-            "ppo.batch_size=30 is not divisible by ppo.minibatches=4 x deploy.gpus=1 = 4: try ppo.batch_size=32",
+            ["rl.batch_size=30"],
+            "rl.batch_size=30 is not divisible by rl.minibatches=4 x deploy.processes_per_node=1 = 4: try rl.batch_size=32",
         ),
-        (["deploy.gpus=3"], "rm.batch_size=8 is not divisible by deploy.gpus=3: try 9"),
+        (
+            ["deploy.processes_per_node=3"],
+            "rm.batch_size=8 is not divisible by deploy.processes_per_node=3: try 9",
+        ),
         (["deploy=single_gpu"], "this machine shows 0 NVIDIA GPU(s): use deploy=cpu"),
-        (["-m", "ppo.kl.coef=0.1,-1"], "ppo.kl.coef=-1.0: must not be negative"),
+        (["-m", "rl.kl.coef=0.1,-1"], "rl.kl.coef=-1.0: must not be negative"),
         (
             ["stage=ppo", "seed=77"],
-            "make it: python train.py stage=sft seed=77  or give ppo.actor=",
+            "make it: python train.py stage=sft seed=77  or give rl.actor=",
         ),
         (
             ["stage=ppo", "seed=77"],
-            "make it: python train.py stage=rm seed=77  or give ppo.reward=",
+            "make it: python train.py stage=rm seed=77  or give rl.reward=",
         ),
         (
             ["data.max_prompt_tokens=500"],
@@ -92,9 +95,9 @@ def test_a_reward_model_is_no_actor(tmp_path: Path) -> None:
         and "this is OPTForSequenceClassification, not a causal language model" in done.stderr
     )
     (model / "config.json").write_text(json.dumps({"architectures": ["OPTForCausalLM"]}))
-    done = train("stage=ppo", f"ppo.reward={model}", f"ppo.actor={model}", cwd=tmp_path)
+    done = train("stage=ppo", f"rl.reward={model}", f"rl.actor={model}", cwd=tmp_path)
     assert (
-        done.returncode == 2 and "ppo.reward" in done.stderr and "not a reward model" in done.stderr
+        done.returncode == 2 and "rl.reward" in done.stderr and "not a reward model" in done.stderr
     )
 
 
@@ -142,7 +145,7 @@ def test_tab_completion(tmp_path: Path) -> None:
         complete("python train.py stage=").split()
     )
     assert time.time() - started < 3
-    assert "ppo.kl.coef=" in complete("python train.py ppo.kl.")
+    assert "rl.kl.coef=" in complete("python train.py rl.kl.")
 
 
 def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
@@ -236,8 +239,8 @@ def test_given_inputs_are_used(demo: Demo, tmp_path: Path) -> None:
     """A run directory or a model directory in place of what the configuration would derive."""
     done = train(
         "stage=ppo",
-        f"ppo.actor={demo.sft}",
-        f"ppo.reward={demo.rm / 'model'}",
+        f"rl.actor={demo.sft}",
+        f"rl.reward={demo.rm / 'model'}",
         *SMALL,
         cwd=tmp_path,
     )
@@ -282,16 +285,16 @@ def test_texts_longer_than_the_context_are_refused_with_the_numbers(
         "+data.sources={texts: {path: texts.jsonl}}",
     ]
     small = [o for o in SMALL if "sandbox" not in o]
-    ptx = ["ppo.ptx.coef=1", "ppo.ptx.max_tokens=600"]
+    ptx = ["rl.ptx.coef=1", "rl.ptx.max_tokens=600"]
     done = train(
         "stage=ppo",
-        f"ppo.actor={demo.sft}",
-        f"ppo.reward={demo.rm}",
+        f"rl.actor={demo.sft}",
+        f"rl.reward={demo.rm}",
         *data,
         *small,
         *ptx,
         cwd=tmp_path,
     )
     assert done.returncode == 1 and any(
-        "ppo.ptx.max_tokens=600" in line and "512 positions" in line for line in lines(done)
+        "rl.ptx.max_tokens=600" in line and "512 positions" in line for line in lines(done)
     ), done.stderr

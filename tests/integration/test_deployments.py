@@ -12,16 +12,16 @@ from helpers import metrics
 from safetensors.torch import load_file
 from worker_runs import compare, prepare, work
 
-from rlhf.config.schema import Precision
+from rlhf.config.choices import Precision
 
 # what PPO can do besides, and would do otherwise on another deployment if it were wrong
 MORE = [
-    "ppo.ema=0.5",
-    "ppo.ptx.coef=0.1",
-    "ppo.entropy_coef=0.01",
-    "ppo.evaluation.every=1",
-    "ppo.batch_size=8",
-    "ppo.responses_per_prompt=2",
+    "rl.ema=0.5",
+    "rl.ptx.coef=0.1",
+    "rl.entropy_coef=0.01",
+    "rl.evaluation.every=1",
+    "rl.batch_size=8",
+    "rl.responses_per_prompt=2",
     "rollout.log_answers=-1",
 ]
 NO, OPTIMIZER, FROZEN, ALL = (

@@ -15,7 +15,8 @@ import pytest
 from helpers import REPO, SMALL, SWEEP, Demo, composed, train, undocumented
 
 from rlhf.config.deployment import world_size
-from rlhf.config.schema import Stage
+
+pass
 from rlhf.config.validation import check_config
 from rlhf.planning.formulas import GIB
 from rlhf.planning.memory import make_plan
@@ -62,7 +63,7 @@ def test_make_targets(command: str) -> None:
 
 
 LONG = re.compile(
-    "experiment|deploy.gpus|epochs|every_minutes|-m |pipeline=|stage=eval|dschat|evaluation.every"
+    "experiment|deploy.processes_per_node|epochs|every_minutes|-m |pipeline=|stage=eval|dschat|evaluation.every"
 )
 TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
 
@@ -168,7 +169,7 @@ def test_the_plans_in_the_docs_are_those_of_today() -> None:
     assert len(rows) == 3
     for actor, deploy, gpus, states, fullest, peak in rows:
         cfg = composed("stage=ppo", f"actor={actor}", f"deploy={deploy}")
-        made = make_plan(cfg, Stage.ppo)
+        made = make_plan(cfg, "ppo")
         assert (world_size(cfg), made.fullest) == (int(gpus), fullest)
         assert (
             f"{(made.states - made.libraries) / GIB:.2f} {made.peak / GIB:.2f}"
@@ -216,7 +217,7 @@ def test_the_search(tmp_path: Path) -> None:
     script, *args = shlex.split(command.replace("20", "2"))[1:]
     search = [sys.executable, str(REPO / script), *args, *SMALL]
     done = subprocess.run(search, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "'ppo.kl.coef'" in done.stdout, done.stderr
+    assert done.returncode == 0 and "'rl.kl.coef'" in done.stdout, done.stderr
     assert (
         len([*(tmp_path / "outputs").glob("ppo-*")]) == 2
         and len([*(tmp_path / "outputs").glob("sft-*")]) == 1

@@ -17,8 +17,8 @@ from helpers import SMALL, Demo, composed, runs_in, summary, train
 from transformers import AutoModelForCausalLM
 from worker_runs import prepare, work
 
+from rlhf.config.choices import Precision
 from rlhf.config.loading import load_config
-from rlhf.config.schema import Precision, Stage
 from rlhf.config.stage_graph import policy_labels
 from rlhf.data import load, template
 from rlhf.evaluation.statistics import wilson_interval
@@ -202,7 +202,7 @@ def test_chinese_prompts_render_and_are_answered(runs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh", "ja"])
 def test_there_are_six_prompts_of_each_language_and_all_templates_keep_them(language: str) -> None:
-    from rlhf.config.schema import Template
+    from rlhf.config.choices import Template
     from rlhf.data.records import Turn
 
     prompts = read_prompt_lines(PROMPTS / f"{language}.txt")
@@ -427,8 +427,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
 def test_the_identity_holds_what_the_named_policies_stand_on() -> None:
     def keys(*overrides: str) -> set[str]:
         return {
-            key.split(".")[0]
-            for key in run_identity(composed("stage=eval", *overrides), Stage.eval)
+            key.split(".")[0] for key in run_identity(composed("stage=eval", *overrides), "eval")
         }
 
     assert keys("pipeline=dpo") >= {"dpo", "sft", "rm", "eval"} and "ppo" not in keys(

@@ -14,7 +14,8 @@ from helpers import composed, metrics
 from torch import Tensor
 from worker_runs import prepare, work
 
-from rlhf.config.schema import Config, Precision
+from rlhf.config.choices import Precision
+from rlhf.config.schema import Config
 from rlhf.config.stage_graph import adapter_only
 from rlhf.distributed.engine import build_engine
 from rlhf.models import lora
@@ -237,7 +238,7 @@ LORA = [
     "actor.lora.dropout=0.1",
     "sft.lr=1e-2",
     "rm.lr=1e-2",
-    "ppo.lr=1e-2",
+    "rl.lr=1e-2",
 ]
 
 

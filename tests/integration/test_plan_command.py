@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers import REPO, Demo, composed, train
 
-from rlhf.config.schema import Stage
+pass
 from rlhf.planning.memory import (
     make_plan,
 )
@@ -19,13 +19,13 @@ def test_steps_and_tokens(demo: Demo) -> None:
     cfg = composed()
     for stage, run in (("sft", demo.sft), ("rm", demo.rm), ("ppo", demo.ppo)):
         steps = len((run / "metrics.jsonl").read_text().splitlines())
-        p = make_plan(cfg, Stage[stage])
+        p = make_plan(cfg, stage)
         assert p.steps == steps and p.fits
         assert (
             f"{stage}: plan " in demo.stderr
             and f"{steps:,} {'rollouts' if stage == 'ppo' else 'steps'}" in demo.stderr
         )
-    tokens = make_plan(cfg, Stage.rm).tokens
+    tokens = make_plan(cfg, "rm").tokens
     assert tokens == 1125 * 8 * 2 * (48 + 64)
 
 

@@ -15,55 +15,56 @@ from helpers import metrics
 from safetensors.torch import load_file
 from worker_runs import prepare, work
 
+from rlhf.config.choices import KlAppliedTo
 from rlhf.config.loading import load_config
-from rlhf.config.schema import DsChat, KlPlace
+from rlhf.config.stage_nodes import DsChat
 
-GOLD = "+ppo.rewards={gold: {function: 'rlhf.data.sandbox:gold', weight: 0.5}}"
+GOLD = "+rl.rewards={gold: {function: 'rlhf.data.sandbox:gold', weight: 0.5}}"
 CASES: dict[str, list[str]] = {
-    "plain": ["ppo.clip=0.2", "ppo.value_clip=0.2", "rollout.log_answers=-1"],
+    "plain": ["rl.clip_low=0.2", "rl.critic.value_clip=0.2", "rollout.log_answers=-1"],
     "loss_k2": [
-        "ppo.kl.place=loss",
-        "ppo.kl.estimator=k2",
-        "ppo.kl.coef=0.3",
+        "rl.kl.applied_to=loss",
+        "rl.kl.estimator=k2",
+        "rl.kl.coef=0.3",
         "rollout.log_answers=-1",
     ],
-    "reward_k3": ["ppo.kl.estimator=k3", "ppo.max_steps=3", "rollout.log_answers=-1"],
-    "linear": ["ppo.kl.controller=linear", "ppo.kl.final_coef=0.01", "ppo.max_steps=3"],
+    "reward_k3": ["rl.kl.estimator=k3", "rl.max_steps=3", "rollout.log_answers=-1"],
+    "linear": ["rl.kl.controller=linear", "rl.kl.final_coef=0.01", "rl.max_steps=3"],
     "adaptive": [
-        "ppo.kl.controller=adaptive",
-        "ppo.kl.target=0.5",
-        "ppo.kl.horizon=100",
-        "ppo.max_steps=3",
+        "rl.kl.controller=adaptive",
+        "rl.kl.target=0.5",
+        "rl.kl.horizon=100",
+        "rl.max_steps=3",
     ],
-    "entropy": ["ppo.entropy_coef=0.5"],
-    "critic_warmup": ["ppo.critic_warmup=1", "ppo.max_steps=3"],
-    "target_kl": ["ppo.target_kl=1e-9", "ppo.epochs=4"],
-    "sequence": ["ppo.loss_over=sequence"],
-    "constant": ["ppo.loss_over=constant"],
-    "no_value_clip": ["ppo.value_clip=null", "ppo.whiten_rewards=true", "ppo.scale_score=true"],
+    "entropy": ["rl.entropy_coef=0.5"],
+    "critic_warmup": ["rl.critic.warmup_rollouts=1", "rl.max_steps=3"],
+    "target_kl": ["rl.target_kl=1e-9", "rl.epochs=4"],
+    "sequence": ["rl.loss_aggregation=sequence"],
+    "constant": ["rl.loss_aggregation=constant"],
+    "no_value_clip": ["rl.critic.value_clip=null", "rl.whiten_rewards=true", "rl.scale_score=true"],
     "penalties": [
-        "ppo.length_penalty=0.1",
-        "ppo.missing_eos_penalty=2",
-        "ppo.score_clip=1.5",
+        "rl.length_penalty=0.1",
+        "rl.missing_eos_penalty=2",
+        "rl.score_clip=1.5",
         "rollout.log_answers=-1",
     ],
     "everything_kept": [
-        "ppo.ema=0.5",
-        "ppo.evaluation.every=1",
-        "ppo.evaluation.best_by=gold",
-        "ppo.max_steps=3",
+        "rl.ema=0.5",
+        "rl.evaluation.every=1",
+        "rl.evaluation.best_by=gold",
+        "rl.max_steps=3",
     ],
-    "several_answers": ["ppo.responses_per_prompt=4", "ppo.batch_size=8", "rollout.log_answers=-1"],
-    "ptx": ["ppo.ptx.coef=0.2"],
+    "several_answers": ["rl.responses_per_prompt=4", "rl.batch_size=8", "rollout.log_answers=-1"],
+    "ptx": ["rl.ptx.coef=0.2"],
     "two_sources": [GOLD, "rollout.log_answers=-1"],
-    "raw": ["ppo.normalize_score=false"],
+    "raw": ["rl.normalize_score=false"],
     "critic_optim": [
-        "ppo.critic_optim.schedule=constant",
-        "ppo.critic_optim.warmup_steps=2",
-        "ppo.warmup_ratio=0",
-        "ppo.max_steps=3",
+        "rl.critic.schedule=constant",
+        "rl.critic.warmup_steps=2",
+        "rl.warmup_ratio=0",
+        "rl.max_steps=3",
     ],
-    "dschat": ["ppo=dschat", "rollout.log_answers=-1", "deploy.micro_batch=4"],
+    "dschat": ["rl=dschat", "rollout.log_answers=-1", "deploy.micro_batch=4"],
 }
 
 
@@ -123,7 +124,7 @@ def test_logged_metrics_equal_what_the_logged_answers_say(runs: dict[str, Path],
     for row in metrics(runs[name]):
         some = log[log.step == row["step"]]
         kl, length = some.kl.map(sum), some.tokens.map(len)
-        assert len(some) == cfg.ppo.batch_size * cfg.ppo.responses_per_prompt
+        assert len(some) == cfg.rl.batch_size * cfg.rl.responses_per_prompt
         logged = {
             "objective/kl": kl.mean(),
             "objective/kl_per_token": kl.sum() / length.sum(),
@@ -153,7 +154,7 @@ def test_logged_rewards_are_score_minus_penalties_minus_kl(
 ) -> None:
     cfg = load_config(runs[name] / "config.yaml").ppo
     for _, row in answers(runs[name]).iterrows():
-        beta = cfg.kl.coef if cfg.kl.place == KlPlace.reward else 0.0
+        beta = cfg.kl.coef if cfg.kl.place == KlAppliedTo.reward else 0.0
         estimate = {
             "k1": lambda d: d,
             "k2": lambda d: d**2 / 2,
@@ -234,7 +235,7 @@ def test_while_the_critic_warms_up_the_policy_stays(runs: dict[str, Path]) -> No
     assert first["lr"] == 0 and "policy/grad_norm" not in first and first["val/grad_norm"] > 0
     assert second["objective/kl"] == pytest.approx(0, abs=1e-5) and second["policy/grad_norm"] > 0
     assert abs(third["objective/kl"]) > 1e-4
-    peak = load_config(runs["critic_warmup"] / "config.yaml").ppo.lr
+    peak = load_config(runs["critic_warmup"] / "config.yaml").rl.lr
     assert second["lr"] == pytest.approx(peak)  # its own warm-up begins with its first rollout
 
 
@@ -356,7 +357,7 @@ def test_actor_and_critic_have_schedules_of_their_own(runs: dict[str, Path]) -> 
 def test_dschat_is_greedy_masks_eos_and_says_so(runs: dict[str, Path]) -> None:
     log = answers(runs["dschat"])
     cfg: Any = load_config(runs["dschat"] / "config.yaml")
-    assert cfg.ppo.dschat == DsChat(True, True, 0.1, True, True)
+    assert cfg.rl.dschat == DsChat(True, True, 0.1, True, True)
     first = log[log.step == 1]
     again = first.groupby("prompt").answer.nunique()
     assert (again == 1).all()  # the same prompt, the same answer

@@ -11,8 +11,8 @@ from helpers import Demo, runs_in, summary, train
 
 SMALL_PPO = [
     "data.eval_rows=16",
-    "ppo.max_steps=1",
-    "ppo.batch_size=16",
+    "rl.max_steps=1",
+    "rl.batch_size=16",
     "rollout.max_new_tokens=8",
     "wandb.mode=disabled",
     "deploy.threads=1",
@@ -27,8 +27,8 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_fun
     only = [
         "data.sandbox.demonstrations=64",
         "sft.max_steps=2",
-        "~ppo.rewards.model",
-        "+ppo.rewards={mine: {function: 'my_rewards:length'}}",
+        "~rl.rewards.model",
+        "+rl.rewards={mine: {function: 'my_rewards:length'}}",
     ]
     done = train(*SMALL_PPO, *only, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -53,38 +53,38 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
     unit = settings.pop("score_mean"), settings.pop("score_std")
     (other / "config.json").write_text(json.dumps(settings))
     given = [
-        f"ppo.actor={demo.sft}",
-        f"ppo.reward={demo.rm}",
-        f"+ppo.rewards={{other: {{path: '{other}', weight: 0.5}}}}",
+        f"rl.actor={demo.sft}",
+        f"rl.reward={demo.rm}",
+        f"+rl.rewards={{other: {{path: '{other}', weight: 0.5}}}}",
     ]
     sizes = [size for size in SMALL_PPO if "eval_rows" not in size]
     done = train("stage=ppo", *given, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
-        f"ppo.rewards.other: raw scores of 256 SFT answers: mean {unit[0]:.3g}, standard deviation {unit[1]:.3g}"
+        f"rl.rewards.other: raw scores of 256 SFT answers: mean {unit[0]:.3g}, standard deviation {unit[1]:.3g}"
         in done.stderr
     )
     final = summary(runs_in(tmp_path)["ppo"][0])["metrics"]
     assert final["eval/score/other"] == pytest.approx(final["eval/score/model"], abs=1e-4)
     assert final["eval/score"] == pytest.approx(1.5 * final["eval/score/model"], abs=1e-4)
     wrong = train(
-        "stage=ppo", *given[:2], f"+ppo.rewards={{other: {{path: '{demo.sft}'}}}}", cwd=tmp_path
+        "stage=ppo", *given[:2], f"+rl.rewards={{other: {{path: '{demo.sft}'}}}}", cwd=tmp_path
     )
     assert (
         wrong.returncode == 2
-        and f"ppo.rewards.other.path={demo.sft}: this is OPTForCausalLM, not a reward model"
+        and f"rl.rewards.other.path={demo.sft}: this is OPTForCausalLM, not a reward model"
         in wrong.stderr
     )
     untrained = train(
         "stage=ppo",
         *given[:2],
-        "+ppo.rewards={other: {path: 'builtin:tiny'}}",
+        "+rl.rewards={other: {path: 'builtin:tiny'}}",
         *sizes,
         cwd=tmp_path,
     )
     assert (
         untrained.returncode == 1
-        and "ppo.rewards.other.path: builtin:tiny is no reward model" in untrained.stderr
+        and "rl.rewards.other.path: builtin:tiny is no reward model" in untrained.stderr
     )
     long = train("stage=ppo", *given, *sizes, "rollout.max_new_tokens=500", cwd=tmp_path)
     assert long.returncode == 1 and "rollout.max_new_tokens=500 is more than the" in long.stderr

@@ -25,7 +25,7 @@ def test_two_processes_train_on_a_file(tmp_path: Path) -> None:
     done = train(
         *source,
         "sft.max_steps=2",
-        "deploy.gpus=2",
+        "deploy.processes_per_node=2",
         "wandb.mode=disabled",
         cwd=tmp_path,
         HF_DATASETS_CACHE=str(tmp_path / "own"),
@@ -41,7 +41,8 @@ sys.path.insert(0, "tests")
 import datasets
 datasets.config.HF_DATASETS_CACHE = sys.argv[2]
 from helpers import composed
-from rlhf.config.schema import Source, Template
+from rlhf.config.schema import Source
+from rlhf.config.choices import Template
 from rlhf.data import sources, tokenized
 from rlhf.models.loading import load_tokenizer
 settings = composed("data.eval_share=0.1", "data.eval_rows=10000").data

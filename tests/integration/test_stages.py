@@ -56,7 +56,9 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(
         shutil.copytree(
             runs_in(alone)[parent][0], tmp_path / "outputs" / runs_in(alone)[parent][0].name
         )
-    done = train(f"stage={stage}", *SMALL, *ROBUST, "exp=again", "fresh=true", cwd=tmp_path)
+    done = train(
+        f"stage={stage}", *SMALL, *ROBUST, "experiment_name=again", "fresh=true", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (two,) = runs_in(tmp_path)[stage]
     assert one.name == two.name
@@ -73,7 +75,13 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(
 def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage: int) -> None:
     """Same samples, same losses up to the order of additions, same weights. PPO here stands on models that differ by rounding, which
     it amplifies (a token on the very edge of a clip); test_deployments.py holds it to 1e-4 on the same ones."""
-    done = train(*SMALL, *ROBUST, "deploy.gpus=2", f"deploy.zero_stage={zero_stage}", cwd=tmp_path)
+    done = train(
+        *SMALL,
+        *ROBUST,
+        "deploy.processes_per_node=2",
+        f"deploy.zero_stage={zero_stage}",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     for stage in ("sft", "rm", "ppo"):
         (one,), (two,) = runs_in(alone)[stage], runs_in(tmp_path)[stage]
@@ -186,7 +194,7 @@ def test_answers_are_kept_token_by_token(alone: Path) -> None:
         1,
         2,
         2,
-    ]  # rollout.log_answers of each of ppo.max_steps rollouts
+    ]  # rollout.log_answers of each of rl.max_steps rollouts
     for row in rows:
         lists = [
             row[key] for key in ("tokens", "logp", "kl", "value", "reward", "advantage", "return")
@@ -199,7 +207,7 @@ def test_answers_are_kept_token_by_token(alone: Path) -> None:
         )
         paid = 1.0 * (not row["ended"]) + 0.05 * sum(
             row["kl"]
-        )  # ppo.missing_eos_penalty, ppo.kl.coef
+        )  # rl.missing_eos_penalty, rl.kl.coef
         assert sum(row["reward"]) == pytest.approx(row["score"] - paid, abs=1e-3)
         # undiscounted: with the value before the last token as baseline, what is left to get is the last reward
         assert row["return"][-1] == pytest.approx(row["reward"][-1], abs=1e-4)
@@ -224,8 +232,8 @@ def test_preference_files_train_all_stages(tmp_path: Path) -> None:
     sizes = [
         "sft.max_steps=1",
         "rm.max_steps=1",
-        "ppo.max_steps=1",
-        "ppo.batch_size=8",
+        "rl.max_steps=1",
+        "rl.batch_size=8",
         "rollout.max_new_tokens=8",
         "wandb.mode=disabled",
     ]

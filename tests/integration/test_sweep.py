@@ -89,9 +89,17 @@ def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_onl
     tmp_path: Path,
 ) -> None:
     """Two at once; the job that fails is one whose function is not there yet."""
-    own = "~ppo.rewards.model", "+ppo.rewards={mine: {function: 'mine:f'}}"
+    own = "~rl.rewards.model", "+rl.rewards={mine: {function: 'mine:f'}}"
     (tmp_path / "mine.py").write_text("def f(turns, answer):\n    raise KeyError('not yet')\n")
-    sweep = ["-m", "sweep=seeds", "seed=1,2", "exp=both", "hydra/launcher=parallel", *SMALL, *own]
+    sweep = [
+        "-m",
+        "sweep=seeds",
+        "seed=1,2",
+        "experiment_name=both",
+        "hydra/launcher=parallel",
+        *SMALL,
+        *own,
+    ]
     first = train(*sweep, cwd=tmp_path)
     assert (
         first.returncode == 1
@@ -120,7 +128,7 @@ def test_two_sweeps_at_the_same_moment_train_their_upstream_once(tmp_path: Path)
     command = [sys.executable, str(REPO / "train.py"), "-m", *upstream]
     sweeps = [
         subprocess.Popen(
-            [*command, f"ppo.kl.coef={coef}", f"exp={name}"],
+            [*command, f"rl.kl.coef={coef}", f"experiment_name={name}"],
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
@@ -196,7 +204,7 @@ HOLD = """
 import sys, time
 from helpers import composed
 from rlhf.runs import launch
-with launch.claim_gpus(composed("deploy=single_node", "deploy.gpus=2")):
+with launch.claim_gpus(composed("deploy=single_node", "deploy.processes_per_node=2")):
     import os
     print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     time.sleep(float(sys.argv[1]))

@@ -41,7 +41,7 @@ def test_a_run_that_is_killed_goes_on_in_the_same_wandb_run(server: Server, tmp_
     more = [
         *SFT,
         "checkpoint.every_steps=2",
-        "exp=study",
+        "experiment_name=study",
         "wandb.tags=[mine]",
         "wandb.notes=try it",
     ]

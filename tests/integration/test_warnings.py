@@ -18,7 +18,7 @@ from pathlib import Path
 from rlhf import config, track
 cfg = config.load(Path(sys.argv[1]) / "config.yaml")
 tracker = track.Tracker(cfg, Path(sys.argv[1]), 1, [])
-tracker.alert("KL blow-up", "raise ppo.kl.coef")
+tracker.alert("KL blow-up", "raise rl.kl.coef")
 tracker.log(1, {"x": 1.0})
 tracker.close({})
 """
@@ -37,7 +37,7 @@ def test_a_warning_reaches_the_console_and_wandb(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0 and "KL blow-up: raise ppo.kl.coef" in done.stderr, done.stderr
+    assert done.returncode == 0 and "KL blow-up: raise rl.kl.coef" in done.stderr, done.stderr
     records = [json.loads(line) for line in read_offline_run(run).splitlines()]
     assert any(
         "KL blow-up" in json.dumps(record) for record in records if record["type"] == "alert"

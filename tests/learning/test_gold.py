@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import Demo, runs_in, summary, train
 
+from rlhf.config.choices import RmLoss
 from rlhf.config.loading import load_config
-from rlhf.config.schema import RmLoss
 from rlhf.data import template
 from rlhf.data.load import load_data
 from rlhf.evaluation.reward_model import pairwise_accuracy

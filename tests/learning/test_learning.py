@@ -16,7 +16,7 @@ def learn(demo: Demo, root: Path, *overrides: str) -> tuple[list[dict], dict[str
     """PPO from the demo's SFT policy: its metrics by rollout, and the final ones."""
     given = [
         "stage=ppo",
-        f"ppo.actor={demo.sft}",
+        f"rl.actor={demo.sft}",
         "wandb.mode=disabled",
         "deploy.threads=1",
         "rollout.log_answers=0",
@@ -30,9 +30,9 @@ def learn(demo: Demo, root: Path, *overrides: str) -> tuple[list[dict], dict[str
 
 def own_reward(function: str) -> list[str]:
     return [
-        "~ppo.rewards.model",
-        f"+ppo.rewards={{mine: {{function: 'my_rewards:{function}'}}}}",
-        "ppo.missing_eos_penalty=0",
+        "~rl.rewards.model",
+        f"+rl.rewards={{mine: {{function: 'my_rewards:{function}'}}}}",
+        "rl.missing_eos_penalty=0",
     ]
 
 
@@ -43,9 +43,9 @@ def test_it_learns_to_stop(demo: Demo, tmp_path: Path, seed: int) -> None:
     settings = [
         *own_reward("minus_length"),
         "rollout.max_new_tokens=24",
-        "ppo.kl.coef=0.01",
-        "ppo.lr=1e-3",
-        "ppo.max_steps=14",
+        "rl.kl.coef=0.01",
+        "rl.lr=1e-3",
+        "rl.max_steps=14",
     ]
     _, final = learn(demo, tmp_path, f"seed={seed}", *settings)
     print(
@@ -65,9 +65,9 @@ def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
     settings = [
         *own_reward("thanks"),
         "rollout.max_new_tokens=4",
-        "ppo.kl.coef=0.1",
-        "ppo.lr=3e-4",
-        "ppo.prompt_epochs=2",
+        "rl.kl.coef=0.1",
+        "rl.lr=3e-4",
+        "rl.prompt_epochs=2",
     ]
     rows, final = learn(demo, tmp_path, f"seed={seed}", *settings)
     print(
@@ -81,13 +81,13 @@ def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_adaptive_coefficient_holds_its_target(demo: Demo, tmp_path: Path, seed: int) -> None:
     settings = [
-        f"ppo.reward={demo.rm}",
-        "ppo.kl.controller=adaptive",
-        "ppo.kl.target=2",
-        "ppo.kl.horizon=256",
-        "ppo.prompt_epochs=2",
+        f"rl.reward={demo.rm}",
+        "rl.kl.controller=adaptive",
+        "rl.kl.target=2",
+        "rl.kl.horizon=256",
+        "rl.prompt_epochs=2",
     ]
-    rows, _ = learn(demo, tmp_path, f"seed={seed}", *settings, "ppo.epochs=2")
+    rows, _ = learn(demo, tmp_path, f"seed={seed}", *settings, "rl.epochs=2")
     held = statistics.fmean(row["objective/kl"] for row in rows[-len(rows) // 3 :])
     print(
         f"KL {held:.2f} of 2 nats per answer, beta {rows[0]['objective/kl_coef']} -> {rows[-1]['objective/kl_coef']:.3f}"
@@ -99,8 +99,8 @@ def test_an_adaptive_coefficient_holds_its_target(demo: Demo, tmp_path: Path, se
 @pytest.mark.parametrize(
     "passes, settings",
     [
-        pytest.param(8, ["ppo.epochs=8"], marks=pytest.mark.full),
-        (1, ["ppo.epochs=1", "ppo.prompt_epochs=2", "ppo.lr=5e-4"]),
+        pytest.param(8, ["rl.epochs=8"], marks=pytest.mark.full),
+        (1, ["rl.epochs=1", "rl.prompt_epochs=2", "rl.lr=5e-4"]),
     ],
     ids=["8 passes", "1 pass"],
 )
@@ -109,7 +109,7 @@ def test_the_gold_target_with_few_and_with_many_passes(
     demo: Demo, tmp_path: Path, seed: int, passes: int, settings: list[str]
 ) -> None:
     """What test_gold.py asks of 4 passes: 60 % of the gap between the SFT policy and the best answers, at a KL of at most 8."""
-    rows, final = learn(demo, tmp_path, f"seed={seed}", f"ppo.reward={demo.rm}", *settings)
+    rows, final = learn(demo, tmp_path, f"seed={seed}", f"rl.reward={demo.rm}", *settings)
     gap = (final["eval/gold"] - final["eval/gold_before"]) / (
         final["eval/gold_best"] - final["eval/gold_before"]
     )

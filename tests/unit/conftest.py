@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import composed
 
-from rlhf.config.schema import Precision
+from rlhf.config.choices import Precision
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Turn
 from rlhf.distributed.engine import build_engine

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.schema import Kl, KlController
+from rlhf.config.choices import KlController
+from rlhf.config.stage_nodes import Kl
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 
 SEEDS = range(6)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.schema import Template
+from rlhf.config.choices import Template
 from rlhf.data import batches, template, tokenized
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.models.loading import load_tokenizer

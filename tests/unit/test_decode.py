@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from families import EOS, FAMILIES, PAD
 from torch import Tensor, nn
 
-from rlhf.config.schema import Precision
+from rlhf.config.choices import Precision
 from rlhf.data.batches import pad_left, uniforms
 from rlhf.models.loading import load_policy
 from rlhf.models.wrappers import Policy

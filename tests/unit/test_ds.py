@@ -22,7 +22,7 @@ CASES: list[tuple[str, int, list[str]]] = [
     ),
     ("actor=opt66b deploy=multi_node deploy.nodes=8", 64, ["sft", "rm", "ppo"]),
     ("deploy=cpu", 1, ["sft", "rm", "ppo"]),
-    ("deploy=cpu deploy.gpus=2 deploy.zero_stage=1", 2, ["sft"]),
+    ("deploy=cpu deploy.processes_per_node=2 deploy.zero_stage=1", 2, ["sft"]),
     ("deploy=single_node deploy.zero_stage=0", 8, ["ppo"]),
     ("deploy=single_node deploy.zero_stage=1 deploy.offload.optimizer=true", 8, ["ppo"]),
     ("deploy=single_node deploy.zero_stage=2 deploy.offload.frozen=true", 8, ["ppo"]),

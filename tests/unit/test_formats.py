@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from helpers import CONF, composed
 
-from rlhf.config.schema import Format, Source
+from rlhf.config.choices import Format
+from rlhf.config.schema import Source
 from rlhf.config.validation import check_config
 from rlhf.data import formats
 from rlhf.data.formats import Skip, check_columns, detect_format, field, read_row, read_text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from rlhf.config.schema import DpoLoss, KlEstimator, LossOver
+from rlhf.config.choices import DpoLoss, KlEstimator, LossAggregation
 from rlhf.evaluation.reward_model import (
     LENGTHS,
     accuracy_by,
@@ -120,7 +120,7 @@ def test_without_deviation_and_with_constant_length_it_is_dr_grpo() -> None:
     score = torch.tensor([1.0, 0.0, 2.0, -1.0])
     advantages = group_relative(score[None], False).view(-1, 1) * mask
     loss, _ = policy_loss(logp, old, advantages, mask, 0.2, 0.28)
-    weights = token_weights(mask, LossOver.constant, float(mask.sum()), g, longest)
+    weights = token_weights(mask, LossAggregation.constant, float(mask.sum()), g, longest)
     expected = 0.0
     for i in range(g):
         a = float(score[i]) - statistics.fmean(score.tolist())
@@ -135,7 +135,7 @@ def test_grpo_of_two_answers_by_hand() -> None:
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     advantages = group_relative(torch.tensor([[2.0, 0.0]]), False).view(-1, 1) * mask
     loss, _ = policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), advantages, mask, 0.2, 0.2)
-    weights = token_weights(mask, LossOver.sequence, 4.0, 2, 3)
+    weights = token_weights(mask, LossAggregation.sequence, 4.0, 2, 3)
     assert (weights * loss).tolist() == [[pytest.approx(-1 / 6)] * 3, [0.5, 0.0, 0.0]]
 
 

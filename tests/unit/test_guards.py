@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.config.schema import DsChat, Precision
+from rlhf.config.choices import Precision
+from rlhf.config.stage_nodes import DsChat
 from rlhf.rl.experience import Experience
 from rlhf.rl.guards import Guards
 from rlhf.rl.monitor import Monitor, warnings_of
@@ -163,7 +164,7 @@ def test_a_guard_that_a_switch_contradicts_is_logged_once(
         f"guard {n}" for n in ("eos", "sampler", "reference", "ratio")
     ]
     assert (
-        "Chosen by ppo.dschat.dropout, ppo.dschat.train_mode_logp: the run goes on"
+        "Chosen by rl.dschat.dropout, rl.dschat.train_mode_logp: the run goes on"
         in caplog.records[-1].getMessage()
     )
     experience.scores[0] = math.nan  # no switch is a reason for that

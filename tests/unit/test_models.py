@@ -21,8 +21,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from rlhf.config.choices import Precision, RmLoss
 from rlhf.config.loading import register_schema, to_typed
-from rlhf.config.schema import Config, Precision, RmLoss
+from rlhf.config.schema import Config
 from rlhf.data.batches import pad_left, pad_right
 from rlhf.distributed.engine import build_engine
 from rlhf.evaluation.reward_model import pairwise_accuracy

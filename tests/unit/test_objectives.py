@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.config.schema import KlEstimator, LossOver, Optim, Schedule
+from rlhf.config.choices import KlEstimator, LossAggregation, Schedule
+from rlhf.config.stage_nodes import Optim
 from rlhf.evaluation.statistics import repetition
 from rlhf.models.logprobs import token_logprobs
 from rlhf.rl.advantages import gae, masked_mean, token_rewards, whiten
@@ -533,13 +534,13 @@ def test_scaled_rewards_by_hand() -> None:
 # ---------------------------------------------------------------------------------------------------------------- token_weights
 
 
-def weights_by_loop(mask: Tensor, over: LossOver, longest: int) -> list[list[float]]:
+def weights_by_loop(mask: Tensor, over: LossAggregation, longest: int) -> list[list[float]]:
     """The weights of a whole optimizer step, from the lengths of its answers."""
     lengths = [sum(row) for row in mask.tolist()]
     of_row = {
-        LossOver.token: [1 / max(1.0, sum(lengths))] * len(lengths),
-        LossOver.sequence: [1 / n / len(lengths) if n else 0.0 for n in lengths],
-        LossOver.constant: [1 / (len(lengths) * longest)] * len(lengths),
+        LossAggregation.token: [1 / max(1.0, sum(lengths))] * len(lengths),
+        LossAggregation.sequence: [1 / n / len(lengths) if n else 0.0 for n in lengths],
+        LossAggregation.constant: [1 / (len(lengths) * longest)] * len(lengths),
     }[over]
     return [
         [weight if j < n else 0.0 for j in range(mask.shape[1])]
@@ -547,9 +548,9 @@ def weights_by_loop(mask: Tensor, over: LossOver, longest: int) -> list[list[flo
     ]
 
 
-@pytest.mark.parametrize("over", LossOver)
+@pytest.mark.parametrize("over", LossAggregation)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_token_weights_equal_loops(seed: int, over: LossOver) -> None:
+def test_token_weights_equal_loops(seed: int, over: LossAggregation) -> None:
     generator, b, r = shape_of(seed)
     mask = prefix_mask(generator, b, r)
     weights = token_weights(mask, over, float(mask.sum()), b, r + 3)
@@ -561,15 +562,21 @@ def test_token_weights_by_hand() -> None:
     # answers of 3, 1 and 2 tokens, of which each may have 4
     mask = t([1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0])
     expected = {
-        LossOver.token: t([1 / 6, 1 / 6, 1 / 6, 0], [1 / 6, 0, 0, 0], [1 / 6, 1 / 6, 0, 0]),
-        LossOver.sequence: t([1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [1 / 6, 1 / 6, 0, 0]),
-        LossOver.constant: t(
+        LossAggregation.token: t([1 / 6, 1 / 6, 1 / 6, 0], [1 / 6, 0, 0, 0], [1 / 6, 1 / 6, 0, 0]),
+        LossAggregation.sequence: t(
+            [1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [1 / 6, 1 / 6, 0, 0]
+        ),
+        LossAggregation.constant: t(
             [1 / 12, 1 / 12, 1 / 12, 0], [1 / 12, 0, 0, 0], [1 / 12, 1 / 12, 0, 0]
         ),
     }
     # a loss of 1 in the first answer, 2 in the second, 3 in the third: (3 + 2 + 6) / 6, (1 + 2 + 3) / 3, (3 + 2 + 6) / (3 x 4)
-    means = {LossOver.token: 11 / 6, LossOver.sequence: 2.0, LossOver.constant: 11 / 12}
-    assert set(expected) == set(LossOver)
+    means = {
+        LossAggregation.token: 11 / 6,
+        LossAggregation.sequence: 2.0,
+        LossAggregation.constant: 11 / 12,
+    }
+    assert set(expected) == set(LossAggregation)
     for over, weights in expected.items():
         found = token_weights(mask, over, 6.0, 3, 4)
         assert torch.allclose(found, weights, atol=1e-15)
@@ -581,17 +588,19 @@ def test_the_weights_of_a_step_sum_to_one_or_to_the_share_of_places_taken(seed: 
     generator, b, r = shape_of(seed)
     mask = prefix_mask(generator, b, r)
     tokens, answered = float(mask.sum()), sum(row[0] for row in mask.tolist())
-    assert token_weights(mask, LossOver.token, tokens, b, 9).sum().item() == pytest.approx(1.0)
-    assert token_weights(mask, LossOver.sequence, tokens, b, 9).sum().item() == pytest.approx(
-        answered / b
-    )  # an empty one has none
-    assert token_weights(mask, LossOver.constant, tokens, b, 9).sum().item() == pytest.approx(
-        tokens / (b * 9)
+    assert token_weights(mask, LossAggregation.token, tokens, b, 9).sum().item() == pytest.approx(
+        1.0
     )
+    assert token_weights(
+        mask, LossAggregation.sequence, tokens, b, 9
+    ).sum().item() == pytest.approx(answered / b)  # an empty one has none
+    assert token_weights(
+        mask, LossAggregation.constant, tokens, b, 9
+    ).sum().item() == pytest.approx(tokens / (b * 9))
 
 
-@pytest.mark.parametrize("over", LossOver)
-def test_the_weights_of_micro_batches_are_those_of_the_whole_step(over: LossOver) -> None:
+@pytest.mark.parametrize("over", LossAggregation)
+def test_the_weights_of_micro_batches_are_those_of_the_whole_step(over: LossAggregation) -> None:
     mask = prefix_mask(torch.Generator().manual_seed(11), 6, 5)
     step = (over, float(mask.sum()), 6, 8)
     whole = token_weights(mask, *step)
@@ -602,12 +611,12 @@ def test_the_weights_of_micro_batches_are_those_of_the_whole_step(over: LossOver
         assert torch.equal(token_weights(mask[rows, :width], *step), whole[rows, :width])
 
 
-@pytest.mark.parametrize("over", LossOver)
-def test_rows_without_tokens_have_no_weight_but_count_as_answers(over: LossOver) -> None:
+@pytest.mark.parametrize("over", LossAggregation)
+def test_rows_without_tokens_have_no_weight_but_count_as_answers(over: LossAggregation) -> None:
     weights = token_weights(t([1, 1], [0, 0]), over, 2.0, 2, 2)
     assert (weights[1] == 0).all()
     assert weights[0].tolist() == pytest.approx(
-        {LossOver.token: [0.5, 0.5]}.get(over, [0.25, 0.25])
+        {LossAggregation.token: [0.5, 0.5]}.get(over, [0.25, 0.25])
     )
     assert (
         token_weights(t([0, 0], [0, 0]), over, 0.0, 2, 2) == 0
@@ -902,7 +911,7 @@ def random_step(seed: int) -> dict[str, Tensor]:
 
 
 def losses_of(
-    x: dict[str, Tensor], over: LossOver, tokens: float, sequences: int, longest: int
+    x: dict[str, Tensor], over: LossAggregation, tokens: float, sequences: int, longest: int
 ) -> tuple[list[float], Tensor, Tensor]:
     """The weighted losses of actor and critic on some rows, and their gradients for logp and values."""
     logp, values = x["logp"].clone().requires_grad_(), x["values"].clone().requires_grad_()
@@ -915,9 +924,9 @@ def losses_of(
     return [policy.item(), value.item()], logp.grad, values.grad
 
 
-@pytest.mark.parametrize("over", LossOver)
+@pytest.mark.parametrize("over", LossAggregation)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_losses_of_a_step_equal_loops(seed: int, over: LossOver) -> None:
+def test_the_losses_of_a_step_equal_loops(seed: int, over: LossAggregation) -> None:
     x = random_step(seed)
     weights, mask = weights_by_loop(x["mask"], over, 8), x["mask"]
     policy = value = 0.0
@@ -934,10 +943,10 @@ def test_the_losses_of_a_step_equal_loops(seed: int, over: LossOver) -> None:
     assert losses == pytest.approx([policy, value], abs=1e-12)
 
 
-@pytest.mark.parametrize("over", LossOver)
+@pytest.mark.parametrize("over", LossAggregation)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_neither_micro_batches_nor_order_nor_padding_change_the_losses_of_a_step(
-    seed: int, over: LossOver
+    seed: int, over: LossAggregation
 ) -> None:
     x = random_step(seed)
     step = (over, float(x["mask"].sum()), 7, 8)

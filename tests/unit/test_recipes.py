@@ -9,8 +9,9 @@ import pytest
 from helpers import CONF, STAGES, composed
 from omegaconf import OmegaConf
 
+from rlhf.config.choices import KlController, RmLoss, Schedule
 from rlhf.config.keys import lookup
-from rlhf.config.schema import DsChat, KlController, RmLoss, Schedule
+from rlhf.config.stage_nodes import DsChat
 from rlhf.config.validation import check_config
 
 ACTORS = sorted(path.stem for path in (CONF / "actor").glob("*.yaml"))
@@ -89,15 +90,13 @@ def test_recipes_have_the_values_of_deepspeed_chats_scripts(actor: str, deploy: 
     cfg = composed(f"actor={actor}", f"deploy={deploy}")
     sft, ppo, placed = SCRIPTS[actor, deploy]
     assert (cfg.sft.batch_size, cfg.sft.lr, cfg.sft.weight_decay, cfg.sft.epochs) == sft
-    assert (cfg.ppo.batch_size // cfg.ppo.minibatches, cfg.ppo.lr, cfg.ppo.weight_decay) == ppo
+    assert (cfg.rl.batch_size // cfg.rl.minibatches, cfg.rl.lr, cfg.rl.weight_decay) == ppo
     assert (
         cfg.deploy.zero_stage,
         cfg.actor.lora.rank,
         cfg.deploy.activation_checkpointing,
     ) == placed
-    assert (
-        cfg.ppo.critic_optim.lr == 5e-6 and cfg.sft.schedule == cfg.ppo.schedule == Schedule.cosine
-    )
+    assert cfg.rl.critic.lr == 5e-6 and cfg.sft.schedule == cfg.rl.schedule == Schedule.cosine
 
 
 @pytest.mark.parametrize("actor, deploy", SCRIPTS, ids=lambda x: x)
@@ -106,11 +105,11 @@ def test_the_other_algorithms_sample_as_many_answers_as_ppo_and_fit_the_machines
 ) -> None:
     for stage in ("rloo", "grpo", "dpo"):
         cfg = composed(f"stage={stage}", f"actor={actor}", f"deploy={deploy}")
-        assert check_config(cfg) == [] and cfg.rloo.lr == cfg.grpo.lr == cfg.ppo.lr
+        assert check_config(cfg) == [] and cfg.rl.lr == cfg.rl.lr == cfg.rl.lr
     answers = [
         node.batch_size * node.responses_per_prompt for node in (cfg.ppo, cfg.rloo, cfg.grpo)
     ]
-    assert answers == [cfg.ppo.batch_size] * 3
+    assert answers == [cfg.rl.batch_size] * 3
 
 
 @pytest.mark.parametrize("reward, deploy", REWARD_SCRIPTS, ids=lambda x: x)
@@ -137,9 +136,9 @@ def test_recipes_set_what_is_theirs_and_name_their_source(group: str) -> None:
             assert "DeepSpeed-Chat, step" in path.read_text(), path
 
 
-# ---------------------------------------------------------------------------------------------------------- bug for bug, ppo=dschat
+# ---------------------------------------------------------------------------------------------------------- bug for bug, rl=dschat
 
-DSCHAT = ["ppo=dschat", "rm=dschat", "sft=dschat"]
+DSCHAT = ["rl=dschat", "rm=dschat", "sft=dschat"]
 
 
 def leaves(node: dict, prefix: str = "") -> set[str]:
@@ -163,9 +162,9 @@ def test_no_recipe_sets_what_the_dschat_options_set() -> None:
         for key in keys_of(CONF / stage / "dschat.yaml")
     }
     assert {
-        "ppo.kl.coef",
-        "ppo.dschat.greedy",
-        "ppo.epochs",
+        "rl.kl.coef",
+        "rl.dschat.greedy",
+        "rl.epochs",
         "rm.loss",
         "sft.micro_batch_means",
     } <= taken
@@ -181,7 +180,7 @@ def test_the_dschat_options_hold_with_every_recipe(actor: str, deploy: str) -> N
     chosen = [f"actor={actor}", f"deploy={deploy}"]
     plain, cfg = composed(*chosen), composed(*chosen, *DSCHAT)
     assert check_config(cfg) == []
-    assert cfg.ppo.dschat == DsChat(
+    assert cfg.rl.dschat == DsChat(
         greedy=True, pad_is_eos=True, dropout=0.1, train_mode_logp=True, micro_batch_means=True
     )
     assert (cfg.sft.micro_batch_means, cfg.sft.train_on_prompt, cfg.rm.loss) == (
@@ -190,32 +189,30 @@ def test_the_dschat_options_hold_with_every_recipe(actor: str, deploy: str) -> N
         RmLoss.per_token,
     )
     ppo = cfg.ppo
-    assert (ppo.kl.coef, ppo.score_clip, ppo.clip, ppo.clip_high, ppo.value_clip) == (
+    assert (rl.kl.coef, rl.score_clip, rl.clip_low, rl.clip_high, rl.critic.value_clip) == (
         0.1,
         5,
         0.2,
         0.2,
         0.2,
     )
-    assert (ppo.gamma, ppo.lam, ppo.epochs, ppo.minibatches) == (1, 0.95, 1, 1)
+    assert (rl.gamma, rl.gae_lambda, rl.epochs, rl.minibatches) == (1, 0.95, 1, 1)
     assert (
-        ppo.adam_eps,
-        ppo.critic_optim.adam_eps,
-        ppo.missing_eos_penalty,
-        ppo.length_penalty,
+        rl.adam_eps,
+        rl.critic.adam_eps,
+        rl.missing_eos_penalty,
+        rl.length_penalty,
     ) == (1e-8, 1e-8, 0, 0)
-    assert not (
-        ppo.normalize_score or ppo.whiten_advantages or ppo.whiten_rewards or ppo.scale_score
-    )
+    assert not (rl.normalize_score or ppo.whiten_advantages or rl.whiten_rewards or rl.scale_score)
     assert (
-        ppo.kl == dataclasses.replace(plain.ppo.kl, coef=0.1)
-        and ppo.kl.controller == KlController.fixed
+        rl.kl == dataclasses.replace(plain.rl.kl, coef=0.1)
+        and rl.kl.controller == KlController.fixed
     )
     for key in (
-        "ppo.lr",
-        "ppo.schedule",
-        "ppo.batch_size",
-        "ppo.critic_optim.lr",
+        "rl.lr",
+        "rl.schedule",
+        "rl.batch_size",
+        "rl.critic.lr",
         "sft.lr",
         "sft.batch_size",
         "rm.lr",
@@ -226,7 +223,12 @@ def test_the_dschat_options_hold_with_every_recipe(actor: str, deploy: str) -> N
 
 def test_lora_experiments_choose_their_machine() -> None:
     cfg = composed("experiment=opt1.3b_lora")
-    assert (cfg.actor.name, cfg.deploy.gpus, cfg.actor.lora.rank, cfg.actor.lora.alpha) == (
+    assert (
+        cfg.actor.name,
+        cfg.deploy.processes_per_node,
+        cfg.actor.lora.rank,
+        cfg.actor.lora.alpha,
+    ) == (
         "opt1.3b",
         8,
         128,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers import composed, train
 
-from rlhf.config.schema import Config, RewardSource, Stage
+from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
+from rlhf.config.stage_nodes import RewardSource
 from rlhf.config.validation import check_config
 from rlhf.data.records import Turn
 from rlhf.rl import rewards
@@ -26,7 +27,7 @@ ASKED = [[Turn("user", text)] for text in ("a", "b", "c", "d")]
 
 def sources(**settings: dict[str, Any]) -> Config:
     cfg = composed("stage=ppo")
-    cfg.ppo.rewards = {name: RewardSource(**values) for name, values in settings.items()}
+    cfg.rl.rewards = {name: RewardSource(**values) for name, values in settings.items()}
     return cfg
 
 
@@ -98,7 +99,7 @@ def test_functions_are_found_in_the_package_and_where_the_command_is_run(
         ("my_own_rewards:number", "number is no function"),
         ("broken_rewards:f", "cannot import broken_rewards: ModuleNotFoundError"),
     ):
-        with pytest.raises(ValueError, match=f"ppo.rewards.mine.function={function}: {said}"):
+        with pytest.raises(ValueError, match=f"rl.rewards.mine.function={function}: {said}"):
             rewards.load_functions(sources(mine={"function": function}))
 
 
@@ -108,10 +109,10 @@ def test_a_module_that_is_not_there_is_told_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     (line,) = check_functions(sources(mine={"function": "no_such_module.deep:f"}))
     assert line.startswith(
-        "ppo.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here"
+        "rl.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here"
     )
     assert check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
-    done = train("stage=ppo", "+ppo.rewards={mine: {function: 'no_such_module:f'}}", cwd=tmp_path)
+    done = train("stage=ppo", "+rl.rewards={mine: {function: 'no_such_module:f'}}", cwd=tmp_path)
     assert (
         done.returncode == 2
         and "there is no module no_such_module" in done.stderr
@@ -165,7 +166,7 @@ def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
         and both.total(torch.tensor([1.0, 0.0])) == 2.0
     )
     (line,) = check_config(sources(gold={"function": "my_rewards:thanks"}))
-    assert line.startswith("ppo.rewards.gold: gold is the name of the sandbox's truth")
+    assert line.startswith("rl.rewards.gold: gold is the name of the sandbox's truth")
     assert check_config(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 
@@ -177,15 +178,15 @@ def test_without_the_own_reward_model_none_is_needed() -> None:
         composed("stage=ppo"),
         composed(
             "stage=ppo",
-            "~ppo.rewards.model",
-            "+ppo.rewards={g: {function: 'rlhf.data.sandbox:gold'}}",
+            "~rl.rewards.model",
+            "+rl.rewards={g: {function: 'rlhf.data.sandbox:gold'}}",
         ),
     )
-    assert list(parent_stages(plain, Stage.ppo)) == [Stage.sft, Stage.rm] and list(
-        parent_stages(own, Stage.ppo)
-    ) == [Stage.sft]
-    keys = run_identity(own, Stage.ppo)
-    assert keys["ppo.rewards.g.weight"] == 1.0 and not any(key.startswith("rm.") for key in keys)
+    assert list(parent_stages(plain, "ppo")) == ["sft", "rm"] and list(
+        parent_stages(own, "ppo")
+    ) == ["sft"]
+    keys = run_identity(own, "ppo")
+    assert keys["rl.rewards.g.weight"] == 1.0 and not any(key.startswith("rm.") for key in keys)
     read = {key.rsplit(".", 1)[0] for key in keys if key.startswith("reward.")}
     assert read == {"reward.lora"}  # the critic's adapter
-    assert run_name(own, Stage.ppo, plain).startswith("ppo-tiny+ppo.rewards.g")
+    assert run_name(own, "ppo", plain).startswith("ppo-tiny+rl.rewards.g")

@@ -16,8 +16,9 @@ from helpers import REPO
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from rlhf.config.choices import KlEstimator, Precision, RolloutEngine
 from rlhf.config.loading import register_schema, to_typed
-from rlhf.config.schema import Config, KlEstimator, Precision, RolloutEngine
+from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.batches import pad_left, pad_right, uniforms
 from rlhf.data.records import Dataset, Turn
@@ -575,12 +576,12 @@ def cfg() -> Config:
     register_schema()
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
         rates = [
-            "ppo.lr=1e-3",
-            "ppo.critic_optim.lr=1e-3",
-            "ppo.schedule=constant",
-            "ppo.warmup_steps=0",
+            "rl.lr=1e-3",
+            "rl.critic.lr=1e-3",
+            "rl.schedule=constant",
+            "rl.warmup_steps=0",
         ]
-        few = ["ppo.epochs=1", "ppo.minibatches=1", "ppo.kl.coef=0.1"]
+        few = ["rl.epochs=1", "rl.minibatches=1", "rl.kl.coef=0.1"]
         composed = to_typed(compose("config", ["stage=ppo", *few, *rates]))
     composed.stage.name = "ppo"  # as train.py sets it for the process of one stage
     return composed
@@ -868,19 +869,19 @@ def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_di
 def advantages_of(e: experience_module.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
     rewards = token_rewards(
         e.scores[:, 0],
-        cfg.ppo.kl.coef * kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k1),
+        cfg.rl.kl.coef * kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k1),
         e.mask,
     )
-    return gae(rewards, e.old_values, e.mask, cfg.ppo.gamma, cfg.ppo.lam)
+    return gae(rewards, e.old_values, e.mask, cfg.rl.gamma, cfg.rl.gae_lambda)
 
 
 def train_on(
     m: Engines, e: experience_module.Experience, advantages: Tensor, returns: Tensor, cfg: Config
 ) -> dict[str, float]:
     """The first of 100 rollouts, neither with a moving average nor with texts."""
-    guards = Guards(Precision.fp32, cfg.ppo.dschat)
+    guards = Guards(Precision.fp32, cfg.rl.dschat)
     return rl.train_on(
-        m.models, e, advantages, returns, cfg.ppo.kl.coef, None, None, guards, 0, 100, cfg
+        m.models, e, advantages, returns, cfg.rl.kl.coef, None, None, guards, 0, 100, cfg
     )
 
 

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from helpers import REPO
 
-from rlhf.config.schema import Precision, Sandbox
+from rlhf.config.choices import Precision
+from rlhf.config.schema import Sandbox
 from rlhf.data import template
 from rlhf.data.records import Pair, Turn
 from rlhf.data.sandbox import build_tiny, ground_truth, vocabulary, world

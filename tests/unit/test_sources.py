@@ -18,8 +18,9 @@ import pytest
 from data_files import Record, jsonl, row, rows
 from helpers import composed
 
+from rlhf.config.choices import BadRow, Format, Template
 from rlhf.config.errors import UserError
-from rlhf.config.schema import BadRow, Config, Data, Format, Source, Template
+from rlhf.config.schema import Config, Data, Source
 from rlhf.data import load, reading, template, tokenized
 from rlhf.data.reading import hash_text
 from rlhf.data.records import Dataset, Demonstration, Pair, Turn

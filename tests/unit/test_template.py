@@ -12,7 +12,7 @@ from families import save_base
 from tokenizer_families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.config.schema import Precision, Template
+from rlhf.config.choices import Precision, Template
 from rlhf.data import template
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.models.loading import load_policy, load_tokenizer

@@ -12,7 +12,7 @@ from families import EOS, FAMILIES, PAD
 from helpers import composed
 from torch import Tensor
 
-from rlhf.config.schema import Precision
+from rlhf.config.choices import Precision
 from rlhf.data.batches import pad_left, pad_right
 from rlhf.distributed.engine import build_engine
 from rlhf.models import packing
@@ -113,9 +113,9 @@ def test_every_token_is_there_once_and_at_its_place(seed: int) -> None:
             line[: len(row)] == places.tolist() for part in packed.buckets for line in part.tolist()
         )
     assert sum(map(len, packed.buckets)) == len(rows)
-    assert torch.cat([part.flatten() for part in packed.buckets])[packed.scatter_index].tolist() == list(
-        range(packed.ids.shape[1])
-    )
+    assert torch.cat([part.flatten() for part in packed.buckets])[
+        packed.scatter_index
+    ].tolist() == list(range(packed.ids.shape[1]))
 
 
 def test_what_begins_alike_is_there_once() -> None:
@@ -247,7 +247,9 @@ def test_who_needs_no_padding(base: Any, tokenizer: Any, family: str) -> None:
     state = torch.get_rng_state()
     for training in (True, False):
         policy.train(training)
-        assert (policy.can_pack is not False and policy.packing_matches_unpacked()) == (family in PLAIN)
+        assert (policy.can_pack is not False and policy.packing_matches_unpacked()) == (
+            family in PLAIN
+        )
         assert policy.training == training and torch.equal(torch.get_rng_state(), state)
 
 
