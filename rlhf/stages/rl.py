@@ -384,11 +384,11 @@ def pretraining_texts(cfg: Config, data: Dataset, tokenizer: PreTrainedTokenizer
     """
     longest = cfg.rl.ptx.max_tokens
     if data.texts is not None:
-        kind = "texts"
+        note = ""
         check_context(cfg.inputs["sft"], 0, longest, "rl.ptx.max_tokens")
         texts = tokenized.texts(tokenizer, data.texts, longest, cfg.data.workers)
     else:
-        kind = "SFT demonstrations, as no source has plain text"
+        note = ", as no source has plain text"
         longest = min(longest, cfg.data.max_response_tokens)  # what SFT had room for
         max_prompt, workers = cfg.data.max_prompt_tokens, cfg.data.workers
         texts = tokenized.demonstrations(tokenizer, data.sft, max_prompt, longest, workers)
@@ -397,5 +397,5 @@ def pretraining_texts(cfg: Config, data: Dataset, tokenizer: PreTrainedTokenizer
             f"rl.ptx.coef={cfg.rl.ptx.coef}: there are neither texts (a source of format text) nor "
             "demonstrations; add data, or set it to 0"
         )
-    log.info(f"pretraining loss: {texts} {kind}")
+    log.info(f"pretraining loss: {texts}{note}")
     return texts
