@@ -109,10 +109,11 @@ def main() -> int:
     jobs = jobs_of_sweep()
     for folder in sorted({Path(job["folder"]) for job in jobs}):
         try:
+            from rlhf.reporting.report_page import write_page
+
             found = find_runs([folder])
-            tables.print_comparison(
-                found, tables.write_page(found, folder / "report.html", f"Sweep {folder.name}")
-            )
+            page = write_page(found, folder / "report.html", f"Sweep {folder.name}")
+            tables.print_comparison(found, page)
         except Exception as error:  # the runs themselves are done
             say(f"error: no report of {folder}: {type(error).__name__}: {one_line_each(error)[0]}")
     for job in jobs:

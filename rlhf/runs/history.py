@@ -13,19 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config.errors import UserError
+from rlhf.config.keys import is_known
 from rlhf.config.loading import load_config
-from rlhf.config.schema import ALIGNMENT, Stage
+from rlhf.config.schema import Stage
 from rlhf.runs.directory import find_checkpoints, read_summary
 from rlhf.runs.failures import read_failures
 from rlhf.runs.identity import run_identity
 from rlhf.runs.locks import is_locked
-
-# Runs of one kind are compared: of one stage, and all policies trained from SFT by any algorithm.
-KINDS = {
-    stage.name: "policy" if stage in ALIGNMENT else stage.name
-    for stage in Stage
-    if stage != Stage.inspect
-}
+from rlhf.runs.stage_views import view_of
 
 
 @dataclass
@@ -35,17 +30,23 @@ class Run:
     path: Path
     stage: str
     status: str  # finished, running, stopped, failed: why
-    # all that decides its result, by dotted key
+    # all that decides its result, by dotted key; empty where it is unknown
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # final ones
     rows: list[dict[str, float]] = field(default_factory=list)  # of each step
     parents: dict[str, str] = field(default_factory=dict)
     id: str = ""
+    earlier_version: bool = False  # its keys are not those of today; `settings` then is empty
+
+    @property
+    def status_text(self) -> str:
+        """The status, and that a run was made by an earlier version."""
+        return self.status + (", made by an earlier version" if self.earlier_version else "")
 
     @property
     def kind(self) -> str:
         """Kind of the runs that it is compared with; "" for a job without a run."""
-        return KINDS.get(self.stage, "")
+        return view_of(self.stage).kind if self.stage else ""
 
     @property
     def name(self) -> str:
@@ -57,11 +58,7 @@ def read_run(path: Path) -> Run:
     """Read a run directory. Raises: FileNotFoundError where it has no config.yaml."""
     summary = read_summary(path) or {}
     stage = summary.get("stage") or OmegaConf.load(path / "config.yaml").stage.name
-    settings: dict[str, Any] = summary.get("settings", {})
-    if not settings:
-        # a run of a version with other keys has no settings here
-        with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):
-            settings = run_identity(load_config(path / "config.yaml"), Stage[stage])
+    settings = known_settings(path, summary, stage)
     rows = read_lines(path / "metrics.jsonl")
     parents = path / "parents.json"
     given = summary.get("parents") or (json.loads(parents.read_text()) if parents.exists() else {})
@@ -74,7 +71,19 @@ def read_run(path: Path) -> Run:
         rows,
         given,
         summary.get("id", ""),
+        earlier_version=not settings,
     )
+
+
+def known_settings(path: Path, summary: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The settings of a run; empty for one that was made by an earlier version with other keys."""
+    settings: dict[str, Any] = summary.get("settings", {})
+    if settings:
+        known = all(is_known(key) or key == "processes" for key in settings)
+        return settings if known else {}
+    with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):
+        return run_identity(load_config(path / "config.yaml"), Stage[stage])
+    return {}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -161,8 +170,8 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run directory, by its name and config.yaml."""
-    return (path / "config.yaml").exists() and path.name.split("-")[0] in KINDS
+    """Whether a path is a run directory; stage=inspect makes none."""
+    return (path / "config.yaml").exists() and not path.name.startswith("inspect-")
 
 
 def parent_runs(runs: Sequence[Run]) -> dict[str, Run]:
