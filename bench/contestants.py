@@ -252,7 +252,7 @@ def limits(spec: Spec) -> None:
 
 
 class Rows(list):
-    """Rows of token ids as rlhf.data.load gives them; counts the tokens of those that were taken."""
+    """Rows of token ids as rlhf.data.tokenized gives them; counts the tokens of those that were taken."""
 
     def __init__(self, rows: list[Any], tokens: Callable[[Any], int], lengths: list[int]):
         super().__init__(rows)
@@ -264,7 +264,7 @@ class Rows(list):
         return row
 
     def __str__(self) -> str:
-        return str(len(self))
+        return f"{len(self)} rows"
 
 
 def product(spec: Spec) -> None:
@@ -284,7 +284,7 @@ def product(spec: Spec) -> None:
     )
 
     from rlhf.config.loading import load_config
-    from rlhf.data import load
+    from rlhf.data import tokenized
     from rlhf.data.batches import global_batches
     from rlhf.data.records import Turn as Said
     from rlhf.stages import (
@@ -313,7 +313,7 @@ def product(spec: Spec) -> None:
     ]
     rows = Rows(placed, tokens[cfg.stage.name], longest)
     for name in ("prompts", "pairs", "demonstrations"):
-        setattr(load, name, lambda *_, **__: rows)
+        setattr(tokenized, name, lambda *_, **__: rows)
 
     drawn = rl.uniforms
 

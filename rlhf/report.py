@@ -1,8 +1,56 @@
-"""python -m rlhf.report: tables and one HTML page of runs. The code is rlhf/reporting/tables.py."""
+"""Results of runs as tables in the terminal and one HTML page.
 
+    python -m rlhf.report [RUN, SWEEP or FOLDER ...] [--list] [--out FILE]
+
+A RUN is a directory below outputs/, a SWEEP one below multirun/, a FOLDER one that has outputs/
+(default: the current folder). The code is in rlhf/reporting/.
+"""
+
+from __future__ import annotations
+
+import argparse
 import sys
+from pathlib import Path
 
-from rlhf.reporting.tables import main
+from rlhf.config.errors import UserError
+from rlhf.reporting.report_page import write_page
+from rlhf.reporting.tables import print_comparison, print_list
+from rlhf.runs.history import find_runs
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf.report", description="Compare runs: tables here, and one HTML page."
+    )
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        metavar="RUN|SWEEP|FOLDER",
+        help="default: the current folder, with its outputs/",
+    )
+    parser.add_argument("--list", action="store_true", help="only list the runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the page (default: report.html in a single PATH, else in the current folder)",
+    )
+    args = parser.parse_args()
+    paths = args.paths or [Path(".")]
+    try:
+        runs = find_runs(paths)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        print_list(runs)
+        return 0
+    file = args.out or (paths[0] if len(paths) == 1 else Path(".")) / "report.html"
+    title = f"Runs of {', '.join(path.resolve().name for path in paths)}"
+    print_comparison(runs, write_page(runs, file, title))
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

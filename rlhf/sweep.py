@@ -106,7 +106,9 @@ def report() -> list[str]:
     for folder in sorted({Path(job["folder"]) for job in jobs}):
         try:
             runs = find_runs([folder])
-            page = tables.write_page(runs, folder / "report.html", f"Sweep {folder.name}")
+            from rlhf.reporting.report_page import write_page
+
+            page = write_page(runs, folder / "report.html", f"Sweep {folder.name}")
             tables.print_comparison(runs, page)
         except Exception as error:  # the runs themselves are done
             line = (str(error).splitlines() or [""])[0]

@@ -112,13 +112,14 @@ def run_stage(cfg: Config, run_dir: Path) -> dict[str, float]:
 
 def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds: float) -> None:
     """The curves of a finished run, and result.json."""
-    from rlhf.config.stage_graph import is_rl
     from rlhf.reporting import curves
     from rlhf.runs.directory import write_json
+    from rlhf.runs.stage_views import ONLINE_RL, view_of
 
-    if cfg.stage.name in curves.PANELS or is_rl(cfg.stage.name):
-        curves.plot_curves(run_dir, cfg.stage.name)
-    if is_rl(cfg.stage.name):
+    view = view_of(cfg.stage.name)
+    if view.panels:
+        curves.plot_curves(run_dir, view.panels)
+    if view is ONLINE_RL:
         curves.plot_frontier(run_dir, metrics)
     write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(seconds, 1)})
 

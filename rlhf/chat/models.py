@@ -11,7 +11,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-pass
 from rlhf.config.stage_graph import is_policy
 from rlhf.data import template
 from rlhf.data.records import Turn

@@ -1,4 +1,4 @@
-"""From files and hubs to token batches: formats, sources, splits, templates, the built-in world.
+"""From files and the hub to batches of token ids: sources, formats, splits, templates, the sandbox.
 
 No model is loaded here.
 """

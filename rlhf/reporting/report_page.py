@@ -1,332 +1,176 @@
-"""Runs side by side as one HTML page: curves, frontier, settings, answers, lineage. Plotly draws; no script here is ours."""
+"""Runs side by side as one HTML page: curves, reward against KL, settings, responses, parent runs.
+
+Plotly draws the figures; templates/report.html is the page.
+"""
 
 from __future__ import annotations
 
-import functools
-import html
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from rlhf.config.files import atomic_path
 from rlhf.reporting.comparison import (
-    REPORTED_METRICS,
-    SeedGroup,
+    Comparison,
     compare_best,
-    distinguishing_settings,
+    compare_runs,
     format_mean,
     format_value,
     primary_metric,
-    run_label,
-    seed_groups,
 )
-from rlhf.reporting.curves import _ONLINE, PANELS, smooth
-from rlhf.reporting.html import Figures, document, html_table
+from rlhf.reporting.html import Figures, Table, render
+from rlhf.reporting.report_figures import curves_figure, drawn_runs, frontier_figure
 from rlhf.runs.history import Run, parent_runs, read_lines
 
-SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
-COLORS = [
-    "#1f77b4",
-    "#d62728",
-    "#2ca02c",
-    "#ff7f0e",
-    "#9467bd",
-    "#17becf",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#bcbd22",
-]
-PROMPTS = 8  # whose answers are shown
-
-
-def page(runs: Sequence[Run], title: str) -> str:
-    """The page. Args: runs: of any stages; those of one stage are compared with each other."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    figures = Figures()
-    for kind in ("policy", "rm", "sft", "eval"):
-        some = [run for run in runs if run.kind == kind]
-        if not some:
-            continue
-        keys, stages = (
-            distinguishing_settings(some),
-            list(dict.fromkeys(run.stage for run in some)),
-        )
-        name_of = functools.partial(run_label, keys=keys, algorithm=len(stages) > 1)
-        some = sorted(some, key=name_of)
-        names = unique([name_of(run) for run in some])
-        body += [f"<h2>{', '.join(stages)}</h2>", runs_table(some, names)]
-        found = seed_groups(some)
-        if any(len(cell.runs) > 1 for cell in found):
-            body += [
-                "<h3>Over seeds: mean ± 95 % confidence interval</h3>",
-                cells_table(found, kind),
-            ]
-        if line := compare_best(found, primary_metric(some)[0]):
-            body.append(f'<p class="note">{html.escape(line)}</p>')
-        drawn = [
-            Drawn(name, run, *look(run, found, i))
-            for i, (name, run) in enumerate(zip(names, some))
-            if run.rows and PANELS.get(run.stage, _ONLINE)
-        ]
-        if drawn:
-            body += [
-                "<h3>Curves</h3>",
-                '<p class="note">A click on a name hides or shows a run, a double click leaves it alone.</p>',
-            ]
-            body.append(figures.add(all_curves(drawn, stages)))
-        if kind == "policy" and drawn:
-            body += ["<h3>Reward against KL</h3>", figures.add(frontier(drawn))]
-        if keys:
-            rows = [[key, *(format_value(run.settings.get(key)) for run in some)] for key in keys]
-            body += ["<h3>Settings that differ</h3>", html_table(["", *names], rows)]
-        if kind == "policy":
-            body += answers(some, names)
-    body += [
-        f'<p class="warning">{html.escape(run.name)}: {html.escape(run.status)}</p>'
-        for run in runs
-        if not run.stage
-    ]
-    body += lineage([run for run in runs if run.kind == "policy"])
-    return document(title, body, "body { max-width: 1400px; }", scripts=True)
+MAX_PROMPTS = 8  # whose responses are shown
+KINDS = ("policy", "rm", "sft", "eval")  # in the order of the page
 
 
 @dataclass
-class Drawn:
-    """A run with the look of its lines: a colour for each setting, dashes for the seeds."""
+class Section:
+    """What the page shows of the runs of one kind; None and "" are left out."""
 
-    name: str
-    run: Run
-    color: str
-    dash: str
-
-
-def look(run: Run, found: Sequence[SeedGroup], place: int) -> tuple[str, str]:
-    """Colour and dashes of a run: by its cell where there are several seeds, else by its place."""
-    dashes = ["solid", "dash", "dot"]
-    if any(len(cell.runs) > 1 for cell in found):
-        for i, cell in enumerate(sorted(found, key=lambda cell: cell.label)):
-            if run in cell.runs:
-                return COLORS[i % len(COLORS)], dashes[cell.runs.index(run) % 3]
-    return COLORS[place % len(COLORS)], dashes[place // len(COLORS) % 3]
+    stages: str
+    runs: Table
+    over_seeds: Table | None
+    verdict: str
+    curves: Markup | None
+    frontier: Markup | None
+    settings: Table | None
+    responses: Table | None
 
 
-def unique(names: list[str]) -> list[str]:
-    return [
-        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
-    ]
+def write_page(runs: Sequence[Run], file: Path, title: str) -> Path:
+    """Write the page of these runs. Returns: `file`."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(page(runs, title))
+    return file
 
 
-def runs_table(runs: Sequence[Run], names: Sequence[str]) -> str:
-    metrics = [
-        name for name in REPORTED_METRICS[runs[0].kind] if any(name in run.metrics for run in runs)
-    ]
+def page(runs: Sequence[Run], title: str) -> str:
+    """The page as HTML. Args: runs: of any stages; those of one kind are compared."""
+    figures = Figures()
+    comparisons = [(kind, compare_runs(runs, kind)) for kind in KINDS]
+    return render(
+        "report.html",
+        title=title,
+        sections=[
+            section(comparison, kind == "policy", figures)
+            for kind, comparison in comparisons
+            if comparison
+        ],
+        jobs_without_run=[run for run in runs if not run.stage],
+        lineage=lineage_table([run for run in runs if run.kind == "policy"]),
+    )
+
+
+def section(comparison: Comparison, policies: bool, figures: Figures) -> Section:
+    """The section of one kind of runs. Args: policies: they have a KL and write responses."""
+    drawn = drawn_runs(comparison)
+    return Section(
+        stages=", ".join(comparison.stages),
+        runs=runs_table(comparison),
+        over_seeds=seeds_table(comparison) if comparison.has_seeds else None,
+        verdict=compare_best(comparison.groups, comparison.primary.name),
+        curves=figures.add(curves_figure(drawn, comparison.stages)) if drawn else None,
+        frontier=figures.add(frontier_figure(drawn)) if drawn and policies else None,
+        settings=settings_table(comparison) if comparison.settings else None,
+        responses=responses_table(comparison) if policies else None,
+    )
+
+
+# ---- tables
+
+
+def runs_table(comparison: Comparison) -> Table:
+    """A row per run: label, status, steps, final metrics, directory."""
     rows = [
         [
-            name,
-            run.status,
+            label,
+            run.status_text,
             str(len(run.rows)),
-            *(f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in metrics),
+            *(f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in comparison.metrics),
             run.name,
         ]
-        for name, run in zip(names, runs)
+        for label, run in zip(comparison.labels, comparison.runs)
     ]
-    return html_table(
-        ["run", "status", "steps", *metrics, "directory"], rows, ["status", "directory"]
-    )
+    header = ["run", "status", "steps", *comparison.metrics, "directory"]
+    return Table(header, rows, ["status", "directory"])
 
 
-def cells_table(found: Sequence[SeedGroup], kind: str) -> str:
-    metrics = [name for name in REPORTED_METRICS[kind] if any(cell.values(name) for cell in found)]
+def seeds_table(comparison: Comparison) -> Table:
+    """A row per group of seeds: mean and confidence interval of each metric."""
+    groups = comparison.groups
+    metrics = [name for name in comparison.metrics if any(group.values(name) for group in groups)]
     rows = [
-        [cell.label, str(len(cell.runs)), *(format_mean(cell.values(name)) for name in metrics)]
-        for cell in found
+        [group.label, str(len(group.runs)), *(format_mean(group.values(name)) for name in metrics)]
+        for group in groups
     ]
-    return html_table(["settings", "seeds", *metrics], rows)
+    return Table(["settings", "seeds", *metrics], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- figures
-
-
-def all_curves(drawn: Sequence[Drawn], stages: Sequence[str]) -> Any:
-    """All metrics of some stages over their steps; the slider smoothes."""
-    from plotly import graph_objects
-    from plotly.subplots import make_subplots
-
-    panels = [
-        (metric, title if len(metrics) == 1 else metric, unit)
-        for stage in stages
-        for title, unit, metrics in PANELS.get(stage, _ONLINE)
-        for metric in metrics
+def settings_table(comparison: Comparison) -> Table:
+    """A row per setting that differs, a column per run."""
+    rows = [
+        [key, *(format_value(run.settings.get(key)) for run in comparison.runs)]
+        for key in comparison.settings
     ]
-    panels = [
-        panel
-        for panel in dict.fromkeys(panels)
-        if any(panel[0] in row for one in drawn for row in one.run.rows)
-    ]
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = make_subplots(
-        rows=lines,
-        cols=columns,
-        subplot_titles=[title for _, title, _ in panels],
-        vertical_spacing=0.3 / lines,
-    )
-    raw: list[list[float]] = []
-    named: set[str] = set()  # a run stands in the legend once, with the first panel that it is in
-    for i, (metric, _, unit) in enumerate(panels):
-        row, column = i // columns + 1, i % columns + 1
-        for one in drawn:
-            points = [
-                (r["step"], r[metric])
-                for r in one.run.rows
-                if metric in r and math.isfinite(r[metric])
-            ]
-            raw.append([value for _, value in points])
-            style = {"color": one.color, "width": 2, "dash": one.dash}
-            new = bool(points) and one.name not in named
-            named |= {one.name} if points else set()
-            trace = graph_objects.Scatter(
-                x=[step for step, _ in points],
-                y=raw[-1],
-                name=one.name,
-                legendgroup=one.name,
-                showlegend=new,
-                mode="lines",
-                line=style,
-            )
-            figure.add_trace(trace, row=row, col=column)
-        figure.update_yaxes(title_text=unit, row=row, col=column)
-        figure.update_xaxes(title_text="step", row=row, col=column)
-    steps = [
-        {
-            "label": str(w),
-            "method": "restyle",
-            "args": [{"y": [smooth(values, w) for values in raw]}],
-        }
-        for w in SMOOTHING
-    ]
-    slider = {
-        "active": 0,
-        "steps": steps,
-        "currentvalue": {"prefix": "running mean over "},
-        "pad": {"t": 50},
-    }
-    figure.update_layout(
-        template="plotly_white",
-        height=340 * lines + 160,
-        sliders=[slider],
-        legend={"groupclick": "togglegroup"},
-    )
-    return figure
+    return Table(["", *comparison.labels], rows)
 
 
-def frontier(drawn: Sequence[Drawn]) -> Any:
-    """What each run reached at which distance from its SFT policy (Gao 2022, arXiv:2210.10760): the truth where it is known, else the
-    score; rollouts as dots, held-out evaluations as circles."""
-    from plotly import graph_objects
+def responses_table(comparison: Comparison) -> Table | None:
+    """Responses of the runs to the same held-out prompts; None where no prompt is in all runs.
 
-    known = all("eval/gold" in one.run.metrics for one in drawn if one.run.metrics)
-    online, held_out = (
-        ("reward/gold/mean", "eval/gold") if known else ("objective/scores", "eval/score")
-    )
-    figure = graph_objects.Figure()
-
-    def root(row: dict[str, float], key: str) -> float:
-        return max(0.0, row[key]) ** 0.5
-
-    for one in drawn:
-        name, run, color = one.name, one.run, one.color
-        rows = [row for row in run.rows if online in row]
-        x, y = [root(row, "objective/kl") for row in rows], [row[online] for row in rows]
-        figure.add_scatter(
-            x=x,
-            y=y,
-            mode="markers",
-            marker={"color": color, "size": 4, "opacity": 0.5},
-            name=name,
-            legendgroup=name,
-        )
-        seen = [row for row in [*run.rows, run.metrics] if held_out in row and "eval/kl" in row]
-        points = [(root(row, "eval/kl"), row[held_out]) for row in seen]
-        if f"{held_out}_before" in run.metrics:
-            points.insert(0, (0.0, run.metrics[f"{held_out}_before"]))
-        marker = {"color": color, "size": 12, "symbol": "circle-open", "line": {"width": 2}}
-        figure.add_scatter(
-            x=[p[0] for p in points], y=[p[1] for p in points], mode="lines+markers", marker=marker, line={"width": 1, "color": color},
-            name=f"{name}, held out" if rows else name, legendgroup=name, showlegend=not rows,
-        )  # fmt: skip
-    title = "gold reward, points" if known else "score, standard deviations"
-    figure.update_layout(
-        template="plotly_white",
-        height=520,
-        xaxis_title="root of the KL to the SFT policy, nats per answer",
-    )
-    figure.update_layout(yaxis_title=title, legend={"groupclick": "togglegroup"})
-    return figure
-
-
-# ----------------------------------------------------------------------------------------------------------------------- texts
-
-
-def answers(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """What the runs answer to the same held-out prompts, beside the first one's SFT policy."""
-    by_run = []
-    for name, run in zip(names, runs):
-        rows = {
-            row["prompt"]: row for row in read_lines(run.path / "samples.jsonl") if "after" in row
-        }
-        if rows:
-            by_run.append((name, rows))
-    prompts = (
-        [p for p in by_run[0][1] if all(p in rows for _, rows in by_run)][:PROMPTS]
-        if by_run
-        else []
-    )
+    The first column after the prompt is the first run's policy before training.
+    """
+    samples: dict[str, dict[str, dict[str, Any]]] = {}  # by run and prompt
+    for label, run in zip(comparison.labels, comparison.runs):
+        rows = read_lines(run.path / "samples.jsonl")
+        by_prompt = {row["prompt"]: row for row in rows if "after" in row}
+        if by_prompt:
+            samples[label] = by_prompt
+    if not samples:
+        return None
+    first_label, first = next(iter(samples.items()))
+    prompts = [p for p in first if all(p in rows for rows in samples.values())][:MAX_PROMPTS]
     if not prompts:
-        return []
-
-    def scored(text: str, row: dict[str, Any], when: str) -> str:
-        marks = [
-            f"{key} {row[f'{key}_{when}']:.2f}"
-            for key in ("score", "gold")
-            if f"{key}_{when}" in row
-        ]
-        return f"{text}  [{', '.join(marks)}]"
-
-    header = ["prompt", f"before ({by_run[0][0]})", *(name for name, _ in by_run)]
-    first = by_run[0][1]
+        return None
+    header = ["prompt", f"before ({first_label})", *samples]
     lines = [
         [
-            p,
-            scored(first[p]["before"], first[p], "before"),
-            *(scored(r[p]["after"], r[p], "after") for _, r in by_run),
+            prompt,
+            response_with_scores(first[prompt], "before"),
+            *(response_with_scores(rows[prompt], "after") for rows in samples.values()),
         ]
-        for p in prompts
+        for prompt in prompts
     ]
-    return ["<h3>Answers to the same held-out prompts</h3>", html_table(header, lines, header)]
+    return Table(header, lines, header)
 
 
-def lineage(runs: Sequence[Run]) -> list[str]:
-    """Which runs stand on which."""
-    near = parent_runs(runs)
+def response_with_scores(row: dict[str, Any], when: str) -> str:
+    """A response of samples.jsonl and its scores. Args: when: before or after."""
+    scores = [
+        f"{key} {row[f'{key}_{when}']:.2f}" for key in ("score", "gold") if f"{key}_{when}" in row
+    ]
+    return f"{row[when]}  [{', '.join(scores)}]"
+
+
+def lineage_table(runs: Sequence[Run]) -> Table | None:
+    """The parent runs of each run, with their primary metric; None without runs."""
+    parents = parent_runs(runs)
     lines = []
     for run in runs:
-        parents = []
+        names = []
         for role, id in sorted(run.parents.items(), key=lambda item: item[0] != "sft"):
-            parent = near.get(id)
+            parent = parents.get(id)
             if parent is None:
-                parents.append(f"{role} {id}")
+                names.append(f"{role} {id}")
                 continue
-            metric = primary_metric([parent])[0]
-            parents.append(
-                parent.name
-                + (f" ({metric} {parent.metrics[metric]:.3f})" if metric in parent.metrics else "")
-            )
-        lines.append([run.name, " + ".join(parents)])
-    return (
-        ["<h2>Lineage</h2>", html_table(["run", "stands on"], lines, ["stands on"])]
-        if lines
-        else []
-    )
+            metric = primary_metric([parent]).name
+            value = f" ({metric} {parent.metrics[metric]:.3f})" if metric in parent.metrics else ""
+            names.append(parent.name + value)
+        lines.append([run.name, " + ".join(names)])
+    return Table(["run", "parent runs"], lines, ["parent runs"]) if lines else None

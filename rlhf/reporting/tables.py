@@ -1,19 +1,11 @@
-"""What runs have achieved, as tables in the terminal and one HTML page.
-
-    python -m rlhf.report [RUN, SWEEP or FOLDER ...] [--list] [--out FILE]
-
-A RUN is a directory below outputs/, a SWEEP one below multirun/, a FOLDER one that has outputs/ (default: the present one).
-"""
+"""Results of runs as tables in the terminal."""
 
 from __future__ import annotations
 
-import argparse
-import functools
 import json
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +13,43 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-pass
-from rlhf.config.stage_graph import is_policy
 from rlhf.reporting.comparison import (
-    REPORTED_METRICS,
+    Comparison,
     compare_best,
-    distinguishing_settings,
+    compare_runs,
     format_mean,
-    primary_metric,
-    run_label,
-    seed_groups,
 )
-from rlhf.runs.history import Run, find_runs
+from rlhf.reporting.eval_results import EvalResults, policy_cells, read_results
+from rlhf.runs.history import Run
+from rlhf.runs.stage_views import KINDS, view_of
 
+RUN_FILES = ("curves.png", "frontier.png", "metrics.jsonl", "report.html", "eval.json", "model/")
 TEXTS = ("prompt", "chosen", "rejected")
 
 
+def make_table(title: str, columns: Iterable[str], left: Sequence[str] = ()) -> Table:
+    """An empty table; numbers are on the right. Args: left: columns of text."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    return table
+
+
+def wide_console() -> Console:
+    """The terminal; a file or a pipe, which has no width, gets long lines."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_line(console: Console, line: str) -> None:
+    """A line as it is: a path stays in one piece, and "[" is no markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+# ---- the end of a command
+
+
 def print_runs(paths: list[Path], seconds: float) -> None:
-    """What a command achieved: the final metrics of its stages, and where everything lies."""
+    """The results of a command: the final metrics of its stages, and where the files are."""
     table = Table(title=f"Finished in {seconds:.0f} s", title_justify="left")
     for column in ("stage", "result", "before", "after"):
         table.add_column(column)
@@ -51,171 +62,109 @@ def print_runs(paths: list[Path], seconds: float) -> None:
     console.print(table)
     for run in paths:
         if (run / "eval.json").exists():
-            print_evaluation(json.loads((run / "eval.json").read_text()))
-        files = (
-            "curves.png",
-            "frontier.png",
-            "metrics.jsonl",
-            "report.html",
-            "eval.json",
-            "model/",
-        )
-        console.print(
-            f"{run}  ({', '.join(name for name in files if (run / name).exists())})",
-            soft_wrap=True,
-            highlight=False,
-        )
-    if is_policy(paths[-1].name.split("-")[0]):
-        console.print(
-            f"Talk to it:  python chat.py --path {paths[-1]}", soft_wrap=True, highlight=False
-        )
+            print_evaluation(read_results(run / "eval.json"))
+        files = ", ".join(name for name in RUN_FILES if (run / name).exists())
+        print_line(console, f"{run}  ({files})")
+    last_stage = json.loads((paths[-1] / "summary.json").read_text())["stage"]
+    if view_of(last_stage).kind in ("sft", "policy"):
+        print_line(console, f"Talk to it:  python chat.py --path {paths[-1]}")
 
 
 def result_rows(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]]:
-    """Rows of the table for one stage: what, before, after."""
-    online = [
-        ("score", "score_before", "score", ".2f"),
-        ("gold score", "gold_before", "gold", ".2f"),
-        ("  best possible", "", "gold_best", ".2f"),
-        ("KL, nats per answer", "", "kl", ".2f"),
-        ("length, tokens", "length_before", "length", ".1f"),
-        ("answers that end", "eos_rate_before", "eos_rate", ".1%"),
-    ]
-    wanted = {
-        "sft": [
-            ("held-out perplexity", "", "perplexity", ".3f"),
-            ("answers that end", "", "eos_rate", ".1%"),
-            ("gold score", "", "gold", ".2f"),
-        ],
-        "rm": [
-            ("held-out accuracy", "", "accuracy", ".1%"),
-            ("  of a perfect judge", "", "accuracy_bayes", ".1%"),
-            ("  against the truth", "", "accuracy_gold", ".1%"),
-            ("  fits its prompt", "", "accuracy_prompt", ".1%"),
-        ],
-        **dict.fromkeys(("ppo", "rloo", "grpo"), online),
-        "dpo": [("held-out accuracy", "", "accuracy", ".1%"), *online[1:]],
-        "eval": [
-            ("win rate", "", "win_rate", ".1%"),
-            ("  95 % interval from", "", "win_rate_low", ".1%"),
-            ("  to", "", "win_rate_high", ".1%"),
-            ("reward model: accuracy", "", "accuracy", ".1%"),
-            ("  calibration error", "", "ece", ".3f"),
-        ],
-    }[stage]
+    """Rows of the table for one stage: label, value before training, value after."""
 
-    def show(key: str, form: str) -> str:
-        return format(metrics[f"eval/{key}"], form) if f"eval/{key}" in metrics else ""
+    def text(key: str, format_spec: str) -> str:
+        return format(metrics[f"eval/{key}"], format_spec) if f"eval/{key}" in metrics else ""
 
     return [
-        (label, show(before, form), show(after, form))
-        for label, before, after, form in wanted
-        if f"eval/{after}" in metrics
+        (row.label, text(row.before, row.format), text(row.metric, row.format))
+        for row in view_of(stage).rows
+        if f"eval/{row.metric}" in metrics
     ]
 
 
-def print_evaluation(found: dict[str, Any]) -> None:
-    """Policies side by side, and how often each is better than the one they are compared with."""
-    from rlhf.reporting.eval_page import COLUMNS
-
+def print_evaluation(results: EvalResults) -> None:
+    """Policies side by side, their win rates, and the reward models."""
     console = wide_console()
-    kept = [key for key in COLUMNS if any(key in numbers for numbers in found["policies"].values())]
-    table = Table(title="Policies on held-out prompts", title_justify="left")
-    for column in ("policy", *(COLUMNS[key][0] for key in kept)):
-        table.add_column(column, justify="left" if column == "policy" else "right", overflow="fold")
-    for name, numbers in found["policies"].items():
-        table.add_row(
-            escape(name),
-            *(format(numbers[key], COLUMNS[key][1]) if key in numbers else "" for key in kept),
-        )
-    if found["policies"]:
+    if results.policies:
+        header, rows = policy_cells(results.policies)
+        table = make_table("Policies on held-out prompts", header, ["policy"])
+        for row in rows:
+            table.add_row(*map(escape, row))
         console.print(table)
-    for duel in found["win_rates"]:
-        interval = f"{duel['rate']:.1%} ({duel['low']:.1%} to {duel['high']:.1%})"
-        line = f"{duel['policy']} against {duel['against']}, judged by {duel['judge']}: better in {interval} of {duel['prompts']} prompts"
-        console.print(line, markup=False, soft_wrap=True)
-    for name, about in found["reward_models"].items():
-        parts = [
+    for rate in results.win_rates:
+        line = f"{rate.policy} against {rate.against}, judged by {rate.judge}: better in "
+        line += f"{rate.rate:.1%} ({rate.low:.1%} to {rate.high:.1%}) of {rate.prompts} prompts"
+        print_line(console, line)
+    for name, scorer in results.reward_models.items():
+        groups = ", ".join(
             f"{group} {accuracy:.1%} of {pairs}"
-            for group, (pairs, accuracy) in about["by_length"].items()
-        ]
-        line = f"{name}: right on {about['accuracy']:.1%} of {about['pairs']} pairs, calibration error {about['ece']:.3f}; {', '.join(parts)}"
-        console.print(line, markup=False, soft_wrap=True)
-
-
-def print_comparison(found: Sequence[Run], page: Path | None = None) -> None:
-    """Runs against each other: a row each; the same over seeds; whether the best setting is better by more than chance."""
-    console = wide_console()
-    for kind in REPORTED_METRICS:
-        some = [run for run in found if run.kind == kind]
-        if not some:
-            continue
-        keys, stages = distinguishing_settings(some), list(dict.fromkeys(run.stage for run in some))
-        name_of = functools.partial(run_label, keys=keys, algorithm=len(stages) > 1)
-        some = sorted(some, key=name_of)
-        metrics = [
-            name for name in REPORTED_METRICS[kind] if any(name in run.metrics for run in some)
-        ]
-        table = Table(title=f"{', '.join(stages)}: {len(some)} run(s)", title_justify="left")
-        for column in ("run", "status", "steps", *(name.removeprefix("eval/") for name in metrics)):
-            table.add_column(
-                column, justify="left" if column in ("run", "status") else "right", overflow="fold"
-            )
-        for run in some:
-            numbers = (
-                f"{run.metrics[name]:.3f}" if name in run.metrics else "" for name in metrics
-            )
-            table.add_row(escape(name_of(run)), escape(run.status), str(len(run.rows)), *numbers)
-        console.print(table)
-        cells = seed_groups(some)
-        if any(len(cell.runs) > 1 for cell in cells):
-            table = Table(title="over seeds: mean ± 95 % confidence interval", title_justify="left")
-            for column in ("settings", "seeds", *(name.removeprefix("eval/") for name in metrics)):
-                table.add_column(
-                    column, justify="left" if column == "settings" else "right", overflow="fold"
-                )
-            for cell in cells:
-                table.add_row(
-                    escape(cell.label),
-                    str(len(cell.runs)),
-                    *(format_mean(cell.values(name)) for name in metrics),
-                )
-            console.print(table)
-        if line := compare_best(cells, primary_metric(some)[0]):
-            console.print(line, markup=False, soft_wrap=True)
-    if page:
-        console.print(f"{page}", markup=False, soft_wrap=True)
-
-
-def print_list(found: Sequence[Run]) -> None:
-    """The runs there are."""
-    table = Table(title=f"{len(found)} run(s)", title_justify="left")
-    for column in ("run", "status", "steps", "last written"):
-        table.add_column(column, overflow="fold")
-    for run in found:
-        log = run.path / "metrics.jsonl"
-        when = (
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(log.stat().st_mtime))
-            if log.exists()
-            else ""
+            for group, (pairs, accuracy) in scorer.by_length.items()
         )
-        table.add_row(escape(run.name), escape(run.status), str(len(run.rows)), when)
+        line = f"{name}: accuracy {scorer.accuracy:.1%} on {scorer.pairs} pairs, "
+        print_line(console, line + f"calibration error {scorer.ece:.3f}; {groups}")
+
+
+# ---- several runs
+
+
+def print_comparison(runs: Sequence[Run], page: Path | None = None) -> None:
+    """Compare runs: a row each, means over seeds, and whether the best is significantly better."""
+    console = wide_console()
+    for kind in KINDS:
+        comparison = compare_runs(runs, kind)
+        if not comparison:
+            continue
+        console.print(runs_table(comparison))
+        if comparison.has_seeds:
+            console.print(seeds_table(comparison))
+        if line := compare_best(comparison.groups, comparison.primary.name):
+            print_line(console, line)
+    if page:
+        print_line(console, str(page))
+
+
+def runs_table(comparison: Comparison) -> Table:
+    """A row per run: label, status, steps, final metrics."""
+    title = f"{', '.join(comparison.stages)}: {count_runs(comparison.runs)}"
+    metrics = comparison.metrics
+    names = [name.removeprefix("eval/") for name in metrics]
+    table = make_table(title, ["run", "status", "steps", *names], ["run", "status"])
+    for label, run in zip(comparison.labels, comparison.runs):
+        values = (f"{run.metrics[name]:.3f}" if name in run.metrics else "" for name in metrics)
+        table.add_row(escape(label), escape(run.status_text), str(len(run.rows)), *values)
+    return table
+
+
+def seeds_table(comparison: Comparison) -> Table:
+    """A row per group of seeds: mean and confidence interval of each metric."""
+    names = [name.removeprefix("eval/") for name in comparison.metrics]
+    title = "over seeds: mean ± 95 % confidence interval"
+    table = make_table(title, ["settings", "seeds", *names], ["settings"])
+    for group in comparison.groups:
+        means = (format_mean(group.values(name)) for name in comparison.metrics)
+        table.add_row(escape(group.label), str(len(group.runs)), *means)
+    return table
+
+
+def print_list(runs: Sequence[Run]) -> None:
+    """All runs: name, status, steps, and when their metrics were last written."""
+    columns = ("run", "status", "steps", "last written")
+    table = make_table(count_runs(runs), columns, columns)
+    for run in runs:
+        log = run.path / "metrics.jsonl"
+        written = time.localtime(log.stat().st_mtime) if log.exists() else None
+        when = time.strftime("%Y-%m-%d %H:%M", written) if written else ""
+        table.add_row(escape(run.name), escape(run.status_text), str(len(run.rows)), when)
     wide_console().print(table)
 
 
-def wide_console() -> Console:
-    """The terminal; a file or a pipe, which has no width, gets lines that need not be broken."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+def count_runs(runs: Sequence[Run]) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
 
 
-def write_page(found: Sequence[Run], file: Path, title: str) -> Path:
-    """The comparison as one HTML page; plotly is loaded only here."""
-    from rlhf.reporting.report_page import page
-
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(page(found, title))
-    os.replace(temporary, file)
-    return file
+# ---- stage=inspect
 
 
 def print_inspection(found: dict[str, Any], page: Path) -> None:
@@ -275,41 +224,3 @@ def print_inspection(found: dict[str, Any], page: Path) -> None:
     for line in found["verdicts"] or ["nothing to worry about"]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(f"{page}", markup=False, soft_wrap=True)
-
-
-def main() -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rlhf.report", description="Compare runs: tables here, and one HTML page."
-    )
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        type=Path,
-        metavar="RUN|SWEEP|FOLDER",
-        help="default: the folder where outputs/ lies",
-    )
-    parser.add_argument("--list", action="store_true", help="only list the runs")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="the page (default: report.html in a single run, sweep or folder, else here)",
-    )
-    args = parser.parse_args()
-    paths = args.paths or [Path(".")]
-    try:
-        found = find_runs(paths)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.list:
-        print_list(found)
-        return 0
-    file = args.out or (paths[0] if len(paths) == 1 else Path(".")) / "report.html"
-    title = f"Runs of {', '.join(path.resolve().name for path in paths)}"
-    print_comparison(found, write_page(found, file, title))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

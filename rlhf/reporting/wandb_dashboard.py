@@ -1,41 +1,38 @@
-"""A ready W&B dashboard for these runs: reward, KL, loss and length of each, side by side.
+"""A W&B workspace with the panels of each stage: reward, KL, loss and length of runs side by side.
 
-    pip install 'rlhf[dashboard]'
+    pip install -e '.[dashboard]'
     python -m rlhf.dashboard [--project rlhf] [--entity ME]
 
-Saves a view into the project and prints its address. Needs a key (`wandb login`), as it talks to the server.
+Saves a view in the project and prints its address. It talks to the server, so it needs a key
+(`wandb login`).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
-PANELS = {  # section: title and metrics of each panel
-    "PPO, RLOO, GRPO": [
-        ("Score and gold reward", ["objective/scores", "reward/gold/mean"]),
-        ("KL to the SFT policy, nats per answer", ["objective/kl"]),
-        ("score - beta KL", ["objective/rlhf_reward"]),
-        ("Policy and value loss", ["loss/policy_avg", "loss/value_avg"]),
-        ("Length, tokens", ["tokens/response_mean"]),
-        ("Explained variance of the critic", ["val/explained_variance"]),
-    ],
-    "DPO": [
-        ("Loss", ["loss"]),
-        ("Accuracy", ["rewards/accuracies"]),
-        ("Implicit reward", ["rewards/chosen", "rewards/rejected"]),
-    ],
-    "SFT and reward model": [
-        ("Loss", ["loss"]),
-        ("Accuracy", ["accuracy", "mean_token_accuracy"]),
-        ("Margin", ["margin"]),
-    ],
-}
+from rlhf.runs.log import first_line
+from rlhf.runs.stage_views import DPO, ONLINE_RL, RM, SFT
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
 
 
-def workspace(project: str, entity: str) -> Any:
-    """The view, unsaved."""
+def dashboard_sections() -> dict[str, dict[str, list[str]]]:
+    """Metrics of each panel, by section and title; stages that share a section share its panels."""
+    sections: dict[str, dict[str, list[str]]] = {}
+    for view in (ONLINE_RL, DPO, SFT, RM):
+        section = sections.setdefault(view.dashboard_section, {})
+        for panel in view.dashboard or view.panels:
+            metrics = section.setdefault(panel.title, [])
+            metrics += [metric for metric in panel.metrics if metric not in metrics]
+    return sections
+
+
+def build_workspace(project: str, entity: str) -> Workspace:
+    """The W&B view, not saved yet."""
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
 
@@ -43,13 +40,16 @@ def workspace(project: str, entity: str) -> Any:
         workspaces.Section(
             name=name,
             is_open=True,
-            panels=[panels.LinePlot(title=title, x="step", y=metrics) for title, metrics in some],
+            panels=[
+                panels.LinePlot(title=title, x="step", y=metrics)
+                for title, metrics in section.items()
+            ],
         )
-        for name, some in PANELS.items()
+        for name, section in dashboard_sections().items()
     ]
     sections.append(
         workspaces.Section(
-            name="Answers", panels=[panels.WeavePanelSummaryTable(table_name="completions")]
+            name="Responses", panels=[panels.WeavePanelSummaryTable(table_name="completions")]
         )
     )
     settings = workspaces.WorkspaceSettings(x_axis="step")
@@ -72,18 +72,17 @@ def main() -> int:
     try:
         import wandb_workspaces  # noqa: F401
     except ImportError:
-        print("error: this needs wandb-workspaces: pip install 'rlhf[dashboard]'", file=sys.stderr)
+        fix = "pip install -e '.[dashboard]'"
+        print(f"error: wandb-workspaces is not installed: {fix}", file=sys.stderr)
         return 2
     import wandb
 
     try:
-        view = workspace(args.project, args.entity or wandb.Api(timeout=15).default_entity)
+        view = build_workspace(args.project, args.entity or wandb.Api(timeout=15).default_entity)
         view.save()
-    except Exception as error:  # of the server's client, in many kinds
-        print(
-            f"error: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; log in with `wandb login`",
-            file=sys.stderr,
-        )
+    except Exception as error:  # the client raises many kinds
+        text = f"{type(error).__name__}: {first_line(error)}; log in with `wandb login`"
+        print(f"error: {text}", file=sys.stderr)
         return 1
     print(view.url)
     return 0

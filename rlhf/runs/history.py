@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config.errors import UserError
+from rlhf.config.keys import find_key
 from rlhf.config.loading import load_config
-
-pass
-from rlhf.config.stage_graph import is_aligned
 from rlhf.runs.command import Command
 from rlhf.runs.directory import find_checkpoints, read_summary
 from rlhf.runs.failures import read_failures
 from rlhf.runs.identity import run_identity
 from rlhf.runs.locks import is_locked
-
-
-def kind_of(stage: str) -> str:
-    """Kind of a run: runs of one kind are compared with each other.
-
-    All policies that start from SFT are one kind, whatever algorithm trained them.
-    """
-    return "policy" if is_aligned(stage) else stage
+from rlhf.runs.stage_views import view_of
 
 
 @dataclass
@@ -40,17 +30,23 @@ class Run:
     path: Path
     stage: str
     status: str  # finished, running, stopped, failed: why
-    # all that decides its result, by dotted key
+    # all that decides its result, by dotted key; empty where it is unknown
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # final ones
     rows: list[dict[str, float]] = field(default_factory=list)  # of each step
     parents: dict[str, str] = field(default_factory=dict)
     id: str = ""
+    earlier_version: bool = False  # its keys are not those of today; `settings` then is empty
+
+    @property
+    def status_text(self) -> str:
+        """The status, and that a run was made by an earlier version."""
+        return self.status + (", made by an earlier version" if self.earlier_version else "")
 
     @property
     def kind(self) -> str:
         """Kind of the runs that it is compared with; "" for a job without a run."""
-        return kind_of(self.stage) if self.stage else ""
+        return view_of(self.stage).kind if self.stage else ""
 
     @property
     def name(self) -> str:
@@ -62,12 +58,7 @@ def read_run(path: Path) -> Run:
     """Read a run directory. Raises: FileNotFoundError where it has no config.yaml."""
     summary = read_summary(path) or {}
     stage = summary.get("stage") or OmegaConf.load(path / "config.yaml").stage.name
-    settings: dict[str, Any] = summary.get("settings", {})
-    if not settings:
-        # a run of a version with other keys has no settings here
-        with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):
-            cfg = load_config(path / "config.yaml")
-            settings = run_identity(Command(cfg, cfg, []), stage)
+    settings = known_settings(path, summary, stage)
     rows = read_lines(path / "metrics.jsonl")
     parents = path / "parents.json"
     given = summary.get("parents") or (json.loads(parents.read_text()) if parents.exists() else {})
@@ -80,7 +71,27 @@ def read_run(path: Path) -> Run:
         rows,
         given,
         summary.get("id", ""),
+        earlier_version=not settings,
     )
+
+
+def known_settings(path: Path, summary: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The settings of a run; empty for one that was made by an earlier version with other keys."""
+    settings: dict[str, Any] = summary.get("settings", {})
+    if settings:
+        return settings if all(is_known_setting(key, stage) for key in settings) else {}
+    with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):
+        cfg = load_config(path / "config.yaml")
+        return run_identity(Command(cfg, cfg, []), stage)
+    return {}
+
+
+def is_known_setting(key: str, stage: str) -> bool:
+    """Whether this version has a key of a run's settings. In those of eval, the keys of an
+    algorithm that it is trained from stand below the algorithm's name: ppo.lr for rl.lr."""
+    if find_key(key):
+        return True
+    return stage == "eval" and find_key(f"rl.{key.partition('.')[2]}") is not None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -167,8 +178,8 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run directory, by its name and config.yaml."""
-    return (path / "config.yaml").exists() and re.match(r"\w+-", path.name) is not None
+    """Whether a path is a run directory; stage=inspect makes none."""
+    return (path / "config.yaml").exists() and not path.name.startswith("inspect-")
 
 
 def parent_runs(runs: Sequence[Run]) -> dict[str, Run]:

@@ -8,15 +8,7 @@ from typing import Any
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
 from rlhf.runs.locations import BUILTIN, is_directory
-
-WHAT = {
-    "sft": "A policy: a causal language model, fine-tuned on demonstrations.",
-    "rm": "A reward model: it scores whole answers. Scores are raw; `score_mean` and `score_std` in config.json are their unit.",
-    "ppo": "A policy: a causal language model, trained by PPO against a reward, near its SFT policy.",
-    "rloo": "A policy: a causal language model, trained by RLOO against a reward, near its SFT policy.",
-    "grpo": "A policy: a causal language model, trained by GRPO against a reward, near its SFT policy.",
-    "dpo": "A policy: a causal language model, trained by DPO on preference pairs, near its SFT policy.",
-}
+from rlhf.runs.stage_views import view_of
 
 
 def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
@@ -36,7 +28,7 @@ def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
         "",
         f"# {directory.name}",
         "",
-        WHAT[stage],
+        view_of(stage).card_text(stage),
         "",
     ]
     lines += [

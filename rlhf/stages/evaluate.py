@@ -38,6 +38,7 @@ from rlhf.evaluation.statistics import best_of_n, wilson_interval
 from rlhf.models.loading import check_context, context_length, load_policy, load_tokenizer, location
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.reporting import eval_page
+from rlhf.reporting.eval_results import read_results
 from rlhf.rl.experience import Models, Prompts, make_experience
 from rlhf.rl.rewards import Rewards, Source, build_rewards, check_reward_models, load_functions
 from rlhf.runs.directory import write_json
@@ -209,8 +210,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker.samples(len(where) + 1, texts_of(found["fixed"] + found["answers"]))
     if collectives.rank() == 0:
         write_json(run_dir / "eval.json", found)
-        eval_page.write(
-            found, run_dir / "report.html", f"Evaluation: {', '.join(where or node.rewards)}"
+        eval_page.write_page(
+            read_results(run_dir / "eval.json"),
+            run_dir / "report.html",
+            f"Evaluation: {', '.join(where or node.rewards)}",
         )
     tracker.close(metrics)
     return metrics
@@ -223,7 +226,7 @@ def location_of(cfg: Config, policy: str) -> str:
     """The model that one of eval.policies means."""
     if policy == "base":
         return cfg.actor.path
-    key = f"policies/{cfg.eval.policies.index(policy)}"
+    key = f"policies/{cfg.eval.policies.index(policy)}"  # given by path; else a stage's name
     return cfg.inputs.get(key) or cfg.inputs[policy]
 
 

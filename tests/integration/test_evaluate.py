@@ -223,7 +223,7 @@ def test_the_page_holds_all_of_it_and_needs_no_other_file(runs: dict[str, Path])
         "95 % interval",
         "Reward model: model",
         "chosen longer",
-        "Best of n answers of sft",
+        "Best of n responses of sft",
     ):
         assert word in text, word
     assert "https://" not in text and page.count("plotly.js v") == 1

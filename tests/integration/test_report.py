@@ -135,7 +135,7 @@ def test_means_intervals_and_significance_by_hand() -> None:
     )
     single = [SeedGroup(cell.label, cell.runs[:1]) for cell in cells]
     assert (
-        "one seed says nothing of chance" in compare_best(single, "m")
+        "one seed: significance cannot be tested" in compare_best(single, "m")
         and compare_best(cells[:1], "m") == ""
     )
 
@@ -222,7 +222,7 @@ def test_the_page_holds_everything_and_escapes_what_models_say(sweep: Path) -> N
         "Curves",
         "Reward against KL",
         "Settings that differ",
-        "Answers to the same held-out prompts",
+        "Responses to the same held-out prompts",
         "Lineage",
         "it is broken",
     ):
@@ -253,7 +253,7 @@ BROWSER = (
 def test_a_browser_draws_the_page(sweep: Path, tmp_path: Path) -> None:
     from matplotlib import image
 
-    file = tables.write_page(find_runs([sweep]), sweep / "report.html", "Sweep study")
+    file = report_page.write_page(find_runs([sweep]), sweep / "report.html", "Sweep study")
     picture = tmp_path / "page.png"
     flags = [
         "--headless",

@@ -15,9 +15,10 @@ from rlhf.config.loading import save_config
 ALERT = """
 import sys, os
 from pathlib import Path
-from rlhf import config, track
-cfg = config.load(Path(sys.argv[1]) / "config.yaml")
-tracker = track.Tracker(cfg, Path(sys.argv[1]), 1, [])
+from rlhf.config.loading import load_config
+from rlhf.training.tracker import Tracker
+cfg = load_config(Path(sys.argv[1]) / "config.yaml")
+tracker = Tracker(cfg, Path(sys.argv[1]), 1, [])
 tracker.alert("KL blow-up", "raise rl.kl.coef")
 tracker.log(1, {"x": 1.0})
 tracker.close({})

@@ -174,7 +174,7 @@ def test_samples_and_their_log_probabilities_equal_a_loop_without_batch_and_cach
     draws = uniforms("test", range(len(prompts)), 0, 0, 10)
     response, mask, sampled_logp = sample(small, prompts, draws, temperature)
     experience = experience_of(prompts, response, mask)
-    logp = experience.policy_logprobs(small, experience, temperature)
+    logp = experience_module.policy_logprobs(small, experience, temperature)
     lengths = set()
     for i, prompt in enumerate(prompts):
         tokens, expected = sample_slowly(small, prompt, draws[i].tolist(), temperature)

@@ -64,7 +64,7 @@ def saved(path: Path, **splits: list[Record]) -> Path:
     return path
 
 
-def asked(table: Any) -> list[str]:
+def questions_of(table: Any) -> list[str]:
     """The questions of a table, or of a list of prompts, in one spelling."""
     prompts = (
         r if isinstance(r, list) else r["prompt"] if isinstance(r, dict) else r.prompt
@@ -78,17 +78,19 @@ def asked(table: Any) -> list[str]:
 
 def parts(data: Dataset) -> dict[str, set[str]]:
     return {
-        "sft": set(asked(data.sft)),
-        "rm": set(asked(data.rm)),
-        "ppo": set(asked(data.ppo)),
-        "eval": set(asked(data.eval_sft)),
+        "sft": set(questions_of(data.sft)),
+        "rm": set(questions_of(data.rm)),
+        "ppo": set(questions_of(data.ppo)),
+        "eval": set(questions_of(data.eval_sft)),
     }
 
 
 def assert_apart(data: Dataset) -> None:
     found = list(parts(data).values())
     assert sum(map(len, found)) == len(set().union(*found))
-    assert set(asked(data.eval_rm)) | set(asked(data.eval_prompts)) <= set(asked(data.eval_sft))
+    assert set(questions_of(data.eval_rm)) | set(questions_of(data.eval_prompts)) <= set(
+        questions_of(data.eval_sft)
+    )
 
 
 def assert_counts_add_up(data: Dataset) -> None:
@@ -172,7 +174,7 @@ def test_case_and_spaces_do_not_make_another_prompt(tmp_path: Path) -> None:
     data = load_sources(config(mine=jsonl(tmp_path / "a.jsonl", records)))
     (report,) = data.report
     assert report["skipped"] == {"duplicate row": 300}
-    assert sorted(asked(data.ppo)) == sorted(set(asked(data.ppo)))
+    assert sorted(questions_of(data.ppo)) == sorted(set(questions_of(data.ppo)))
 
 
 def test_added_rows_and_other_versions_do_not_move_a_prompt(tmp_path: Path) -> None:
@@ -193,7 +195,9 @@ def test_an_own_eval_split_is_evaluated_on_and_nothing_of_it_trained_on(tmp_path
         test=rows(*range(250, 350), tag="!") + rows(0, 1, 2),
     )
     data = load_sources(config(mine=Source(str(directory), eval_split="test")))
-    assert set(asked(data.eval_sft)) == {f"question {i}?" for i in (0, 1, 2, *range(250, 350))}
+    assert set(questions_of(data.eval_sft)) == {
+        f"question {i}?" for i in (0, 1, 2, *range(250, 350))
+    }
     assert_apart(data)
     assert_counts_add_up(data)
     trained, held_out = data.report
@@ -223,8 +227,8 @@ def test_ppo_has_each_prompt_once(tmp_path: Path) -> None:
     data = load_sources(
         config(mine=jsonl(tmp_path / "a.jsonl", rows(*range(200)) + rows(*range(200), tag="!")))
     )
-    assert len(data.rm) == 2 * len(set(asked(data.rm))) and len(data.ppo) == len(
-        set(asked(data.ppo))
+    assert len(data.rm) == 2 * len(set(questions_of(data.rm))) and len(data.ppo) == len(
+        set(questions_of(data.ppo))
     )
     assert data.report[0]["skipped"] == {"duplicate prompt": len(data.ppo)}
 
@@ -240,11 +244,14 @@ def test_weight_takes_a_share_of_the_rows_or_repeats_them(tmp_path: Path) -> Non
     for data in (full, half, twice, more):
         assert_counts_add_up(data)
         assert_apart(data)
-    assert set(asked(half.sft)) < set(asked(full.sft)) and 0.4 < len(half.rm) / len(full.rm) < 0.6
-    assert sorted(asked(twice.sft)) == sorted(asked(full.sft) * 2)
+    assert (
+        set(questions_of(half.sft)) < set(questions_of(full.sft))
+        and 0.4 < len(half.rm) / len(full.rm) < 0.6
+    )
+    assert sorted(questions_of(twice.sft)) == sorted(questions_of(full.sft) * 2)
     assert 1.4 < len(more.rm) / len(full.rm) < 1.6
     assert half.eval_sft == full.eval_sft == twice.eval_sft  # what is evaluated on stays
-    assert asked(full.ppo) == asked(twice.ppo)
+    assert questions_of(full.ppo) == questions_of(twice.ppo)
     assert half.report[0]["skipped"]["weight below 1"] == 2000 - sum(
         half.report[0][part] for part in PARTS
     )
@@ -284,8 +291,8 @@ def test_one_answer_is_enough_for_all_but_the_reward_model(tmp_path: Path) -> No
     assert all(record["rejected"] for record in data.rm) and all(
         pair.rejected for pair in data.eval_rm
     )
-    assert any(text.startswith("else") for text in asked(data.sft)) and any(
-        text.startswith("else") for text in asked(data.ppo)
+    assert any(text.startswith("else") for text in questions_of(data.sft)) and any(
+        text.startswith("else") for text in questions_of(data.ppo)
     )
     assert data.report[0]["skipped"]["no rejected answer"] > 50
     assert_counts_add_up(data)
@@ -396,7 +403,8 @@ def test_a_csv_file_is_text(tmp_path: Path) -> None:
     columns = {"score_b": "votes"}
     data = load_sources(config(mine=Source(str(scores), Format.scored_answers, columns)))
     assert {
-        (int(text.split()[-1][:-1]) > 49, r["chosen"]) for r, text in zip(data.rm, asked(data.rm))
+        (int(text.split()[-1][:-1]) > 49, r["chosen"])
+        for r, text in zip(data.rm, questions_of(data.rm))
     } == {(True, "1"), (False, "2")}
 
 
@@ -409,7 +417,7 @@ def test_columns_of_other_names_mix_with_the_usual_ones(tmp_path: Path) -> None:
     data = load_sources(
         config(one=one, two=Source(str(jsonl(tmp_path / "two.jsonl", others)), columns=columns))
     )
-    assert {text.split()[0] for text in asked(data.rm)} == {"question", "else"}
+    assert {text.split()[0] for text in questions_of(data.rm)} == {"question", "else"}
     assert data.rm.column_names == ["prompt", "chosen", "rejected"]
 
 

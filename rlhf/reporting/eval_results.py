@@ -1,0 +1,135 @@
+"""The results of stage=eval, as eval.json holds them. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.runs.directory import write_json
+from rlhf.runs.stage_views import EVALUATED_METRICS
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a policy's response is better than another policy's to the same prompt."""
+
+    policy: str
+    against: str
+    judge: str  # a source of the score, or gold
+    rate: float  # share of the prompts; a tie counts half
+    low: float  # 95 % Wilson interval
+    high: float
+    wins: int
+    ties: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Held-out pairs on which a reward model has about the same confidence in its choice."""
+
+    low: float  # edges of the bin
+    high: float
+    pairs: int
+    probability: float  # mean confidence: the probability that the model gives its choice
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ScorerResults:
+    """A reward model on held-out pairs."""
+
+    pairs: int
+    accuracy: float
+    ece: float  # expected calibration error
+    reliability: list[CalibrationBin]
+    by_source: dict[str, tuple[int, float]]  # number of pairs and accuracy
+    by_length: dict[str, tuple[int, float]]
+    margins: list[float]  # raw score of chosen minus that of rejected
+    accuracy_gold: float | None = None  # share of pairs in the order of the gold reward
+
+
+@dataclass(frozen=True)
+class BestOfPoint:
+    """What choosing the best of n responses by the score reaches."""
+
+    n: int
+    score: float
+    kl: float  # upper bound of the KL to the policy, nats
+    gold: float | None = None
+
+
+@dataclass
+class EvalResults:
+    """Everything that stage=eval measures."""
+
+    policies: dict[str, dict[str, float]]  # metrics of each policy
+    against: str | None  # the policy that the others are compared with
+    judge: str | None  # of the win rate in the summary
+    win_rates: list[WinRate]
+    best_of: list[BestOfPoint]
+    best_of_policy: str | None
+    reward_models: dict[str, ScorerResults]
+    decoding: str
+    where: dict[str, str]  # path or hub id of each policy
+    answers: list[dict[str, Any]] = field(default_factory=list)  # rows of `side_by_side`
+    fixed: list[dict[str, Any]] = field(default_factory=list)  # the same for fixed prompts
+
+    def write(self, file: Path) -> None:
+        """Write eval.json."""
+        write_json(file, dataclasses.asdict(self))
+
+
+def read_results(file: Path) -> EvalResults:
+    """Read eval.json."""
+    content: dict[str, Any] = json.loads(file.read_text())
+    content["win_rates"] = [WinRate(**rate) for rate in content["win_rates"]]
+    content["best_of"] = [BestOfPoint(**point) for point in content["best_of"]]
+    for name, scorer in content["reward_models"].items():
+        scorer["reliability"] = [CalibrationBin(**bin) for bin in scorer["reliability"]]
+        content["reward_models"][name] = ScorerResults(**scorer)
+    return EvalResults(**content)
+
+
+def policy_cells(policies: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """The policies' metrics as text: the header, and a row for each policy."""
+    shown = [
+        column
+        for column in EVALUATED_METRICS
+        if any(column.metric in metrics for metrics in policies.values())
+    ]
+    rows = [
+        [
+            name,
+            *(
+                format(metrics[column.metric], column.format) if column.metric in metrics else ""
+                for column in shown
+            ),
+        ]
+        for name, metrics in policies.items()
+    ]
+    return ["policy", *(column.label for column in shown)], rows
+
+
+def side_by_side(
+    responses: dict[str, list[dict[str, Any]]], order: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row per prompt: `prompt`, and under `answers` each policy's response with its scores.
+
+    Args: responses: a row per prompt of each policy, as evaluate_policy gives them.
+    """
+    columns = {name: responses[name] for name in order if name in responses}
+    return [
+        {
+            "prompt": of_prompt[0]["prompt"],
+            "answers": {
+                name: {key: value for key, value in row.items() if key != "prompt"}
+                for name, row in zip(columns, of_prompt)
+            },
+        }
+        for of_prompt in zip(*columns.values())
+    ]

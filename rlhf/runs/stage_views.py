@@ -1,0 +1,181 @@
+"""What each stage shows: result rows, curves, metrics compared, W&B panels, text of the model card.
+
+One StageView per stage, and one for all online RL presets. Used by runs/ and reporting/; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A row of the table that a command prints at its end. Metrics are named without "eval/"."""
+
+    label: str
+    metric: str  # at the end of the run
+    format: str = ".2f"
+    before: str = ""  # the same at its start; "" = not measured there
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of metrics over the steps of a run."""
+
+    title: str
+    metrics: tuple[str, ...]  # as in metrics.jsonl
+    unit: str = ""  # of the y axis
+
+
+class PrimaryMetric(NamedTuple):
+    """A metric that decides which run is the best."""
+
+    name: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class StageView:
+    """What the runs of a stage show."""
+
+    kind: str  # runs of one kind are compared with each other: sft, rm, policy, eval
+    rows: tuple[ResultRow, ...] = ()
+    panels: tuple[Panel, ...] = ()  # of curves.png and of the report page
+    metrics: tuple[str, ...] = ()  # final metrics in a comparison; the same for all of one kind
+    primary: tuple[PrimaryMetric, ...] = ()  # the first one that all compared runs have
+    dashboard_section: str = ""  # of the W&B workspace; stages may share one
+    dashboard: tuple[Panel, ...] = ()  # of that section; none = `panels`
+    card: str = ""  # first sentence of the model card; {algorithm} is the stage's name
+
+    def card_text(self, stage: str) -> str:
+        """The sentence that says what a model trained by `stage` is."""
+        return self.card.format(algorithm=stage.upper())
+
+
+POLICY_METRICS = (
+    "eval/score",
+    "eval/gold",
+    "eval/kl",
+    "eval/length",
+    "eval/eos_rate",
+    "eval/accuracy",
+)
+POLICY_PRIMARY = tuple(map(PrimaryMetric, ("eval/gold", "eval/score", "eval/accuracy")))
+POLICY_ROWS = (
+    ResultRow("gold score", "gold", before="gold_before"),
+    ResultRow("  best possible", "gold_best"),
+    ResultRow("KL, nats per response", "kl"),
+    ResultRow("length, tokens", "length", ".1f", before="length_before"),
+    ResultRow("finished responses (EOS rate)", "eos_rate", ".1%", before="eos_rate_before"),
+)
+
+SFT = StageView(
+    kind="sft",
+    rows=(
+        ResultRow("held-out perplexity", "perplexity", ".3f"),
+        ResultRow("finished responses (EOS rate)", "eos_rate", ".1%"),
+        ResultRow("gold score", "gold"),
+    ),
+    panels=(
+        Panel("Loss", ("loss",), "nats per token"),
+        Panel("Accuracy", ("mean_token_accuracy",), "share of tokens"),
+    ),
+    metrics=("eval/perplexity", "eval/gold", "eval/eos_rate"),
+    primary=(PrimaryMetric("eval/perplexity", higher_is_better=False),),
+    dashboard_section="SFT and reward model",
+    card="A policy: a causal language model, fine-tuned on demonstrations.",
+)
+RM = StageView(
+    kind="rm",
+    rows=(
+        ResultRow("held-out accuracy", "accuracy", ".1%"),
+        ResultRow("  upper bound (noisy labels)", "accuracy_bayes", ".1%"),
+        ResultRow("  accuracy against gold", "accuracy_gold", ".1%"),
+        ResultRow("  prompt-sensitivity accuracy", "accuracy_prompt", ".1%"),
+    ),
+    panels=(
+        Panel("Loss", ("loss",), "nats per pair"),
+        Panel("Accuracy", ("accuracy",), "share of pairs"),
+        Panel("Margin", ("margin",), "raw score"),
+    ),
+    metrics=("eval/accuracy", "eval/accuracy_gold"),
+    primary=(PrimaryMetric("eval/accuracy"),),
+    dashboard_section="SFT and reward model",
+    card="A reward model: it scores complete responses. Scores are raw; `score_mean` and "
+    "`score_std` in config.json are their unit.",
+)
+ONLINE_RL = StageView(  # whatever preset: ppo, grpo, a user's own
+    kind="policy",
+    rows=(ResultRow("score", "score", before="score_before"), *POLICY_ROWS),
+    panels=(
+        Panel("Score", ("objective/scores",), "standard deviations"),
+        Panel("Gold reward", ("reward/gold/mean",), "points"),
+        Panel("KL to the SFT policy", ("objective/kl",), "nats per response"),
+        Panel("Loss", ("loss/policy_avg", "loss/value_avg")),
+        Panel("Length", ("tokens/response_mean",), "tokens"),
+    ),
+    metrics=POLICY_METRICS,
+    primary=POLICY_PRIMARY,
+    dashboard_section="Online RL",
+    dashboard=(
+        Panel("Score and gold reward", ("objective/scores", "reward/gold/mean")),
+        Panel("KL to the SFT policy, nats per response", ("objective/kl",)),
+        Panel("score - beta KL", ("objective/rlhf_reward",)),
+        Panel("Policy and value loss", ("loss/policy_avg", "loss/value_avg")),
+        Panel("Length, tokens", ("tokens/response_mean",)),
+        Panel("Explained variance of the critic", ("val/explained_variance",)),
+    ),
+    card="A policy: a causal language model, trained by {algorithm} against a reward, "
+    "kept near its SFT policy.",
+)
+DPO = StageView(
+    kind="policy",
+    rows=(ResultRow("held-out accuracy", "accuracy", ".1%"), *POLICY_ROWS),
+    panels=(
+        Panel("Loss", ("loss",), "nats per pair"),
+        Panel("Accuracy", ("rewards/accuracies",), "share of pairs"),
+        Panel("Implicit reward", ("rewards/chosen", "rewards/rejected"), "beta x log-ratio, nats"),
+    ),
+    metrics=POLICY_METRICS,
+    primary=POLICY_PRIMARY,
+    dashboard_section="DPO",
+    card="A policy: a causal language model, trained by DPO on preference pairs, "
+    "kept near its SFT policy.",
+)
+EVAL = StageView(
+    kind="eval",
+    rows=(
+        ResultRow("win rate", "win_rate", ".1%"),
+        ResultRow("  95 % interval from", "win_rate_low", ".1%"),
+        ResultRow("  to", "win_rate_high", ".1%"),
+        ResultRow("reward model: accuracy", "accuracy", ".1%"),
+        ResultRow("  calibration error", "ece", ".3f"),
+    ),
+    metrics=(
+        "eval/win_rate",
+        "eval/win_rate_low",
+        "eval/win_rate_high",
+        "eval/accuracy",
+        "eval/ece",
+    ),
+    primary=(PrimaryMetric("eval/win_rate"), PrimaryMetric("eval/accuracy")),
+)
+EVALUATED_METRICS = (  # of each policy that stage=eval measures
+    ResultRow("perplexity", "perplexity", ".3f"),
+    ResultRow("score", "score", ".3f"),
+    ResultRow("gold score", "gold", ".3f"),
+    ResultRow("KL, nats per response", "kl"),
+    ResultRow("length, tokens", "length", ".1f"),
+    ResultRow("finished responses (EOS rate)", "eos_rate", ".1%"),
+    ResultRow("repetition", "repetition", ".1%"),
+)
+INSPECT = StageView(kind="")  # makes a page about data, and no run to compare
+
+VIEWS = {"sft": SFT, "rm": RM, "dpo": DPO, "eval": EVAL, "inspect": INSPECT}
+KINDS = ("sft", "rm", "policy", "eval")  # in the order of the tables
+
+
+def view_of(stage: str) -> StageView:
+    """The view of a stage by its name. Every other name is that of an online RL preset."""
+    return VIEWS.get(stage, ONLINE_RL)
