@@ -157,9 +157,14 @@ def verdicts(result: Inspection, cfg: Config) -> list[str]:
 
 def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
     lines = []
-    for name in ("sft", "rm", "ppo"):
+    rl = cfg.rl
+    rows_per_step = {
+        "sft": ("sft.batch_size", cfg.sft.batch_size, cfg.sft.batch_size),
+        "rm": ("rm.batch_size", cfg.rm.batch_size, cfg.rm.batch_size),
+        "ppo": ("rl.batch_size", rl.batch_size, rl.batch_size // rl.responses_per_prompt),
+    }
+    for name, (key, batch_size, needed) in rows_per_step.items():
         numbers = stages[name]
-        batch_size = getattr(cfg, name).batch_size
         # the rows that the limits leave of the sample, scaled to all rows
         rows = int(numbers["rows"] * (1 - share(numbers, "dropped")))
         if not numbers["rows"]:
@@ -167,10 +172,10 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
             if name == "rm":
                 reason = f"no source has rejected answers, or {reason}"
             lines.append(f"no rows for {name}: {reason}")
-        elif rows < batch_size:
+        elif rows < needed:
             lines.append(
                 f"{rows:,} rows for {name} are less than one batch: lower"
-                f" {name}.batch_size={batch_size}, or add data"
+                f" {key}={batch_size}, or add data"
             )
     for name in ("sft", "rm"):
         if not stages[f"eval {name}"]["rows"] and (name == "sft" or stages["rm"]["rows"]):
