@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import typing
 from enum import Enum
 
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.compose import group_names, group_options
 from rlhf.config.keys import Key, find_key, schema, with_suggestion
+from rlhf.config.reference import type_name
 
 OVERVIEW = """RLHF, from a base model to a policy: SFT, reward model, PPO; RLOO, GRPO, DPO.
 
@@ -63,21 +63,3 @@ def one_key(name: str, key: Key, cfg: DictConfig) -> str:
     if not key.hashed:
         lines.append("    changes no result, so it is not part of a run's identity")
     return "\n".join(lines)
-
-
-def type_name(annotation: object) -> str:
-    """A type as users write values: "number or null", "one of fixed, adaptive, linear"."""
-    if annotation is bool:
-        return "true or false"
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return f"one of {', '.join(member.name for member in annotation)}"
-    if isinstance(annotation, type):
-        return {"int": "whole number", "float": "number", "str": "text"}.get(
-            annotation.__name__, annotation.__name__
-        )
-    inner = typing.get_args(annotation)
-    if type(None) in inner:
-        return f"{type_name(next(a for a in inner if a is not type(None)))} or null"
-    if typing.get_origin(annotation) is list:
-        return f"list of {type_name(inner[0])}"
-    return f"names with {type_name(inner[1])} each"
