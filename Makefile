@@ -3,10 +3,12 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# one test process per core (at most 4), one thread in each; a file's tests stay together
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --durations 25
+# one test process per core (at most 4), one thread in each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --durations 25
+# a file's tests stay together, as they share what is trained for them; tests/conftest.py puts the long files first
+BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all lint format
+.PHONY: help setup demo test-unit test test-all lint format
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -21,11 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the whole pipeline on the built-in tiny model and data, on CPU
 	$(BIN)/python train.py
 
-test: setup lint  ## lint and the quick tests
-	$(PYTEST) -m "not full"
+test-unit: setup  ## formulas, formats and configuration, in a minute
+	$(PYTEST) --dist worksteal -m "not full" tests/unit
+
+test: setup lint  ## lint and all tests but the full matrices
+	$(PYTEST) $(BY_FILE) -m "not full"
 
 test-all: setup lint  ## every test, three seeds
-	$(PYTEST)
+	$(PYTEST) $(BY_FILE)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

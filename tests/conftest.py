@@ -5,80 +5,81 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 from helpers import REPO, Demo, runs_in
 
-DEMO = pytest.StashKey[subprocess.Popen]()
+from rlhf.config.files import atomic_path
 
 
-def demo_root(config: pytest.Config) -> Path:
-    """Where the demo runs: one place for all parallel test processes."""
-    base = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+def wants_demo(item: pytest.Item) -> bool:
+    return "demo" in getattr(item, "fixturenames", [])
 
 
-RUN_DEMO = """
-import json, os, subprocess, sys, time
-started = time.time()
-done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
-result = {"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr, "seconds": time.time() - started}
-open("result.tmp", "w").write(json.dumps(result))
-os.rename("result.tmp", "result.json")
-"""
+def finish_demo(process: subprocess.Popen[str], root: Path, lock: FileLock) -> None:
+    """Wait for the demo; write down how it ended, in one step; let the others have it."""
+    started = time.time()
+    stdout, stderr = process.communicate()
+    result = {"code": process.returncode, "stdout": stdout, "stderr": stderr}
+    with atomic_path(root / "result.json") as file:
+        file.write_text(json.dumps(result | {"seconds": time.time() - started}))
+    lock.release()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start `python train.py` at once where a test wants its result, so that it is done by the time of those tests."""
-    root = demo_root(session.config)
-    if (
-        any("demo" in getattr(item, "fixturenames", []) for item in session.items)
-        and not session.config.option.collectonly
-    ):
-        with contextlib.suppress(FileExistsError):  # another test process has started it
-            root.mkdir()
-            command = [
-                sys.executable,
-                "-c",
-                RUN_DEMO,
-                sys.executable,
-                str(REPO / "train.py"),
-                "deploy.threads=1",
-            ]
-            environment = os.environ | {"WANDB_MODE": "offline"}
-            session.config.stash[DEMO] = subprocess.Popen(
-                command, cwd=root, env=environment, start_new_session=True
-            )
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    process = session.config.stash.get(DEMO, None)
-    if (
-        process and process.poll() is None and exitstatus == pytest.ExitCode.INTERRUPTED
-    ):  # else another process still waits for it
-        os.killpg(process.pid, signal.SIGTERM)
+@pytest.fixture(scope="session", autouse=True)
+def demo_root(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Where `python train.py` runs, for all parallel test processes. The first of them starts it, in the background and at once if
+    any test wants it, so that it is done by the time of those tests."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    root.mkdir(exist_ok=True)
+    lock = FileLock(root / "lock", thread_local=False)
+    started = False
+    if any(wants_demo(item) for item in request.session.items):
+        with contextlib.suppress(Timeout):  # another test process runs it
+            lock.acquire(timeout=0)
+            started = not (root / "result.json").exists()
+    if not started:
+        lock.release()
+        yield root
+        return
+    command = [sys.executable, str(REPO / "train.py"), "deploy.threads=1"]
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=os.environ | {"WANDB_MODE": "offline"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    waiting = threading.Thread(target=finish_demo, args=(process, root, lock))
+    waiting.start()
+    yield root
+    if request.session.shouldfail:  # after a failure with -x nobody wants it any more
+        process.terminate()
+    waiting.join()
 
 
 @pytest.fixture(scope="session")
-def demo(pytestconfig: pytest.Config) -> Demo:
+def demo(demo_root: Path) -> Demo:
     """`python train.py`, whole, called from a directory that is not the repository; W&B offline, and one thread because other
     tests run beside it."""
-    root = demo_root(pytestconfig)
-    deadline = time.time() + 1500
-    while not (root / "result.json").exists() and time.time() < deadline:
-        time.sleep(0.2)
-    done = json.loads((root / "result.json").read_text())
+    with FileLock(demo_root / "lock", timeout=1500):
+        done = json.loads((demo_root / "result.json").read_text())
     assert done["code"] == 0, done["stderr"]
-    runs = runs_in(root)
+    runs = runs_in(demo_root)
     return Demo(
-        root,
+        demo_root,
         done["seconds"],
         done["stdout"],
         done["stderr"],
@@ -135,10 +136,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first: those that need the whole pipeline, and those that start training themselves, come last."""
+    """Quick tests first. Among parallel test processes, which get one file after the other, the long files first, so that all end
+    at about the same time. Files that wait for the demo come after others of their tier."""
     tiers = ["unit", "integration", "learning"]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tiers = ["integration", "learning", "unit"]
+    waiting = {item.path for item in items if wants_demo(item)}
 
-    def cost(item: pytest.Item) -> tuple[bool, int]:
-        return "demo" in getattr(item, "fixturenames", []), tiers.index(item.path.parent.name)
+    def place(item: pytest.Item) -> tuple[int, bool, bool]:
+        tier = tiers.index(item.path.parent.name)
+        return tier, item.path in waiting, wants_demo(item)
 
-    items.sort(key=cost)
+    items.sort(key=place)
