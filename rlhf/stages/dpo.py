@@ -85,8 +85,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 3. training
     tracker = Tracker(cfg, run_dir, steps, ["loss", "rewards/accuracies", "rewards/margins"])
     progress: dict[str, Any] = {"tokens": 0, "before": [{}, []]}
-    stateful = {"tracker": tracker, "progress": progress}
-    checkpoints = Checkpoints(cfg, run_dir, steps, {"actor": actor}, stateful)
+    checkpoints = Checkpoints(
+        cfg, run_dir, steps, {"actor": actor}, {"tracker": tracker, "progress": progress}
+    )
     done = checkpoints.resume()
     if not done:
         progress["before"] = list(evaluation.measure())

@@ -71,8 +71,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 3. training
     tracker = Tracker(cfg, run_dir, steps, ["loss", "accuracy", "margin"])
     seen = {"tokens": 0}
-    stateful = {"tracker": tracker, "seen": seen}
-    checkpoints = Checkpoints(cfg, run_dir, steps, {"reward_trained": engine}, stateful)
+    checkpoints = Checkpoints(
+        cfg, run_dir, steps, {"reward_trained": engine}, {"tracker": tracker, "seen": seen}
+    )
     batches = enumerate(global_batches(len(pairs), rm.batch_size, rm.epochs, cfg.seed))
     for step, batch in islice(batches, checkpoints.resume(), steps):
         lr = learning_rate(step, steps, rm)

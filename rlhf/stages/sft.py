@@ -61,8 +61,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 3. training
     tracker = Tracker(cfg, run_dir, steps, ["loss", "mean_token_accuracy"])
     seen = {"tokens": 0}
-    stateful = {"tracker": tracker, "seen": seen}
-    checkpoints = Checkpoints(cfg, run_dir, steps, {"actor": engine}, stateful)
+    checkpoints = Checkpoints(
+        cfg, run_dir, steps, {"actor": engine}, {"tracker": tracker, "seen": seen}
+    )
     batches = enumerate(global_batches(len(rows), sft.batch_size, sft.epochs, cfg.seed))
     for step, batch in islice(batches, checkpoints.resume(), steps):
         lr = learning_rate(step, steps, sft)
