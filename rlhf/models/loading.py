@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from rlhf.runs.locations import ASSETS, BUILTIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 DTYPES = {  # of the weights
     Precision.fp32: torch.float32,
@@ -150,7 +151,7 @@ def is_reward_model(path: str) -> bool:
 
 
 def _load_pretrained(
-    auto_class: Any,
+    auto_class: type[_BaseAutoModelClass],
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     precision: Precision,
