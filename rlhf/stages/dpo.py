@@ -21,8 +21,8 @@ from torch import Tensor
 from rlhf.config.schema import Config, Dpo
 from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, map_across_ranks, micro_batches
-from rlhf.data.records import Dataset
 from rlhf.data.cache import cache_folder, digest
+from rlhf.data.records import Dataset
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, gather_parameters
 from rlhf.evaluation.policy import Found, before_and_after, evaluate_policy
