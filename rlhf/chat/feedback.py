@@ -39,7 +39,7 @@ class Judge:
         if the answer ended. What is too long for the reward model loses its beginning."""
         import torch
 
-        from rlhf.models.wrappers import answer_scores
+        from rlhf.models.wrappers import sequence_scores
 
         eos_id = self.tokenizer.eos_token_id
         if template.same_tokens(policy.tokenizer, self.tokenizer):
@@ -54,7 +54,7 @@ class Judge:
             )
         row = torch.tensor([ids[-context_of(self.scorer.hf) :]], device=self.scorer.hf.device)
         with torch.inference_mode():
-            return float(answer_scores(self.scorer, row, torch.ones_like(row), eos_id))
+            return float(sequence_scores(self.scorer, row, torch.ones_like(row), eos_id))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the trace

@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other. Works the same with one process, when nothing was initialised."""
+"""Collectives across ranks; no-ops in a single process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def world_size() -> int:
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Element-wise sum over all processes, in float64."""
+    """Element-wise sum over all ranks, in float64."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if world_size() > 1:
         dist.all_reduce(total)
@@ -23,7 +23,7 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:
-    """The largest value of all processes."""
+    """The largest value of all ranks."""
     top = torch.tensor(value, dtype=torch.float64, device=device)
     if world_size() > 1:
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
@@ -31,7 +31,10 @@ def all_reduce_max(value: float, device: torch.device) -> float:
 
 
 def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, in rank order: (b, ...) of each becomes (b * world, ...). Shapes must agree."""
+    """The rows of all ranks, in rank order: (b, ...) of each becomes (b * world, ...).
+
+    All ranks must have the same shape.
+    """
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -40,14 +43,13 @@ def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_across_ranks(value: str, what: str) -> None:
-    """Raises RuntimeError on every process when they do not all have the same value."""
+    """Raises: RuntimeError on every rank when they do not all have the same value."""
     if world_size() > 1:
         values: list[str] = [""] * world_size()
         dist.all_gather_object(values, value)
         if len(set(values)) > 1:
-            raise RuntimeError(
-                f"the processes do not agree on {what}: {', '.join(dict.fromkeys(values))}"
-            )
+            different = ", ".join(dict.fromkeys(values))
+            raise RuntimeError(f"the processes do not agree on {what}: {different}")
 
 
 def barrier() -> None:

@@ -1,6 +1,6 @@
 """The DeepSpeed configuration of each role, as a pure function of ours. No torch.
 
-DeepSpeed accepts unknown top-level keys silently, so nothing here is passed through from the user unread.
+DeepSpeed accepts unknown top-level keys silently, so no user's dictionary is passed through.
 """
 
 from __future__ import annotations
@@ -14,28 +14,25 @@ from rlhf.config.stage_nodes import Optim
 
 TRAINED = ("actor", "critic", "reward_trained")
 FROZEN = ("ref", "reward", "policy")
-BYTES = {
-    Precision.fp32: 4,
-    Precision.bf16: 2,
-    Precision.fp16: 2,
-    Precision.autocast: 4,
-}  # of a weight
+# of a weight
+BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2, Precision.autocast: 4}
 
 
 def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
-        role: "actor" (a policy that is trained), "critic" (PPO), "reward_trained" (reward stage); not trained: "ref", "reward" and
-            "policy" (one that is measured).
-        world_size: all processes of the run.
+        role: trained: "actor" (a policy), "critic", "reward_trained" (in the reward stage);
+            frozen: "ref", "reward", "policy" (one that is evaluated).
+        world_size: processes of the run on all nodes.
     Raises: ValueError for another role.
     """
     if role not in TRAINED + FROZEN:
         raise ValueError(f"role {role!r}: must be one of {', '.join(TRAINED + FROZEN)}")
     deploy, optim = cfg.deploy, optim_of(cfg, role)
     config: dict[str, Any] = {
-        # we own the accumulation boundary (engines.optimizer_step); for DeepSpeed every micro-batch is a whole one
+        # training.optimizer_step sets the accumulation boundary; for DeepSpeed every micro-batch
+        # is a batch
         "train_micro_batch_size_per_gpu": deploy.micro_batch,
         "gradient_accumulation_steps": 1,
         "train_batch_size": deploy.micro_batch * world_size,
@@ -45,17 +42,16 @@ def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
         "steps_per_print": 10**9,  # our tracker reports
     }
     if deploy.precision == Precision.fp16:
-        config["fp16"] = {
-            "enabled": True,
-            "loss_scale_window": 100,
-        }  # DeepSpeed-Chat; the scale itself starts at 2^16
+        # the window is DeepSpeed-Chat's; the loss scale starts at 2^16
+        config["fp16"] = {"enabled": True, "loss_scale_window": 100}
     if deploy.precision == Precision.autocast:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if optim:
         config["gradient_clipping"] = optim.grad_clip
         config["optimizer"] = {
             "type": "AdamW",
-            # torch's own fused AdamW: needs no compiler, on CPU (offload) neither, and is as fast as DeepSpeed's
+            # torch's fused AdamW is as fast as DeepSpeed's and needs no compiler, not even for
+            # offload to CPU
             "params": {
                 "lr": 0.0,
                 "betas": list(optim.betas),
@@ -68,25 +64,20 @@ def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
 
 
 def zero_section(cfg: Config, role: str) -> dict[str, Any]:
-    """What is partitioned and what lies in host memory."""
+    """What is partitioned and what is kept in host memory."""
     deploy, offload = cfg.deploy, cfg.deploy.offload
     host = {"device": "cpu", "pin_memory": deploy.device == Device.gpu}
-    if (
-        role in FROZEN
-    ):  # DeepSpeed partitions weights at stage 3 only, which also is what fetches them from the host layer by layer
+    if role in FROZEN:
+        # only stage 3 partitions weights, and only it fetches them from the host layer by layer
         zero: dict[str, Any] = {"stage": 3 if deploy.zero_stage == 3 or offload.frozen else 0}
         return zero | {"offload_param": host} if offload.frozen else zero
     zero = {"stage": deploy.zero_stage}
     if deploy.zero_stage:
-        elements = (
-            int(deploy.bucket_mb * 2**20) // BYTES[deploy.precision] // 2 * 2
-        )  # DeepSpeed wants an even number
+        # DeepSpeed wants an even number
+        elements = int(deploy.bucket_mb * 2**20) // BYTES[deploy.precision] // 2 * 2
         zero |= {"overlap_comm": deploy.overlap_comm, "reduce_bucket_size": elements}
-        zero |= (
-            {"stage3_prefetch_bucket_size": elements}
-            if deploy.zero_stage == 3
-            else {"allgather_bucket_size": elements}
-        )
+        fetch = "stage3_prefetch" if deploy.zero_stage == 3 else "allgather"
+        zero[f"{fetch}_bucket_size"] = elements
     if offload.optimizer:
         zero["offload_optimizer"] = host
     if offload.parameters:
@@ -95,7 +86,7 @@ def zero_section(cfg: Config, role: str) -> dict[str, Any]:
 
 
 def optim_of(cfg: Config, role: str) -> Optim | None:
-    """The node with the optimizer's settings of a role in the stage that runs; None for a frozen one."""
+    """The optimizer settings of a role in the stage that runs; None for a frozen role."""
     if role in FROZEN:
         return None
     return optimizer_nodes(cfg)["rl.critic" if role == "critic" else node_name(cfg.stage.name)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from rlhf.runs.locations import ASSETS, BUILTIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 DTYPES = {  # of the weights
     Precision.fp32: torch.float32,
@@ -29,7 +30,6 @@ DTYPES = {  # of the weights
     Precision.fp16: torch.float16,
     Precision.autocast: torch.float32,
 }
-RESIDUAL_DROPOUT = ("dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")  # by family
 
 
 def location(path: str) -> str:
@@ -89,18 +89,15 @@ def load_policy(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     precision: Precision,
-    dropout: float = 0.0,
     adapter: Lora | None = None,
 ) -> Policy:
     """A causal language model; a built-in one has random weights, from torch's current seed.
 
-    Args:
-        dropout: of the residual stream.
-        adapter: add a LoRA adapter, where its rank is not 0; for a policy that is trained.
+    Args: adapter: add a LoRA adapter, where its rank is not 0; for a policy that is trained.
     """
     from transformers import AutoModelForCausalLM
 
-    hf = _load_pretrained(AutoModelForCausalLM, path, tokenizer, precision, dropout)
+    hf = _load_pretrained(AutoModelForCausalLM, path, tokenizer, precision)
     policy = Policy(hf)
     if adapter and adapter.rank:
         lora.add_adapter(hf, adapter, "actor.lora")
@@ -112,7 +109,6 @@ def load_scorer(
     tokenizer: PreTrainedTokenizerBase,
     precision: Precision,
     zero_head: bool = False,
-    dropout: float = 0.0,
     adapter: Lora | None = None,
 ) -> Scorer:
     """A sequence-classification model with one label.
@@ -120,13 +116,13 @@ def load_scorer(
     From a base model its head is new: normal with mean 0 and standard deviation 1 / sqrt(d + 1),
     d the hidden size (Stiennon 2020, arXiv:2009.01325).
 
-    Args: zero_head: set the head to zero.  dropout, adapter: as in load_policy.
+    Args: zero_head: set the head to zero.  adapter: as in load_policy.
     """
     from transformers import AutoModelForSequenceClassification
 
     new_head = not is_reward_model(path)
     hf = _load_pretrained(
-        AutoModelForSequenceClassification, path, tokenizer, precision, dropout, num_labels=1
+        AutoModelForSequenceClassification, path, tokenizer, precision, num_labels=1
     )
     if new_head or zero_head:
         # a stream of its own: torch's depends on what loading has drawn
@@ -150,11 +146,10 @@ def is_reward_model(path: str) -> bool:
 
 
 def _load_pretrained(
-    auto_class: Any,
+    auto_class: type[_BaseAutoModelClass],
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     precision: Precision,
-    dropout: float,
     **options: int,
 ) -> PreTrainedModel:
     from transformers import AutoConfig
@@ -165,8 +160,6 @@ def _load_pretrained(
         # the rollout
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
-        if dropout and key in RESIDUAL_DROPOUT:
-            setattr(config, key, dropout)
     dtype = DTYPES[precision]
     if path.startswith(BUILTIN):
         with without_zero3_init():  # random weights must not depend on the number of ranks

@@ -1,6 +1,7 @@
-"""Log-probabilities from hidden states without ever holding the logits of all tokens: memory does not grow with tokens x vocabulary.
+"""Log-probabilities from hidden states without the logits of all tokens.
 
-A chunk of tokens at a time goes through the output layer.
+A chunk of tokens at a time goes through the output layer, so that memory does not grow with
+tokens x vocabulary.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from rlhf.config.constants import (
     MIN_CHUNK_TOKENS,
 )
 
-LARGE = 2**20  # elements of a weight
+MIN_ONEDNN_WEIGHT = 2**20  # elements
 
 
 def attach_chunked_logprobs(head: nn.Module) -> None:
-    """Let an output layer, called with targets, give their log-probabilities instead of logits. It is called as the module that it is, so
-    that whoever partitions its weights (ZeRO-3) sees it at work."""
+    """Let an output layer, called with targets, return target_logp instead of logits.
+
+    It is still called as a module, so that ZeRO-3 gathers its weights.
+    """
 
     def forward(
-        self: Any, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0
-    ) -> Any:
+        self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
         return target_logp(hidden, self.weight, self.bias, targets, temperature)
@@ -39,18 +42,20 @@ def attach_chunked_logprobs(head: nn.Module) -> None:
 def target_logp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log softmax(hidden weight^T + bias)[target] of each token, and more of the same distribution.
+    """log softmax(hidden weight^T + bias)[target] of each token, and more of the distribution.
 
-    Args: hidden (N, d).  weight (V, d), bias (V,).  targets (N,) token ids.  temperature: divides the logits, in float32.
-    Returns: log-probability and entropy, float32, nats, both with gradient; and 1 where the target is the likeliest token. All (N,).
+    Args:
+        hidden: (N, d).
+        weight, bias: (V, d) and (V,).
+        targets: (N,) token ids.
+        temperature: divides the logits, in float32.
+    Returns: log-probability and entropy, float32, nats, both with gradient; and 1 where the target
+        is the likeliest token. (N,) each.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (
-            hidden.to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-        )
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         return TargetLogp.apply(hidden, weight, bias, targets, temperature)
 
@@ -64,45 +69,43 @@ class TargetLogp(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-    ) -> Any:
-        logp, entropy, correct = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
-        keep, kept = any(ctx.needs_input_grad[:3]), []
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logp, entropy, is_argmax = (
+            torch.empty(len(hidden), device=hidden.device) for _ in range(3)
+        )
+        needs_gradient = any(ctx.needs_input_grad[:3])
+        kept: list[Tensor | None] = []
         size = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // len(weight)))
-        room = KEPT_PROBABILITIES // len(weight)
+        kept_tokens = KEPT_PROBABILITIES // len(weight)
         for start in range(0, len(hidden), size):
             s = slice(start, start + size)
             logits = logits_of(hidden[s], weight, bias, temperature)
-            top = logits.amax(1, keepdim=True)
-            logits -= top  # nothing is lost to rounding where all of them are large
+            # with the largest at 0, nothing is lost to rounding where all of them are large
+            logits -= logits.amax(1, keepdim=True)
             p = logits.softmax(-1)
-            log_sum = -p.amax(1).log()  # of the exponentials; the likeliest one's is 1
-            of_target = logits.gather(1, targets[s, None])[:, 0]
-            logp[s] = of_target - log_sum
-            correct[s] = (of_target == 0).float()
+            log_sum = -p.amax(1).log()  # of the exponentials, of which the largest is 1
+            target_logits = logits.gather(1, targets[s, None])[:, 0]
+            logp[s] = target_logits - log_sum
+            is_argmax[s] = (target_logits == 0).float()
             entropy[s] = log_sum - logits.mul_(p).sum(1)
-            if keep and s.stop <= room:
+            if needs_gradient and s.stop <= kept_tokens:
                 kept.append(p)
-            del logits, p  # before the next chunk's
+            del logits, p  # before those of the next chunk
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.temperature, ctx.size, ctx.kept = temperature, size, kept
-        ctx.mark_non_differentiable(correct)
+        ctx.mark_non_differentiable(is_argmax)
         ctx.set_materialize_grads(False)
-        return logp, entropy, correct
+        return logp, entropy, is_argmax
 
     @staticmethod
-    def backward(ctx: Any, of_logp: Tensor | None, of_entropy: Tensor | None, _: Any) -> Any:
+    def backward(
+        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
-        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        to_bias = (
-            torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
-            if ctx.needs_input_grad[2]
-            else None
-        )
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = _float32_zeros(weight) if needs_weight else None
+        grad_bias = _float32_zeros(weight[:, 0]) if needs_bias else None
         for i, start in enumerate(range(0, len(hidden), ctx.size)):
             s = slice(start, start + ctx.size)
             if i < len(ctx.kept):
@@ -110,59 +113,74 @@ class TargetLogp(torch.autograd.Function):
             else:
                 p = logits_of(hidden[s], weight, bias, ctx.temperature).softmax(-1)
             # d log p_y / d logits = onehot_y - p;  d H / d logits = -p (log p + H)
-            slope = torch.zeros_like(p[:, :1]) if of_logp is None else -of_logp[s, None]
-            if of_entropy is None:
+            slope = torch.zeros_like(p[:, :1]) if grad_logp is None else -grad_logp[s, None]
+            if grad_entropy is None:
                 p.mul_(slope)
             else:
-                p.mul_(slope - of_entropy[s, None] * (p.clamp(min=1e-38).log() + entropy[s, None]))
-            if of_logp is not None:
-                p.scatter_add_(1, targets[s, None], of_logp[s, None])
+                # no name for log p: it would stay in memory
+                p.mul_(
+                    slope - grad_entropy[s, None] * (p.clamp(min=1e-38).log() + entropy[s, None])
+                )
+            if grad_logp is not None:
+                p.scatter_add_(1, targets[s, None], grad_logp[s, None])
             if ctx.temperature != 1:
                 p /= ctx.temperature
-            to_logits = p.to(weight.dtype)
-            if to_hidden is not None:
-                to_hidden[s] = to_logits @ weight
-            if to_weight is not None and weight.dtype == torch.float32:
-                to_weight.addmm_(to_logits.t(), hidden[s])
-            elif to_weight is not None:
-                to_weight += to_logits.t() @ hidden[s]
-            if to_bias is not None:
-                to_bias += p.sum(0)
-            del p, to_logits
-        if to_weight is not None:
-            to_weight = to_weight.to(weight.dtype)
-        return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None, None
+            grad_logits = p.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[s] = grad_logits @ weight
+            if grad_weight is not None and weight.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.t(), hidden[s])
+            elif grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[s]
+            if grad_bias is not None:
+                grad_bias += p.sum(0)
+            del p, grad_logits
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _float32_zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """(tokens, V), float32, the temperature applied."""
+    """Logits of tokens (N, V), float32, divided by the temperature."""
     multiply = matmul_rows if uses_onednn(weight) else F.linear
     logits = multiply(hidden, weight, bias).float()
     return logits.div_(temperature) if temperature != 1 else logits
 
 
 def uses_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies faster by a weight than what torch calls for it (MKL): in float32 on CPU, where it is not small."""
+    """Whether oneDNN multiplies by a weight faster than MKL, which torch calls by itself.
+
+    It does with large weights in float32 on CPU.
+    """
     return (
         weight.is_cpu
         and weight.dtype == torch.float32
-        and weight.numel() >= LARGE
+        and weight.numel() >= MIN_ONEDNN_WEIGHT
         and torch.backends.mkldnn.is_available()
     )
 
 
 def matmul_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows weight^T + bias by oneDNN, without gradient."""
+    """rows weight^T + bias by oneDNN, without gradient. Shapes (N, d), (V, d), (V,)."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def token_logprobs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of the target tokens, and the entropy of the whole distribution at each position.
+    """Log-probability of the target tokens, and entropy of the distribution at each position.
 
-    Args: logits (B, R, V).  targets (B, R) token ids.  temperature: divides the logits, in float32 whatever they come in.
-    Returns: logp (B, R) and entropy (B, R), float32, nats.
+    Args:
+        logits: (..., V).
+        targets: (...) token ids.
+        temperature: divides the logits, in float32.
+    Returns: two tensors (...), float32, nats: log-probability and entropy.
     """
     logits = logits.float() / temperature
     logp_all = logits.log_softmax(-1)

@@ -28,8 +28,9 @@ ATTENTION = "unpadded"  # the name of our attention in transformers
 SIMILAR_LENGTH, SHORT = 0.8, 32
 MIN_PREFIX = 8  # tokens; sharing a shorter prefix costs more than it saves
 
-# Attention of one new token to a KV cache: query (B, heads, 1, d), key and value (B, kv_heads, T, d),
-# the model's mask, the scale of the scores -> (B, 1, heads, d), or None where it does not apply.
+# Attention of one new token to a KV cache: query (B, heads, 1, d), key and value
+# (B, kv_heads, T, d), the model's mask, the scale of the scores -> (B, 1, heads, d), or None where
+# it does not apply.
 DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
 # What the sampler sets while it decodes (rlhf/sampling/cpu); None: torch's attention.
 decode_attention: ContextVar[DecodeAttention | None] = ContextVar("decode_attention", default=None)

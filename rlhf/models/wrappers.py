@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class Model(HfModule):
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
         self.hf = hf
-        self.recorded: Any = None  # the traced step of the sampling loop (rlhf/sampling/cpu)
+        # the traced step of the sampling loop (rlhf/sampling/cpu); False: tracing failed
+        self.recorded: Callable[..., Tensor] | bool | None = None
         # None: verified on the first forward pass
         self.can_pack: bool | None = None if packing.use_packed_attention(hf) else False
 
@@ -195,7 +196,7 @@ def last_token_score(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.gather(1, last[:, None])[:, 0]
 
 
-def answer_scores(
+def sequence_scores(
     scorer: Engine[Scorer] | Scorer, ids: Tensor, mask: Tensor, eos_id: int
 ) -> Tensor:
     """Scores of sequences, (B,), read at the position that the model was trained for.

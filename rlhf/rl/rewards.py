@@ -30,7 +30,7 @@ from rlhf.models.loading import (
     load_scorer,
     load_tokenizer,
 )
-from rlhf.models.wrappers import Scorer, answer_scores
+from rlhf.models.wrappers import Scorer, sequence_scores
 from rlhf.rl.experience import Experience
 from rlhf.runs.log import log
 
@@ -101,13 +101,13 @@ class Rewards:
         assert source.engine is not None
         if not source.reads_text:
             eos_id = self.tokenizer.eos_token_id
-            return answer_scores(source.engine, part.ids, part.full_mask, eos_id)
+            return sequence_scores(source.engine, part.ids, part.full_mask, eos_id)
         assert source.tokenizer is not None
         finished = [bool(value) for value in part.finished]
         rows = [retokenize(source, *row) for row in zip(turns, texts, finished)]
         # any id will do behind the mask; the policy's pad id may not exist here
         ids, mask = pad_right(rows, 0, source.engine.device)
-        return answer_scores(source.engine, ids, mask, source.tokenizer.eos_token_id)
+        return sequence_scores(source.engine, ids, mask, source.tokenizer.eos_token_id)
 
 
 def call(source: Source, turns: list[Turn], response: str) -> float:
@@ -276,7 +276,7 @@ def score_rows(
 
     def scores_of(index: Sequence[int]) -> Tensor:
         ids, mask = pad_right([rows[i] for i in index], tokenizer.pad_token_id, engine.device)
-        return answer_scores(engine, ids, mask, tokenizer.eos_token_id)
+        return sequence_scores(engine, ids, mask, tokenizer.eos_token_id)
 
     return map_across_ranks([len(row) for row in rows], micro_batch, scores_of).tolist()
 

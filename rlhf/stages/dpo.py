@@ -1,33 +1,36 @@
-"""DPO: preference pairs -> policy, without a reward model and without sampling. It learns from the pairs that a reward model would."""
+"""DPO: preference pairs -> policy, without a reward model and without sampling.
+
+It trains on the pairs that a reward model would train on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.config.schema import Config
-from rlhf.config.stage_graph import adapter_only
+from rlhf.config.schema import Config, Dpo
 from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, map_across_ranks, micro_batches
 from rlhf.data.cache import cache_folder, digest
-from rlhf.data.load import open_data
+from rlhf.data.records import Dataset
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import build_engine, gather_parameters
+from rlhf.distributed.engine import Engine, gather_parameters
 from rlhf.evaluation.policy import Found, before_and_after, evaluate_policy
 from rlhf.evaluation.reward_model import pairwise_accuracy
-from rlhf.models import loading, logprobs, packing
-from rlhf.models.loading import check_context, load_policy, load_tokenizer, save_engine
-from rlhf.models.lora import AdapterOff
+from rlhf.models import loading, logprobs, packing, wrappers
+from rlhf.models.loading import save_engine
+from rlhf.models.wrappers import LogProbModel, Policy
 from rlhf.planning.memory import gather_for_rollout
-from rlhf.rl import losses
 from rlhf.rl.experience import Models
 from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
@@ -37,215 +40,248 @@ from rlhf.training.likelihood import response_logprobs
 from rlhf.training.losses import preference_loss
 from rlhf.training.optimizer_step import optimizer_step
 from rlhf.training.schedule import learning_rate
+from rlhf.training.setup import (
+    build_actor_and_reference,
+    check_held_out,
+    count_steps,
+    open_inputs,
+)
+from rlhf.training.stats import Stats
 from rlhf.training.tracker import Tracker
 
-Rows = Sequence[tuple[list[int], list[int], list[int]]]  # token ids of prompt, chosen, rejected
+PairIds = tuple[list[int], list[int], list[int]]  # token ids of prompt, chosen, rejected
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
-    """Train, evaluate before, meanwhile and after; save run_dir/model. Returns the final metrics."""
-    # ---- data
+    """Train, evaluating before, meanwhile and after; save run_dir/model.
+
+    Returns: the final metrics.
+    """
+    # 1. data
     dpo, max_prompt, max_response = (
         cfg.dpo,
         cfg.data.max_prompt_tokens,
         cfg.data.max_response_tokens,
     )
-    check_context(cfg.inputs["sft"], max_prompt, max_response)
-    check_context(
-        cfg.inputs["sft"], max_prompt, cfg.rollout.max_new_tokens, "rollout.max_new_tokens"
-    )
-    tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
-    data = open_data(cfg, run_dir)
+    tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True)
     pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
     held_out = template.encode_pairs(tokenizer, data.eval_rm, max_prompt, max_response)
     log.info(f"DPO: {pairs}, {len(held_out)} held out")
-    steps = len(pairs) // dpo.batch_size * dpo.epochs
-    if not steps:
-        raise ValueError(f"dpo.batch_size={dpo.batch_size}: there are only {len(pairs)} pairs")
-    if not held_out:
-        raise ValueError(f"data.max_prompt_tokens={max_prompt}: all held-out prompts are longer")
-    steps = min(steps, dpo.max_steps or steps)
+    steps = count_steps(pairs, dpo.batch_size, dpo.epochs, dpo.max_steps, "dpo.batch_size")
+    check_held_out(held_out, max_prompt)
 
-    # ---- models: the policy and its frozen start
-    precision, pad_id, micro = (
-        cfg.deploy.precision,
-        tokenizer.pad_token_id,
-        cfg.deploy.eval_micro_batch,
-    )
-    cfg.actor.lora.dropout = 0.0  # at the start the policy is its reference
-    actor = build_engine(
-        lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "actor", run_dir
-    )
-    actor.eval()
-    if adapter_only(cfg.actor):
-        log.info("reference: the actor with its adapter off, one model less in memory")
-        ref: Any = AdapterOff(actor)
-    else:
-        ref = build_engine(
-            lambda: load_policy(cfg.inputs["sft"], tokenizer, precision), cfg, "ref", run_dir
-        )
-    key = digest(
-        content_of(actor if isinstance(ref, AdapterOff) else ref),
-        pairs.table._fingerprint,
-        f"{len(pairs)} {precision.name} {cfg.deploy.device.name}",
-    )
-    reference = cached_logp(
-        ref, pairs, pairs.lengths, pad_id, micro, cache_folder() / f"reference-{key}.safetensors"
-    )
-    together = Models(
+    # 2. models: the policy and its frozen start, whose log-probabilities are computed once
+    actor, ref = build_actor_and_reference(cfg, tokenizer, run_dir)
+    pad_id, micro_batch = tokenizer.pad_token_id, cfg.deploy.eval_micro_batch
+    file = cache_file(cfg, ref, pairs)
+    reference = cached_reference_logprobs(ref, pairs, pairs.lengths, pad_id, micro_batch, file)
+    lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
+    held_out_reference = pair_logprobs(ref, held_out, lengths, pad_id, micro_batch)
+    models = Models(
         tokenizer, actor, ref, gather=gather_for_rollout(cfg), engine=cfg.rollout.engine
     )
-    lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
-    held_out_reference = pair_logp(ref, held_out, lengths, pad_id, micro)
+    evaluation = Evaluation(cfg, models, data, held_out, held_out_reference)
 
+    # 3. training
     tracker = Tracker(cfg, run_dir, steps, ["loss", "rewards/accuracies", "rewards/margins"])
-    seen: dict[str, Any] = {"tokens": 0, "before": [{}, []]}
+    progress: dict[str, Any] = {"tokens": 0, "before": [{}, []]}
     checkpoints = Checkpoints(
-        cfg, run_dir, steps, {"actor": actor}, {"tracker": tracker, "seen": seen}
+        cfg, run_dir, steps, {"actor": actor}, {"tracker": tracker, "progress": progress}
     )
-
-    def evaluate() -> Found:
-        """Held-out pairs by the implicit reward; and answers to the held-out prompts, where the truth is known with their gold score."""
-        found, rows = evaluate_policy(
-            together,
-            data,
-            max_prompt,
-            cfg.rollout.max_new_tokens,
-            Sampling(cfg.rollout.temperature),
-            micro,
-        )
-        logp = pair_logp(actor, held_out, lengths, pad_id, micro)
-        chosen, rejected = (logp - held_out_reference).unbind(1)
-        found["accuracy"] = pairwise_accuracy(chosen, rejected)
-        found["loss"] = float(
-            preference_loss(chosen, rejected, dpo.beta, dpo.loss, dpo.label_smoothing).mean()
-        )
-        return found, rows
-
     done = checkpoints.resume()
     if not done:
-        seen["before"] = list(evaluate())
-
-    # ---- training
-    rank, world = collectives.rank(), collectives.world_size()
-    for step, batch in islice(
-        enumerate(global_batches(len(pairs), dpo.batch_size, dpo.epochs, cfg.seed)), done, steps
-    ):
-        actor.train()  # nothing drops out; activation checkpointing works only so
-        taken = {i: pairs[i] for i in batch}
-        seen["tokens"] += sum(
-            2 * len(prompt) + len(chosen) + len(rejected)
-            for prompt, chosen, rejected in taken.values()
-        )
-        columns: list[
-            Tensor
-        ] = []  # of the micro-batches: loss, log pi and log pi/ref of chosen and rejected
-
-        def loss_of(
-            rows: Sequence[int], columns: list[Tensor] = columns, taken: dict = taken
-        ) -> Tensor:
-            logp = both_logp(actor, [taken[i] for i in rows], pad_id)
-            ratio = logp - reference[list(rows)].to(logp.device)
-            losses = preference_loss(
-                ratio[:, 0], ratio[:, 1], dpo.beta, dpo.loss, dpo.label_smoothing
-            )
-            columns.append(torch.cat([losses[:, None], logp, ratio], 1).detach())
-            return losses.sum() / dpo.batch_size
-
+        progress["before"] = list(evaluation.measure())
+    batches = enumerate(global_batches(len(pairs), dpo.batch_size, dpo.epochs, cfg.seed))
+    for step, batch in islice(batches, done, steps):
         lr = learning_rate(step, steps, dpo)
-        micros = micro_batches(
-            batch, pairs.lengths, cfg.deploy.micro_batch, rank, world, max_prompt + max_response
+        examples = {i: pairs[i] for i in batch}
+        micros = cut_batch(cfg, examples, pairs.lengths, reference)
+        metrics = train_step(dpo, actor, micros, pad_id, lr)
+        progress["tokens"] += sum(
+            2 * len(prompt) + len(c) + len(r) for prompt, c, r in examples.values()
         )
-        grad_norm = optimizer_step(actor, micros, loss_of, lr)
-        losses, chosen, rejected, of_chosen, of_rejected = (
-            collectives.all_gather_rows(torch.cat(columns)).double().unbind(1)
-        )
-        metrics = {
-            "loss": float(losses.mean()),
-            "rewards/chosen": dpo.beta * float(of_chosen.mean()),
-            "rewards/rejected": dpo.beta * float(of_rejected.mean()),
-            "rewards/margins": dpo.beta * float((of_chosen - of_rejected).mean()),
-            "rewards/accuracies": pairwise_accuracy(of_chosen, of_rejected),
-            "logps/chosen": float(chosen.mean()),
-            "logps/rejected": float(rejected.mean()),
-            "grad_norm": grad_norm,
-            "learning_rate": lr,
-            "num_tokens": seen["tokens"],
-        }
-        actor.eval()
+        metrics["num_tokens"] = progress["tokens"]
         if dpo.eval_every and (step + 1) % dpo.eval_every == 0 and step + 1 < steps:
-            found, rows = evaluate()
-            metrics |= {f"eval/{name}": value for name, value in found.items()}
-            tracker.samples(step + 1, rows)
+            measured, samples = evaluation.measure()
+            metrics |= {f"eval/{name}": value for name, value in measured.items()}
+            tracker.samples(step + 1, samples)
         tracker.log(step + 1, metrics)
         checkpoints.after(step + 1)
 
-    # ---- evaluation
-    before, rows_before = seen["before"]
-    metrics, compared = before_and_after((before, rows_before), evaluate())
+    # 4. evaluation
+    before, samples_before = progress["before"]
+    metrics, compared = before_and_after((before, samples_before), evaluation.measure())
     tracker.samples(steps, compared)
     save_engine(actor, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics
 
 
-def both_logp(policy: Any, pairs: Rows, pad_id: int) -> Tensor:
-    """log pi of the chosen and of the rejected answers in one forward, (B, 2), nats."""
-    rows = [(prompt, chosen) for prompt, chosen, _ in pairs] + [
-        (prompt, rejected) for prompt, _, rejected in pairs
-    ]
+# ------------------------------------------------------------------------------- one optimizer step
+
+
+class MicroBatch(NamedTuple):
+    pairs: list[PairIds]
+    reference: Tensor  # (B, 2) log pi_ref of chosen and rejected, nats
+
+
+def cut_batch(
+    cfg: Config, examples: dict[int, PairIds], lengths: Sequence[int], reference: Tensor
+) -> list[MicroBatch]:
+    """This rank's micro-batches of a step. Args: examples: by their numbers; lengths, reference."""
+    micros = micro_batches(
+        list(examples),
+        lengths,
+        cfg.deploy.micro_batch,
+        collectives.rank(),
+        collectives.world_size(),
+        cfg.data.max_prompt_tokens + cfg.data.max_response_tokens,
+    )
+    return [MicroBatch([examples[i] for i in rows], reference[list(rows)]) for rows in micros]
+
+
+def train_step(
+    dpo: Dpo, actor: Engine[Policy], micros: list[MicroBatch], pad_id: int, lr: float
+) -> dict[str, float]:
+    """One optimizer step. Returns: its metrics. Rewards are the implicit ones, beta log pi/ref."""
+    actor.train()  # nothing drops out, but activation checkpointing works in this mode only
+    stats = Stats()
+    loss_fn = partial(dpo_loss, actor=actor, dpo=dpo, pad_id=pad_id, stats=stats)
+    grad_norm = optimizer_step(actor, micros, loss_fn, lr)
+    actor.eval()
+    losses, chosen, rejected, chosen_ratio, rejected_ratio = stats.gather("pairs").unbind(1)
+    return {
+        "loss": float(losses.mean()),
+        "rewards/chosen": dpo.beta * float(chosen_ratio.mean()),
+        "rewards/rejected": dpo.beta * float(rejected_ratio.mean()),
+        "rewards/margins": dpo.beta * float((chosen_ratio - rejected_ratio).mean()),
+        "rewards/accuracies": pairwise_accuracy(chosen_ratio, rejected_ratio),
+        "logps/chosen": float(chosen.mean()),
+        "logps/rejected": float(rejected.mean()),
+        "grad_norm": grad_norm,
+        "learning_rate": lr,
+    }
+
+
+def dpo_loss(
+    micro: MicroBatch, actor: Engine[Policy], dpo: Dpo, pad_id: int, stats: Stats
+) -> Tensor:
+    """Mean loss of the pairs, the share of one micro-batch."""
+    logp = chosen_rejected_logprobs(actor, micro.pairs, pad_id)
+    ratio = logp - micro.reference.to(logp.device)
+    losses = preference_loss(ratio[:, 0], ratio[:, 1], dpo.beta, dpo.loss, dpo.label_smoothing)
+    stats.append(pairs=torch.cat([losses[:, None], logp, ratio], 1))
+    return losses.sum() / dpo.batch_size
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Evaluation:
+    """Held-out pairs by the implicit reward, and sampled responses to the held-out prompts."""
+
+    cfg: Config
+    models: Models
+    data: Dataset
+    pairs: list[PairIds]
+    reference: Tensor  # (pairs, 2) log pi_ref of chosen and rejected, nats
+
+    def measure(self) -> Found:
+        """As evaluate_policy, with `accuracy` and `loss` of the pairs."""
+        cfg, dpo, micro_batch = self.cfg, self.cfg.dpo, self.cfg.deploy.eval_micro_batch
+        metrics, samples = evaluate_policy(
+            self.models,
+            self.data,
+            cfg.data.max_prompt_tokens,
+            cfg.rollout.max_new_tokens,
+            Sampling(cfg.rollout.temperature),
+            micro_batch,
+        )
+        lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in self.pairs]
+        pad_id = self.models.tokenizer.pad_token_id
+        logp = pair_logprobs(self.models.actor, self.pairs, lengths, pad_id, micro_batch)
+        chosen, rejected = (logp - self.reference).unbind(1)
+        metrics["accuracy"] = pairwise_accuracy(chosen, rejected)
+        losses = preference_loss(chosen, rejected, dpo.beta, dpo.loss, dpo.label_smoothing)
+        metrics["loss"] = float(losses.mean())
+        return metrics, samples
+
+
+# -------------------------------------------------------------------------------- log-probabilities
+
+
+def chosen_rejected_logprobs(policy: LogProbModel, pairs: Sequence[PairIds], pad_id: int) -> Tensor:
+    """log pi of chosen and rejected responses in one forward pass, (B, 2), nats."""
+    rows = [(prompt, chosen) for prompt, chosen, _ in pairs]
+    rows += [(prompt, rejected) for prompt, _, rejected in pairs]
     return torch.stack(response_logprobs(policy, rows, pad_id).chunk(2), 1)
 
 
 @torch.no_grad()
-def pair_logp(
-    policy: Any, pairs: Rows, lengths: Sequence[int], pad_id: int, micro_batch: int
+def pair_logprobs(
+    policy: LogProbModel,
+    pairs: Sequence[PairIds],
+    lengths: Sequence[int],
+    pad_id: int,
+    micro_batch: int,
 ) -> Tensor:
-    """log pi of both answers of all pairs, (N, 2) on the CPU, nats; the work is shared by all processes."""
-    return map_across_ranks(
-        lengths,
-        max(1, micro_batch // 2),
-        lambda some: both_logp(policy, [pairs[i] for i in some], pad_id),
-    ).cpu()
+    """log pi of both responses of all pairs, which ranks share out, (N, 2) on the CPU, nats."""
+
+    def work(rows: Sequence[int]) -> Tensor:
+        return chosen_rejected_logprobs(policy, [pairs[i] for i in rows], pad_id)
+
+    return map_across_ranks(lengths, max(1, micro_batch // 2), work).cpu()
 
 
-def cached_logp(
-    ref: Any, pairs: Rows, lengths: Sequence[int], pad_id: int, micro_batch: int, file: Path
+def cached_reference_logprobs(
+    ref: LogProbModel,
+    pairs: Sequence[PairIds],
+    lengths: Sequence[int],
+    pad_id: int,
+    micro_batch: int,
+    file: Path,
 ) -> Tensor:
-    """The reference's log-probabilities of all pairs, (N, 2): from `file` where an earlier run with the same reference and pairs has left
-    them, else computed and left there."""
-    known = collectives.rank() == 0 and file.exists()
-    if collectives.all_reduce_max(float(known), ref.device):
-        found = load_file(file)["logp"] if known else torch.zeros(len(pairs), 2)
-        if collectives.world_size() > 1:  # the others may not see the first one's disk
-            found = torch.tensor(
-                collectives.all_reduce_sum(found.flatten().tolist(), ref.device),
-                dtype=torch.float32,
-            ).view(-1, 2)
+    """pair_logprobs of the reference, from `file` or else computed and written there."""
+    is_cached = collectives.rank() == 0 and file.exists()
+    if collectives.all_reduce_max(float(is_cached), ref.device):
+        cached = load_file(file)["logp"] if is_cached else torch.zeros(len(pairs), 2)
+        if collectives.world_size() > 1:  # other ranks may not see the disk of rank 0
+            flat = collectives.all_reduce_sum(cached.flatten().tolist(), ref.device)
+            cached = torch.tensor(flat, dtype=torch.float32).view(-1, 2)
         log.info(f"reference: log-probabilities of {len(pairs):,} pairs from {file}")
-        return found
+        return cached
     log.info(f"reference: computing the log-probabilities of {len(pairs):,} pairs")
-    found = pair_logp(ref, pairs, lengths, pad_id, micro_batch)
+    computed = pair_logprobs(ref, pairs, lengths, pad_id, micro_batch)
     if collectives.rank() == 0:
+        # not atomic_path: several runs may write this file at the same time
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"logp": found}, temporary)
+        save_file({"logp": computed}, temporary)
         os.replace(temporary, file)
-    return found
+    return computed
 
 
-def content_of(policy: Any) -> str:
-    """A hash of a policy: configuration, weights, gathered one by one where ZeRO-3 partitions them, and the code that reads them. The
-    same on every process."""
-    code = "".join(
-        Path(module.__file__ or "").read_text()
-        for module in (likelihood, logprobs, loading, losses, packing)
-    )
+def cache_file(cfg: Config, ref: LogProbModel, pairs: tokenized.Rows[PairIds]) -> Path:
+    """Where the reference's log-probabilities are kept: named by what they depend on."""
+    settings = f"{len(pairs)} {cfg.deploy.precision.name} {cfg.deploy.device.name}"
+    key = digest(policy_hash(ref), pairs.table._fingerprint, settings)
+    return cache_folder() / f"reference-{key}.safetensors"
+
+
+def policy_hash(policy: LogProbModel) -> str:
+    """A hash of a policy's configuration and weights, and of the code that reads them.
+
+    The weights of an adapter, which is off in a reference, are not part of it. The same on every
+    rank.
+    """
+    modules = (likelihood, loading, logprobs, packing, wrappers)
+    code = "".join(Path(module.__file__ or "").read_text() for module in modules)
     sha = hashlib.sha256(f"{policy.module.hf.config.to_json_string()}{code}".encode())
     for name, weight in policy.module.named_parameters():
-        if ".lora_" in name:  # the adapter, which is off
+        if ".lora_" in name:
             continue
         with gather_parameters([weight]):
             if collectives.rank() == 0:
-                sha.update(weight.detach().contiguous().view(torch.uint8).cpu().numpy())
+                sha.update(weight.detach().contiguous().view(torch.uint8).cpu().numpy().data)
     number = float(int(sha.hexdigest()[:12], 16)) if collectives.rank() == 0 else 0.0
     return str(collectives.all_reduce_sum([number], policy.device))

@@ -1,53 +1,63 @@
-"""The likelihood of given texts under a policy: what SFT and DPO learn by, the pretraining loss, and perplexity."""
+"""The likelihood of given texts under a policy.
+
+SFT and DPO train on it; it is the pretraining loss, and gives perplexity.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf.data.batches import chunks, first_loss_token, pad_right
 from rlhf.distributed import collectives
+from rlhf.models.wrappers import LogProbModel
 
-Row = tuple[list[int], list[int]]  # token ids of prompt and answer
+Row = tuple[list[int], list[int]]  # token ids of prompt and response
 
 
 def response_nll_stats(
-    policy: Any, rows: Sequence[Row], pad_id: int, train_on_prompt: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums over all answer tokens (EOS included) of `rows`: -log p (with gradient), number of correct guesses, entropy in nats.
+    policy: LogProbModel, rows: Sequence[Row], pad_id: int, train_on_prompt: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the tokens in the loss, which are the responses with their EOS.
 
-    Args: train_on_prompt: over the prompts' tokens too.
+    Args: train_on_prompt: the prompts' tokens are in the loss too.
+    Returns: three scalars: -log p (nats, with gradient), the number of tokens that are the
+        likeliest, and entropy (nats).
     """
     ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
-    starts = torch.tensor(
-        [first_loss_token(prompt, train_on_prompt) for prompt, _ in rows], device=ids.device
-    )
-    learnt = (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]) & (mask > 0)
-    logp, entropy, correct = policy(ids, mask, learnt)
-    return -logp.sum(), correct.sum(), entropy.detach().sum()
+    starts = [first_loss_token(prompt, train_on_prompt) for prompt, _ in rows]
+    stats = policy(ids, mask, mask_from(starts, mask))
+    return -stats.logprobs.sum(), stats.is_argmax.sum(), stats.entropy.detach().sum()
 
 
-def response_logprobs(policy: Any, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
-    """Log-probability of each whole answer given its prompt, EOS included, (B,), nats."""
+def response_logprobs(policy: LogProbModel, rows: Sequence[Row], pad_id: int) -> Tensor:
+    """Log-probability of each response given its prompt, EOS included, (B,), nats."""
     ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
-    starts = torch.tensor([len(prompt) for prompt, _ in rows], device=ids.device)
-    answers = (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]) & (mask > 0)
-    return policy(ids, mask, answers)[0].sum(1)
+    starts = [len(prompt) for prompt, _ in rows]
+    return policy(ids, mask, mask_from(starts, mask))[0].sum(1)
+
+
+def mask_from(starts: Sequence[int], mask: Tensor) -> Tensor:
+    """The real tokens of each row from `starts` (B,) on, (B, T) bool. Args: mask (B, T)."""
+    first = torch.tensor(starts, device=mask.device)[:, None]
+    return (torch.arange(mask.shape[1], device=mask.device) >= first) & (mask > 0)
 
 
 @torch.no_grad()
-def perplexity(policy: Any, rows: Sequence[Row], pad_id: int, micro_batch: int) -> float:
-    """exp of the mean -log p over all answer tokens of all rows (token ids of prompt and answer); the work is shared by all processes."""
+def perplexity(policy: LogProbModel, rows: Sequence[Row], pad_id: int, micro_batch: int) -> float:
+    """exp of the mean -log p over the response tokens of all rows, which ranks share out.
+
+    Args: micro_batch: rows per forward pass.
+    """
     world = collectives.world_size()
-    nothing: Row = (rows[0][0], [])  # so that every process has the same number of rows
-    mine = [*rows, *[nothing] * (-len(rows) % world)][collectives.rank() :: world]
+    filler: Row = (rows[0][0], [])  # without a response: every rank gets the same number of rows
+    mine = [*rows, *[filler] * (-len(rows) % world)][collectives.rank() :: world]
     nll = sum(
         float(response_nll_stats(policy, part, pad_id)[0]) for part in chunks(mine, micro_batch)
     )
-    total, tokens = collectives.all_reduce_sum(
-        [nll, sum(len(answer) for _, answer in mine)], policy.device
-    )
-    return math.exp(min(total / tokens, 50.0))
+    tokens = sum(len(answer) for _, answer in mine)
+    total, count = collectives.all_reduce_sum([nll, tokens], policy.device)
+    return math.exp(min(total / count, 50.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,12 @@ def first_nonfinite_output(engine: Engine[nn.Module], compute_loss: Callable[[],
             return f"; the first weight that is not finite is {name}"
     bad: list[str] = []
 
-    def check(module: nn.Module, inputs: Any, output: Any, name: str) -> None:
+    def check(
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        output: Tensor | tuple[Tensor, ...],
+        name: str,
+    ) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
         floats = [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
         if not bad and not all(bool(torch.isfinite(x).all()) for x in floats):

@@ -1,6 +1,6 @@
-"""What a run tells the world: metrics.jsonl (always), W&B, the progress bar, samples.jsonl. Rank 0 only; others are silent.
+"""Where a run reports: metrics.jsonl (always), W&B, the progress bar, samples.jsonl; rank 0 only.
 
-Metric names are those of TRL where it has one, so that existing dashboards load; docs/wandb.md lists them.
+Metric names are TRL's where it has one, so that existing dashboards load; docs/wandb.md lists them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from rlhf.config.choices import WandbMode
+from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.distributed import collectives
 from rlhf.runs.log import first_line, is_listening, log
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 
@@ -31,7 +35,10 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 class Tracker:
     """Writes the metrics of one run.
 
-    Args: run_dir: where the files go.  total: steps of the run, for the time left.  shown: metrics beside the progress bar.
+    Args:
+        run_dir: where the files go.
+        total: steps of the run, for the time left.
+        shown: metrics to show beside the progress bar.
     """
 
     def __init__(self, cfg: Config, run_dir: Path, total: int, shown: list[str]):
@@ -41,27 +48,20 @@ class Tracker:
         if not self.main:
             return
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  one line per step, flushed at once
-        self.wandb = ThreadPoolExecutor(1).submit(
-            start_wandb, cfg, run_dir
-        )  # takes seconds, in which the run can begin
-        # a terminal shows a bar; anything else gets a line now and then
-        self.bar = tqdm(
-            total=total,
-            desc=cfg.stage.name,
-            unit="step",
-            disable=None,
-            dynamic_ncols=True,
-            leave=True,
-        )
+        # it takes seconds, in which the run can begin
+        self.wandb = ThreadPoolExecutor(1).submit(start_wandb, cfg, run_dir)
+        # a terminal shows a bar; anything else gets a line every 10 seconds
+        desc = cfg.stage.name
+        self.bar = tqdm(total=total, desc=desc, unit="step", disable=None, dynamic_ncols=True)
         self.last_line = 0.0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of `step` (1-based; optimizer step, PPO: rollout)."""
+        """Record the metrics of `step` (from 1; optimizer step, RL: rollout)."""
         if not self.main:
             return
         metrics = {key: float(value) for key, value in metrics.items()}
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
-        self.tell_wandb(lambda run: run.log({"step": step, **metrics}))
+        self.send_to_wandb(lambda run: run.log({"step": step, **metrics}))
         shown = {
             key.rsplit("/", 1)[-1]: f"{metrics[key]:.3g}" for key in self.shown if key in metrics
         }
@@ -78,14 +78,12 @@ class Tracker:
             log.info(line)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Record sampled answers: all of them in samples.jsonl, the first 32 as a W&B table `completions`."""
+        """Record sampled responses: all in samples.jsonl, 32 in the W&B table `completions`."""
         if not self.main or not rows:
             return
-        with open(self.run_dir / "samples.jsonl", "a") as file:
-            for row in rows:
-                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        append_rows(self.run_dir / "samples.jsonl", step, rows)
 
-        def send(run: Any) -> None:
+        def send(run: Run) -> None:
             import wandb
 
             table = wandb.Table(
@@ -93,38 +91,37 @@ class Tracker:
             )
             run.log({"step": step, "completions": table})
 
-        self.tell_wandb(send)
+        self.send_to_wandb(send)
 
     def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Append answers of a rollout, token by token, to rollouts.jsonl; pandas.read_json(..., lines=True) reads it."""
-        if not self.main or not rows:
-            return
-        with open(self.run_dir / "rollouts.jsonl", "a") as file:
-            file.writelines(
-                json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows
-            )
+        """Append responses of a rollout, token by token, to rollouts.jsonl.
+
+        pandas.read_json(..., lines=True) reads it.
+        """
+        if self.main and rows:
+            append_rows(self.run_dir / "rollouts.jsonl", step, rows)
 
     def alert(self, title: str, text: str) -> None:
         """Warn, on the console and as a W&B alert."""
         if not self.main:
             return
         log.warning(f"{title}: {text}")
-        self.tell_wandb(lambda run: run.alert(title=title, text=text, level="WARN"))
+        self.send_to_wandb(lambda run: run.alert(title=title, text=text, level="WARN"))
 
-    def tell_wandb(self, send: Callable[[Any], None]) -> None:
-        """Whatever happens to W&B does not happen to the run: all is in the run's own files."""
+    def send_to_wandb(self, send: Callable[[Run], None]) -> None:
+        """An error of W&B does not stop the run, whose own files have everything."""
         if run := self.wandb.result():
             try:
                 send(run)
             except Exception as error:  # its client raises many kinds when the server goes away
                 log.warning(
-                    "W&B: %s: %s; going on, the run's own files have everything",
+                    "W&B: %s: %s; the run continues, and its own files have everything",
                     type(error).__name__,
                     first_line(error),
                 )
 
     def state_dict(self) -> dict[str, int]:
-        """How much has been written to each file, and is on the disk."""
+        """Bytes of each file that are on the disk."""
         sizes = {}
         for name in LOGS if self.main else ():
             with contextlib.suppress(FileNotFoundError), open(self.run_dir / name, "rb") as file:
@@ -133,7 +130,7 @@ class Tracker:
         return sizes
 
     def load_state_dict(self, sizes: dict[str, int]) -> None:
-        """Cut off what was written after that: those steps are made again."""
+        """Cut off what was written later: those steps are repeated."""
         for name in LOGS if self.main else ():
             if (self.run_dir / name).exists():
                 os.truncate(self.run_dir / name, sizes.get(name, 0))
@@ -148,47 +145,36 @@ class Tracker:
         self.bar.close()
         self.file.close()
 
-        def send(run: Any) -> None:
+        def send(run: Run) -> None:
             run.summary.update(summary)
             run.finish()
 
-        self.tell_wandb(send)
+        self.send_to_wandb(send)
 
 
-def start_wandb(cfg: Config, run_dir: Path) -> Any:
-    """The W&B run of this run directory, or None when disabled. Never prompts, and never waits for a dead network."""
+def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    """Append a JSON line per row, with its step."""
+    with open(path, "a") as file:
+        file.writelines(
+            json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows
+        )
+
+
+def start_wandb(cfg: Config, run_dir: Path) -> Run | None:
+    """The W&B run of this run directory, or None when disabled.
+
+    Never prompts, and never waits for a network that is down.
+
+    Raises: UserError when wandb.mode=online and the server cannot be reached.
+    """
     if cfg.wandb.mode == WandbMode.disabled:
         return None
     import wandb
 
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(6))
     mode: Any = cfg.wandb.mode.name
     if cfg.wandb.mode == WandbMode.auto:
         mode = "online" if wandb_reachable(wandb.setup().settings.base_url) else "offline"
-    settings = wandb.Settings(
-        console="off",
-        silent=True,
-        init_timeout=15,
-        finish_timeout=60,
-        x_transaction_log_flush_interval=1,
-        x_disable_meta=True,
-    )
-    options: dict[str, Any] = dict(
-        id=id_file.read_text().strip(),
-        dir=run_dir,
-        project=cfg.wandb.project,
-        entity=cfg.wandb.entity,
-        group=cfg.experiment_name,
-        job_type=cfg.stage.name,
-        name=run_dir.name,
-        tags=[cfg.actor.name, cfg.deploy.device.name, *cfg.data.sources, *cfg.wandb.tags],
-        notes=cfg.wandb.notes,
-        config=OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True),
-        resume="allow",
-        settings=settings,
-    )
+    options = wandb_options(cfg, run_dir)
     try:
         run = wandb.init(mode=mode, **options)
     except (
@@ -197,25 +183,56 @@ def start_wandb(cfg: Config, run_dir: Path) -> Any:
         wandb.errors.AuthenticationError,
     ) as error:
         if cfg.wandb.mode == WandbMode.online:
-            raise RuntimeError(
-                f"wandb.mode=online: {first_line(error)}; log in with `wandb login`, or set wandb.mode=auto"
+            raise UserError(
+                f"wandb.mode=online: {first_line(error)}; "
+                "log in with `wandb login`, or set wandb.mode=auto"
             ) from None
-        log.warning("W&B is not reachable, going on offline: %s", first_line(error))
+        log.warning("W&B is unreachable, the run is logged offline: %s", first_line(error))
         run = wandb.init(mode="offline", **options)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
 
 
+def wandb_options(cfg: Config, run_dir: Path) -> dict[str, Any]:
+    """The arguments of wandb.init. A resumed run has the id of run_dir/wandb_id again."""
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(6))
+    return {
+        "id": id_file.read_text().strip(),
+        "dir": run_dir,
+        "project": cfg.wandb.project,
+        "entity": cfg.wandb.entity,
+        "group": cfg.experiment_name,
+        "job_type": cfg.stage.name,
+        "name": run_dir.name,
+        "tags": [cfg.actor.name, cfg.deploy.device.name, *cfg.data.sources, *cfg.wandb.tags],
+        "notes": cfg.wandb.notes,
+        "config": OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True),
+        "resume": "allow",
+        "settings": wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=15,
+            finish_timeout=60,
+            x_transaction_log_flush_interval=1,
+            x_disable_meta=True,
+        ),
+    }
+
+
 def finish_wandb() -> None:
-    """Send what this process has logged, where it has; a run that goes on later continues it."""
+    """Send what this process has logged to W&B; a resumed run continues the same W&B run."""
     if (wandb := sys.modules.get("wandb")) and wandb.run:
         with contextlib.suppress(Exception):
             wandb.finish()
 
 
 def wandb_reachable(base_url: str) -> bool:
-    """Whether there is a key for the W&B server, and it answers within 2 s."""
+    """Whether there is a key for the W&B server, and the server answers within 2 s."""
     from wandb.sdk.lib import wbauth
 
     if not (os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=base_url)):
@@ -224,7 +241,10 @@ def wandb_reachable(base_url: str) -> bool:
 
 
 def set_up_logging(run_dir: Path) -> None:
-    """Rank 0: messages to the console and, with every step's metrics, to train.log. Other ranks: warnings only."""
+    """Rank 0: messages to the console, and with every step's metrics to train.log.
+
+    Other ranks: warnings only.
+    """
     log.setLevel(logging.DEBUG if collectives.rank() == 0 else logging.WARNING)
     log.propagate = False
     console = TqdmHandler()

@@ -225,6 +225,7 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
     runs: dict[str, Path], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The key is the content: other settings of DPO share it, other pairs or weights do not."""
+    from rlhf.models.wrappers import TokenStats
     from rlhf.stages import dpo
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
@@ -241,25 +242,25 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
 
         def __call__(
             self, ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:
+        ) -> TokenStats:
             calls.append(len(ids))
             uniform = math.log(600) * wanted
-            return -uniform, uniform, torch.zeros(ids.shape)
+            return TokenStats(-uniform, uniform, torch.zeros(ids.shape))
 
     pairs = [([5, 6], [7, 8], [9]), ([5], [6, 7, 8], [9, 10])]
     file = tmp_path / "reference.safetensors"
-    first = dpo.cached_logp(Reference(0.0), pairs, [4, 4], 0, 4, file)
+    first = dpo.cached_reference_logprobs(Reference(0.0), pairs, [4, 4], 0, 4, file)
     assert first.flatten().tolist() == pytest.approx(
         [-n * math.log(600) for n in (2, 1, 3, 2)], rel=1e-5
     ) and calls == [4]
     assert torch.equal(
-        dpo.cached_logp(Reference(0.0), pairs, [4, 4], 0, 4, file), first
+        dpo.cached_reference_logprobs(Reference(0.0), pairs, [4, 4], 0, 4, file), first
     ) and calls == [4], "read, not computed"
     same, other, changed = Reference(0.0), Reference(0.5), Reference(0.0)
     changed.module.hf.config.rope_theta = 7
     assert (
-        dpo.content_of(Reference(0.0)) == dpo.content_of(same)
-        and len({dpo.content_of(r) for r in (same, other, changed)}) == 3
+        dpo.policy_hash(Reference(0.0)) == dpo.policy_hash(same)
+        and len({dpo.policy_hash(r) for r in (same, other, changed)}) == 3
     )
 
 

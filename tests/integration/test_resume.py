@@ -219,7 +219,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     said = parent.communicate(timeout=60)[1]
     assert (
         parent.returncode == 130
-        and "asked to stop after step" in said
+        and "stopped after step" in said
         and "the same command goes on" in said
     ), said
     step = find_checkpoints(run)[0][0][1]["step"]
@@ -232,7 +232,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     )
     assert "fresh=true" in refused.stderr
     done = train(*long, cwd=tmp_path)
-    assert done.returncode == 0 and f"going on after step {step} of 400" in done.stderr, done.stderr
+    assert done.returncode == 0 and f"resuming after step {step} of 400" in done.stderr, done.stderr
     assert [row["step"] for row in metrics(run)] == list(range(1, 401))
     assert not (run / "checkpoints").exists(), (
         "a finished run keeps its models, not its optimizer states"
@@ -271,14 +271,14 @@ def test_a_torn_checkpoint_is_left_out_and_a_full_disk_leaves_the_one_before(
         text=True,
         **full,
     )
-    assert done.returncode == 1 and f"{newest.name} is not whole, it is left out" in done.stderr
+    assert done.returncode == 1 and f"{newest.name} is incomplete: skipped" in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "is the disk full?" in line and line.endswith(
         f"the last good checkpoint is {before.relative_to(tmp_path)}"
     ), line
     assert [a["step"] for _, a in find_checkpoints(run)[0]] == [about["step"]]
     done = train(*SLOW, cwd=tmp_path)
-    assert done.returncode == 0 and f"going on after step {about['step']} of 30" in done.stderr
+    assert done.returncode == 0 and f"resuming after step {about['step']} of 30" in done.stderr
     assert [row["step"] for row in metrics(run)] == list(range(1, 31)) and summary(run)[
         "status"
     ] == "finished"
@@ -323,7 +323,7 @@ def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_pat
     first.kill()
     first.wait()
     said += second.communicate(timeout=300)[1]
-    assert second.returncode == 0 and "going on after step" in said, said
+    assert second.returncode == 0 and "resuming after step" in said, said
     runs = runs_in(tmp_path)
     assert (len(runs["sft"]), len(runs["rm"]), len(runs["ppo"])) == (1, 1, 1)
     assert {summary(ppo)["parents"]["sft"] for ppo in runs["ppo"]} == {
@@ -423,13 +423,13 @@ def test_without_room_on_the_disk_a_checkpoint_is_left_out(
     ) == 1
     (tmp_path / "stop").touch()  # as on several nodes
     with pytest.raises(
-        checkpoint.Stopped, match="asked to stop after step 3 of 9; there is no checkpoint of it"
+        checkpoint.Stopped, match="stopped after step 3 of 9; it has no checkpoint"
     ):
         saving.after(3)
     monkeypatch.undo()
     for step in (4, 5):
         with pytest.raises(
-            checkpoint.Stopped, match=f"after step {step} of 9; the same command goes on from there"
+            checkpoint.Stopped, match=f"after step {step} of 9; run the same command to resume"
         ):
             saving.after(step)
     assert [about["step"] for _, about in find_checkpoints(tmp_path)[0]] == [5, 4]

@@ -55,7 +55,7 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert (
         "failed:" in done.stderr
-        and "sft.batch_size=16: there are only 8 demonstrations" in done.stderr
+        and "sft.batch_size=16: there are only 8 rows to train on" in done.stderr
     )
     assert len([run for run in runs_in(tmp_path)["sft"] if (run / "summary.json").exists()]) == 1
     assert "Traceback" not in done.stderr

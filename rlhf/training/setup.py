@@ -1,0 +1,86 @@
+"""What training stages prepare before their loop: data, steps, policy and reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.config.errors import UserError
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import adapter_only
+from rlhf.data.load import open_data
+from rlhf.data.records import Dataset
+from rlhf.distributed.engine import Engine, build_engine
+from rlhf.models.loading import check_context, load_policy, load_tokenizer
+from rlhf.models.lora import AdapterOff
+from rlhf.models.wrappers import LogProbModel, Policy
+from rlhf.runs.log import log
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_inputs(
+    cfg: Config, run_dir: Path, path: str, *, samples: bool = False, references: bool = True
+) -> tuple[PreTrainedTokenizerBase, Dataset]:
+    """The tokenizer of the model at `path`, and the records of all stages.
+
+    Args:
+        samples: the stage samples responses of up to rollout.max_new_tokens.
+        references: it reads answers of the data, of up to data.max_response_tokens.
+    Raises: UserError when the model's context is too short for them, or there is no data.
+    """
+    if references:
+        check_context(path, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
+    if samples:
+        key, longest = "rollout.max_new_tokens", cfg.rollout.max_new_tokens
+        check_context(path, cfg.data.max_prompt_tokens, longest, key)
+    tokenizer = load_tokenizer(path, cfg.data.template)
+    return tokenizer, open_data(cfg, run_dir)
+
+
+def count_steps(rows: Sized, per_step: int, epochs: int, max_steps: int | None, key: str) -> int:
+    """Steps of a run: whole batches in all epochs, at most `max_steps`.
+
+    Args: rows: of the training data.  per_step: rows in a batch.  key: the setting of `per_step`.
+    Raises: UserError when there is not one whole batch.
+    """
+    steps = len(rows) // per_step * epochs
+    if not steps:
+        raise UserError(f"{key}={per_step}: there are only {len(rows)} rows to train on; lower it")
+    return min(steps, max_steps or steps)
+
+
+def check_held_out(rows: Sized, max_prompt: int) -> None:
+    """Refuse an empty evaluation set. Args: rows: held-out rows with a prompt that is short enough.
+
+    Raises: UserError.
+    """
+    if not len(rows):
+        raise UserError(
+            f"data.max_prompt_tokens={max_prompt}: all held-out prompts are longer; raise it"
+        )
+
+
+def build_actor_and_reference(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, run_dir: Path
+) -> tuple[Engine[Policy], LogProbModel]:
+    """The policy to train, from the SFT run, and its frozen start as the reference.
+
+    Where only an adapter is trained, the reference is the policy without it.
+    """
+    path, precision = cfg.inputs["sft"], cfg.deploy.precision
+    cfg.actor.lora.dropout = 0.0  # at the start the policy equals its reference
+    actor = build_engine(
+        lambda: load_policy(path, tokenizer, precision, adapter=cfg.actor.lora),
+        cfg,
+        "actor",
+        run_dir,
+    )
+    actor.eval()
+    if adapter_only(cfg.actor):
+        log.info("reference: the actor without its adapter, which needs no memory of its own")
+        return actor, AdapterOff(actor)
+    ref = build_engine(lambda: load_policy(path, tokenizer, precision), cfg, "ref", run_dir)
+    return actor, ref
