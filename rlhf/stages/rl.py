@@ -6,15 +6,13 @@ docs/ppo.md explains every step, docs/algorithms.md the differences.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,13 +22,11 @@ from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.data import tokenized
 from rlhf.data.batches import global_batches, uniforms
-from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Turn
 from rlhf.distributed.engine import Engine, build_engine
-from rlhf.evaluation.policy import Found, before_and_after, evaluate_policy
-from rlhf.models.loading import check_context, load_policy, load_scorer, load_tokenizer, save_engine
-from rlhf.models.lora import AdapterOff
-from rlhf.models.wrappers import LogProbModel, Scorer
+from rlhf.evaluation.during_training import Evaluations
+from rlhf.models.loading import check_context, load_scorer, save_engine
+from rlhf.models.wrappers import Scorer
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.rl.advantages import estimate_advantages, shape_scores, token_rewards
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
@@ -44,6 +40,7 @@ from rlhf.rl.update import Learner, Texts, update_policy
 from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints
+from rlhf.training.setup import build_actor_and_reference, open_inputs
 from rlhf.training.tracker import Tracker
 
 PromptRows = tokenized.Rows[tuple[list[Turn], list[int]]]
@@ -60,15 +57,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """
     # 1. data
     functions = load_functions(cfg)
-    check_context(
-        cfg.inputs["sft"],
-        cfg.data.max_prompt_tokens,
-        cfg.rollout.max_new_tokens,
-        "rollout.max_new_tokens",
-    )
     check_reward_models(cfg)
-    tokenizer = load_tokenizer(cfg.inputs["sft"], cfg.data.template)
-    data = open_data(cfg, run_dir)
+    path = cfg.inputs["sft"]
+    tokenizer, data = open_inputs(cfg, run_dir, path, samples=True, references=False)
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")
@@ -108,14 +99,20 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 5. evaluation, and the models that the run leaves
     metrics, compared = state.evaluations.compare(steps)
     state.tracker.samples(steps, compared)
-    save_engine(models.actor, tokenizer, run_dir / "model")
-    if models.critic:
-        save_engine(models.critic, tokenizer, run_dir / "critic")
-    if ema:
-        with ema.in_place():
-            save_engine(models.actor, tokenizer, run_dir / "model_ema")
+    save_models(learner, run_dir)
     state.tracker.close(metrics)
     return metrics
+
+
+def save_models(learner: Learner, run_dir: Path) -> None:
+    """The policy, and where they exist the critic and the average policy."""
+    models = learner.models
+    save_engine(models.actor, models.tokenizer, run_dir / "model")
+    if models.critic:
+        save_engine(models.critic, models.tokenizer, run_dir / "critic")
+    if learner.ema:
+        with learner.ema.in_place():
+            save_engine(models.actor, models.tokenizer, run_dir / "model_ema")
 
 
 @dataclass
@@ -173,19 +170,12 @@ def train_on_rollout(
     if step == learner.warmup:
         guards.report()
 
-    # 5. metrics, and the controllers that read them
-    metrics = rollout_metrics(experience, scored, state.kl.value)
-    metrics |= state.evaluations.gold_metrics(experience, asked.turns)
-    metrics |= source_metrics(rewards.names, experience.scores)
-    rows = response_rows(experience, scored, rewards, cfg.rollout.log_answers)
-    state.tracker.answers(step + 1, rows)
+    # 5. metrics, and the controller that reads them
+    metrics = log_rollout(learner, state, experience, scored, asked, step)
     size = len(asked.ids)
     if learner.actor_trains(step):  # before, the policy is the reference and has no KL
         state.kl.update(metrics["objective/kl"], size)
-    if state.evaluations.is_due(step + 1, learner.steps):
-        measured, samples = state.evaluations.evaluate(step + 1)
-        metrics |= {f"eval/{name}": value for name, value in measured.items()}
-        state.tracker.samples(step + 1, samples)
+    metrics |= evaluate_when_due(state, step + 1, learner.steps)
     return (
         metrics
         | updated
@@ -197,6 +187,34 @@ def train_on_rollout(
             "timing_s/step": seconds,
         }
     )
+
+
+def log_rollout(
+    learner: Learner,
+    state: State,
+    experience: Experience,
+    scored: Scored,
+    asked: Prompts,
+    step: int,
+) -> dict[str, float]:
+    """Metrics of a rollout; some of its responses go to rollouts.jsonl, token by token."""
+    rewards = learner.models.rewards
+    assert rewards is not None
+    metrics = rollout_metrics(experience, scored, state.kl.value)
+    metrics |= state.evaluations.gold_metrics(experience, asked.turns)
+    metrics |= source_metrics(rewards.names, experience.scores)
+    count = learner.cfg.rollout.log_answers
+    state.tracker.answers(step + 1, response_rows(experience, scored, rewards, count))
+    return metrics
+
+
+def evaluate_when_due(state: State, step: int, steps: int) -> dict[str, float]:
+    """Metrics of an evaluation after rollout `step`, where one is due."""
+    if not state.evaluations.is_due(step, steps):
+        return {}
+    measured, samples = state.evaluations.evaluate(step)
+    state.tracker.samples(step, samples)
+    return {f"eval/{name}": value for name, value in measured.items()}
 
 
 def prompts_of_rollout(
@@ -220,69 +238,6 @@ def score_rollout(rewards: Rewards, experience: Experience, cfg: Config, state: 
     penalty: Tensor = coef * estimate
     rewards_per_token = token_rewards(score, penalty, experience.response_mask)
     return Scored(raw, score, penalty, rewards_per_token)
-
-
-# ------------------------------------------------------------------------------------ evaluations
-
-
-@dataclass
-class Evaluations:
-    """Evaluations on held-out prompts; model_best/ is the best policy so far."""
-
-    cfg: Config
-    data: Dataset
-    models: Models
-    run_dir: Path
-    best: float = -float("inf")
-    start: dict[str, float] = field(default_factory=dict)  # metrics before training
-    start_samples: list[dict[str, Any]] = field(default_factory=list)
-
-    def is_due(self, step: int, steps: int) -> bool:
-        """Whether to evaluate after rollout `step`; the last one is evaluated at the end anyway."""
-        every = self.cfg.rl.evaluation.every
-        return bool(every) and step % (every or 1) == 0 and step < steps
-
-    def evaluate(self, step: int) -> Found:
-        """Metrics and samples of the present policy, which is saved where it is the best so far."""
-        cfg, settings = self.cfg, self.cfg.rl.evaluation
-        measured, samples = evaluate_policy(
-            self.models,
-            self.data,
-            cfg.data.max_prompt_tokens,
-            cfg.rollout.max_new_tokens,
-            Sampling(settings.temperature, settings.top_p, settings.top_k),
-            cfg.deploy.eval_micro_batch,
-        )
-        # by the first KL coefficient, not the current one, so that evaluations can be compared
-        measured["objective"] = measured["score"] - cfg.rl.kl.coef * measured["kl"]
-        if settings.every and measured[settings.best_by.name] > self.best:
-            self.best = measured[settings.best_by.name]
-            log.info(f"step {step}: best {settings.best_by.name} so far, {self.best:.3f}")
-            save_engine(self.models.actor, self.models.tokenizer, self.run_dir / "model_best")
-        return measured, samples
-
-    def remember_start(self) -> None:
-        """Evaluate before training."""
-        self.start, self.start_samples = self.evaluate(0)
-
-    def compare(self, step: int) -> Found:
-        """Evaluate after training, and put it beside the start."""
-        return before_and_after((self.start, self.start_samples), self.evaluate(step))
-
-    def gold_metrics(self, experience: Experience, turns: Sequence[list[Turn]]) -> dict[str, float]:
-        """Gold rewards of a rollout, where the ground truth is known."""
-        if not self.data.gold:
-            return {}
-        texts = [experience.text(row, self.models.tokenizer) for row in range(len(turns))]
-        gold = [self.data.gold(prompt, text) for prompt, text in zip(turns, texts)]
-        return {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "start": self.start, "start_samples": self.start_samples}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.start = state["best"], state["start"]
-        self.start_samples = state["start_samples"]
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -319,26 +274,13 @@ def load_models(
     run_dir: Path,
 ) -> Models:
     """The policy and its reference, what scores responses, and with rl.advantage=gae the critic."""
-    path, precision = cfg.inputs["sft"], cfg.deploy.precision
-    cfg.actor.lora.dropout = cfg.reward.lora.dropout = (
-        0.0  # the ratio of the first update must be 1
-    )
-    load = functools.partial(load_policy, path, tokenizer, precision)
-    with_adapter = functools.partial(load, adapter=cfg.actor.lora)
-    actor = build_engine(with_adapter, cfg, "actor", run_dir)
-    ref: LogProbModel
-    if stage_graph.adapter_only(cfg.actor):
-        log.info("reference: the actor with its adapter off, one model less in memory")
-        ref = AdapterOff(actor)
-    else:
-        ref = build_engine(load, cfg, "ref", run_dir)
+    cfg.reward.lora.dropout = 0.0  # of the critic: values are not noise
+    actor, ref = build_actor_and_reference(cfg, tokenizer, run_dir)
     rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
     critic = None
     if stage_graph.has_critic(cfg.rl):
         critic = build_critic(cfg, rewards, tokenizer, run_dir)
-    for engine in (actor, critic):
-        if engine is not None:
-            engine.eval()
+        critic.eval()
     gather = gather_for_rollout(cfg)
     return Models(tokenizer, actor, ref, rewards, critic, gather, cfg.rollout.engine)
 

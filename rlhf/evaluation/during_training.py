@@ -1,0 +1,78 @@
+"""Evaluations on held-out prompts before, during and after online RL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.config.schema import Config
+from rlhf.data.records import Dataset, Turn
+from rlhf.evaluation.policy import Found, before_and_after, evaluate_policy
+from rlhf.models.loading import save_engine
+from rlhf.rl.experience import Experience, Models
+from rlhf.runs.log import log
+from rlhf.sampling.token_choice import Sampling
+
+
+@dataclass
+class Evaluations:
+    """Evaluations on held-out prompts; model_best/ is the best policy so far."""
+
+    cfg: Config
+    data: Dataset
+    models: Models
+    run_dir: Path
+    best: float = -float("inf")
+    start: dict[str, float] = field(default_factory=dict)  # metrics before training
+    start_samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to evaluate after rollout `step`; the last one is evaluated at the end anyway."""
+        every = self.cfg.rl.evaluation.every
+        return bool(every) and step % (every or 1) == 0 and step < steps
+
+    def evaluate(self, step: int) -> Found:
+        """Metrics and samples of the present policy, which is saved where it is the best so far."""
+        cfg, settings = self.cfg, self.cfg.rl.evaluation
+        measured, samples = evaluate_policy(
+            self.models,
+            self.data,
+            cfg.data.max_prompt_tokens,
+            cfg.rollout.max_new_tokens,
+            Sampling(settings.temperature, settings.top_p, settings.top_k),
+            cfg.deploy.eval_micro_batch,
+        )
+        # by the first KL coefficient, not the current one, so that evaluations can be compared
+        measured["objective"] = measured["score"] - cfg.rl.kl.coef * measured["kl"]
+        if settings.every and measured[settings.best_by.name] > self.best:
+            self.best = measured[settings.best_by.name]
+            log.info(f"step {step}: best {settings.best_by.name} so far, {self.best:.3f}")
+            save_engine(self.models.actor, self.models.tokenizer, self.run_dir / "model_best")
+        return measured, samples
+
+    def remember_start(self) -> None:
+        """Evaluate before training."""
+        self.start, self.start_samples = self.evaluate(0)
+
+    def compare(self, step: int) -> Found:
+        """Evaluate after training, and put it beside the start."""
+        return before_and_after((self.start, self.start_samples), self.evaluate(step))
+
+    def gold_metrics(self, experience: Experience, turns: Sequence[list[Turn]]) -> dict[str, float]:
+        """Gold rewards of a rollout, where the ground truth is known."""
+        if not self.data.gold:
+            return {}
+        texts = [experience.text(row, self.models.tokenizer) for row in range(len(turns))]
+        gold = [self.data.gold(prompt, text) for prompt, text in zip(turns, texts)]
+        return {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "start": self.start, "start_samples": self.start_samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.start = state["best"], state["start"]
+        self.start_samples = state["start_samples"]
