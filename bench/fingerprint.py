@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# the two configuration keys whose names differ between versions
-RL_MAX_STEPS = ("ppo.max_steps", "rloo.max_steps", "grpo.max_steps")
-PROCESSES = "deploy.gpus"
+# two configuration keys that old versions call otherwise
+RL_MAX_STEPS = ("rl.max_steps",)  # ppo.max_steps, rloo.max_steps, grpo.max_steps in old versions
+PROCESSES = "deploy.processes_per_node"  # deploy.gpus in old versions
 
 ALGORITHMS = ("ppo", "rloo", "grpo", "dpo")
 PROCESS_COUNTS = (1, 2)

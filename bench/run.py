@@ -12,7 +12,7 @@ WORK is one of
     startup     seconds from `python train.py` to the first optimizer step
     data        bench/data.py, small
 
-Contestants (bench/contestants.py) are processes that work in turns, so that only one computes at a time, on the same token ids. The first
+Contestants (bench/contestants.py, bench/peers.py) are processes that work in turns, so that only one computes at a time, on the same token ids. The first
 samples are warm-up. A sample counts if others used less than FOREIGN processors meanwhile, and the contestant had one. All numbers are
 medians.
 """
@@ -20,11 +20,9 @@ medians.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,348 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-from contestants import MiB, forced_lengths
+from driver import ROOT, TRIES, ask, enter, last_lines, product_overrides, side_by_side
+from protocol import MiB, read_batches
+from quiet import FOREIGN, WARM_UP, clocks, used_since, wait_for_quiet
+from table import lengths, middle, results, table
 
-ROOT = Path(__file__).resolve().parents[1]
-FOREIGN = 0.12  # processors that others may use during a sample
-OWN = 0.85  # and that a contestant must have had
-WARM_UP = 2  # samples
-TRIES = 3  # times the wanted number of samples, at most
 BATCH = {"sft": 8, "rm": 8, "padding": 8, "vocabulary": 8}  # else 16
 PADDING = (0, 35, 70)  # %, of a batch padded to its longest row
 VOCABULARIES = (8_192, 32_768, 131_072)
 Spec = dict[str, Any]
-
-
-# ------------------------------------------------------------------------------------------------------------------ the processors
-
-
-def clocks() -> tuple[float, float, float]:
-    """Seconds now; of processors that this machine has worked; and that this process and all that it has started have."""
-    import psutil  # type: ignore[import-untyped]
-
-    ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    busy = sum(ticks[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # user, nice, system, irq, softirq, steal
-    own = 0.0
-    me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # it has ended
-            own += sum(process.cpu_times()[:4])  # children that have ended are in their parent's
-    return time.perf_counter(), busy, own
-
-
-def used_since(before: tuple[float, float, float]) -> dict[str, float]:
-    """Processors used since then, by us (`own`) and by others (`foreign`; what the clocks' ticks cannot tell, 20 ms, is left out)."""
-    wall, busy, own = (now - then for now, then in zip(clocks(), before))
-    return {"own": own / max(wall, 1e-9), "foreign": max(0.0, busy - own - 0.02) / max(wall, 1e-9)}
-
-
-def wait_for_quiet(at_most: float) -> None:
-    end = time.monotonic() + at_most
-    while time.monotonic() < end:
-        before = clocks()
-        time.sleep(0.4)
-        if used_since(before)["foreign"] < FOREIGN / 2:
-            return
-
-
-# --------------------------------------------------------------------------------------------------------------------- contestants
-
-
-def write_spec(spec: Spec, label: str) -> Path:
-    file = Path(spec["out"]) / f"{label}.json"
-    file.write_text(json.dumps(spec))
-    return file
-
-
-def command(role: str, file: Path) -> list[str]:
-    return [sys.executable, str(Path(__file__)), "--contestant", role, str(file)]
-
-
-def ask(role: str, spec: Spec) -> dict[str, Any]:
-    """What a role that takes no turns says."""
-    with (Path(spec["out"]) / f"{role}.log").open("w") as log:
-        done = subprocess.run(
-            command(role, write_spec(spec, role)), stdout=subprocess.PIPE, stderr=log, text=True
-        )
-    if done.returncode:
-        raise SystemExit(f"{last_lines(Path(log.name))}\n{role} has ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def enter(label: str, role: str, spec: Spec) -> dict[str, Any]:
-    """Start a contestant and wait until it is ready."""
-    from rlhf.runs import launch
-
-    environment: dict[str, str] = os.environ | {"OMP_NUM_THREADS": str(spec["threads"])}
-    if role == "product":
-        spec, environment = product_run(label, spec)
-    elif role == "product_generate" or spec["same_malloc"]:
-        environment |= launch.memory_settings()
-    log = Path(spec["out"]) / f"{label}.log"
-    with log.open("w") as errors:
-        pipes: dict[str, Any] = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "stderr": errors,
-            "text": True,
-        }
-        process = subprocess.Popen(command(role, write_spec(spec, label)), env=environment, **pipes)
-    contestant = {"label": label, "process": process, "log": log, "samples": [], "spec": spec}
-    contestant["peer"] = hear(contestant)["ready"]
-    return contestant
-
-
-def tell(contestant: dict[str, Any], word: str) -> dict[str, Any]:
-    contestant["process"].stdin.write(word + "\n")
-    contestant["process"].stdin.flush()
-    return hear(contestant)
-
-
-def hear(contestant: dict[str, Any]) -> dict[str, Any]:
-    line = contestant["process"].stdout.readline()
-    if not line:
-        code = contestant["process"].wait()
-        causes = [
-            file.read_text()
-            for file in Path(contestant["spec"].get("run_dir", "/nowhere")).glob("error-rank*.txt")
-        ]
-        why = causes[0] if causes else last_lines(contestant["log"])
-        raise SystemExit(
-            f"{why}\n{contestant['label']} has ended with {code}; all of it: {contestant['log']}"
-        )
-    return json.loads(line)
-
-
-def last_lines(log: Path) -> str:
-    return "\n".join(log.read_text().splitlines()[-25:])
-
-
-def product_run(label: str, spec: Spec) -> tuple[Spec, dict[str, str]]:
-    """A run directory of the product, as its command line makes one, and the environment that its launcher gives a worker."""
-    from hydra import compose, initialize_config_dir
-
-    from rlhf import cli
-    from rlhf.config.loading import register_schema, save_config
-    from rlhf.config.validation import check_config
-    from rlhf.runs import launch
-    from rlhf.runs.directory import config_for_stage
-    from rlhf.runs.inputs import check_models, find_inputs
-
-    register_schema()
-    overrides = product_overrides(spec)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = cli.typed(compose("config", overrides))
-    if problems := check_config(cfg) + check_models(cfg):
-        raise SystemExit("\n".join(problems))
-    stage = cfg.stage.runs[-1]
-    cfg = config_for_stage(cfg, stage, find_inputs(cfg, stage, cfg, overrides)[0])
-    run_dir = Path(spec["out"]) / f"run-{label}"
-    run_dir.mkdir()
-    save_config(cfg, run_dir / "config.yaml")
-    return spec | {"run_dir": str(run_dir)}, os.environ | launch.worker_environments(cfg)[
-        0
-    ]  # the one place that knows how it starts a worker
-
-
-def product_overrides(spec: Spec) -> list[str]:
-    """The command line of the product for this work."""
-    stage = {"ppo-eos": "ppo", "processes": "ppo", "padding": "sft", "vocabulary": "sft"}.get(
-        spec["work"], spec["work"]
-    )
-    batch, out, half = spec["batch"], spec["out"], spec["max_length"] // 2
-    size = (
-        {"prompt": spec["prompt"], "answer": spec["new"]}
-        if stage == "ppo"
-        else {"prompt": half, "answer": half}
-    )
-    given = [
-        f"stage={stage}",
-        "data=jsonl",
-        f"data.sources.mine.path={out}/pairs.jsonl",
-        "data.workers=1",
-        "data.eval_rows=16",
-    ]
-    given += [
-        f"data.max_prompt_tokens={size['prompt']}",
-        f"data.max_response_tokens={size['answer']}",
-        f"root={out}",
-    ]
-    given += [
-        f"actor.path={spec['policy']}",
-        f"reward.path={spec['reward']}",
-        "wandb.mode=disabled",
-        "checkpoint.every_minutes=null",
-    ]
-    given += [f"deploy.threads={spec['threads']}", f"deploy.precision={spec['precision']}"]
-    given += [f"deploy.micro_batch={batch}", f"deploy.eval_micro_batch={batch}"]
-    given += [
-        f"{stage}.{key}"
-        for key in (
-            f"batch_size={batch}",
-            "epochs=1",
-            "lr=1e-6",
-            "schedule=constant",
-            "warmup_ratio=0",
-        )
-    ]
-    if stage == "ppo":
-        given += [
-            f"rl.actor={spec['policy']}",
-            f"rl.reward={spec['reward']}",
-            "rl.minibatches=1",
-            "rl.kl.coef=0.1",
-        ]
-        given += [
-            "rl.critic.lr=1e-6",
-            "rl.normalize_score=false",
-            "rl.missing_eos_penalty=0",
-        ]
-    return given + spec["set"]
-
-
-def side_by_side(contenders: list[dict[str, Any]], samples: int) -> None:
-    """Let all work in turns until each has so many quiet samples, or there were TRIES times as many; then end them."""
-    for number in range(WARM_UP + TRIES * samples):
-        for each in contenders:
-            wait_for_quiet(each["spec"]["wait"])
-            before = clocks()
-            sample = tell(each, "go")
-            each["samples"].append(sample | used_since(before))
-        tokens = {each["label"]: each["samples"][-1]["tokens"] for each in contenders}
-        if len(set(tokens.values())) > 1:
-            raise SystemExit(f"sample {number} is not the same work for all, real tokens: {tokens}")
-        if all(len(quiet(each)) >= samples for each in contenders):
-            break
-    for each in contenders:
-        each |= tell(each, "stop")
-        each["process"].wait()
-
-
-def quiet(contestant: dict[str, Any]) -> list[int]:
-    """Numbers of the samples that count. A contestant always computes: one that had less than a processor was kept from it, by a host
-    beneath this machine that /proc/stat may know nothing of."""
-    samples = contestant["samples"]
-    return [
-        i
-        for i in range(WARM_UP, len(samples))
-        if samples[i]["foreign"] < FOREIGN and samples[i]["own"] > OWN
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------------------------- results
-
-
-def needed_flops(shape: dict[str, int], work: str, rows: list[tuple[int, int]]) -> dict[str, float]:
-    """Floating-point operations that a piece of work cannot do without, by its parts.
-
-    Args: rows: tokens of prompt and answer of each sequence (rm: of both answers to a pair).
-
-    A forward multiplies each real token with each weight of the body, and in attention each token with those before it (twice, for
-    scores and for values); the head is needed only where a log-probability is. A backward is two forwards. Nothing counts for padding,
-    or for computing something again. PPO: a forward each to sample, and for reference, reward and old values (the sampler has seen the
-    old log-probabilities); then actor and critic three times.
-    """
-    body = sum(
-        2.0 * shape["body"] * (p + a) + 2.0 * shape["attention"] * (p + a) ** 2 for p, a in rows
-    )
-    head = sum(2.0 * shape["head"] * a for _, a in rows)
-    if work == "generate":
-        return {"all": body + head}
-    if work == "rm":
-        return {"all": 3 * body}
-    if work.startswith("ppo"):
-        parts = {"rollout": 4 * body + 2 * head, "update": 6 * body + 3 * head}
-        return parts | {"all": sum(parts.values())}
-    return {"all": 3 * (body + head)}
-
-
-def lengths(spec: Spec, batch: list[Any], number: int) -> list[tuple[int, int]]:
-    """Tokens of prompt and answer of each sequence of batch `number`."""
-    if spec["work"] == "rm":
-        return [(len(prompt), len(answer)) for prompt, *answers in batch for answer in answers]
-    if spec["work"] in ("generate", "ppo"):
-        return [(len(prompt), spec["new"]) for prompt in batch]
-    if spec["work"] == "ppo-eos":
-        return list(zip(map(len, batch), forced_lengths(number, len(batch), spec["new"]).tolist()))
-    return [(len(prompt), len(answer)) for prompt, answer in batch]
-
-
-def middle(values: list[float]) -> dict[str, float]:
-    """Median, half the range as a share of it, and the inter-quartile range."""
-    quarters = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
-    median = statistics.median(values)
-    return {
-        "median": median,
-        "spread": (max(values) - min(values)) / 2 / median,
-        "iqr": quarters[2] - quarters[0],
-    }
-
-
-def results(
-    contestant: dict[str, Any], shape: dict[str, int], limits: dict[str, float]
-) -> list[dict[str, Any]]:
-    """Rows of the table: of the contestant's samples, and of the parts of them that it measures itself."""
-    spec, kept = contestant["spec"], quiet(contestant)
-    disturbed = not kept
-    kept = kept or list(range(len(contestant["samples"])))  # better than nothing, and said so
-    batches = contestants.read_batches(spec)
-    found = []
-    for part in ("seconds", "rollout", "update"):
-        taken = [contestant["samples"][i] for i in kept]
-        if part not in taken[0]:
-            continue
-        seconds = [sample[part] for sample in taken]
-        # batch 0 was for getting ready
-        flops = [
-            needed_flops(shape, spec["work"], lengths(spec, batches[i + 1], i + 1)) for i in kept
-        ]
-        row = middle(seconds) | {
-            "name": contestant["label"] if part == "seconds" else f"{contestant['label']}: {part}"
-        }
-        row |= {"n": 0 if disturbed else len(kept), "tries": len(contestant["samples"]) - WARM_UP}
-        gemm = limits[spec["precision"]] * 1e9
-        row["share"] = statistics.median(
-            f["all" if part == "seconds" else part] / s / gemm for f, s in zip(flops, seconds)
-        )
-        if part == "seconds":
-            row["tokens_s"] = statistics.median(
-                sample["tokens"] / sample["seconds"] for sample in taken
-            )
-            row["peak_mib"] = contestant["peak_mib"]
-        found.append(row)
-    return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as markdown; columns that none of them has are left out."""
-    columns = {
-        "": lambda r: r["name"],
-        "seconds": lambda r: f"{r['median']:.3f}",
-        "± %": lambda r: f"{100 * r['spread']:.0f}",
-        "quartiles apart, s": lambda r: f"{r['iqr']:.3f}",
-        "samples": lambda r: f"{r['n']} of {r['tries']}" + ("" if r["n"] else ", disturbed"),
-        "real tokens/s": lambda r: f"{r['tokens_s']:,.0f}",
-        "% of GEMM": lambda r: f"{100 * r['share']:.0f}",
-        "peak MiB above imports": lambda r: f"{r['peak_mib']:,.0f}",
-        "of it states, MiB": lambda r: f"{r['states_mib']:,.0f}",
-    }
-    lines: list[list[str]] = [list(columns), *([] for _ in rows)]
-    for cell in columns.values():
-        for line, row in zip(lines[1:], rows):
-            try:
-                line.append(cell(row))
-            except KeyError:
-                line.append("")
-    kept = [i for i in range(len(columns)) if any(line[i] for line in lines[1:])]
-    lines = [[line[i] for i in kept] for line in lines]
-    lines.insert(1, ["---"] + ["---:"] * (len(kept) - 1))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# --------------------------------------------------------------------------------------------------------------------------- works
 
 
 def compare(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
@@ -472,7 +137,7 @@ def vocabulary(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, A
         "above imports and states: "
         + ", ".join(f"{x:,.0f} MiB at {size:,}" for x, size in zip(beyond, VOCABULARIES))
     ]
-    batches = contestants.read_batches({"batches": f"{spec['out']}/batches.json"})
+    batches = read_batches({"batches": f"{spec['out']}/batches.json"})
     tokens = max(sum(map(sum, lengths(spec, batch, 0))) for batch in batches)
     logits = ", ".join(f"{4 * tokens * size / MiB:,.0f} MiB" for size in VOCABULARIES)
     said += [f"logits of all {tokens:,} real tokens of the largest batch, in fp32: {logits}"]

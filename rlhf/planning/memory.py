@@ -312,8 +312,8 @@ class StageNeeds:
             self.add_role(name, arch, self.cfg.reward, scorer=True)
         else:
             self.notes.append(
-                f"{node_name(self.stage)}.rewards.{name}: not counted, its shape is not known before "
-                "it is loaded"
+                f"{node_name(self.stage)}.rewards.{name}: not counted, its shape is not known "
+                "before it is loaded"
             )
 
     # ------------------------------------------------------------------------------- phases

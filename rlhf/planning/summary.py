@@ -25,7 +25,7 @@ UNKNOWN = "known when the data are read"
 Changes = dict[str, Any]  # key -> new value
 
 
-# -------------------------------------------------------------------------- changes that make it fit
+# ------------------------------------------------------------ changes that make it fit
 
 
 def cheapest_changes(cfg: Config, stage: str, count: int = 3) -> list[str]:
@@ -124,7 +124,7 @@ def as_overrides(changes: Changes) -> str:
     return " ".join(f"{key}={text}" for key, text in texts.items())
 
 
-# ------------------------------------------------------------------------------------------- the text
+# ------------------------------------------------------------ the text
 
 
 def one_line_summary(plan: Plan) -> str:

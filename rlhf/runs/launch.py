@@ -324,8 +324,8 @@ def check_machines(cfg: Config) -> None:
     available = count_gpus()
     if available < deploy.processes_per_node:
         raise UserError(
-            f"deploy.processes_per_node={deploy.processes_per_node}, but this machine shows {plural(available, 'NVIDIA GPU')}: "
-            "use deploy=cpu, or fewer deploy.processes_per_node"
+            f"deploy.processes_per_node={deploy.processes_per_node}, but this machine shows "
+            f"{plural(available, 'NVIDIA GPU')}: use deploy=cpu, or fewer deploy.processes_per_node"
         )
 
 
@@ -342,7 +342,8 @@ def check_hostfile(path: Path, cfg: Config) -> None:
     if len(hosts) < deploy.nodes or len(enough) < len(hosts):
         raise UserError(
             f"deploy.hostfile={path}: {plural(len(hosts), 'node')}, {len(enough)} with enough "
-            f"slots, for deploy.nodes={deploy.nodes} of deploy.processes_per_node={deploy.processes_per_node}"
+            f"slots, for deploy.nodes={deploy.nodes} of "
+            f"deploy.processes_per_node={deploy.processes_per_node}"
         )
     if shutil.which("pdsh") is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The model card: what a saved model is, where it comes from and what was measured. No torch here."""
+"""The model card: what a saved model is, its parents, data and metrics. No torch here."""
 
 from __future__ import annotations
 
@@ -12,50 +12,41 @@ from rlhf.runs.stage_views import view_of
 
 
 def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
-    """README.md in the model's directory. Args: directory: of the run.  summary: as in summary.json."""
+    """Write README.md into the model's directory.
+
+    Args: directory: of the run.  summary: as in summary.json.
+    """
     stage = summary["stage"]
-    given = parent_stages(cfg, stage).get("sft")
-    path = cfg.reward.path if stage == "rm" else given or cfg.actor.path
-    base = (
-        [] if path.startswith(BUILTIN) or is_directory(path) else [f"base_model: {path}"]
-    )  # only a hub id says something elsewhere
+    path = base_model(cfg, stage)
+    parents = [f"- {role}: run `{id}`" for role, id in summary["parents"].items()]
+    settings = [f"{key}: {value}" for key, value in sorted(summary["settings"].items())]
+    versions = ", ".join(f"{name} {v}" for name, v in summary["versions"].items() if v)
+    template = f"Dialogue template: `{cfg.data.template.name}`, saved with the tokenizer."
+    metrics = [f"| {name} | {value:.4g} |" for name, value in summary["metrics"].items()]
+    data = [f"| {row['source']} | {row['split']} | {row['rows']} |" for row in summary["data"]]
     lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [rlhf, {stage}]",
-        *base,
-        "---",
-        "",
-        f"# {directory.name}",
-        "",
-        view_of(stage).card_text(stage),
-        "",
+        *front_matter(path, stage),
+        *("", f"# {directory.name}", "", view_of(stage).card_text(stage), ""),
+        *(f"Base model: `{path}`. {template}", ""),
+        *("## Metrics", "", "| metric | value |", "|---|---|", *metrics, ""),
+        *("## Data", "", "| source | split | rows |", "|---|---|---|", *data, ""),
+        *("## Parent runs", "", *(parents or ["- none, only the base model"]), ""),
+        *("## Settings", "", "All values that decide the result.", ""),
+        *("```yaml", *settings, "```", ""),
+        *(f"Run `{summary['id']}`. Made with {versions}.", ""),
     ]
-    lines += [
-        f"Base model: `{path}`. Template of the dialogues: `{cfg.data.template.name}`, saved with the tokenizer.",
-        "",
-    ]
-    lines += ["## Measured", "", "| metric | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in summary["metrics"].items()]
-    lines += ["", "## Data", "", "| source | split | rows |", "|---|---|---|"]
-    lines += [
-        f"| {entry['source']} | {entry['split']} | {entry['rows']} |" for entry in summary["data"]
-    ]
-    lines += ["", "## Stands on", ""]
-    lines += [f"- {role}: run `{id}`" for role, id in summary["parents"].items()] or [
-        "- nothing but the base model"
-    ]
-    lines += [
-        "",
-        "## Settings",
-        "",
-        "All that decides the result; with them the same run is made again.",
-        "",
-        "```yaml",
-    ]
-    lines += [f"{key}: {value}" for key, value in sorted(summary["settings"].items())]
-    versions = ", ".join(
-        f"{name} {version}" for name, version in summary["versions"].items() if version
-    )
-    lines += ["```", "", f"Run `{summary['id']}`. Made with {versions}.", ""]
     (directory / "model" / "README.md").write_text("\n".join(lines))
+
+
+def base_model(cfg: Config, stage: str) -> str:
+    """The path of the model that training started from."""
+    if stage == "rm":
+        return cfg.reward.path
+    return parent_stages(cfg, stage).get("sft") or cfg.actor.path
+
+
+def front_matter(path: str, stage: str) -> list[str]:
+    """The YAML head that the hub reads; it names the base model where that is a hub id."""
+    is_local = path.startswith(BUILTIN) or is_directory(path)
+    base = [] if is_local else [f"base_model: {path}"]
+    return ["---", "library_name: transformers", f"tags: [rlhf, {stage}]", *base, "---"]

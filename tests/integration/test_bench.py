@@ -13,17 +13,18 @@ from helpers import REPO
 
 sys.path.insert(0, str(REPO / "bench"))
 
-import run as bench
+import quiet
+import table
 
 
 def test_needed_operations_by_hand() -> None:
     """Ten weights in the body, three in the head, attention of one: a prompt of 2 tokens and an answer of 3."""
     shape = {"body": 10, "head": 3, "attention": 1}
     body, head = 2 * 10 * 5 + 2 * 25, 2 * 3 * 3
-    assert bench.needed_flops(shape, "generate", [(2, 3)]) == {"all": body + head}
-    assert bench.needed_flops(shape, "sft", [(2, 3)]) == {"all": 3 * (body + head)}
-    assert bench.needed_flops(shape, "rm", [(2, 3), (2, 3)]) == {"all": 6 * body}
-    ppo = bench.needed_flops(shape, "ppo", [(2, 3)])
+    assert table.needed_flops(shape, "generate", [(2, 3)]) == {"all": body + head}
+    assert table.needed_flops(shape, "sft", [(2, 3)]) == {"all": 3 * (body + head)}
+    assert table.needed_flops(shape, "rm", [(2, 3), (2, 3)]) == {"all": 6 * body}
+    ppo = table.needed_flops(shape, "ppo", [(2, 3)])
     assert ppo == {
         "rollout": 4 * body + 2 * head,
         "update": 6 * body + 3 * head,
@@ -33,14 +34,14 @@ def test_needed_operations_by_hand() -> None:
 
 def test_a_sample_counts_if_nobody_else_worked() -> None:
     sample = {"own": 1.9, "foreign": 0.0}
-    samples = [sample] * bench.WARM_UP + [
+    samples = [sample] * quiet.WARM_UP + [
         sample,
         sample | {"foreign": 0.5},
         sample,
         sample | {"own": 0.3},
     ]
-    assert bench.quiet({"samples": samples}) == [bench.WARM_UP, bench.WARM_UP + 2]
-    assert bench.middle([1.0, 2.0, 3.0, 4.0, 5.0]) == {
+    assert quiet.quiet_samples({"samples": samples}) == [quiet.WARM_UP, quiet.WARM_UP + 2]
+    assert table.middle([1.0, 2.0, 3.0, 4.0, 5.0]) == {
         "median": 3.0,
         "spread": 4 / 2 / 3,
         "iqr": 2.0,
