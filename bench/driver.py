@@ -119,6 +119,7 @@ def product_overrides(spec: Spec) -> list[str]:
     stage = {"ppo-eos": "ppo", "processes": "ppo", "padding": "sft", "vocabulary": "sft"}.get(
         spec["work"], spec["work"]
     )
+    node = "rl" if stage == "ppo" else stage
     batch, out, half = spec["batch"], spec["out"], spec["max_length"] // 2
     size = (
         {"prompt": spec["prompt"], "answer": spec["new"]}
@@ -146,7 +147,7 @@ def product_overrides(spec: Spec) -> list[str]:
     given += [f"deploy.threads={spec['threads']}", f"deploy.precision={spec['precision']}"]
     given += [f"deploy.micro_batch={batch}", f"deploy.eval_micro_batch={batch}"]
     given += [
-        f"{stage}.{key}"
+        f"{node}.{key}"
         for key in (
             f"batch_size={batch}",
             "epochs=1",
