@@ -10,17 +10,21 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+import hydra
 
-from rlhf.config.loading import register_schema, to_typed
+from rlhf import compose
 from rlhf.config.schema import Config
+from rlhf.runs.command import Command
 
 REPO = Path(__file__).parents[1]
 CONF = REPO / "conf"
-STAGES = sorted(path.stem for path in (CONF / "stage").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (CONF / "rl").glob("*.yaml"))  # of online RL
+STAGES = sorted([*(path.stem for path in (CONF / "stage").glob("*.yaml")), *PRESETS])
 # a pipeline of seconds: everything real, only few and small
 SMALL = [
     "data.sandbox.demonstrations=64",
@@ -90,15 +94,29 @@ class Demo:
 
 
 def composed(*overrides: str) -> Config:
+    """The configuration of a command line, checked for unknown keys only."""
     return copy.deepcopy(compose_once(os.environ.get("RLHF_ROOT"), *overrides))
 
 
 @functools.cache
 def compose_once(root: str | None, *overrides: str) -> Config:
     """It takes half a second. root: which the configuration reads."""
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_typed(compose("config", list(overrides)))
+    compose.register()
+    typed = [compose.allow_user_names(arg) for arg in overrides]
+    return compose.typed_config(compose.compose_alone(typed, [], hydra_too=False))
+
+
+def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
+    """What `python train.py OVERRIDES` would run. Args: folders: the user's, with option files.
+
+    Raises: UserError as the command line does.
+    """
+    compose.register(folders)
+    typed = [compose.allow_user_names(arg) for arg in overrides]
+    own = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node = hydra.compose("config", [*typed, *(own if folders else [])])
+        return compose.make_command(node, typed)
 
 
 def lines(file: Path) -> int:

@@ -13,7 +13,7 @@ from rlhf.data.batches import uniforms
 from rlhf.data.records import Turn
 from rlhf.distributed.engine import build_engine
 from rlhf.models.loading import load_policy, load_tokenizer
-from rlhf.rl.experience import Experience, Models, make_experience
+from rlhf.rl.experience import Experience, Models, Prompts, make_experience
 from rlhf.sampling.token_choice import Sampling
 
 EOS = 2
@@ -23,7 +23,6 @@ PROMPTS = [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9]]
 @pytest.fixture(scope="module")
 def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     cfg = composed("stage=ppo")
-    cfg.stage.name = "ppo"
     tokenizer = load_tokenizer("builtin:tiny")
     torch.manual_seed(0)
     engine = build_engine(
@@ -38,12 +37,12 @@ def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def experience(actor: Any, tokenizer: Any) -> Experience:
-    """A rollout in which one answer ends, measured as the first one of a run."""
-    draws, asked = uniforms("rollout", range(4), 0, 0, 6), [[Turn("user", "Hi")]] * 4
-    e = make_experience(
-        Models(tokenizer, actor, actor), PROMPTS, asked, draws, Sampling(), 4, rescore=True
-    )
+    """A rollout in which one response ends, measured as the first one of a run."""
+    noise, turns = uniforms("rollout", range(4), 0, 0, 6), [[Turn("user", "Hi")]] * 4
+    prompts = Prompts(turns, PROMPTS, noise)
+    e = make_experience(Models(tokenizer, actor, actor), prompts, Sampling(), 4, rescore=True)
     e.scores = torch.zeros(4, 1)
-    e.response_ids[1, 2:], e.mask[1, 3:], e.learnt[1, 3:], e.ended[1] = EOS, 0.0, 0.0, 1.0
-    e.mask, e.learnt = e.mask.clone(), e.learnt.clone()
+    e.response_ids[1, 2:], e.finished[1] = EOS, 1.0
+    e.response_mask, e.loss_mask = e.response_mask.clone(), e.loss_mask.clone()
+    e.response_mask[1, 3:] = e.loss_mask[1, 3:] = 0.0
     return e

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from rlhf.config import schema
 from rlhf.config.choices import Device, Schedule
-from rlhf.config.keys import _node_type
+from rlhf.config.field import node_type
 from rlhf.config.loading import load_config, register_schema, save_config
 from rlhf.config.schema import Checkpoint, Deploy, Offload, Source
 from rlhf.config.stage_graph import parent_stages
@@ -151,7 +151,7 @@ def test_every_key_is_documented_and_has_its_value_in_yaml_only() -> None:
             assert named_by_user or no_switches or f.default == "???", (
                 f"{node.__name__}.{f.name} has a default in Python"
             )
-            is_node = dataclasses.is_dataclass(_node_type(hints[f.name]))
+            is_node = dataclasses.is_dataclass(node_type(hints[f.name]))
             documented = re.search(rf"^    {f.name}: .*#", source, re.MULTILINE)
             assert is_node or documented, f"{node.__name__}.{f.name} has no comment"
 
