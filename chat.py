@@ -1,6 +1,6 @@
-"""Talk to a policy in the terminal: python chat.py [--path RUN|DIRECTORY|HUB_ID] [--prompt TEXT]; --help lists the rest.
+"""Talk to a policy in the terminal: python chat.py [--path RUN|DIRECTORY|HUB_ID] [--prompt TEXT].
 
-Models are in rlhf/chat_models.py, turns and answers in rlhf/conversation.py, scores, traces and preferences in rlhf/feedback.py.
+--help lists the rest. Models, turns and feedback are in rlhf/chat/.
 """
 
 from __future__ import annotations
@@ -14,165 +14,173 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rlhf.chat.conversation import (
-    LIMITS,
-    Conversation,
-    Params,
-    Policy,
-    Reply,
-    read_param,
-    read_params,
-)
+from rlhf.chat.conversation import LIMITS, Conversation, Number, read_param, read_params
 from rlhf.chat.feedback import Judge, Preferences, trace
 from rlhf.chat.models import find_model, find_reference, load_model, newest_policy
+from rlhf.chat.policy import Params, Policy, Reply
+from rlhf.config.errors import UserError
 from rlhf.data import template
+from rlhf.runs.log import plural
 
-COMMANDS = {  # and what may follow
-    "/retry": ("", "another answer to the same message"),
-    "/good": ("", "this is a good answer"),
-    "/bad": ("", "this is a bad answer"),
-    "/prefer": ("1|2", "with --compare: the better answer, from which both go on"),
-    "/trace": ("", "the last answer, each token coloured by log pi - log ref"),
-    "/params": ("[NAME=VALUE ...]", "show or set how answers are sampled"),
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COMMANDS = {  # arguments and meaning
+    "/retry": ("", "another response to the same message"),
+    "/good": ("", "this is a good response"),
+    "/bad": ("", "this is a bad response"),
+    "/prefer": ("1|2", "with --compare: the better response; both continue from it"),
+    "/trace": ("", "the last response, each token coloured by log pi - log ref"),
+    "/params": ("[NAME=VALUE ...]", "show or set how responses are sampled"),
     "/save": ("FILE", "write the conversation"),
-    "/load": ("FILE", "go on from a saved one"),
+    "/load": ("FILE", "continue a saved conversation"),
     "/clear": ("", "forget the conversation"),
     "/help": ("", "this list"),
-    "/quit": ("", "end, as Ctrl-D does; Ctrl-C stops an answer"),
+    "/quit": ("", "end, as Ctrl-D does; Ctrl-C stops a response"),
 }
-WIDE = 100  # columns of a terminal in which two answers stand side by side
+WIDE = 100  # columns of a terminal in which two responses are shown side by side
 STRONG = 3.0  # nats from which on a token has the full colour
+DONE, WRONG, INTERRUPTED = 0, 2, 130  # exit codes
 
 
 def main() -> int:
-    """Run the command line; returns the exit code: 0 done, 2 the command was wrong, 130 interrupted."""
+    """Run the command line; returns the exit code."""
     args = parse_arguments()
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end us
     try:
         session = Session(args)
         if args.prompt is not None:
-            return (
-                130
-                if session.answer(functools.partial(session.talk.ask, args.prompt))[-1].stopped
-                else 0
-            )
+            replies = session.respond(functools.partial(session.talk.ask, args.prompt))
+            return INTERRUPTED if replies[-1].stopped else DONE
         interact(session)
-    except (FileNotFoundError, ValueError) as error:
+    except UserError as error:
         say(f"error: {error}")
-        return 2
+        return WRONG
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return INTERRUPTED
+    return DONE
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def param(name: str) -> Callable[[str], Number]:
+    """A reader of one sampling parameter for argparse."""
+
+    def read(text: str) -> Number:
+        try:
+            return read_param(name, text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def message(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: type a message")
+    return text
+
+
+def jsonl(text: str) -> Path:
+    if not text.endswith(".jsonl"):
+        raise argparse.ArgumentTypeError(f"{text}: must end in .jsonl")
+    return Path(text).expanduser()
 
 
 def parse_arguments() -> argparse.Namespace:
-    def param(name: str) -> Callable[[str], Any]:
-        def read(text: str) -> Any:
-            try:
-                return read_param(name, text)
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        return read
-
-    def message(text: str) -> str:
-        if not text.strip():
-            raise argparse.ArgumentTypeError("is empty: say something")
-        return text
-
-    def lines(text: str) -> Path:
-        if not text.endswith(".jsonl"):
-            raise argparse.ArgumentTypeError(f"{text}: must end in .jsonl")
-        return Path(text).expanduser()
-
     parser = argparse.ArgumentParser(
         description="Talk to a policy in the terminal, or compare two.",
         epilog=f"While you talk: {', '.join(COMMANDS)}.",
         allow_abbrev=False,
     )
     who = parser.add_mutually_exclusive_group()
-    who.add_argument(
-        "--path",
-        help="run, model directory or hub id; default: the newest finished policy in outputs/",
-    )
-    who.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A", "B"),
-        help="two policies, that answer side by side with the same random draws",
-    )
-    parser.add_argument(
-        "--reward",
-        metavar="PATH",
-        help="run, model directory or hub id of a reward model, that scores each answer",
-    )
-    parser.add_argument(
-        "--reference",
-        metavar="PATH",
-        help="what /trace compares with; default: the SFT policy that the run stands on",
-    )
-    parser.add_argument(
-        "--preferences",
-        type=lines,
-        metavar="FILE",
-        default="preferences.jsonl",
-        help="where /good, /bad, /prefer go (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--prompt",
-        type=message,
-        help="answer this once, with nothing but the answer on standard output, and exit",
-    )
-    whats = {
-        "temperature": "divides the logits; 0 = the likeliest token (default: 1.0)",
-        "top_p": "sample from the likeliest tokens of this total probability (default: 1.0, all)",
-        "top_k": "sample from so many of the likeliest tokens (default: 0, all)",
-        "max_new_tokens": "tokens per answer, at most, if the context has room (default: 128)",
-        "seed": "makes the answers repeatable (default: another one each time)",
-    }
-    for name, what in whats.items():
-        default = None if name == "seed" else getattr(Params, name)
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=param(name), default=default, help=what
-        )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto = the GPU where there is one (default: auto)",
-    )
+    newest = "default: the newest finished policy in outputs/"
+    who.add_argument("--path", help=f"run, model directory or hub id; {newest}")
+    two = "two policies, which respond side by side with the same random numbers"
+    who.add_argument("--compare", nargs=2, metavar=("A", "B"), help=two)
+    add_models(parser)
+    add_sampling(parser)
+    once = "respond to this once, with only the response on standard output, and exit"
+    parser.add_argument("--prompt", type=message, help=once)
+    auto = "auto = the GPU where there is one (default: auto)"
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=auto)
     return parser.parse_args()
 
 
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Options for what rates a response."""
+    scores = "run, model directory or hub id of a reward model, which scores each response"
+    parser.add_argument("--reward", metavar="PATH", help=scores)
+    reference = "what /trace compares with; default: the SFT policy that the run was trained from"
+    parser.add_argument("--reference", metavar="PATH", help=reference)
+    file = "where /good, /bad, /prefer are written (default: %(default)s)"
+    default = "preferences.jsonl"
+    parser.add_argument("--preferences", type=jsonl, metavar="FILE", default=default, help=file)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options for how responses are sampled."""
+    meanings = {
+        "temperature": "divides the logits; 0 = the likeliest token (default: 1.0)",
+        "top_p": "sample from the likeliest tokens of this total probability (default: 1.0, all)",
+        "top_k": "sample from the k likeliest tokens (default: 0, all)",
+        "max_new_tokens": "tokens per response, at most, if the context has room (default: 128)",
+        "seed": "makes the responses repeatable (default: another one each time)",
+    }
+    for name, meaning in meanings.items():
+        option, default = "--" + name.replace("_", "-"), getattr(Params, name)
+        default = None if name == "seed" else default
+        parser.add_argument(option, type=param(name), default=default, help=meaning)
+
+
+# ------------------------------------------------------------------------------------- the screen
+
+
 def clean(text: str) -> str:
-    """What a model or a user says must not steer the terminal: escape codes and the like are replaced."""
+    """Replace escape codes and the like: no text of a model or a user may control the terminal."""
     # no-break space and the joiner inside emoji do not count as printable, and are harmless
     return "".join(c if c.isprintable() or c in "\n\t\u00a0\u200d" else "\ufffd" for c in text)
 
 
 def say(line: str) -> None:
+    """Print a message."""
     print(clean(line), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Print a piece of an answer."""
+    """Print a piece of a response."""
     print(clean(text), end="", flush=True)
 
 
+def colour(difference: float) -> str:
+    """The style of a token by log pi - log ref in nats: red above 0, green below, stronger where
+    it is farther from 0."""
+    strength = min(abs(difference) / STRONG, 1.0)
+    if not strength >= 0.03:  # nothing to see; NaN neither
+        return ""
+    pale = round(225 - 165 * strength)
+    return f"black on rgb({f'255,{pale},{pale}' if difference > 0 else f'{pale},230,{pale}'})"
+
+
+# ------------------------------------------------------------------------------------ the session
+
+
 class Session:
-    """The models of the command line, and what the commands do with them. What cannot be done raises ValueError with one line."""
+    """The models of the command line, and what the commands do with them.
+
+    Raises: UserError with one line for what cannot be done.
+    """
 
     def __init__(self, args: argparse.Namespace):
         from rich.console import Console
 
         option = "--compare" if args.compare else "--path"
-        paths = [
-            find_model(path, option) for path in args.compare or [args.path] if path is not None
-        ]
-        paths = paths or [str(newest_policy() / "model")]
+        given = args.compare or ([args.path] if args.path is not None else [])
+        paths = [find_model(path, option) for path in given] or [str(newest_policy() / "model")]
         reward = args.reward and find_model(args.reward, "--reward")
         self.reference = args.reference and find_model(args.reference, "--reference")
         self.device = args.device
@@ -180,13 +188,14 @@ class Session:
         params = Params(args.temperature, args.top_p, args.top_k, args.max_new_tokens, seed)
         self.talk = Conversation([self.policy(path, option) for path in paths], params)
         self.judge = Judge(*self.load(reward, "--reward"), reward) if reward else None
-        self.references: dict[str, tuple[Any, Any]] = {}  # loaded when they are first asked
+        # loaded when they are first needed
+        self.references: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
         self.preferences = Preferences(args.preferences)
         self.console = Console(highlight=False)
         if self.judge:
             say(f"rewards: {self.judge.unit}")
 
-    def load(self, path: str, option: str) -> tuple[Any, Any]:
+    def load(self, path: str, option: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         say(f"{path}: loading")
         return load_model(path, self.device, option)
 
@@ -194,49 +203,37 @@ class Session:
         model, tokenizer = self.load(path, option)
         if not tokenizer.chat_template:
             example = f"{template.USER.strip()} ... {template.ASSISTANT.strip()}"
-            say(
-                f"{path}: its tokenizer has no chat template; using the one of this framework ({example})"
-            )
+            say(f"{path}: its tokenizer has no chat template; using this project's ({example})")
         return Policy(model, tokenizer, path)
 
-    # ------------------------------------------------------------------------------------------------------------------ answers
+    # --------------------------------------------------------------------------------- responses
 
-    def answer(self, ask: Callable[[Callable[[int, str], None]], list[Reply]]) -> list[Reply]:
-        """Show what the policies answer: as it comes, or where there is room for two columns, when both are done."""
-        two, shown = len(self.talk.policies) == 2, -1
-
-        def piece(i: int, text: str) -> None:
-            nonlocal shown
-            if two and text and i != shown:
-                show("\n" * (shown >= 0) + self.heading(i) + "\n")
-                shown = i
-            show(text)
-
+    def respond(self, ask: Callable[[Callable[[int, str], None]], list[Reply]]) -> list[Reply]:
+        """Show the responses: streamed, or with room for two columns when both are done."""
+        two = len(self.talk.policies) == 2
         if two and self.console.is_terminal and self.console.width >= WIDE:
-            with self.console.status("both answer"):
+            with self.console.status("both respond"):
                 replies = ask(lambda i, text: None)
             self.show_columns(replies)
         else:
-            replies = ask(piece)
+            replies = ask(Stream(self))
             show("\n")
         if self.judge:
-            numbered = [
-                (f"{i}: " * two, *pair)
-                for i, pair in enumerate(zip(self.talk.policies, replies), 1)
-            ]
-            scores = [
-                f"{number}{self.judge.score(policy, reply):+.2f}"
-                for number, policy, reply in numbered
-                if reply.text
-            ]
-            if scores:
-                say(f"(reward {'   '.join(scores)})")
-        kept, stopped = self.talk.replies is replies, any(reply.stopped for reply in replies)
-        if stopped or not kept:
-            say(
-                f"({'stopped' if stopped else 'an empty answer'}{'' if kept else ': not remembered'})"
-            )
+            self.show_scores(self.judge, replies)
+        remembered, stopped = self.talk.replies is replies, any(r.stopped for r in replies)
+        if stopped or not remembered:
+            what = "stopped" if stopped else "an empty response"
+            say(f"({what}{'' if remembered else ': not remembered'})")
         return replies
+
+    def show_scores(self, judge: Judge, replies: list[Reply]) -> None:
+        scores = []
+        for i, (policy, reply) in enumerate(zip(self.talk.policies, replies), 1):
+            if reply.text:
+                number = f"{i}: " if len(self.talk.policies) == 2 else ""
+                scores.append(f"{number}{judge.score(policy, reply):+.2f}")
+        if scores:
+            say(f"(reward {'   '.join(scores)})")
 
     def heading(self, i: int) -> str:
         return f"{i + 1}  {self.talk.policies[i].name}"
@@ -251,39 +248,21 @@ class Session:
         table.add_row(*(Text(clean(reply.text)) for reply in replies))
         self.console.print(table)
 
-    # ----------------------------------------------------------------------------------------------------------------- commands
+    # ---------------------------------------------------------------------------------- commands
 
     def command(self, line: str) -> None:
-        """Do what a line that begins with / says. Raises: ValueError for what is no command, or cannot be done now."""
+        """Run a line that begins with /. Raises: UserError for what is no command, or cannot be
+        done now."""
         name, _, rest = line.partition(" ")
         rest, talk = rest.strip(), self.talk
-        if name not in COMMANDS:
-            nearest = difflib.get_close_matches(name[:40], COMMANDS, 1, 0.0)
-            raise ValueError(
-                f"unknown command {name[:40]}: did you mean {nearest[0] if nearest else '/help'}? /help lists all"
-            )
-        takes = COMMANDS[name][0]
-        if (rest and not takes) or (takes and not rest and not takes.startswith("[")):
-            raise ValueError(f"{name} takes {takes or 'nothing behind it'}")
+        check_command(name, rest)
         match name:
             case "/retry":
-                self.answer(talk.retry)
+                self.respond(talk.retry)
             case "/good" | "/bad":
-                talk.check_replies()
-                if len(talk.replies) > 1:
-                    raise ValueError(f"two answers stand here: /prefer 1 or /prefer 2, not {name}")
-                say(self.preferences.mark(talk.replies[0], name == "/good"))
+                self.mark(good=name == "/good")
             case "/prefer":
-                if len(talk.policies) == 1:
-                    raise ValueError(
-                        "/prefer is for --compare; here mark answers with /good and /bad"
-                    )
-                if rest not in ("1", "2"):
-                    raise ValueError(f"/prefer {rest[:40]}: must be 1 or 2")
-                talk.check_replies()
-                better = int(rest) - 1
-                say(self.preferences.prefer(talk.replies[better], talk.replies[1 - better]))
-                talk.prefer(better)
+                self.prefer(rest)
             case "/trace":
                 talk.check_replies()
                 self.trace()
@@ -294,28 +273,46 @@ class Session:
                 say(f"saved to {rest}")
             case "/load":
                 talk.load(Path(rest).expanduser())
-                say(
-                    f"loaded {rest}: {len(talk.histories[0]) // 2} of your messages with their answers, and the parameters"
-                )
+                count = plural(len(talk.histories[0]) // 2, "message")
+                say(f"loaded {rest}: {count} of yours with their responses, and the parameters")
             case "/clear":
                 talk.clear()
                 say("(forgotten)")
             case "/help":
-                for command, (takes, what) in COMMANDS.items():
-                    say(f"{f'{command} {takes}':27}{what}")
+                for command, (takes, meaning) in COMMANDS.items():
+                    say(f"{f'{command} {takes}':27}{meaning}")
+
+    def mark(self, good: bool) -> None:
+        """/good and /bad."""
+        self.talk.check_replies()
+        if len(self.talk.replies) > 1:
+            name = "/good" if good else "/bad"
+            raise UserError(f"there are two responses: /prefer 1 or /prefer 2, not {name}")
+        say(self.preferences.mark(self.talk.replies[0], good))
+
+    def prefer(self, number: str) -> None:
+        """/prefer 1 or 2."""
+        if len(self.talk.policies) == 1:
+            raise UserError("/prefer is for --compare; here mark responses with /good and /bad")
+        if number not in ("1", "2"):
+            raise UserError(f"/prefer {number[:40]}: must be 1 or 2")
+        self.talk.check_replies()
+        better = int(number) - 1
+        say(self.preferences.prefer(self.talk.replies[better], self.talk.replies[1 - better]))
+        self.talk.prefer(better)
 
     def params(self, text: str) -> None:
+        """/params, with or without values."""
         given = dict(pair.partition("=")[::2] for pair in text.split())
-        values = read_params(
-            {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
-        )
-        self.talk.params = dataclasses.replace(self.talk.params, **values)
+        names = {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
+        values = read_params(names)
+        self.talk.params = dataclasses.replace(self.talk.params, **values)  # type: ignore[arg-type]
         if "seed" in values:
             self.talk.answered = 0
         say(" ".join(f"{name}={getattr(self.talk.params, name)}" for name in LIMITS))
 
     def trace(self) -> None:
-        """Show the last answers again, token by token, each with what it adds to the KL against the reference."""
+        """Show the last responses token by token, each with what it adds to the KL."""
         for i, (policy, reply) in enumerate(zip(self.talk.policies, self.talk.replies)):
             if len(self.talk.policies) == 2:
                 show(self.heading(i) + "\n")
@@ -324,36 +321,47 @@ class Session:
                 if path not in self.references:
                     self.references[path] = self.load(path, "--reference")
                 self.show_trace(trace(policy, *self.references[path], reply), path)
-            except ValueError as error:  # the other policy may have a reference
+            except UserError as error:  # the other policy may have a reference
                 say(f"({error})")
 
     def show_trace(self, tokens: list[tuple[str, float]], reference: str) -> None:
         from rich.text import Text
 
         if self.console.color_system is None or self.console.no_color:
-            show("".join(f"{d:+8.3f}  {piece!r}\n" for piece, d in tokens))
+            show("".join(f"{difference:+8.3f}  {piece!r}\n" for piece, difference in tokens))
         else:
-            self.console.print(
-                Text.assemble(*((clean(piece), colour(d)) for piece, d in tokens)), soft_wrap=True
-            )
-        largest = ", ".join(
-            f"{piece!r} {d:+.2f}"
-            for piece, d in sorted(tokens, key=lambda token: -abs(token[1]))[:3]
-        )
-        total = sum(d for _, d in tokens)
-        show(
-            f"sum {total:+.2f} nats over {len(tokens)} tokens against {reference}; largest: {largest}\n"
-        )
+            coloured = ((clean(piece), colour(difference)) for piece, difference in tokens)
+            self.console.print(Text.assemble(*coloured), soft_wrap=True)
+        by_size = sorted(tokens, key=lambda token: -abs(token[1]))
+        largest = ", ".join(f"{piece!r} {difference:+.2f}" for piece, difference in by_size[:3])
+        total = sum(difference for _, difference in tokens)
+        count = plural(len(tokens), "token")
+        show(f"sum {total:+.2f} nats over {count} against {reference}; largest: {largest}\n")
         show("red: likelier than under the reference; green: less likely\n")
 
 
-def colour(d: float) -> str:
-    """The style of a token by log pi - log ref in nats: red above 0, green below, stronger where it is farther from 0."""
-    strength = min(abs(d) / STRONG, 1.0)
-    if not strength >= 0.03:  # nothing to see; nor for nan
-        return ""
-    pale = round(225 - 165 * strength)
-    return f"black on rgb(255,{pale},{pale})" if d > 0 else f"black on rgb({pale},230,{pale})"
+class Stream:
+    """Prints pieces of responses as they come, two policies one after the other."""
+
+    def __init__(self, session: Session):
+        self.session, self.shown = session, -1  # the policy whose response is being printed
+
+    def __call__(self, i: int, text: str) -> None:
+        if len(self.session.talk.policies) == 2 and text and i != self.shown:
+            show(("\n" if self.shown >= 0 else "") + self.session.heading(i) + "\n")
+            self.shown = i
+        show(text)
+
+
+def check_command(name: str, rest: str) -> None:
+    """Raises: UserError for an unknown command, or one with wrong arguments."""
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name[:40], COMMANDS, 1, 0.0)
+        guess = nearest[0] if nearest else "/help"
+        raise UserError(f"unknown command {name[:40]}: did you mean {guess}? /help lists all")
+    takes = COMMANDS[name][0]
+    if (rest and not takes) or (takes and not rest and not takes.startswith("[")):
+        raise UserError(f"{name} takes {takes or 'no argument'}")
 
 
 def interact(session: Session) -> None:
@@ -361,23 +369,23 @@ def interact(session: Session) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # its import gives input() a history and line editing
     terminal = sys.stdin.isatty()
-    say("/help lists the commands, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.")
+    say("/help lists the commands, /quit (or Ctrl-D) ends; Ctrl-C stops a response.")
     while True:
         try:
-            message = input("> " if terminal else "").strip()
+            line = input("> " if terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
-        if message == "/quit":
+        if line == "/quit":
             return
         try:
-            if message.startswith("/"):
-                session.command(message)
-            elif message:
-                session.answer(functools.partial(session.talk.ask, message))
+            if line.startswith("/"):
+                session.command(line)
+            elif line:
+                session.respond(functools.partial(session.talk.ask, line))
         except KeyboardInterrupt:
             say("\n(stopped)")
-        except (ValueError, RuntimeError) as error:
+        except (UserError, RuntimeError) as error:
             say(f"({' '.join(str(error).split())[:500]})")
 
 

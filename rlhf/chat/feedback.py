@@ -1,4 +1,5 @@
-"""What is said of an answer in a conversation: its score by a reward model, its trace against a reference, and what the user prefers."""
+"""Feedback on a response: its score by a reward model, its trace against a reference, and the
+user's preferences."""
 
 from __future__ import annotations
 
@@ -6,65 +7,84 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rlhf.chat.conversation import Policy, Reply, reason
-from rlhf.chat.models import Reader, context_of
+from rlhf.chat.conversation import reason
+from rlhf.chat.models import context_of
+from rlhf.chat.policy import Policy, Reply
+from rlhf.chat.reader import Reader
 from rlhf.config.choices import Template
+from rlhf.config.errors import UserError
 from rlhf.data import template
+from rlhf.data.records import Turn
+from rlhf.runs.log import plural
 
-# ----------------------------------------------------------------------------------------------------------------------- the score
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# -------------------------------------------------------------------------------------- the score
 
 
 class Judge:
-    """A reward model. Raises: ValueError for one that scores otherwise than those of stage=rm."""
+    """A reward model that scores responses.
 
-    def __init__(self, model: Any, tokenizer: Any, path: str = ""):
+    Raises: UserError for a model that cannot be read as those of stage=rm.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
         from rlhf.models.wrappers import Scorer
 
         if model.config.num_labels != 1 or not hasattr(model, "score"):
-            raise ValueError(
-                f"--reward {path}: not a reward model that can be read: it must have one label, and a linear head `score`"
+            raise UserError(
+                f"--reward {path}: no reward model that can be read: it must have one label, and a "
+                "linear head `score`"
             )
-        template.install_chat_template(
-            tokenizer, Template.tokenizer if tokenizer.chat_template else Template.hh
-        )
+        style = Template.tokenizer if tokenizer.chat_template else Template.hh
+        template.install_chat_template(tokenizer, style)
         self.scorer, self.tokenizer, self.reader = Scorer(model), tokenizer, Reader(tokenizer)
-        self.unit = "0 is the mean of SFT answers, 1 their standard deviation"
+        self.unit = "0 is the mean of SFT responses, 1 their standard deviation"
         if not hasattr(model.config, "score_std"):
             self.unit = "raw, as its config has no score_mean and score_std"
 
     def score(self, policy: Policy, reply: Reply) -> float:
-        """The score of a reply, as PPO takes it: of its tokens, or where the reward model has another tokenizer of its text; with EOS
-        if the answer ended. What is too long for the reward model loses its beginning."""
+        """The score of a reply, as online RL uses it.
+
+        Of its tokens, or where the reward model has another tokenizer of its text; with EOS if the
+        response is finished. What is too long for the reward model loses its beginning.
+        """
         import torch
 
         from rlhf.models.wrappers import sequence_scores
 
         eos_id = self.tokenizer.eos_token_id
         if template.same_tokens(policy.tokenizer, self.tokenizer):
-            ids = (
-                reply.prompt_ids
-                + [i for i in reply.ids if i not in policy.ends]
-                + [eos_id] * reply.ended
-            )
+            ids = reply.prompt_ids + [i for i in reply.ids if i not in policy.ends]
+            ids += [eos_id] if reply.finished else []
         else:
-            ids = self.reader(reply.prompt) + template.encode_response(
-                self.tokenizer, reply.text, reply.ended
-            )
+            response = template.encode_response(self.tokenizer, reply.text, reply.finished)
+            ids = self.reader(reply.prompt) + response
         row = torch.tensor([ids[-context_of(self.scorer.hf) :]], device=self.scorer.hf.device)
         with torch.inference_mode():
             return float(sequence_scores(self.scorer, row, torch.ones_like(row), eos_id))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- the trace
+# -------------------------------------------------------------------------------------- the trace
 
 
-def trace(policy: Policy, reference: Any, tokenizer: Any, reply: Reply) -> list[tuple[str, float]]:
-    """The tokens of a reply as text, and log pi - log ref of each, nats, of the plain distributions (temperature 1, all tokens).
+def trace(
+    policy: Policy,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reply: Reply,
+) -> list[tuple[str, float]]:
+    """The tokens of a reply as text, and log pi - log ref of each, in nats.
 
-    Args: reference, tokenizer: model and tokenizer of the reference.  Returns: of bytes that only together make a letter, the last
-        has it and the others are empty.  Raises: ValueError when the reference has other tokens, or cannot read so many.
+    Both are the plain distributions: temperature 1, all tokens.
+
+    Args: reference, tokenizer: model and tokenizer of the reference.
+    Returns: where several tokens make one character, the last of them has it and the others are
+        empty.
+    Raises: UserError when the reference has other tokens, or cannot read so many.
     """
     import torch
 
@@ -72,59 +92,59 @@ def trace(policy: Policy, reference: Any, tokenizer: Any, reply: Reply) -> list[
 
     ids, n = reply.prompt_ids + reply.ids, len(reply.ids)
     # these tokens, not the whole vocabulary: training may have added a padding token
-    if max(ids) >= len(tokenizer) or tokenizer.convert_ids_to_tokens(
-        ids
-    ) != policy.tokenizer.convert_ids_to_tokens(ids):
-        raise ValueError(
-            "the reference has another tokenizer than the policy: tokens cannot be compared one by one"
+    own = policy.tokenizer.convert_ids_to_tokens(ids)
+    if max(ids) >= len(tokenizer) or tokenizer.convert_ids_to_tokens(ids) != own:
+        raise UserError(
+            "the reference has another tokenizer than the policy: tokens cannot be compared"
         )
-    if len(ids) > context_of(reference):
-        raise ValueError(
-            f"the reference reads {context_of(reference)} tokens at most, this is {len(ids)}"
-        )
+    context = context_of(reference)
+    if len(ids) > context:
+        raise UserError(f"the reference reads at most {context} tokens, this is {len(ids)}")
     row = torch.tensor([ids], device=policy.model.device)
+    logprobs = []
     with torch.inference_mode():
-        pi, ref = (
-            token_logprobs(
-                model(row, use_cache=False, logits_to_keep=n + 1).logits[:, :-1], row[:, -n:]
-            )[0][0]
-            for model in (policy.model, reference)
-        )
+        for model in (policy.model, reference):
+            logits = model(row, use_cache=False, logits_to_keep=n + 1).logits[:, :-1]
+            logprobs.append(token_logprobs(logits, row[:, -n:])[0][0])
+    differences = (logprobs[0] - logprobs[1]).tolist()
     texts = [policy.tokenizer.decode(reply.ids[: i + 1]).rstrip("\ufffd") for i in range(n)]
-    return [
-        (text[len(before) :], d)
-        for before, text, d in zip(["", *texts], texts, (pi - ref).tolist())
-    ]
+    pairs = zip(["", *texts], texts, differences)
+    return [(text[len(before) :], difference) for before, text, difference in pairs]
 
 
-# -------------------------------------------------------------------------------------------------------------------- preferences
+# ------------------------------------------------------------------------------------ preferences
+
+Response = tuple[Turn | str, ...]  # the turns of a prompt, then the text of a response to it
 
 
 class Preferences:
-    """A .jsonl file of what the user prefers, that data=jsonl trains on. A line has prompt (messages), chosen and, unless only a good
-    answer is known, rejected. Lines are appended, each in one write; what others have written there stays."""
+    """A .jsonl file of the user's preferences, which data=jsonl trains on.
+
+    A line has prompt (messages), chosen and, unless only a good response is known, rejected. Each
+    line is appended in one write; the lines of others stay.
+    """
 
     def __init__(self, file: Path):
         self.file = file
-        self.marks: dict[
-            tuple[Any, ...], dict[str, bool]
-        ] = {}  # of each prompt: of each marked answer, whether it is good
-        self.written: set[tuple[Any, ...]] = (
-            set()
-        )  # prompts with an answer that the file says so of
+        # of each prompt: of each marked response, whether it is good
+        self.marks: dict[tuple[Turn, ...], dict[str, bool]] = {}
+        self.written: set[Response] = set()  # responses that are in the file
 
     def mark(self, reply: Reply, good: bool) -> str:
-        """Mark an answer, and write it with the last answer to the same prompt that has the other mark; a good one without such an
-        answer is written alone. Returns: a line for the user. Raises: ValueError when it has been written, or cannot be."""
+        """Mark a response, and write it with the last one to its prompt that has the other mark.
+
+        A good response without such a partner is written alone. Returns: a line for the user.
+        Raises: UserError when it has been written, or cannot be.
+        """
         prompt = tuple(reply.prompt)
         if (*prompt, reply.text) in self.written:
             known = "good" if self.marks[prompt][reply.text] else "bad"
-            raise ValueError(
-                f"this answer stands in {self.file} as a {known} one; /retry gives another"
+            raise UserError(
+                f"this response is in {self.file} already, as a {known} one; /retry gives another"
             )
         marks = self.marks.get(prompt, {})
-        others = [answer for answer, mark in marks.items() if mark != good and answer != reply.text]
-        line = "marked as bad; not written yet: a good answer is missing (/retry, then /good)"
+        others = [text for text, mark in marks.items() if mark != good and text != reply.text]
+        line = "marked as bad; not written yet: a good response is missing (/retry, then /good)"
         if others:
             chosen, rejected = (reply.text, others[-1]) if good else (others[-1], reply.text)
             line = self.append(reply, chosen, rejected)
@@ -134,51 +154,63 @@ class Preferences:
         return line
 
     def prefer(self, chosen: Reply, rejected: Reply) -> str:
-        """Write that one of two answers is better; the prompt is that of the chosen one. Returns: a line for the user.
-        Raises: ValueError when they are the same, have been written, or cannot be."""
+        """Write that one of two responses is better; the prompt is that of the chosen one.
+
+        Returns: a line for the user.
+        Raises: UserError when they are the same, have been written, or cannot be.
+        """
         if chosen.text == rejected.text:
-            raise ValueError("the two answers are the same: nothing to learn from")
-        if (*chosen.prompt, chosen.text) in self.written or (
-            *rejected.prompt,
-            rejected.text,
-        ) in self.written:
-            raise ValueError(f"these answers stand in {self.file} already; /retry gives others")
+            raise UserError("the two responses are the same: there is nothing to learn from")
+        both = {(*reply.prompt, reply.text) for reply in (chosen, rejected)}
+        if both & self.written:
+            raise UserError(f"these responses are in {self.file} already; /retry gives others")
         return self.append(chosen, chosen.text, rejected.text)
 
     def append(self, reply: Reply, chosen: str, rejected: str | None) -> str:
-        """Append a record. Returns: what, where, how many there are now, and the command that trains on them.
-        Raises: ValueError when it cannot be written; the file is then as it was."""
-        prompt = [{"role": turn.role, "content": turn.text} for turn in reply.prompt]
-        record = {"prompt": prompt, "chosen": chosen} | (
-            {"rejected": rejected} if rejected is not None else {}
-        )
-        try:
-            with open(self.file, "a+b", buffering=0) as file:
-                size = file.seek(0, 2)
-                file.seek(max(size - 1, 0))
-                torn = file.read(1) not in (b"", b"\n")  # somebody's last line has no end
-                line = b"\n" * torn + json.dumps(record).encode() + b"\n"
-                if file.write(line) != len(line):
-                    file.truncate(size)
-                    raise OSError("no room on the disk")
-                file.seek(0)
-                count = sum(1 for line in file if line.strip())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot write to {self.file}: {reason(error)}") from None
-        self.written |= {
-            (*reply.prompt, answer) for answer in (chosen, rejected) if answer is not None
+        """Append a record.
+
+        Returns: what was written where, and the command that trains on the file.
+        Raises: UserError when it cannot be written; the file is then as it was.
+        """
+        record: dict[str, object] = {
+            "prompt": [{"role": turn.role, "content": turn.text} for turn in reply.prompt],
+            "chosen": chosen,
         }
-        what, stage = (
-            ("a good answer (only SFT learns from it)", "sft")
-            if rejected is None
-            else ("a pair, chosen and rejected", "rm")
+        kind, stage = "a good response (only SFT trains on it)", "sft"
+        if rejected is not None:
+            record["rejected"] = rejected
+            kind, stage = "a pair, chosen and rejected", "rm"
+        try:
+            count = append_line(self.file, json.dumps(record))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write to {self.file}: {reason(error)}") from None
+        texts = [text for text in (chosen, rejected) if text is not None]
+        self.written |= {(*reply.prompt, text) for text in texts}
+        return (
+            f"{kind}: written to {self.file}, which has {plural(count, 'record')}; train on it: "
+            f"{training_command(self.file, stage)}"
         )
-        path = (
-            str(self.file)
-            if re.fullmatch(r"[\w./~-]+", str(self.file))
-            else json.dumps(str(self.file))
-        )
-        command = shlex.join(
-            ["python", "train.py", f"stage={stage}", "data=jsonl", f"data.sources.mine.path={path}"]
-        )
-        return f"{what}: written to {self.file}, which has {count:,} record{'s' * (count != 1)}; train on it: {command}"
+
+
+def append_line(file: Path, line: str) -> int:
+    """Append a line to a file, in one write. Returns: the number of lines then.
+
+    Raises: OSError, ValueError; the file is then as it was.
+    """
+    with open(file, "a+b", buffering=0) as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(size - 1, 0))
+        unfinished = stream.read(1) not in (b"", b"\n")  # the last line of another program
+        data = (b"\n" if unfinished else b"") + line.encode() + b"\n"
+        if stream.write(data) != len(data):
+            stream.truncate(size)
+            raise OSError("no room on the disk")
+        stream.seek(0)
+        return sum(1 for line_of_file in stream if line_of_file.strip())
+
+
+def training_command(file: Path, stage: str) -> str:
+    """The command that trains on a file of preferences, quoted for a shell."""
+    path = str(file) if re.fullmatch(r"[\w./~-]+", str(file)) else json.dumps(str(file))
+    key = f"data.sources.mine.path={path}"
+    return shlex.join(["python", "train.py", f"stage={stage}", "data=jsonl", key])
