@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from rlhf import compose
 from rlhf.config.schema import Config
@@ -100,10 +103,20 @@ def composed(*overrides: str) -> Config:
 
 @functools.cache
 def compose_once(root: str | None, *overrides: str) -> Config:
-    """It takes half a second. root: which the configuration reads."""
-    compose.register()
+    """root: which the configuration reads."""
     typed = [compose.allow_user_names(arg) for arg in overrides]
-    return compose.typed_config(compose.compose_alone(typed, [], hydra_too=False))
+    values = [arg for arg in typed if "." in arg.split("=")[0] and "@" not in arg.split("=")[0]]
+    node = copy.deepcopy(compose_options(root, *(arg for arg in typed if arg not in values)))
+    parsed = OverridesParser.create().parse_overrides(values)
+    ConfigLoaderImpl._apply_overrides_to_config(parsed, node)
+    return compose.typed_config(node)
+
+
+@functools.cache
+def compose_options(root: str | None, *choices: str) -> DictConfig:
+    """Choosing options takes most of Hydra's time. It sets values of keys after that; so do we."""
+    compose.register()
+    return compose.compose_alone(choices, [], hydra_too=False)
 
 
 def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:

@@ -77,9 +77,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     reference = cached_reference_logprobs(ref, pairs, pairs.lengths, pad_id, micro_batch, file)
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
     held_out_reference = pair_logprobs(ref, held_out, lengths, pad_id, micro_batch)
-    models = Models(
-        tokenizer, actor, ref, gather=gather_for_rollout(cfg), engine=cfg.rollout.engine
-    )
+    gather = gather_for_rollout(cfg)
+    models = Models(tokenizer, actor, ref, gather=gather, engine=cfg.rollout.engine)
     evaluation = Evaluation(cfg, models, data, held_out, held_out_reference)
 
     # 3. training
@@ -97,9 +96,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         examples = {i: pairs[i] for i in batch}
         micros = cut_batch(cfg, examples, pairs.lengths, reference)
         metrics = train_step(dpo, actor, micros, pad_id, lr)
-        progress["tokens"] += sum(
-            2 * len(prompt) + len(c) + len(r) for prompt, c, r in examples.values()
-        )
+        progress["tokens"] += sum(2 * len(p) + len(c) + len(r) for p, c, r in examples.values())
         metrics["num_tokens"] = progress["tokens"]
         if dpo.eval_every and (step + 1) % dpo.eval_every == 0 and step + 1 < steps:
             measured, samples = evaluation.measure()

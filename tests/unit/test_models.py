@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import EOS, FAMILIES, PAD, VOCABULARY, save_base
-from helpers import REPO
-from hydra import compose, initialize_config_dir
+from helpers import REPO, composed
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,7 +21,6 @@ from transformers import (
 )
 
 from rlhf.config.choices import Precision, RmLoss
-from rlhf.config.loading import register_schema, to_typed
 from rlhf.config.schema import Config
 from rlhf.data.batches import pad_left, pad_right
 from rlhf.distributed.engine import build_engine
@@ -49,9 +47,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(scope="module")
 def cfg() -> Config:
-    register_schema()
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        return to_typed(compose("config", ["stage=ppo"]))
+    return composed("stage=ppo")
 
 
 def padded(row: list[int], left: int, right: int) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import REPO
-from hydra import compose, initialize_config_dir
+from helpers import composed
 from torch import Tensor
 
 from rlhf.config.choices import KlEstimator, Precision, RolloutEngine
-from rlhf.config.loading import register_schema, to_typed
 from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.batches import pad_left, pad_right, uniforms
@@ -573,18 +571,11 @@ class Engines:
 
 @pytest.fixture(scope="module")
 def cfg() -> Config:
-    register_schema()
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        rates = [
-            "rl.lr=1e-3",
-            "rl.critic.lr=1e-3",
-            "rl.schedule=constant",
-            "rl.warmup_steps=0",
-        ]
-        few = ["rl.epochs=1", "rl.minibatches=1", "rl.kl.coef=0.1"]
-        composed = to_typed(compose("config", ["stage=ppo", *few, *rates]))
-    composed.stage.name = "ppo"  # as train.py sets it for the process of one stage
-    return composed
+    rates = ["rl.lr=1e-3", "rl.critic.lr=1e-3", "rl.schedule=constant", "rl.warmup_steps=0"]
+    few = ["rl.epochs=1", "rl.minibatches=1", "rl.kl.coef=0.1"]
+    cfg = composed("stage=ppo", *few, *rates)
+    cfg.stage.name = "ppo"  # as train.py sets it for the process of one stage
+    return cfg
 
 
 def build(cfg: Config, run_dir: Path, policy: str = "builtin:tiny") -> Engines:
