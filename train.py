@@ -1,4 +1,4 @@
-"""The one entry point: python train.py [GROUP=OPTION ...] [KEY=VALUE ...]; -m sweeps. See README.md."""
+"""The entry point: python train.py [GROUP=OPTION ...] [KEY=VALUE ...]; -m sweeps."""
 
 import sys
 

@@ -60,9 +60,9 @@ def dispatch(argv: Sequence[str]) -> int:
         return print_help(args.overrides, folders)
     overrides = [compose.allow_user_names(arg) for arg in args.overrides]
     sys.argv[1:] = [compose.allow_user_names(arg) for arg in argv]  # Hydra reads it again
-    if not args.shell_completion:
-        if problems := [line for arg in args.overrides for line in compose.explain(arg)]:
-            raise UserError("\n".join(problems))
+    problems = [line for arg in args.overrides for line in compose.explain(arg)]
+    if problems and not args.shell_completion:
+        raise UserError("\n".join(problems))
     if args.multirun:
         return run_sweep(overrides, folders)
     run_hydra()
@@ -127,7 +127,7 @@ def run_hydra(composed: DictConfig) -> None:
 
 
 def lines_of(error: Exception) -> list[str]:
-    """An exception as lines for the user: ours as they are, Hydra's and OmegaConf's folded into one."""
+    """An exception as lines for the user: ours as they are, Hydra's folded into one."""
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return str(error).splitlines() or [repr(error)]
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]

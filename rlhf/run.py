@@ -1,4 +1,7 @@
-"""Run the stages of a command: skip what is finished, resume what was interrupted. No torch here."""
+"""Run the stages of a command: skip what is finished, resume what was interrupted.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ from rlhf.runs.model_card import write_card
 def run_command(command: Command) -> list[Path]:
     """Run the chosen stages in order, but those that are finished. Returns: the run directories.
 
-    Raises: UserError; WorkerError when a stage failed by a bug, KeyboardInterrupt when asked to stop.
+    Raises: UserError; WorkerError when a stage failed by a bug; KeyboardInterrupt after Ctrl-C.
     """
     cfg = command.cfg
     for line in name_unused_keys(command):
@@ -185,7 +188,7 @@ def is_finished(stage: str, directory: Path, inputs: Inputs) -> bool:
 def inspect_data(command: Command) -> None:
     """Look at the data, print the result and where the page is.
 
-    Each time again, as files may have changed; in one process without a GPU, whatever `deploy` says.
+    It runs each time, as files may have changed; in one process without a GPU, whatever `deploy` is.
     """
     directory = run_dir_for(command, "inspect")
     cfg = config_for_stage(command.cfg, "inspect", {})
@@ -209,8 +212,7 @@ def inspect_data(command: Command) -> None:
 
 
 def help_first_node(command: Command, stage: str) -> None:
-    """Another node's part in a stage: its workers. They wait for those of node 0, and then read what
-    it has written."""
+    """Another node's part in a stage: its workers, which wait for those of node 0 and read its files."""
     cfg, directory = command.cfg, run_dir_for(command, stage)
     if read_summary(directory) and not cfg.fresh:
         return

@@ -112,8 +112,9 @@ class Guards:
         self.check("eos", not outside, line, self.pad_is_eos())
         mean, worst = self.measure("sampler", e.sampler_logprobs, e.old_logprobs, mask)
         line = (
-            f"the sampling loop and the training forward pass disagree: {describe_gap(mean, worst)}, "
-            f"allowed {self.mean_limit:g}: cache, positions, masks or temperature of one are wrong"
+            "the sampling loop and the training forward pass disagree: "
+            f"{describe_gap(mean, worst)}, allowed {self.mean_limit:g}: "
+            "cache, positions, masks or temperature of one of them are wrong"
         )
         ok = mean <= self.mean_limit and worst <= self.max_limit
         self.check("sampler", ok, line, self.pad_is_eos() or self.rounding(first))

@@ -243,7 +243,7 @@ def set_unit(
     tokenizer: PreTrainedTokenizerBase,
     key: str,
 ) -> None:
-    """Set the unit of a reward model's scores. Raises: UserError without responses to measure on."""
+    """Set the unit of a reward model's scores. Raises: UserError without rows to measure on."""
     node = cfg.rl if is_rl(cfg.stage.name) else cfg.eval
     settings = engine.module.hf.config
     if not node.normalize_score:
