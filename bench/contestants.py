@@ -131,6 +131,7 @@ def product_generate(spec: Spec) -> None:
     from rlhf.config.choices import Precision
     from rlhf.data.batches import pad_left, uniforms
     from rlhf.models.loading import load_policy, load_tokenizer
+    from rlhf.sampling.batches import PromptBatch
     from rlhf.sampling.sampler import sample
     from rlhf.sampling.token_choice import Sampling
 
@@ -139,12 +140,12 @@ def product_generate(spec: Spec) -> None:
     tokenizer = load_tokenizer(spec["policy"])
     policy = load_policy(spec["policy"], tokenizer, Precision[spec["precision"]]).eval()
     for step, prompts in enumerate(read_batches(spec)):
-        draws = (
-            uniforms("rollout", range(len(prompts)), 1, step, spec["new"]) * 0.999
-        )  # no EOS, as in `product`
-        ids, mask = pad_left(prompts, tokenizer.pad_token_id, torch.device("cpu"))
-        answers = sample(policy, ids, mask, draws, tokenizer.eos_token_id, Sampling())[1]
-        turn(lambda mask=mask, answers=answers: {"tokens": int(mask.sum() + answers.sum())})  # type: ignore[misc]
+        noise = uniforms("rollout", range(len(prompts)), 1, step, spec["new"])
+        batch = PromptBatch(*pad_left(prompts, tokenizer.pad_token_id, torch.device("cpu")))
+        # below 1 - p(EOS), so that no response ends, as in `product`
+        responses = sample(policy, batch, noise * 0.999, tokenizer.eos_token_id, Sampling())
+        tokens = int(batch.mask.sum() + responses.mask.sum())
+        turn(lambda tokens=tokens: {"tokens": tokens})  # type: ignore[misc]
 
 
 ROLES: dict[str, Callable[[Spec], None]] = {

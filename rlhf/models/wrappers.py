@@ -43,8 +43,6 @@ class Model(HfModule):
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
         self.hf = hf
-        # the traced step of the sampling loop (rlhf/sampling/cpu); False: tracing failed
-        self.recorded: Callable[..., Tensor] | bool | None = None
         # None: verified on the first forward pass
         self.can_pack: bool | None = None if packing.use_packed_attention(hf) else False
 

@@ -22,6 +22,7 @@ from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, autocast, computes_in_fp32, gather_parameters
 from rlhf.models.wrappers import LogProbModel, Policy, Scorer
 from rlhf.rl import dschat
+from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.sampler import sample
 from rlhf.sampling.token_choice import Sampling
@@ -171,7 +172,12 @@ def sample_responses(
         for chunk in chunks(mine, micro_batch):
             ids, mask = pad_left([prompts.ids[i] for i in chunk], pad_id, actor.device)
             response, response_mask, logprobs = generate(
-                actor.module, ids, mask, prompts.noise[chunk], eos_id, sampling, synced
+                actor.module,
+                PromptBatch(ids, mask),
+                prompts.noise[chunk],
+                eos_id,
+                sampling,
+                synced,
             )
             pad = width - ids.shape[1]
             zeros = torch.zeros_like(logprobs)

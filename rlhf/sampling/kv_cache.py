@@ -1,4 +1,4 @@
-"""The KV cache of the sampler: memory allocated once."""
+"""The sampler's KV cache: memory that is allocated once per batch."""
 
 from __future__ import annotations
 
@@ -6,67 +6,77 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.models import packing
 
 
 class PreallocatedCacheLayer(DynamicLayer):
-    """Keys and values of one layer, in memory that is taken once. On CPU in float32 whatever the model is in: attention of one token to
-    many is several times as fast as in bf16 there (rlhf/unpadded.py reads it so)."""
+    """Keys and values of one layer, in memory that is allocated at the first update.
+
+    On a CPU they are in float32 whatever the precision of the model: attention of one token to a
+    cache is several times as fast as in bf16 (`packing.attention` handles the mixed precision).
+    """
 
     def __init__(self, capacity: int):
         super().__init__()
-        self.capacity, self.used = capacity, 0
-        self.memory: list[Tensor] = []  # keys and values (B, heads, capacity, d)
-        self.layout: Tensor | None = (
-            None  # (B, P) while prompts without padding are read: where each of their tokens is in the row
-        )
-        self.at: tuple[Tensor, Tensor] | None = (
-            None  # within a trace: where a token is written, and up to where is read
-        )
+        self.capacity, self.used = capacity, 0  # tokens per row
+        self.memory: list[Tensor] = []  # keys and values, (B, heads, capacity, d) each
+        # While packed prompts are read: (B, P), index in the packed row of each prompt token.
+        self.gather_index: Tensor | None = None
+        # While a step is traced: (1,) index of the new token, and () number of tokens to read.
+        self.traced_range: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values. Returns: those that the new tokens attend to."""
         new = [key_states, value_states]
-        if self.at is not None:
-            place, end = self.at
+        if self.traced_range is not None:
+            index, end = self.traced_range
             k, v = (
-                memory.index_copy_(2, place, x.to(memory.dtype))[:, :, :end]
+                memory.index_copy_(2, index, x.to(memory.dtype))[:, :, :end]
                 for memory, x in zip(self.memory, new)
             )
             return k, v
-        if self.layout is not None:
-            new = [
-                x[0].transpose(0, 1)[self.layout].transpose(1, 2) for x in new
-            ]  # (1, heads, N, d) -> (B, heads, P, d)
+        if self.gather_index is not None:  # (1, heads, N, d) -> (B, heads, P, d)
+            new = [x[0].transpose(0, 1)[self.gather_index].transpose(1, 2) for x in new]
         if not self.memory:
-            b, heads, _, d = new[0].shape
-            dtype = torch.float32 if new[0].device.type == "cpu" else new[0].dtype
-            self.memory = [
-                x.new_empty(b, heads, self.capacity, x.shape[3], dtype=dtype) for x in new
-            ]
-            self.is_initialized = True
+            self.allocate(new)
         start, self.used = self.used, self.used + new[0].shape[2]
         for memory, x in zip(self.memory, new):
             memory[:, :, start : self.used] = x
+        if self.gather_index is not None:  # packed prompts attend in their row, not in the cache
+            return key_states, value_states
         k, v = (memory[:, :, : self.used] for memory in self.memory)
-        return (key_states, value_states) if self.layout is not None else (k, v)
+        return k, v
+
+    def allocate(self, new: list[Tensor]) -> None:
+        """Allocate memory for keys and values of the given shapes, (B, heads, tokens, d)."""
+        B, heads, _, _ = new[0].shape
+        dtype = torch.float32 if new[0].device.type == "cpu" else new[0].dtype
+        self.memory = [x.new_empty(B, heads, self.capacity, x.shape[3], dtype=dtype) for x in new]
+        self.is_initialized = True
 
     def get_seq_length(self) -> int:
+        """Number of tokens of each row."""
         return self.used
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, (b,)."""
         kept = [torch.empty_like(memory[: len(indices)]) for memory in self.memory]
         for memory, old in zip(kept, self.memory):
             memory[:, :, : self.used] = old[indices, :, : self.used]
         self.memory = kept
 
 
-def new_cache(hf: Any, capacity: int) -> Any:
-    """A cache for `capacity` tokens per row; of models that keep something else than all keys and values, transformers' own."""
+def new_cache(hf: PreTrainedModel, capacity: int) -> Cache:
+    """An empty cache for `capacity` tokens per row.
+
+    It is transformers' own for models with another attention than ours, or with layers that do not
+    store all keys and values (sliding windows, state spaces).
+    """
     cache = DynamicCache(config=hf.config)
     if hf.config._attn_implementation == packing.ATTENTION and all(
         type(layer) is DynamicLayer for layer in cache.layers

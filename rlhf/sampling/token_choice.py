@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,32 +10,44 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. Only the first is for training: the others change the distribution that the log-probabilities are of."""
+    """How tokens are chosen.
+
+    Training uses the temperature only: the other settings sample from another distribution than
+    the one that the log-probabilities are computed from.
+    """
 
     temperature: float = 1.0  # divides the logits, > 0
-    top_p: float = 1.0  # from the likeliest tokens that together have this probability
-    top_k: int = 0  # from so many of the likeliest; 0 = all
-    greedy: bool = False  # the likeliest
-    beams: int = 1  # more: the likeliest answer that a beam search of this width finds
+    top_p: float = 1.0  # sample from the most likely tokens that together have this probability
+    top_k: int = 0  # sample from the K most likely tokens; 0 = all
+    greedy: bool = False  # take the most likely token
+    beams: int = 1  # > 1: the most likely response that a beam search of this width finds
 
 
 def scale_by_temperature(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (B, V) of any precision -> float32 logits divided by the temperature."""
     return logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
 
 
-def choose_token(probabilities: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """One token (B, 1) from each row of probabilities (B, V), by a number in [0, 1) each, draws (B, 1)."""
-    last: Any = probabilities.shape[1] - 1  # which rounding must not lead past
+def choose_token(probabilities: Tensor, uniform_noise: Tensor, sampling: Sampling) -> Tensor:
+    """One token from each row, (B, 1), by inverse transform sampling.
+
+    Args:
+        probabilities: (B, V), each row sums to 1.
+        uniform_noise: (B, 1) in [0, 1).
+    """
     if sampling.greedy:
         return probabilities.argmax(-1, keepdim=True)
+    # rounding must not lead past the last token that may be chosen
+    last = torch.full_like(probabilities[:, :1], probabilities.shape[1] - 1, dtype=torch.long)
     if sampling.top_k or sampling.top_p < 1:
-        falling, order = probabilities.double().sort(descending=True, stable=True)
-        kept = falling.cumsum(-1) - falling < sampling.top_p * falling.sum(
-            -1, keepdim=True
-        )  # the one that reaches top_p is in
+        descending, order = probabilities.double().sort(descending=True, stable=True)
+        total = descending.sum(-1, keepdim=True)
+        # the token that reaches top_p is kept
+        kept = descending.cumsum(-1) - descending < sampling.top_p * total
         if sampling.top_k:
             kept &= torch.arange(kept.shape[1], device=kept.device) < sampling.top_k
-        probabilities = torch.zeros_like(falling).scatter(1, order, falling * kept)
+        probabilities = torch.zeros_like(descending).scatter(1, order, descending * kept)
         last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=last)
+    targets = uniform_noise * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).minimum(last)

@@ -26,6 +26,7 @@ from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
 from rlhf.runs.directory import write_json
 from rlhf.runs.identity import run_identity
 from rlhf.runs.inputs import PROMPTS, check_models, content_id, prompt_file, read_prompt_lines
+from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.token_choice import Sampling
 
@@ -289,7 +290,9 @@ def test_beam_search_is_that_of_each_row_alone(runs: dict[str, Path], tokenizer:
     ids = torch.tensor([[0, 0, *prompts[0]], prompts[1]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     eos = tokenizer.eos_token_id
-    found, kept, logp = hf_generate(policy, ids, mask, torch.zeros(2, 12), eos, Sampling(beams=3))
+    found, kept, logp = hf_generate(
+        policy, PromptBatch(ids, mask), torch.zeros(2, 12), eos, Sampling(beams=3)
+    )
     everyday = AutoModelForCausalLM.from_pretrained(runs["sft"] / "model").eval()
     for i, prompt in enumerate(prompts):
         alone = everyday.generate(

@@ -1,4 +1,7 @@
-"""The sampling loop against transformers' generate, for every architecture; tests/test_rollout.py has what it samples."""
+"""The sampling loop against transformers' generate, for every architecture.
+
+tests/unit/test_rollout.py checks what it samples.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from families import EOS, FAMILIES, PAD
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.choices import Precision
 from rlhf.data.batches import pad_left, uniforms
 from rlhf.models.loading import load_policy
 from rlhf.models.wrappers import Policy
+from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.cpu import fast_path, kernels
 from rlhf.sampling.cpu.fast_linear import MAX_KERNEL_ROWS, fast_linear_layers
+from rlhf.sampling.cpu.traced_step import traced_functions
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.kv_cache import PreallocatedCacheLayer, new_cache
 from rlhf.sampling.sampler import sample
@@ -35,10 +41,22 @@ NEW = 20
 GREEDY = Sampling(greedy=True)
 
 
+def batch_of(prompts: list[list[int]]) -> PromptBatch:
+    return PromptBatch(*pad_left(prompts, PAD, CPU))
+
+
+def noise_for(prompts: list[list[int]], step: int = 0, n: int = NEW) -> Tensor:
+    return uniforms("test", range(len(prompts)), 0, step, n)
+
+
 def load(
-    base: Any, tokenizer: Any, family: str, precision: Precision = Precision.fp32, ends: bool = True
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    precision: Precision = Precision.fp32,
+    ends: bool = True,
 ) -> Policy:
-    """A random policy that likes to end: the output layer gets a bias for EOS."""
+    """A random policy that often samples EOS: the output layer gets a bias for it."""
     policy = load_policy(base(family), tokenizer, precision).eval()
     head = policy.hf.get_output_embeddings()
     head.bias = nn.Parameter(torch.zeros(head.weight.shape[0], dtype=head.weight.dtype))
@@ -46,28 +64,29 @@ def load(
     return policy
 
 
+def without_tracing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fast_path, "traced_step", lambda _: None)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate_token_by_token(
-    base: Any, tokenizer: Any, family: str
+def test_greedy_responses_equal_those_of_generate_token_by_token(
+    base: Any, tokenizer: PreTrainedTokenizerBase, family: str
 ) -> None:
-    policy = load(base, tokenizer, family)
-    ids, mask = pad_left(PROMPTS, PAD, CPU)
-    answers, here, _ = sample(policy, ids, mask, torch.zeros(len(PROMPTS), NEW), EOS, GREEDY)
+    policy, prompts = load(base, tokenizer, family), batch_of(PROMPTS)
+    responses = sample(policy, prompts, torch.zeros(len(PROMPTS), NEW), EOS, GREEDY)
     expected = policy.hf.generate(
-        ids,
-        attention_mask=mask,
+        prompts.ids,
+        attention_mask=prompts.mask,
         max_new_tokens=NEW,
         do_sample=False,
         eos_token_id=EOS,
         pad_token_id=EOS,
     )
-    expected = expected[:, ids.shape[1] :]
-    assert torch.equal(answers[:, : expected.shape[1]], expected)
-    assert torch.equal(
-        here[:, : expected.shape[1]],
-        ((expected == EOS).cumsum(1) - (expected == EOS).long() == 0).float(),
-    )
-    assert expected.shape[1] == NEW or (expected == EOS).any(1).all()
+    expected = expected[:, prompts.ids.shape[1] :]
+    n, is_eos = expected.shape[1], expected == EOS
+    assert torch.equal(responses.ids[:, :n], expected)
+    assert torch.equal(responses.mask[:, :n], (is_eos.cumsum(1) - is_eos.long() == 0).float())
+    assert n == NEW or is_eos.any(1).all()
 
 
 @pytest.mark.parametrize(
@@ -79,82 +98,85 @@ def test_greedy_answers_are_those_of_generate_token_by_token(
     "family",
     ["opt", "llama", "bloom", *[pytest.param(f, marks=pytest.mark.full) for f in FAMILIES]],
 )
-def test_both_engines_sample_the_same_answers(
-    base: Any, tokenizer: Any, family: str, sampling: Sampling
+def test_both_engines_sample_the_same_responses(
+    base: Any, tokenizer: PreTrainedTokenizerBase, family: str, sampling: Sampling
 ) -> None:
     policy = load(base, tokenizer, family)
-    ids, mask = pad_left(PROMPTS, PAD, CPU)
-    draws = uniforms("test", range(len(PROMPTS)), 0, 0, NEW)
     settings = policy.hf.generation_config
-    native, hf = (f(policy, ids, mask, draws, EOS, sampling) for f in (sample, hf_generate))
-    assert torch.equal(native[0], hf[0]) and torch.equal(native[1], hf[1])
-    assert torch.allclose(native[2], hf[2], atol=1e-5)
+    native, hf = (
+        engine(policy, batch_of(PROMPTS), noise_for(PROMPTS), EOS, sampling)
+        for engine in (sample, hf_generate)
+    )
+    assert torch.equal(native.ids, hf.ids) and torch.equal(native.mask, hf.mask)
+    assert torch.allclose(native.logprobs, hf.logprobs, atol=1e-5)
     assert policy.hf.generation_config is settings
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_a_prompt_that_is_there_several_times_is_read_once(
-    base: Any, tokenizer: Any, family: str, monkeypatch: pytest.MonkeyPatch
+def test_identical_prompts_and_shared_beginnings_are_read_once(
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fast_path, "traced_step", lambda _: None)  # a recorded step calls no hook
+    without_tracing(monkeypatch)  # a traced step calls no hook
     policy = load(base, tokenizer, family, ends=False)
     assert policy.supports_packing()
-    read: list[int] = []
+    n_tokens: list[int] = []
     policy.hf.get_input_embeddings().register_forward_hook(
-        lambda _, inputs, __: read.append(inputs[0].numel())
+        lambda _, inputs, __: n_tokens.append(inputs[0].numel())
     )
     prompts = [PROMPTS[0]] * 4 + [PROMPTS[2]] * 4
-    ids, mask = pad_left(prompts, PAD, CPU)
-    draws = uniforms("test", range(8), 0, 0, 5)
-    answers, *_ = sample(policy, ids, mask, draws, EOS, Sampling())
-    assert read == [len(PROMPTS[0]) + 1, 8, 8, 8, 8]  # the second prompt begins as the first
+    noise = noise_for(prompts, n=5)
+    together = sample(policy, batch_of(prompts), noise, EOS, Sampling())
+    # the second prompt shares all but its last token with the first
+    assert n_tokens == [len(PROMPTS[0]) + 1, 8, 8, 8, 8]
     for i in range(8):
-        alone, *_ = sample(
-            policy, *pad_left([prompts[i]], PAD, CPU), draws[i : i + 1], EOS, Sampling()
-        )
-        assert torch.equal(alone[0], answers[i])
+        alone = sample(policy, batch_of([prompts[i]]), noise[i : i + 1], EOS, Sampling())
+        assert torch.equal(alone.ids[0], together.ids[i])
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "bloom"])
-def test_finished_rows_cost_nothing(
-    base: Any, tokenizer: Any, family: str, monkeypatch: pytest.MonkeyPatch
+def test_finished_rows_cost_no_forward(
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fast_path, "traced_step", lambda _: None)
+    without_tracing(monkeypatch)
     policy = load(base, tokenizer, family)
-    rows: list[int] = []
+    n_rows: list[int] = []
     policy.hf.get_input_embeddings().register_forward_hook(
-        lambda _, inputs, __: rows.append(inputs[0].shape[0])
+        lambda _, inputs, __: n_rows.append(inputs[0].shape[0])
     )
     policy.supports_packing()
-    rows.clear()
-    ids, mask = pad_left(PROMPTS * 4, PAD, CPU)
-    _, here, _ = sample(
-        policy, ids, mask, uniforms("test", range(len(ids)), 0, 3, NEW), EOS, Sampling()
-    )
-    going = [int(n) for n in here.sum(0)]  # answers that have a token here
-    assert rows[1:] == [n for n in going[1:] if n] and len(set(rows[1:])) > 3
+    n_rows.clear()
+    prompts = PROMPTS * 4
+    responses = sample(policy, batch_of(prompts), noise_for(prompts, 3), EOS, Sampling())
+    unfinished = [int(n) for n in responses.mask.sum(0)]  # responses with a token at each place
+    assert n_rows[1:] == [n for n in unfinished[1:] if n] and len(set(n_rows[1:])) > 3
 
 
-RECORDED = ["opt", "gpt2", "gpt_neox", "llama", "qwen2"]
+TRACEABLE = ["opt", "gpt2", "gpt_neox", "llama", "qwen2"]
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=lambda p: p.name)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_recorded_step_is_the_model_whatever_its_weights_become(
-    base: Any, tokenizer: Any, family: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
+def test_a_traced_step_follows_the_model_when_its_weights_change(
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    precision: Precision,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights that change in place, as an optimizer does it, and weights that are put elsewhere."""
-    policy = load(base, tokenizer, family, precision)
-    ids, mask = pad_left(PROMPTS, PAD, CPU)
-    draws = uniforms("test", range(len(PROMPTS)), 0, 0, NEW)
+    """Weights that change in place, as by an optimizer, and weights that move to other memory."""
+    policy, noise = load(base, tokenizer, family, precision), noise_for(PROMPTS)
     with torch.no_grad():
-        for p in policy.parameters():  # norms of ones and biases of zeros, which are alike at first
+        # norms of ones and biases of zeros: equal values while the step is traced
+        for p in policy.parameters():
             if p.dim() == 1:
-                p.copy_(
-                    torch.ones_like(p)
-                    if float(p.detach().float().mean()) > 0.5
-                    else torch.zeros_like(p)
-                )
+                is_norm = float(p.detach().float().mean()) > 0.5
+                p.copy_(torch.ones_like(p) if is_norm else torch.zeros_like(p))
     for change in (
         lambda p: p,
         lambda p: p.add_(0.05 * torch.randn_like(p)),
@@ -163,57 +185,55 @@ def test_a_recorded_step_is_the_model_whatever_its_weights_become(
         with torch.no_grad():
             for p in policy.parameters():
                 change(p)
-        recorded = sample(policy, ids, mask, draws, EOS, Sampling())
-        assert bool(policy.recorded) == (family in RECORDED)
-        with monkeypatch.context() as without:
-            without.setattr(fast_path, "traced_step", lambda _: None)
-            plain = sample(policy, ids, mask, draws, EOS, Sampling())
+        traced = sample(policy, batch_of(PROMPTS), noise, EOS, Sampling())
+        assert (traced_functions.get(policy) is not None) == (family in TRACEABLE)
+        with monkeypatch.context() as patch:
+            without_tracing(patch)
+            eager = sample(policy, batch_of(PROMPTS), noise, EOS, Sampling())
         if precision is Precision.fp32:
-            assert torch.equal(recorded[0], plain[0]) and torch.allclose(
-                recorded[2], plain[2], atol=1e-5
-            )
-        else:  # its sums are rounded at other places, and then other tokens drawn
-            assert torch.allclose(recorded[2][:, 0], plain[2][:, 0], atol=0.1)
+            assert torch.equal(traced.ids, eager.ids)
+            assert torch.allclose(traced.logprobs, eager.logprobs, atol=1e-5)
+        else:  # the two round differently, and then other tokens are sampled
+            first, expected = traced.logprobs[:, 0], eager.logprobs[:, 0]
+            assert torch.allclose(first, expected, atol=0.1)
 
 
-def test_what_cannot_be_recorded_runs_in_python(
-    base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("obstacle", ["fails", "differs"])
+def test_a_model_that_cannot_be_traced_runs_eagerly(
+    base: Any, tokenizer: PreTrainedTokenizerBase, obstacle: str
 ) -> None:
-    """A model's code may ask for what a recording does not know, or do something else the next time."""
-    ids, mask = pad_left(PROMPTS, PAD, CPU)
-    draws = uniforms("test", range(len(PROMPTS)), 0, 0, NEW)
-    expected = sample(load(base, tokenizer, "llama"), ids, mask, draws, EOS, Sampling())
-    for odd in ("fails", "differs"):
-        policy = load(base, tokenizer, "llama")
-        layer = policy.hf.base_model.layers[0].mlp
-        inner = layer.forward
+    """A model's code may use what a trace does not support, or compute something else in it."""
+    prompts, noise = batch_of(PROMPTS), noise_for(PROMPTS)
+    expected = sample(load(base, tokenizer, "llama"), prompts, noise, EOS, Sampling())
+    policy = load(base, tokenizer, "llama")
+    layer = policy.hf.base_model.layers[0].mlp
+    original = layer.forward
 
-        def forward(x: Tensor, odd: str = odd, inner: Any = inner) -> Tensor:
-            if torch.jit.is_tracing():
-                if odd == "fails":
-                    raise NotImplementedError("not while it is recorded")
-                return inner(x) * 1.01
-            return inner(x)
+    def forward(x: Tensor) -> Tensor:
+        if not torch.jit.is_tracing():
+            return original(x)
+        if obstacle == "fails":
+            raise NotImplementedError("not while it is traced")
+        return original(x) * 1.01
 
-        layer.forward = forward
-        found = sample(policy, ids, mask, draws, EOS, Sampling())
-        assert policy.recorded is False and torch.equal(found[0], expected[0])
+    layer.forward = forward
+    responses = sample(policy, prompts, noise, EOS, Sampling())
+    assert policy in traced_functions and traced_functions[policy] is None
+    assert torch.equal(responses.ids, expected.ids)
 
 
-def test_in_bf16_the_cache_is_in_float32_and_answers_are_those_of_the_model(
-    base: Any, tokenizer: Any
+def test_in_bf16_the_cache_is_float32_and_log_probabilities_are_those_of_the_model(
+    base: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     policy = load(base, tokenizer, "llama", Precision.bf16, ends=False)
-    ids, mask = pad_left(PROMPTS, PAD, CPU)
-    answers, here, logp = sample(
-        policy, ids, mask, uniforms("test", range(len(PROMPTS)), 0, 0, NEW), EOS, Sampling()
-    )
-    assert policy.can_pack
-    full, seen = torch.cat([ids, answers], 1), torch.cat([mask, here.long()], 1)
-    again = policy(full, seen, torch.cat([torch.zeros_like(mask), here], 1) > 0)[0][
-        :, ids.shape[1] :
-    ]
-    assert float((again - logp).detach().abs().mean()) < 0.02
+    prompts = batch_of(PROMPTS)
+    responses = sample(policy, prompts, noise_for(PROMPTS), EOS, Sampling())
+    assert policy.supports_packing()
+    ids = torch.cat([prompts.ids, responses.ids], 1)
+    mask = torch.cat([prompts.mask, responses.mask.long()], 1)
+    target_mask = torch.cat([torch.zeros_like(prompts.mask), responses.mask], 1) > 0
+    logprobs = policy(ids, mask, target_mask)[0][:, prompts.ids.shape[1] :]
+    assert float((logprobs - responses.logprobs).detach().abs().mean()) < 0.02
     cache = new_cache(policy.hf, 8)
     k = torch.randn(2, 1, 3, 16, dtype=torch.bfloat16)
     assert cache.update(k, k, 0)[0].dtype == torch.float32
@@ -221,59 +241,63 @@ def test_in_bf16_the_cache_is_in_float32_and_answers_are_those_of_the_model(
 
 @pytest.mark.parametrize("rows", [1, 16, MAX_KERNEL_ROWS, MAX_KERNEL_ROWS + 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_equal_those_of_a_linear_layer(rows: int, bias: bool) -> None:
+def test_fast_linear_layers_equal_torchs(rows: int, bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 48, bias=bias)
-    own = layer.forward
+    original = layer.forward
     with torch.no_grad(), fast_linear_layers(nn.Sequential(layer)):
-        assert (layer.forward != own) == kernels.load()
+        assert (layer.forward != original) == kernels.load()
         for shape in ((rows, 64), (rows, 1, 64), (1, rows, 64)):
             x = torch.randn(shape)
-            found = layer(x)
-            assert found.shape == (*shape[:-1], 48)
-            assert torch.allclose(found, F.linear(x, layer.weight, layer.bias), atol=1e-5)
-    assert layer.forward == own and "forward" not in vars(layer)
+            y = layer(x)
+            assert y.shape == (*shape[:-1], 48)
+            assert torch.allclose(y, F.linear(x, layer.weight, layer.bias), atol=1e-5)
+    assert layer.forward == original and "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom"])
-def test_autocast_is_what_the_products_are_in(base: Any, tokenizer: Any, family: str) -> None:
-    """Weights in float32 that are to be multiplied in bf16 are no case for our kernels, which are for float32."""
-    policy = load(base, tokenizer, family)
-    ids, mask = pad_left(PROMPTS[1:4], PAD, CPU)
-    draws = uniforms("test", range(3), 0, 0, NEW)
+def test_under_autocast_linear_layers_compute_in_its_precision(
+    base: Any, tokenizer: PreTrainedTokenizerBase, family: str
+) -> None:
+    """Our kernels are for float32; autocast multiplies float32 weights in bf16."""
+    policy, prompts, noise = load(base, tokenizer, family), PROMPTS[1:4], noise_for(PROMPTS[1:4])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         with fast_linear_layers(policy.hf):
             assert policy.hf.base_model.get_input_embeddings().weight.dtype == torch.float32
             layer = next(m for m in policy.hf.base_model.modules() if type(m) is nn.Linear)
             assert layer(torch.randn(2, layer.in_features)).dtype == torch.bfloat16
-        answers, here, logp = sample(policy, ids, mask, draws, EOS, Sampling())
-    exact, *_ = sample(policy, ids, mask, draws, EOS, Sampling())
-    assert bool(here[:, 0].all()) and logp.isfinite().all() and answers.shape == exact.shape
+        responses = sample(policy, batch_of(prompts), noise, EOS, Sampling())
+    in_float32 = sample(policy, batch_of(prompts), noise, EOS, Sampling())
+    assert bool(responses.mask[:, 0].all()) and responses.logprobs.isfinite().all()
+    assert responses.ids.shape == in_float32.ids.shape
 
 
-def test_without_a_compiler_answers_are_the_same(
-    base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+def replaced_layers(policy: Policy) -> list[nn.Module]:
+    """Linear layers with a forward of their own, except the output layer, which has one anyway."""
+    head = policy.hf.get_output_embeddings()
+    linear = [m for m in policy.hf.modules() if type(m) is nn.Linear and m is not head]
+    return [layer for layer in linear if "forward" in vars(layer)]
+
+
+def test_without_a_compiler_responses_are_the_same(
+    base: Any, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids, mask = pad_left(PROMPTS, PAD, CPU)
-    draws = uniforms("test", range(len(PROMPTS)), 0, 0, NEW)
-    with_ours = sample(load(base, tokenizer, "llama"), ids, mask, draws, EOS, Sampling())
+    prompts, noise = batch_of(PROMPTS), noise_for(PROMPTS)
+    with_kernels = sample(load(base, tokenizer, "llama"), prompts, noise, EOS, Sampling())
     monkeypatch.setattr(kernels, "load", lambda: False)
     policy = load(base, tokenizer, "llama")
     with fast_linear_layers(policy.hf):
-        assert not any(
-            "forward" in vars(m)
-            for m in policy.hf.modules()
-            if type(m) is nn.Linear and m is not policy.hf.lm_head
-        )
-    without = sample(policy, ids, mask, draws, EOS, Sampling())
-    assert torch.equal(with_ours[0], without[0]) and torch.allclose(
-        with_ours[2], without[2], atol=1e-5
-    )
-    assert policy.recorded, "recorded all the same"
+        assert not replaced_layers(policy)
+    without = sample(policy, prompts, noise, EOS, Sampling())
+    assert torch.equal(with_kernels.ids, without.ids)
+    assert torch.allclose(with_kernels.logprobs, without.logprobs, atol=1e-5)
+    assert traced_functions[policy] is not None, "the step is traced all the same"
 
 
-def test_products_leave_what_they_do_not_know(base: Any, tokenizer: Any) -> None:
-    """An output layer that gives log-probabilities does so again afterwards, also when sampling fails."""
+def test_fast_linear_layers_restore_what_they_replace(
+    base: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The output layer computes log-probabilities again afterwards, also when sampling fails."""
     policy = load_policy(base("opt"), tokenizer, Precision.fp32)
     head = policy.hf.get_output_embeddings()
     before = head.forward
@@ -283,36 +307,29 @@ def test_products_leave_what_they_do_not_know(base: Any, tokenizer: Any) -> None
     assert head.forward == before
     half = load_policy(base("opt"), tokenizer, Precision.bf16)
     with fast_linear_layers(half.hf):
-        assert not any(
-            "forward" in vars(m)
-            for m in half.hf.modules()
-            if type(m) is nn.Linear and m is not half.hf.get_output_embeddings()
-        )
+        assert not replaced_layers(half)
 
 
-def test_a_cache_keeps_what_it_was_given() -> None:
-    """Rows of a batch that are taken out, and prompts without padding that are spread over it."""
+def test_the_cache_returns_what_was_stored() -> None:
+    """With rows that are dropped, and with packed prompts that are spread over its rows."""
     layer = PreallocatedCacheLayer(9)
     random = torch.Generator().manual_seed(0)
 
-    def some(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
-    flat = some(1, 2, 5, 3)
-    layer.layout = torch.tensor([[0, 0, 1], [2, 3, 4], [0, 0, 0]])
-    k, _ = layer.update(flat, flat + 1)
-    assert k is flat and layer.get_seq_length() == 3
-    layer.layout = None
-    expected = torch.stack([flat[0][:, row] for row in ([0, 0, 1], [2, 3, 4], [0, 0, 0])])
-    new = some(3, 2, 1, 3)
+    packed = normal(1, 2, 5, 3)
+    layer.gather_index = torch.tensor([[0, 0, 1], [2, 3, 4], [0, 0, 0]])
+    k, _ = layer.update(packed, packed + 1)
+    assert k is packed and layer.get_seq_length() == 3
+    expected = torch.stack([packed[0][:, row] for row in layer.gather_index])
+    layer.gather_index = None
+    new = normal(3, 2, 1, 3)
     k, v = layer.update(new, new - 1)
-    assert torch.equal(k, torch.cat([expected, new], 2)) and torch.equal(
-        v, torch.cat([expected + 1, new - 1], 2)
-    )
+    assert torch.equal(k, torch.cat([expected, new], 2))
+    assert torch.equal(v, torch.cat([expected + 1, new - 1], 2))
     layer.batch_select_indices(torch.tensor([2, 0]))
-    last = some(2, 2, 1, 3)
+    last = normal(2, 2, 1, 3)
     k, v = layer.update(last, last)
-    assert (
-        torch.equal(k, torch.cat([torch.cat([expected, new], 2)[[2, 0]], last], 2))
-        and layer.get_seq_length() == 5
-    )
+    assert torch.equal(k, torch.cat([torch.cat([expected, new], 2)[[2, 0]], last], 2))
+    assert layer.get_seq_length() == 5

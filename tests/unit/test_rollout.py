@@ -33,7 +33,7 @@ from rlhf.rl.losses import kl_estimate, policy_loss, value_loss
 from rlhf.rl.metrics import rollout_metrics
 from rlhf.rl.rewards import Rewards, Source
 from rlhf.sampling import sampler
-from rlhf.sampling.sampler import SampledResponses
+from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.token_choice import Sampling, choose_token
 from rlhf.stages import rl
 
@@ -137,9 +137,8 @@ def sample(
     temperature: float = 1.0,
     **choice: Any,
 ) -> SampledResponses:
-    return sampler.sample(
-        policy, *pad_left(prompts, PAD, CPU), draws, EOS, Sampling(temperature, **choice)
-    )
+    batch = PromptBatch(*pad_left(prompts, PAD, CPU))
+    return sampler.sample(policy, batch, draws, EOS, Sampling(temperature, **choice))
 
 
 def experience_of(

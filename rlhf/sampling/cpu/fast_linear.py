@@ -1,11 +1,10 @@
-"""Linear layers of small batches through our CPU kernels."""
+"""Linear layers with few rows through our CPU kernel."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,35 +12,39 @@ from torch import Tensor, nn
 
 from rlhf.sampling.cpu import kernels
 
-MAX_KERNEL_ROWS = 64  # rows; with more, torch's products are as fast as ours. A recorded step, made of few rows, uses ours for any number
+# Rows; with more, torch's matrix products are as fast as ours. A traced step, which is traced with
+# few rows, uses ours for any number.
+MAX_KERNEL_ROWS = 64
 
 
 @contextlib.contextmanager
-def fast_linear_layers(hf: Any) -> Iterator[None]:
-    """Within this context, in which there are no gradients, the linear layers of a float32 model on CPU are faster where rows are few."""
-    linear: list[Any] = [m for m in hf.modules() if type(m) is nn.Linear]
+def fast_linear_layers(hf: nn.Module) -> Iterator[None]:
+    """Use our kernel for the float32 linear layers on CPU inside the context; needs no_grad."""
     layers = [
-        m
-        for m in linear
-        if m.weight.is_cpu and m.weight.dtype == torch.float32 and m.weight.is_contiguous()
+        layer
+        for layer in hf.modules()
+        if type(layer) is nn.Linear
+        and layer.weight.is_cpu
+        and layer.weight.dtype == torch.float32
+        and layer.weight.is_contiguous()
     ]
-    if (
-        not layers or torch.is_autocast_enabled("cpu") or not kernels.load()
-    ):  # autocast: another precision than the weights' is wanted
+    # autocast asks for another precision than that of the weights
+    if not layers or torch.is_autocast_enabled("cpu") or not kernels.load():
         layers = []
-    before = [layer.__dict__.get("forward") for layer in layers]
+    previous = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = functools.partial(small_batch_linear, layer)
+        vars(layer)["forward"] = functools.partial(small_batch_linear, layer)
     try:
         yield
     finally:
-        for layer, own in zip(layers, before):
-            if own is None:
-                del layer.forward
+        for layer, forward in zip(layers, previous):
+            if forward is None:
+                del vars(layer)["forward"]
             else:
-                layer.forward = own
+                vars(layer)["forward"] = forward
 
 
-def small_batch_linear(layer: Any, x: Tensor) -> Tensor:
+def small_batch_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer's output for x (..., k) -> (..., n), by our kernel if x has few rows."""
     multiply = kernels.linear if x.numel() <= MAX_KERNEL_ROWS * x.shape[-1] else F.linear
     return multiply(x, layer.weight, layer.bias)

@@ -10,11 +10,12 @@ import torch
 from rlhf.models.wrappers import Policy
 from rlhf.sampling.cpu.attention import single_token_attention
 from rlhf.sampling.cpu.fast_linear import fast_linear_layers
-from rlhf.sampling.cpu.traced_step import Step, traced_step
+from rlhf.sampling.cpu.traced_step import traced_step
+from rlhf.sampling.decode_state import DecodeStep
 
 
 @contextlib.contextmanager
-def cpu_fast_path(policy: Policy, packed: bool) -> Iterator[Step | None]:
+def cpu_fast_path(policy: Policy, packed: bool) -> Iterator[DecodeStep | None]:
     """Sample faster on a CPU inside the context; without effect on GPUs.
 
     Args:

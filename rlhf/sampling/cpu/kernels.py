@@ -1,4 +1,7 @@
-"""Our own kernels for CPUs (kernels.cpp): compiled once per machine, and only where there is a compiler; without, torch's are used."""
+"""Our kernels for CPUs (kernels.cpp), compiled once per machine.
+
+Where there is no compiler, or the kernels do not compile, sampling uses torch's.
+"""
 
 from __future__ import annotations
 
@@ -18,89 +21,121 @@ from torch import Tensor
 
 log = logging.getLogger("rlhf")
 SOURCE = Path(__file__).with_name("kernels.cpp")
-STABLE_ABI = (2, 10)  # the first torch that has all of the interface that SOURCE uses
-loaded: bool | None = None  # whether our kernels are in use; None until somebody wants them
+STABLE_ABI = (2, 10)  # the first version of torch with all of the interface that SOURCE uses
+loaded: bool | None = None  # whether our kernels are in use; None before the first load()
 
 
 def load() -> bool:
-    """Make torch.ops.rlhf known to torch, from a file in the user's cache folder, or else by compiling it; at the first call. Returns:
-    whether it is known."""
+    """Register the kernels as torch.ops.rlhf, at the first call; compile them where needed.
+
+    Returns: whether they are registered. If not, the log says why.
+    """
     global loaded
     if loaded is None:
         loaded = False
         try:
-            find_or_compile()
+            load_or_compile()
             loaded = True
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None)
-            lines = said.splitlines() if isinstance(said, str) else []
-            wrong = next(
-                (line for line in lines if "error" in line),
-                str(error.__cause__ or error).split("\n")[0],
+            log.info(
+                "sampling uses torch's kernels for CPU, which are slower than ours: "
+                f"{reason_in_one_line(error)}"
             )
-            log.info(f"sampling uses torch's kernels for CPU, which are slower than ours: {wrong}")
     return loaded
 
 
-def find_or_compile() -> None:
-    """Load the library for this source, torch and machine. Other processes of this user that want it too wait for the first."""
+def reason_in_one_line(error: Exception) -> str:
+    """The first error line of the compiler's output, or else the first line of the exception."""
+    output = getattr(error, "stderr", None)
+    lines = output.splitlines() if isinstance(output, str) else []
+    first_line = str(error.__cause__ or error).split("\n")[0]
+    return next((line for line in lines if "error" in line), first_line)
+
+
+def load_or_compile() -> None:
+    """Load the library for this source, torch and machine from the user's cache folder.
+
+    The first of several processes that need the library compiles it while the others wait.
+
+    Raises:
+        OSError, RuntimeError, subprocess.SubprocessError: it cannot be compiled or loaded.
+    """
     from filelock import FileLock
 
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < STABLE_ABI:
-        raise RuntimeError(
-            f"ours need torch {STABLE_ABI[0]}.{STABLE_ABI[1]}, this is {torch.__version__}"
-        )
+        needed = ".".join(map(str, STABLE_ABI))
+        raise RuntimeError(f"ours need torch {needed}, this is {torch.__version__}")
+    flags = compiler_flags()
+    machine = [platform.machine(), *platform.libc_ver(), torch.__version__]
+    content = "\n".join([SOURCE.read_text(), *machine, *flags])
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    library = private_cache_folder() / f"kernels-{name}.so"
+    with FileLock(library.with_suffix(".lock")):
+        if library.exists():
+            with contextlib.suppress(OSError):  # an incomplete file is compiled again
+                torch.ops.load_library(library)
+                return
+        compile_library(library, flags)
+        torch.ops.load_library(library)
+
+
+def compiler_flags() -> list[str]:
+    """The flags of the C++ compiler for this machine and torch."""
     simd = ["-mavx2", "-mfma"] if torch.backends.cpu.get_cpu_capability().startswith("AVX") else []
     root, target = Path(torch.__file__).parent, f"0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}{0:012x}"
-    flags = ["-O3", *simd, "-std=c++20", "-fPIC", "-shared", f"-DTORCH_TARGET_VERSION={target}"]
-    flags += [
-        f"-I{root}/include",
-        f"-I{root}/include/torch/csrc/api/include",
-        f"-L{root}/lib",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    machine = [platform.machine(), *platform.libc_ver(), torch.__version__]
-    name = hashlib.sha256("\n".join([SOURCE.read_text(), *machine, *flags]).encode()).hexdigest()[
-        :16
-    ]
+    includes = [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
+    libraries = [f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
+    language = ["-std=c++20", "-fPIC", "-shared", f"-DTORCH_TARGET_VERSION={target}"]
+    return ["-O3", *simd, *language, *includes, *libraries]
+
+
+def private_cache_folder() -> Path:
+    """The folder of compiled kernels.
+
+    Raises:
+        OSError: others may write to it. Code is loaded from there.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.stat()
     if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(
-            f"{folder} is not yours alone to write (chmod go-w): code is loaded from there"
-        )
-    library = folder / f"kernels-{name}.so"
-    with FileLock(library.with_suffix(".lock")):
-        if library.exists():
-            with contextlib.suppress(OSError):  # not whole: made anew
-                torch.ops.load_library(library)
-                return
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
-        if not shutil.which(compiler[0]):
-            raise OSError(f"there is no C++ compiler ({compiler[0]}; CXX names another)")
-        log.info(f"compiling kernels for sampling on CPU, once on this machine: {library}")
-        unfinished = library.with_suffix(".tmp")
-        subprocess.run(
-            [*compiler, str(SOURCE), "-o", str(unfinished), *flags],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        unfinished.rename(library)
-        torch.ops.load_library(library)
+        raise OSError(f"others can write to {folder}, from which code is loaded: chmod go-w it")
+    return folder
+
+
+def compile_library(library: Path, flags: list[str]) -> None:
+    """Compile SOURCE; `library` appears only when it is complete."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if not shutil.which(compiler[0]):
+        raise OSError(f"there is no C++ compiler ({compiler[0]}; CXX names another)")
+    log.info(f"compiling kernels for sampling on CPU, once on this machine: {library}")
+    unfinished = library.with_suffix(".tmp")
+    command = [*compiler, str(SOURCE), "-o", str(unfinished), *flags]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    unfinished.rename(library)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, (..., k) -> (..., n), in float32 on CPU, without gradient; weight (n, k) and bias contiguous. Needs load()."""
-    found: Tensor = torch.ops.rlhf.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias)
-    return found.view(*x.shape[:-1], weight.shape[0])
+    """x W^T + b, (..., k) -> (..., n), in float32 on CPU, without gradient. Needs load().
+
+    Args:
+        weight, bias: (n, k) and (n,), contiguous.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y: Tensor = torch.ops.rlhf.linear(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of one token, (B, heads, 1, d) -> (B, 1, heads, d), to T keys and values (B, groups, T, d), in float32 on CPU, without
-    gradient. mask (B, 1, 1, T) is added to the scores times scale; it leaves at least one token of each row. Needs load()."""
-    found: Tensor = torch.ops.rlhf.attend(q, k, v, mask, scale)
-    return found
+    """Attention of one token to T tokens in float32 on CPU, without gradient. Needs load().
+
+    Args:
+        q: (B, heads, 1, d).
+        k, v: (B, kv_heads, T, d).
+        mask: (B, 1, 1, T), added to the scores after `scale`; at least one token of each row must
+            stay visible.
+
+    Returns: (B, 1, heads, d).
+    """
+    y: Tensor = torch.ops.rlhf.attend(q, k, v, mask, scale)
+    return y
