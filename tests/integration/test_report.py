@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Demo, composed
+from helpers import Demo, command
 from scipy import stats
 
 from rlhf.config.errors import UserError
@@ -41,11 +41,11 @@ def write_run(
     root: Path, *overrides: str, gold: float = 1.0, steps: int = 12, finished: bool = True
 ) -> Path:
     """A PPO run as it lies on the disk: a score that rises to `gold`, answers, a checkpoint where it is not finished."""
-    cfg = composed("stage=ppo", *overrides)
-    cfg.root = str(root)
-    run = root / "outputs" / run_name(cfg, "ppo", composed("stage=ppo"))
+    own = command("stage=ppo", *overrides)
+    own.cfg.root = str(root)
+    run = root / "outputs" / run_name(own, "ppo")
     run.mkdir(parents=True)
-    save_config(config_for_stage(cfg, "ppo", {}), run / "config.yaml")
+    save_config(config_for_stage(own.cfg, "ppo", {}), run / "config.yaml")
     rows = [
         {
             "step": i + 1,
