@@ -104,6 +104,9 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
         for b in words
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own_model = tmp_path / "my_options" / "model" / "mine.yaml"
+    own_model.parent.mkdir(parents=True)
+    own_model.write_text(f"name: mine\npath: {REPO / 'rlhf/assets/tiny'}\n")
     if FAR.search(command) and "--cfg" not in args:
         done = train(*args, *[] if "plan=true" in args else ["plan=true"], cwd=tmp_path)
         assert "fits" in done.stdout
