@@ -1,9 +1,12 @@
-"""Which of DeepSpeed-Chat's habits make PPO with several epochs diverge, and which fix cures it? On the sandbox, three seeds each.
+"""Which of DeepSpeed-Chat's design choices make PPO with several passes diverge, and which fix
+cures it? On the sandbox, three seeds each.
 
     python bench/ablation.py [--root DIR] [--seeds 1 2 3] [--jobs 2] [--only NAME ...] [--docs]
 
-Each arm is a run of train.py with 4 passes of 4 minibatches over each of 44 rollouts (1 and 1 where said). Finished runs are reused, so
-it can be interrupted. Writes ablation.json below DIR, the table to standard output, and with --docs the pictures and the table to docs/.
+Each arm is a run of train.py with 4 passes of 4 minibatches over each of 44 rollouts ("1 x 1": one
+pass of one minibatch). Finished runs are reused, so the script can be interrupted and resumed. It
+writes ablation.json below DIR and prints the table; with --docs it also writes table and picture to
+docs/.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 REPO = Path(__file__).parents[1]
 DSCHAT = ["rl=dschat", "rm=dschat", "sft=dschat"]
@@ -30,232 +36,222 @@ ALWAYS = [
     "deploy.threads=1",
     "rollout.log_answers=0",
 ]
-OURS_SCORE = ["rl.normalize_score=true", "rl.score_clip=null", "rl.missing_eos_penalty=1"]
-NO_DROPOUT = ["rl.dschat.dropout=0", "rl.dschat.train_mode_logp=false"]
-SAMPLED, EOS_KEPT = "rl.dschat.greedy=false", "rl.dschat.pad_is_eos=false"
+NORMALIZED_SCORE = ["rl.normalize_score=true", "rl.score_clip=null", "rl.missing_eos_penalty=1"]
+RAW_SCORE = ["rl.normalize_score=false", "rl.score_clip=5", "rl.missing_eos_penalty=0"]
+GREEDY, PAD_IS_EOS = "rl.dschat.greedy=true", "rl.dschat.pad_is_eos=true"
+SAMPLED, OWN_PAD = "rl.dschat.greedy=false", "rl.dschat.pad_is_eos=false"
 
 # group -> arm -> overrides
 ARMS: dict[str, dict[str, list[str]]] = {
-    "whole": {
+    "complete set-ups": {
         "this framework": SEVERAL,
         "DeepSpeed-Chat, 1 x 1": DSCHAT,
         "DeepSpeed-Chat, 4 x 4": DSCHAT + SEVERAL,
     },
-    "this framework, one habit added": {
-        "+ greedy rollouts": [*SEVERAL, "rl.dschat.greedy=true"],
-        "+ pad = EOS": [*SEVERAL, "rl.dschat.pad_is_eos=true"],
-        "+ dropout, old log-probs without": [*SEVERAL, "rl.dschat.dropout=0.1"],
-        "+ dropout, old log-probs with": [
-            *SEVERAL,
-            "rl.dschat.dropout=0.1",
-            "rl.dschat.train_mode_logp=true",
-        ],
+    "this framework, one design choice added": {
+        "+ greedy rollouts": [*SEVERAL, GREEDY],
+        "+ pad = EOS": [*SEVERAL, PAD_IS_EOS],
         "+ no whitening": [*SEVERAL, "rl.normalize=none"],
-        "+ raw scores, clipped at 5, no EOS penalty": [
-            *SEVERAL,
-            "rl.normalize_score=false",
-            "rl.score_clip=5",
-            "rl.missing_eos_penalty=0",
-        ],
+        "+ raw scores, clipped at 5, no EOS penalty": [*SEVERAL, *RAW_SCORE],
         "+ per-token reward loss": [*SEVERAL, "rm=dschat"],
-        "+ micro-batch means": [*SEVERAL, "rl.dschat.micro_batch_means=true"],
-        "+ greedy, pad = EOS": [*SEVERAL, "rl.dschat.greedy=true", "rl.dschat.pad_is_eos=true"],
-        "+ raw scores, no whitening": [
-            *SEVERAL,
-            "rl.normalize_score=false",
-            "rl.score_clip=5",
-            "rl.missing_eos_penalty=0",
-        ]
-        + ["rl.normalize=none"],
+        "+ greedy, pad = EOS": [*SEVERAL, GREEDY, PAD_IS_EOS],
+        "+ raw scores, no whitening": [*SEVERAL, *RAW_SCORE, "rl.normalize=none"],
     },
-    "DeepSpeed-Chat 4 x 4, one habit mended": {
+    "DeepSpeed-Chat 4 x 4, one design choice fixed": {
         "- greedy rollouts": [*DSCHAT, *SEVERAL, SAMPLED],
-        "- pad = EOS": [*DSCHAT, *SEVERAL, EOS_KEPT],
-        "- dropout": [*DSCHAT, *SEVERAL, *NO_DROPOUT],
+        "- pad = EOS": [*DSCHAT, *SEVERAL, OWN_PAD],
         "- no whitening": [*DSCHAT, *SEVERAL, "rl.normalize=batch"],
-        "- raw scores, no EOS penalty": [*DSCHAT, *SEVERAL, *OURS_SCORE],
+        "- raw scores, no EOS penalty": [*DSCHAT, *SEVERAL, *NORMALIZED_SCORE],
         "- per-token reward loss": ["rl=dschat", "sft=dschat", *SEVERAL],
-        "- micro-batch means": [*DSCHAT, *SEVERAL, "rl.dschat.micro_batch_means=false"],
         "target KL 0.05 per pass": [*DSCHAT, *SEVERAL, "rl.target_kl=0.05"],
-        "- greedy, - pad = EOS": [*DSCHAT, *SEVERAL, SAMPLED, EOS_KEPT],
-        "- greedy, - pad = EOS, - dropout": [*DSCHAT, *SEVERAL, SAMPLED, EOS_KEPT, *NO_DROPOUT],
+        "- greedy, - pad = EOS": [*DSCHAT, *SEVERAL, SAMPLED, OWN_PAD],
     },
 }
-DIVERGED_KL = 50.0  # nats per answer: no answer of the SFT policy looks like that any more
+PARENTS = [["stage=sft"], ["stage=sft", "sft=dschat"], ["stage=rm"], ["stage=rm", "rm=dschat"]]
+DIVERGED_KL = 50.0  # nats per response: the SFT policy gives no such response any more
+TABLE_START, TABLE_END = "<!-- table: bench/ablation.py --docs -->\n", "<!-- end of table -->\n"
 
 
 def train(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py with one thread."""
     command = [sys.executable, str(REPO / "train.py"), f"root={root}", *ALWAYS, *overrides]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def run_arm(root: Path, arm: str, overrides: list[str], seed: int) -> dict[str, Any]:
-    """One run; what it measured."""
+    """Run one arm with one seed. Returns: its measurements, or the line that it stopped with."""
     done = train(root, "stage=ppo", f"seed={seed}", *overrides)
     if done.returncode != 0:
-        print(f"{arm}, seed {seed}: stopped: {done.stderr.strip().splitlines()[-1]}", flush=True)
-        return {"arm": arm, "seed": seed, "stopped": done.stderr.strip().splitlines()[-1]}
-    (where,) = [
+        reason = done.stderr.strip().splitlines()[-1]
+        print(f"{arm}, seed {seed}: stopped: {reason}", flush=True)
+        return {"arm": arm, "seed": seed, "stopped": reason}
+    (run_dir,) = [
         line.split("  (")[0]
         for line in done.stdout.splitlines()
         if "metrics.jsonl" in line and "ppo-" in line
     ]
-    rows = [json.loads(line) for line in Path(where, "metrics.jsonl").read_text().splitlines()]
-    final = json.loads(Path(where, "summary.json").read_text())["metrics"]
-    result = {
-        key: final[f"eval/{key}"]
-        for key in ("gold_before", "gold", "kl", "eos_rate", "length", "repetition")
-    }
-    result["worst_kl"] = max(row["objective/kl"] for row in rows)
-    result["approxkl"] = statistics.fmean(row["policy/approxkl_avg"] for row in rows)
-    result["curve_gold"] = [(0, final["eval/gold_before"])] + [
-        (row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row
-    ]
-    result["curve_gold"] += [(len(rows), final["eval/gold"])]
-    result["curve_kl"] = [(row["step"], row["objective/kl"]) for row in rows]
-    result["diverged"] = (
-        final["eval/kl"] > DIVERGED_KL or final["eval/gold"] < final["eval/gold_before"]
-    )
+    result = measurements(Path(run_dir))
     print(
-        f"{arm}, seed {seed}: gold {result['gold_before']:.2f} -> {result['gold']:.2f}, KL {result['kl']:.1f}",
+        f"{arm}, seed {seed}: gold {result['gold_before']:.2f} -> {result['gold']:.2f}, "
+        f"KL {result['kl']:.1f}",
         flush=True,
     )
     return {"arm": arm, "seed": seed, **result}
 
 
+def measurements(run_dir: Path) -> dict[str, Any]:
+    """Final metrics of a run, its curves as (rollout, value), and whether it diverged."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    final = json.loads((run_dir / "summary.json").read_text())["metrics"]
+    names = ("gold_before", "gold", "kl", "eos_rate", "length", "repetition")
+    gold = [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
+    return {name: final[f"eval/{name}"] for name in names} | {
+        "worst_kl": max(row["objective/kl"] for row in rows),
+        "approxkl": statistics.fmean(row["policy/approxkl_avg"] for row in rows),
+        "curve_gold": [(0, final["eval/gold_before"]), *gold, (len(rows), final["eval/gold"])],
+        "curve_kl": [(row["step"], row["objective/kl"]) for row in rows],
+        "diverged": final["eval/kl"] > DIVERGED_KL
+        or final["eval/gold"] < final["eval/gold_before"],
+    }
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """Means over seeds as Markdown, an arm a line."""
+    """Means over seeds as Markdown, one line per arm."""
     lines = [
-        "| arm | diverged | gold before → after | KL | worst KL | answers that end | tokens |",
+        "| arm | diverged | gold before → after | KL | worst KL | finished (EOS rate) | tokens |",
         "|---|---|---|---|---|---|---|",
     ]
     for group, arms in ARMS.items():
         shown = [arm for arm in arms if any(r["arm"] == arm for r in results)]
-        lines += [f"| **{group}** | | | | | | |"] if shown else []
-        for arm in shown:
-            some = [r for r in results if r["arm"] == arm]
-            fine = [r for r in some if "stopped" not in r]
-            bad = len(some) - len(fine) + sum(r["diverged"] for r in fine)
-
-            def mean(key: str, fine: list = fine) -> float:
-                return statistics.fmean(r[key] for r in fine) if fine else math.nan
-
-            spread = (
-                f" ({min(r['gold'] for r in fine):.2f} … {max(r['gold'] for r in fine):.2f})"
-                if len(fine) > 1
-                else ""
-            )
-            cells = [
-                f"{bad} of {len(some)}",
-                f"{mean('gold_before'):.2f} → {mean('gold'):.2f}{spread}",
-                f"{mean('kl'):.1f}",
-            ]
-            cells += [f"{mean('worst_kl'):.1f}", f"{mean('eos_rate'):.0%}", f"{mean('length'):.1f}"]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        if shown:
+            lines.append(f"| **{group}** | | | | | | |")
+        lines += [table_line(arm, [r for r in results if r["arm"] == arm]) for arm in shown]
     return "\n".join(lines)
 
 
+def table_line(arm: str, seeds: list[dict[str, Any]]) -> str:
+    """The line of an arm. A run that stopped counts as diverged, and is not part of the means."""
+    finished = [r for r in seeds if "stopped" not in r]
+    diverged = len(seeds) - len(finished) + sum(r["diverged"] for r in finished)
+    gold = f"{mean(finished, 'gold_before'):.2f} → {mean(finished, 'gold'):.2f}"
+    if len(finished) > 1:
+        values = [r["gold"] for r in finished]
+        gold += f" ({min(values):.2f} … {max(values):.2f})"
+    cells = [
+        arm,
+        f"{diverged} of {len(seeds)}",
+        gold,
+        f"{mean(finished, 'kl'):.1f}",
+        f"{mean(finished, 'worst_kl'):.1f}",
+        f"{mean(finished, 'eos_rate'):.0%}",
+        f"{mean(finished, 'length'):.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float:
+    """NaN where there is no row."""
+    return statistics.fmean(r[key] for r in rows) if rows else math.nan
+
+
 def picture(results: list[dict[str, Any]], file: Path) -> None:
-    """Gold reward and KL over the rollouts: faults added on the left, mended on the right; mean over seeds, seeds faint."""
+    """Gold reward and KL over the rollouts, mean over seeds, single seeds faint: design choices
+    added on the left, fixed on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    whole, added, mended = ARMS
+    complete, added, fixed = ARMS
     figure, axes = plt.subplots(
         2, 2, figsize=(13, 8.5), sharex=True, sharey="row", layout="constrained"
     )
-    for column, group in enumerate((added, mended)):
-        arms = [*ARMS[whole], *ARMS[group]]
-        for i, arm in enumerate(arms):
-            some = [r for r in results if r["arm"] == arm and "stopped" not in r]
-            if not some:
-                continue
-            color = (
-                ["black", "#7f7f7f", "#d62728"][i]
-                if i < 3
-                else plt.get_cmap("tab20")(2 * (i - 3) % 20 + (i > 12))
-            )
-            width = 2.5 if i < 3 else 1.5
-            for axis, key in ((axes[0][column], "curve_gold"), (axes[1][column], "curve_kl")):
-                steps = [step for step, _ in some[0][key]]
-                values = [
-                    [max(value, 0.1) if key == "curve_kl" else value for _, value in r[key]]
-                    for r in some
-                ]
-                for line in values:
-                    axis.plot(steps, line, color=color, alpha=0.15, linewidth=0.8)
-                means = [statistics.fmean(column_values) for column_values in zip(*values)]
-                axis.plot(
-                    steps,
-                    means,
-                    color=color,
-                    linewidth=width,
-                    linestyle="--" if i < 3 else "-",
-                    label=arm,
-                )
-        axes[0][column].set_title(group)
-        axes[1][column].set_yscale("log")
-        axes[1][column].set_xlabel("rollout")
-        axes[0][column].legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=3)
-        for axis in axes[:, column]:
+    for column, group in enumerate((added, fixed)):
+        top, bottom = axes[:, column]
+        for i, arm in enumerate([*ARMS[complete], *ARMS[group]]):
+            seeds = [r for r in results if r["arm"] == arm and "stopped" not in r]
+            style: dict[str, Any]
+            if i < 3:
+                style = {"color": ["black", "#7f7f7f", "#d62728"][i], "linestyle": "--"}
+            else:
+                style = {"color": plt.get_cmap("tab20")(2 * (i - 3) % 20), "linewidth": 1.5}
+            if seeds:
+                draw(top, [r["curve_gold"] for r in seeds], arm, style)
+                draw(bottom, [r["curve_kl"] for r in seeds], arm, style, lowest=0.1)
+        top.set_title(group)
+        bottom.set_yscale("log")
+        bottom.set_xlabel("rollout")
+        top.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=3)
+        for axis in (top, bottom):
             axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("gold reward on held-out prompts")
-    axes[1][0].set_ylabel("KL to the SFT policy, nats per answer")
+    axes[1][0].set_ylabel("KL to the SFT policy, nats per response")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def main() -> None:
+def draw(
+    axis: Axes,
+    curves: list[list[tuple[int, float]]],
+    label: str,
+    style: dict[str, Any],
+    lowest: float = -math.inf,
+) -> None:
+    """Curves of the seeds of one arm, and their mean; values below `lowest` are raised to it."""
+    steps = [step for step, _ in curves[0]]
+    values = [[max(value, lowest) for _, value in curve] for curve in curves]
+    for line in values:
+        axis.plot(steps, line, color=style["color"], alpha=0.15, linewidth=0.8)
+    means = [statistics.fmean(at_step) for at_step in zip(*values)]
+    axis.plot(steps, means, label=label, **({"linewidth": 2.5} | style))
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, default=Path("ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2)))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="runs at a time")
     parser.add_argument("--only", nargs="+", default=None, help="arms, by name")
     parser.add_argument(
         "--docs",
         action="store_true",
         help="write docs/ablation.png, and the table into docs/ablation.md",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     args.root.mkdir(parents=True, exist_ok=True)
-    upstream = [
-        (s, o)
-        for s in args.seeds
-        for o in (
-            ["stage=sft"],
-            ["stage=sft", "sft=dschat"],
-            ["stage=rm"],
-            ["stage=rm", "rm=dschat"],
-        )
-    ]
+    parents = [(f"seed={seed}", *overrides) for seed in args.seeds for overrides in PARENTS]
     jobs = [
         (arm, overrides, seed)
         for seed in args.seeds
-        for group in ARMS.values()
-        for arm, overrides in group.items()
+        for arms in ARMS.values()
+        for arm, overrides in arms.items()
+        if args.only is None or arm in args.only
     ]
-    jobs = [job for job in jobs if args.only is None or job[0] in args.only]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in pool.map(lambda job: train(args.root, f"seed={job[0]}", *job[1]), upstream):
+        for done in pool.map(lambda overrides: train(args.root, *overrides), parents):
             if done.returncode:
                 raise SystemExit(done.stderr)
         results = list(pool.map(lambda job: run_arm(args.root, *job), jobs))
     (args.root / "ablation.json").write_text(json.dumps(results))
     print(table(results))
     if args.docs:
-        picture(results, REPO / "docs" / "ablation.png")
-        page = REPO / "docs" / "ablation.md"
-        start, end = "<!-- table: bench/ablation.py --docs -->\n", "<!-- end of table -->\n"
-        text = page.read_text()
-        page.write_text(
-            text.split(start)[0] + start + "\n" + table(results) + "\n\n" + end + text.split(end)[1]
-        )
+        write_docs(results)
+
+
+def write_docs(results: list[dict[str, Any]]) -> None:
+    """The picture, and the table between its two marks in the page."""
+    picture(results, REPO / "docs" / "ablation.png")
+    page = REPO / "docs" / "ablation.md"
+    before, rest = page.read_text().split(TABLE_START)
+    after = rest.split(TABLE_END)[1]
+    page.write_text(f"{before}{TABLE_START}\n{table(results)}\n\n{TABLE_END}{after}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Search for a learning rate and a KL coefficient with Optuna: each trial is one call of train.py. pip install optuna
+"""Search for a learning rate and a KL coefficient with Optuna; each trial is one call of train.py.
 
+    pip install optuna
     python docs/optuna_search.py [--trials 20] [overrides of train.py ...]
 
-The study lies in search.db, so the same command goes on where it stopped; `python -m rlhf.report` compares what it has tried.
+The study is in search.db, so the same command resumes it. `python -m rlhf.report` compares the
+runs.
 """
 
 import argparse
@@ -14,34 +16,27 @@ from pathlib import Path
 import optuna
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+KL_COST = 0.05  # score units per nat
 
 
-def trial_of(overrides: list[str]):
-    def objective(trial: optuna.Trial) -> float:
-        """Held-out score minus what the KL costs; on the sandbox the truth could be taken instead: eval/gold."""
-        chosen = {
-            "ppo.lr": trial.suggest_float("ppo.lr", 1e-5, 1e-3, log=True),
-            "ppo.kl.coef": trial.suggest_float("ppo.kl.coef", 0.01, 0.3, log=True),
-        }
-        command = [
-            sys.executable,
-            str(TRAIN),
-            "exp=search",
-            *(f"{key}={value:.3g}" for key, value in chosen.items()),
-            *overrides,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise optuna.TrialPruned(
-                done.stderr.strip().splitlines()[-1]
-            )  # a run that fell apart is a bad one, not the end
-        (run,) = [
-            line.split("  (")[0] for line in done.stdout.splitlines() if "frontier.png" in line
-        ]
-        metrics = json.loads(Path(run, "summary.json").read_text())["metrics"]
-        return metrics["eval/score"] - 0.05 * metrics["eval/kl"]
+def run_trial(trial: optuna.Trial, overrides: list[str]) -> float:
+    """Train with the trial's values.
 
-    return objective
+    Returns: held-out score minus the cost of the KL; on the sandbox eval/gold works too.
+    Raises: TrialPruned where the run fails: a bad choice, not the end of the search.
+    """
+    values = {
+        "rl.lr": trial.suggest_float("rl.lr", 1e-5, 1e-3, log=True),
+        "rl.kl.coef": trial.suggest_float("rl.kl.coef", 0.01, 0.3, log=True),
+    }
+    chosen = [f"{key}={value:.3g}" for key, value in values.items()]
+    command = [sys.executable, str(TRAIN), "experiment_name=search", *chosen, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise optuna.TrialPruned(done.stderr.strip().splitlines()[-1])
+    (run,) = [line.split("  (")[0] for line in done.stdout.splitlines() if "frontier.png" in line]
+    metrics = json.loads(Path(run, "summary.json").read_text())["metrics"]
+    return metrics["eval/score"] - KL_COST * metrics["eval/kl"]
 
 
 if __name__ == "__main__":
@@ -51,5 +46,5 @@ if __name__ == "__main__":
     study = optuna.create_study(
         direction="maximize", storage="sqlite:///search.db", study_name="ppo", load_if_exists=True
     )
-    study.optimize(trial_of(overrides), n_trials=args.trials)
+    study.optimize(lambda trial: run_trial(trial, overrides), n_trials=args.trials)
     print(study.best_value, study.best_params)

@@ -1,5 +1,6 @@
 #!/bin/bash
-# A SLURM job over several nodes; arguments as for train.py:  sbatch docs/slurm.sh stage=ppo actor=opt66b deploy=multi_node
+# A SLURM job over several nodes, with the arguments of train.py:
+#   sbatch docs/slurm.sh stage=ppo actor=opt66b deploy=multi_node
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -7,9 +8,10 @@
 #SBATCH --time=48:00:00
 #SBATCH --requeue
 #SBATCH --signal=TERM@600
-# Ten minutes before the time is up, or when the job is preempted, SIGTERM makes train.py save a checkpoint and end with exit code 130;
-# the job is then queued again, and goes on from there.
-# One task per node: train.py starts a worker for each GPU of its node. This script runs on the first node, where the workers meet.
+# Ten minutes before the time limit, or when the job is preempted, SIGTERM makes train.py save a
+# checkpoint and end with exit code 130. The job is then queued again and resumes from there.
+# One task per node: train.py starts a worker for each GPU of its node. This script runs on the first
+# node, where the workers meet.
 export MEET="$(hostname):29500"
 srun --kill-on-bad-exit=1 bash -c \
   'exec python train.py "$@" deploy.nodes=$SLURM_NNODES deploy.node_rank=$SLURM_NODEID deploy.master=$MEET' train "$@"

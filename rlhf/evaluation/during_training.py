@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf.config.schema import Config
 from rlhf.data.records import Dataset, Turn
-from rlhf.evaluation.policy import Found, before_and_after, evaluate_policy
+from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_policy
 from rlhf.models.loading import save_engine
 from rlhf.rl.experience import Experience, Models
 from rlhf.runs.log import log
@@ -35,7 +35,7 @@ class Evaluations:
         every = self.cfg.rl.evaluation.every
         return bool(every) and step % (every or 1) == 0 and step < steps
 
-    def evaluate(self, step: int) -> Found:
+    def evaluate(self, step: int) -> PolicyEvaluation:
         """Metrics and samples of the present policy, which is saved where it is the best so far."""
         cfg, settings = self.cfg, self.cfg.rl.evaluation
         measured, samples = evaluate_policy(
@@ -58,7 +58,7 @@ class Evaluations:
         """Evaluate before training."""
         self.start, self.start_samples = self.evaluate(0)
 
-    def compare(self, step: int) -> Found:
+    def compare(self, step: int) -> PolicyEvaluation:
         """Evaluate after training, and put it beside the start."""
         return before_and_after((self.start, self.start_samples), self.evaluate(step))
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from rlhf.config.errors import UserError
 from rlhf.data import template
 from rlhf.data.batches import uniforms
-from rlhf.data.records import Dataset
+from rlhf.data.records import Dataset, Turn
 from rlhf.evaluation.statistics import repetition
-from rlhf.rl.experience import Models, Prompts, make_experience
+from rlhf.rl.experience import Experience, Models, Prompts, make_experience
 from rlhf.sampling.token_choice import Sampling
 
-Found = tuple[
-    dict[str, float], list[dict[str, Any]]
-]  # of an evaluation: means, and a row for each answer
+PolicyEvaluation = tuple[dict[str, float], list[dict[str, Any]]]  # means; a row per response
 
 
 def evaluate_policy(
@@ -24,51 +23,66 @@ def evaluate_policy(
     max_new_tokens: int,
     sampling: Sampling,
     micro_batch: int,
-) -> Found:
-    """Sample one answer to each held-out prompt, with a fixed random stream per prompt, and measure.
+) -> PolicyEvaluation:
+    """Sample a response to each held-out prompt, with a fixed random stream per prompt; measure it.
 
-    Returns: means over the answers, `eos_rate`, `length` (tokens), `repetition` (objectives.repetition), and where they are known
-        `gold`, `gold_best`, `score` (weighted sum), `score/NAME` of each of several sources, `kl` (nats per answer, the sum over
-        tokens of log pi - log ref); and one row per answer for the tables.
+    Returns: the means over the responses, and a row per response with `prompt`, `completion` and
+    the same numbers: `eos_rate`, `length` (tokens), `repetition` (statistics.repetition), and where
+    they are known `gold`, `gold_best`, `score` (weighted sum), `score/NAME` of each of several
+    sources, `kl` (nats per response: the sum over tokens of log pi - log ref).
+    Raises: UserError where all prompts are too long.
     """
-    tokenizer, rewards = models.tokenizer, models.rewards
-    encoded = template.encode_prompts(tokenizer, data.eval_prompts, max_prompt_tokens)
+    encoded = template.encode_prompts(models.tokenizer, data.eval_prompts, max_prompt_tokens)
     kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
     if not kept:
-        raise ValueError(
-            f"data.max_prompt_tokens={max_prompt_tokens}: all held-out prompts are longer"
+        raise UserError(
+            f"all held-out prompts are too long (data.max_prompt_tokens={max_prompt_tokens}): "
+            "raise it"
         )
-    asked, prompts = [turns for turns, _ in kept], [ids for _, ids in kept]
-    draws = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    batch = Prompts(asked, prompts, draws)
-    e = make_experience(replace(models, critic=None), batch, sampling, micro_batch)
-    kl = (e.old_logprobs - e.ref_logprobs).sum(1)
-    rows: list[dict[str, Any]] = []
-    for i, turns in enumerate(asked):
-        answer = e.text(i, tokenizer)
-        tokens = e.response_ids[i][e.response_mask[i] > 0].tolist()
-        row: dict[str, Any] = {"prompt": turns[-1].text, "completion": answer}
-        row |= {
-            "length": len(tokens),
-            "eos_rate": float(e.finished[i]),
-            "repetition": repetition(tokens),
-        }
-        if rewards is not None:
-            row["score"] = float(rewards.total(e.scores[i]))
-            if len(rewards.sources) > 1:
-                row |= {
-                    f"score/{name}": float(score) for name, score in zip(rewards.names, e.scores[i])
-                }
-        row |= {"kl": float(kl[i])} if models.ref is not None else {}
-        row |= {"gold": data.gold(turns, answer)} if data.gold else {}
-        row |= {"gold_best": data.best_gold(turns)} if data.best_gold else {}
+    noise = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
+    prompts = Prompts([turns for turns, _ in kept], [ids for _, ids in kept], noise)
+    experience = make_experience(replace(models, critic=None), prompts, sampling, micro_batch)
+    kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
+    rows = []
+    for i, turns in enumerate(prompts.turns):
+        row = response_row(models, experience, i, turns)
+        if models.ref is not None:
+            row["kl"] = float(kl[i])
+        if data.gold:
+            row["gold"] = data.gold(turns, row["completion"])
+        if data.best_gold:
+            row["gold_best"] = data.best_gold(turns)
         rows.append(row)
-    numbers = [key for key in rows[0] if key not in ("prompt", "completion")]
-    return {key: sum(row[key] for row in rows) / len(rows) for key in numbers}, rows
+    metrics = [key for key in rows[0] if key not in ("prompt", "completion")]
+    return {key: sum(row[key] for row in rows) / len(rows) for key in metrics}, rows
 
 
-def before_and_after(before: Found, after: Found) -> Found:
-    """The metrics of the evaluations at a run's start and end as eval/NAME (_before), and their answers side by side."""
+def response_row(
+    models: Models, experience: Experience, i: int, turns: list[Turn]
+) -> dict[str, Any]:
+    """Text, length and scores of row `i`. Args: turns: its prompt."""
+    tokens = experience.response_ids[i][experience.response_mask[i] > 0].tolist()
+    row: dict[str, Any] = {
+        "prompt": turns[-1].text,
+        "completion": experience.text(i, models.tokenizer),
+        "length": len(tokens),
+        "eos_rate": float(experience.finished[i]),
+        "repetition": repetition(tokens),
+    }
+    if models.rewards is not None:
+        scores = experience.scores[i]
+        row["score"] = float(models.rewards.total(scores))
+        if len(models.rewards.sources) > 1:
+            names = models.rewards.names
+            row |= {f"score/{name}": float(score) for name, score in zip(names, scores)}
+    return row
+
+
+def before_and_after(before: PolicyEvaluation, after: PolicyEvaluation) -> PolicyEvaluation:
+    """Put the evaluations at the start and at the end of a run beside each other.
+
+    Returns: metrics as eval/NAME and eval/NAME_before; rows for samples.jsonl.
+    """
     (old, old_rows), (new, new_rows) = before, after
     metrics = {f"eval/{key}": value for key, value in new.items()}
     metrics |= {
@@ -76,15 +90,11 @@ def before_and_after(before: Found, after: Found) -> Found:
         for key in ("score", "gold", "length", "eos_rate", "repetition")
         if key in old
     }
-    rows = [
-        {"prompt": b["prompt"], "before": a["completion"], "after": b["completion"]}
-        | {
-            f"{key}_{when}": row[key]
-            for key in ("score", "gold")
-            if key in b
-            for when, row in (("before", a), ("after", b))
-        }
-        | {"kl": b["kl"], "length": b["length"]}
-        for a, b in zip(old_rows, new_rows)
-    ]
+    rows = []
+    for a, b in zip(old_rows, new_rows):
+        row = {"prompt": b["prompt"], "before": a["completion"], "after": b["completion"]}
+        for key in ("score", "gold"):
+            if key in b:
+                row |= {f"{key}_before": a[key], f"{key}_after": b[key]}
+        rows.append(row | {"kl": b["kl"], "length": b["length"]})
     return metrics, rows

@@ -24,7 +24,6 @@ from rlhf.runs.history import Run
 from rlhf.runs.stage_views import KINDS, view_of
 
 RUN_FILES = ("curves.png", "frontier.png", "metrics.jsonl", "report.html", "eval.json", "model/")
-TEXTS = ("prompt", "chosen", "rejected")
 
 
 def make_table(title: str, columns: Iterable[str], left: Sequence[str] = ()) -> Table:
@@ -167,60 +166,57 @@ def count_runs(runs: Sequence[Run]) -> str:
 # ---- stage=inspect
 
 
-def print_inspection(found: dict[str, Any], page: Path) -> None:
-    """What the dataset doctor found: a table of sources, one of stages, what to worry about, and where the page lies."""
+def print_inspection(inspection: dict[str, Any], page: Path) -> None:
+    """The tables of stage=inspect, its warnings, and where the page is."""
     console = Console(width=130, highlight=False)
-    from_sources = Table(title="Sources", title_justify="left")
-    for column in ("source/split", "rows", "left out", "sft", "rm", "ppo", "held out"):
-        from_sources.add_column(column, justify="left" if column == "source/split" else "right")
-    for entry in found["sources"]:
+    console.print(sources_table(inspection["sources"]))
+    console.print(lengths_table(inspection["stages"]))
+    measured = inspection["stages"] | {
+        f"{entry['source']}/{entry['split']}": entry["tokens"] for entry in inspection["sources"]
+    }
+    for name, numbers in measured.items():
+        if numbers["measured"] < numbers["rows"]:
+            rows = f"{numbers['measured']:,} rows"
+            print_line(console, f"{name}: tokens of a random sample of {rows}")
+    for line in inspection["verdicts"] or ["nothing to worry about"]:
+        print_line(console, f"- {line}")
+    print_line(console, str(page))
+
+
+def sources_table(sources: Sequence[dict[str, Any]]) -> Table:
+    """Rows of each source, and the share of each stage's rows that they are."""
+    parts = ("sft", "rm", "ppo", "eval")
+    table = Table(title="Sources", title_justify="left")
+    for column in ("source/split", "rows", "skipped", "sft", "rm", "ppo", "held out"):
+        table.add_column(column, justify="left" if column == "source/split" else "right")
+    for entry in sources:
         stages = [
             f"{entry[part]:,} ({entry['share'].get(part, 0):.0%})" if part in entry else ""
-            for part in ("sft", "rm", "ppo", "eval")
+            for part in parts
         ]
         name = escape(f"{entry['source']}/{entry['split']}")
-        from_sources.add_row(
-            name, f"{entry['rows']:,}", f"{sum(entry['skipped'].values()):,}", *stages
-        )
-    console.print(from_sources)
-    lengths = Table(title="Tokens: median / 95 % / longest", title_justify="left")
-    for column in (
-        "stage",
-        "rows",
-        "prompts",
-        "chosen",
-        "rejected",
-        "dropped",
-        "truncated",
-        "chosen longer",
-    ):
-        lengths.add_column(column, justify="left" if column == "stage" else "right")
-    for name, numbers in found["stages"].items():
-        spreads = [
-            numbers["tokens"].get(key) or numbers["tokens"].get({"chosen": "text"}.get(key, ""), {})
-            for key in TEXTS
+        skipped = f"{sum(entry['skipped'].values()):,}"
+        table.add_row(name, f"{entry['rows']:,}", skipped, *stages)
+    return table
+
+
+def lengths_table(stages: dict[str, dict[str, Any]]) -> Table:
+    """Lengths in tokens of each stage's prompts and responses."""
+    limits = ("dropped", "truncated")
+    table = Table(title="Tokens: median / 95 % / longest", title_justify="left")
+    for column in ("stage", "rows", "prompts", "chosen", "rejected", *limits, "chosen longer"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, numbers in stages.items():
+        tokens = numbers["tokens"]
+        texts = [
+            tokens.get("prompt") or {},
+            tokens.get("chosen") or tokens.get("text") or {},
+            tokens.get("rejected") or {},
         ]
-        measured = max(1, numbers["measured"])
-        shares = [
-            f"{numbers[key] / measured:.1%}" if key in numbers else ""
-            for key in ("dropped", "truncated")
-        ]
-        longer = (
-            f"{numbers['chosen_longer'] / numbers['pairs']:.1%}" if numbers.get("pairs") else ""
-        )
-        tokens = (" / ".join(f"{n:,}" for n in spread.values()) for spread in spreads)
-        lengths.add_row(name, f"{numbers['rows']:,}", *tokens, *shares, longer)
-    console.print(lengths)
-    for part in (
-        found["stages"],
-        {f"{e['source']}/{e['split']}": e["tokens"] for e in found["sources"]},
-    ):
-        for name, numbers in part.items():
-            if numbers["measured"] < numbers["rows"]:
-                console.print(
-                    f"{name}: tokens of a random sample of {numbers['measured']:,} rows",
-                    markup=False,
-                )
-    for line in found["verdicts"] or ["nothing to worry about"]:
-        console.print(f"- {line}", markup=False, soft_wrap=True)
-    console.print(f"{page}", markup=False, soft_wrap=True)
+        spreads = (" / ".join(f"{n:,}" for n in spread.values()) for spread in texts)
+        rows = max(1, numbers["measured"])
+        shares = [f"{numbers[key] / rows:.1%}" if key in numbers else "" for key in limits]
+        pairs = numbers.get("pairs")
+        longer = f"{numbers['chosen_longer'] / pairs:.1%}" if pairs else ""
+        table.add_row(name, f"{numbers['rows']:,}", *spreads, *shares, longer)
+    return table

@@ -25,7 +25,7 @@ from rlhf.data.cache import cache_folder, digest
 from rlhf.data.records import Dataset
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, gather_parameters
-from rlhf.evaluation.policy import Found, before_and_after, evaluate_policy
+from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_policy
 from rlhf.evaluation.reward_model import pairwise_accuracy
 from rlhf.models import loading, logprobs, packing, wrappers
 from rlhf.models.loading import save_engine
@@ -184,7 +184,7 @@ class Evaluation:
     pairs: list[PairIds]
     reference: Tensor  # (pairs, 2) log pi_ref of chosen and rejected, nats
 
-    def measure(self) -> Found:
+    def measure(self) -> PolicyEvaluation:
         """As evaluate_policy, with `accuracy` and `loss` of the pairs."""
         cfg, dpo, micro_batch = self.cfg, self.cfg.dpo, self.cfg.deploy.eval_micro_batch
         metrics, samples = evaluate_policy(

@@ -1,395 +1,385 @@
-"""Policies side by side and the reward model, measured: perplexity, scores, KL, answers, win rates; accuracy, calibration, best of n.
-Nothing is trained. All of it lies in run_dir/eval.json, and as a page in run_dir/report.html."""
+"""stage=eval: policies side by side, and reward models. Nothing is trained.
+
+Policies: perplexity, scores, KL, responses, win rates, best of n. Reward models: accuracy,
+calibration. Everything is in run_dir/eval.json, and as a page in run_dir/report.html.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import gc
-import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config.choices import Decoding
+from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import policy_labels
 from rlhf.config.stage_nodes import Eval
 from rlhf.data import template
-from rlhf.data.batches import uniforms
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Turn
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, release_engine
+from rlhf.evaluation.best_of import best_of
 from rlhf.evaluation.policy import evaluate_policy
-from rlhf.evaluation.reward_model import (
-    LENGTHS,
-    accuracy_by,
-    accuracy_gold,
-    calibration,
-    length_group,
-    pairwise_accuracy,
-    score_pairs,
-)
-from rlhf.evaluation.statistics import best_of_n, wilson_interval
+from rlhf.evaluation.reward_model import evaluate_reward_model
+from rlhf.evaluation.win_rates import Responses, win_rates
 from rlhf.models.loading import check_context, context_length, load_policy, load_tokenizer, location
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.reporting import eval_page
-from rlhf.reporting.eval_results import read_results
-from rlhf.rl.experience import Models, Prompts, make_experience
-from rlhf.rl.rewards import Rewards, Source, build_rewards, check_reward_models, load_functions
-from rlhf.runs.directory import write_json
+from rlhf.reporting.eval_results import (
+    BestOfPoint,
+    EvalResults,
+    ScorerResults,
+    WinRate,
+    side_by_side,
+)
+from rlhf.rl.experience import Models
+from rlhf.rl.rewards import (
+    RewardFunction,
+    Rewards,
+    build_rewards,
+    check_reward_models,
+    load_functions,
+)
 from rlhf.runs.inputs import read_prompt_lines
 from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.likelihood import perplexity
 from rlhf.training.tracker import Tracker
 
-Answers = list[dict[str, Any]]  # a row for each prompt, as evaluate_policy gives them
+NO_LIMIT = 10**6  # tokens of a prompt
+
+
+@dataclass
+class Setup:
+    """What is evaluated, and on what."""
+
+    functions: dict[str, RewardFunction]
+    paths: dict[str, str]  # the model of each policy, by its label
+    against: str | None  # label of the policy that the others are compared with
+    scorers: list[str]  # paths of the reward models
+    tokenizers: dict[str, PreTrainedTokenizerBase]  # of each policy
+    data: Dataset  # its eval_prompts fit all policies
+    fixed_prompts: list[list[Turn]]  # of eval.prompts; they fit all models
+    max_fixed_prompt: int  # tokens
+
+    @property
+    def first(self) -> str | None:
+        """The policy that is evaluated first."""
+        return self.against or next(iter(self.paths), None)
+
+
+@dataclass
+class PolicyResults:
+    """What was measured of the policies, by their labels."""
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    responses: dict[str, Responses] = field(default_factory=dict)
+    fixed_responses: dict[str, Responses] = field(default_factory=dict)
+    best_of: list[BestOfPoint] = field(default_factory=list)
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
-    """Measure; write run_dir/eval.json and report.html. Returns the metrics."""
-    # ---- data
-    node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
-    functions = load_functions(cfg)
-    check_reward_models(cfg)
-    labels = policy_labels(node.policies)
-    where = {name: location_of(cfg, policy) for name, policy in labels.items()}
-    against = next((name for name, policy in labels.items() if policy == node.against), None)
-    scorers = [
-        path for name, path in cfg.inputs.items() if name == "rm" or name.startswith("rewards/")
-    ]
-    for path in (*where.values(), *scorers):
-        check_context(path, max_prompt, cfg.data.max_response_tokens)
-        check_context(path, max_prompt, max_new, "rollout.max_new_tokens")
-    tokenizers = {name: load_tokenizer(path, cfg.data.template) for name, path in where.items()}
-    for name, path in where.items():
-        warn_of_template(name, path, tokenizers[name], cfg)
-    data = open_data(cfg, run_dir)
-    files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
-    fixed = [[Turn("user", line)] for file in files for line in read_prompt_lines(file)]
-    room = (
-        min(
-            [context for path in (*where.values(), *scorers) if (context := context_length(path))],
-            default=10**6,
-        )
-        - max_new
+    """Evaluate; write run_dir/eval.json and report.html. Returns the metrics."""
+    # 1. check models and tokenizers; keep the prompts that fit all of them
+    setup = prepare(cfg, run_dir)
+    # 2. load what scores the responses
+    rewards = load_judges(cfg, setup, run_dir)
+    tracker = Tracker(cfg, run_dir, len(setup.paths) + 1, ["score", "gold", "win_rate"])
+    # 3. evaluate the policies one after the other
+    policies = evaluate_policies(cfg, setup, rewards, tracker, run_dir)
+    # 4. compare their responses
+    judges = judges_of(cfg.eval, setup.data)
+    rates = win_rates(policies.responses, setup.against, judges) if setup.against else []
+    # 5. evaluate the reward models
+    scorers = evaluate_scorers(cfg, setup, rewards)
+    # 6. write everything
+    results = EvalResults(
+        policies={name: policies.metrics[name] for name in setup.paths},
+        against=setup.against,
+        judge=cfg.eval.judge or next(iter(judges), None),
+        win_rates=rates,
+        best_of=policies.best_of,
+        best_of_policy=setup.first,
+        reward_models=scorers,
+        decoding=cfg.eval.decoding.name,
+        where=setup.paths,
+        answers=side_by_side(policies.responses, list(setup.paths)),
+        fixed=side_by_side(policies.fixed_responses, list(setup.paths)),
     )
-    held_out = fitting(data.eval_prompts, tokenizers.values(), max_prompt)
-    asked = fitting(fixed, tokenizers.values(), room)
-    log.info(
-        f"{len(held_out)} of {len(data.eval_prompts)} held-out prompts and {len(asked)} of {len(fixed)} fixed ones are short enough"
-    )
-    if where and not held_out:
-        raise ValueError(f"data.max_prompt_tokens={max_prompt}: all held-out prompts are longer")
-    data = dataclasses.replace(data, eval_prompts=held_out)
-    sampling = Sampling(node.temperature, node.top_p, node.top_k, node.decoding == Decoding.greedy)
-    sampling = dataclasses.replace(
-        sampling, beams=node.beams if node.decoding == Decoding.beam else 1
-    )
-    has_kl = (
-        node.decoding == Decoding.sample and node.top_p == 1 and node.top_k == 0
-    )  # else answers are not those of the policy itself
-
-    first = against or next(iter(where), None)
-    rewards = None
-    if node.rewards:
-        tokenizer = tokenizers[first] if first else load_tokenizer(scorers[0], cfg.data.template)
-        rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
-        for source in rewards.sources:
-            source.weight = 1.0  # each judges for itself
-    tracker = Tracker(cfg, run_dir, len(where) + 1, ["score", "gold", "win_rate"])
-
-    # ---- policies one after the other, that which the others are compared with first and beside them
-    measured: dict[str, dict[str, float]] = {}
-    answers: dict[str, Answers] = {}
-    answers_to_fixed: dict[str, Answers] = {}
-    curve: list[dict[str, float]] = []
-    models: Models | None = None
-    other: Models | None = None  # of the policy that they are compared with
-    for number, name in enumerate(sorted(where, key=lambda name: name != first)):
-        tokenizer = tokenizers[name]
-        log.info(f"{name}: {where[name]}")
-        free(models, keep=other)
-        load = functools.partial(load_policy, where[name], tokenizer, cfg.deploy.precision)
-        models = Models(
-            tokenizer,
-            build_engine(load, cfg, "policy", run_dir),
-            gather=gather_for_rollout(cfg),
-            engine=cfg.rollout.engine,
-        )
-        models.rewards = rewards.for_policy(tokenizer) if rewards else None
-        if other and has_kl and template.same_tokens(tokenizer, other.tokenizer):
-            models.ref = other.actor
-        measured[name], answers[name] = evaluate_policy(
-            models, data, max_prompt, max_new, sampling, cfg.deploy.eval_micro_batch
-        )
-        known = template.encode_demonstrations(
-            tokenizer, data.eval_sft, max_prompt, cfg.data.max_response_tokens
-        )
-        if known:
-            measured[name]["perplexity"] = perplexity(
-                models.actor, known, tokenizer.pad_token_id, cfg.deploy.eval_micro_batch
-            )
-        if asked:
-            to_these = dataclasses.replace(data, eval_prompts=asked, gold=None, best_gold=None)
-            by_models = (
-                [source for source in models.rewards.sources if source.engine]
-                if models.rewards
-                else []
-            )
-            # without python functions, which may know the data's prompts only
-            plain = dataclasses.replace(
-                models, rewards=Rewards(by_models, tokenizer) if by_models else None
-            )
-            _, answers_to_fixed[name] = evaluate_policy(
-                plain, to_these, room, max_new, sampling, cfg.deploy.eval_micro_batch
-            )
-        if name == first:
-            curve = best_of(models, data, node, max_prompt, max_new, cfg.deploy.eval_micro_batch)
-        if name == against:
-            other = models
-        tracker.log(
-            number + 1,
-            {f"{name}/{key}": value for key, value in measured[name].items()} | measured[name],
-        )
-    judges = judges_of(node, data)
-    judge = node.judge or next(iter(judges), None)
-    duels = win_rates(answers, against, judges) if against else []
-
-    # ---- reward models
-    free(models, other)
-    engines = [source for source in rewards.sources if source.engine] if rewards else []
-    judged = {
-        source.name: about for source in engines if (about := measure_scorer(source, data, cfg))
-    }
-
-    # ---- results
-    measured = {name: measured[name] for name in where}  # in the order that was asked for
-    last = next((name for name in reversed(where) if name != against), None)
-    metrics = {
-        f"eval/{name}/{key}": value
-        for name, numbers in measured.items()
-        for key, value in numbers.items()
-    }
-    for duel in duels:
-        metrics[f"eval/{duel['policy']}/win_rate/{duel['judge']}"] = duel["rate"]
-        if duel["policy"] == last and duel["judge"] == judge:
-            metrics |= {
-                "eval/win_rate": duel["rate"],
-                "eval/win_rate_low": duel["low"],
-                "eval/win_rate_high": duel["high"],
-            }
-    for name, about in judged.items():
-        place = "eval" if len(judged) == 1 else f"eval/{name}"
-        metrics |= {f"{place}/accuracy": about["accuracy"], f"{place}/ece": about["ece"]}
-    found: dict[str, Any] = {
-        "policies": measured,
-        "against": against,
-        "judge": judge,
-        "win_rates": duels,
-    }
-    found |= {
-        "best_of": curve,
-        "best_of_policy": first,
-        "reward_models": judged,
-        "decoding": node.decoding.name,
-    }
-    found |= {
-        "where": where,
-        "answers": side_by_side(answers, where),
-        "fixed": side_by_side(answers_to_fixed, where),
-    }
-    tracker.log(
-        len(where) + 1, {key.removeprefix("eval/"): value for key, value in metrics.items()}
-    )
-    tracker.samples(len(where) + 1, texts_of(found["fixed"] + found["answers"]))
+    metrics = summary_metrics(results)
+    last_step = len(setup.paths) + 1
+    tracker.log(last_step, {key.removeprefix("eval/"): value for key, value in metrics.items()})
+    tracker.samples(last_step, sample_rows(results.fixed + results.answers))
     if collectives.rank() == 0:
-        write_json(run_dir / "eval.json", found)
-        eval_page.write_page(
-            read_results(run_dir / "eval.json"),
-            run_dir / "report.html",
-            f"Evaluation: {', '.join(where or node.rewards)}",
-        )
+        results.write(run_dir / "eval.json")
+        title = f"Evaluation: {', '.join(setup.paths or cfg.eval.rewards)}"
+        eval_page.write_page(results, run_dir / "report.html", title)
     tracker.close(metrics)
     return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------- policies
+# ---- 1. models, tokenizers, prompts
+
+
+def prepare(cfg: Config, run_dir: Path) -> Setup:
+    """Check all models, and find the prompts that fit all of them. Loads no weights."""
+    node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    functions = load_functions(cfg)
+    check_reward_models(cfg)
+    labels = policy_labels(node.policies)
+    paths = {name: location_of(cfg, policy) for name, policy in labels.items()}
+    scorers = [
+        path for name, path in cfg.inputs.items() if name == "rm" or name.startswith("rewards/")
+    ]
+    models = [*paths.values(), *scorers]
+    for path in models:
+        check_context(path, max_prompt, cfg.data.max_response_tokens)
+        check_context(path, max_prompt, max_new, "rollout.max_new_tokens")
+    tokenizers = {name: load_tokenizer(path, cfg.data.template) for name, path in paths.items()}
+    for name, path in paths.items():
+        warn_of_template(name, path, tokenizers[name], cfg)
+    data = open_data(cfg, run_dir)
+    files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
+    fixed = [[Turn("user", line)] for file in files for line in read_prompt_lines(file)]
+    contexts = [context for path in models if (context := context_length(path))]
+    max_fixed_prompt = min(contexts, default=NO_LIMIT) - max_new
+    held_out = fitting(data.eval_prompts, tokenizers.values(), max_prompt)
+    fixed_prompts = fitting(fixed, tokenizers.values(), max_fixed_prompt)
+    log.info(
+        f"{len(held_out)} of {len(data.eval_prompts)} held-out prompts and {len(fixed_prompts)} of "
+        f"{len(fixed)} fixed ones are short enough"
+    )
+    if paths and not held_out:
+        raise UserError(
+            f"all held-out prompts are too long (data.max_prompt_tokens={max_prompt}): raise it"
+        )
+    return Setup(
+        functions,
+        paths,
+        next((name for name, policy in labels.items() if policy == node.against), None),
+        scorers,
+        tokenizers,
+        dataclasses.replace(data, eval_prompts=held_out),
+        fixed_prompts,
+        max_fixed_prompt,
+    )
 
 
 def location_of(cfg: Config, policy: str) -> str:
-    """The model that one of eval.policies means."""
+    """The path or hub id of the model that an entry of eval.policies names."""
     if policy == "base":
         return cfg.actor.path
     key = f"policies/{cfg.eval.policies.index(policy)}"  # given by path; else a stage's name
     return cfg.inputs.get(key) or cfg.inputs[policy]
 
 
-def free(*several: Models | None, keep: Models | None = None) -> None:
-    """Let go of policies that have been measured, but one."""
-    for models in several:
-        if models is not None and models is not keep:
-            release_engine(models.actor)
-            del models.actor
-            models.ref = models.rewards = None
-    gc.collect()
-
-
-def warn_of_template(name: str, path: str, tokenizer: Any, cfg: Config) -> None:
-    """All policies are asked in one template; say where that is not the one a model was saved with."""
-    own = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False).chat_template
-    if own and own != tokenizer.chat_template:
+def warn_of_template(name: str, path: str, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> None:
+    """Warn where the template of all prompts is not the one that a model was saved with."""
+    saved = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False).chat_template
+    if saved and saved != tokenizer.chat_template:
         log.warning(
-            f"{name}: asked in data.template={cfg.data.template.name}; it was saved with another chat template"
+            f"{name}: prompted with data.template={cfg.data.template.name}; "
+            "it was saved with another chat template"
         )
 
 
 def fitting(
-    prompts: Sequence[list[Turn]], tokenizers: Iterable[Any], max_prompt: int
+    prompts: Sequence[list[Turn]], tokenizers: Iterable[PreTrainedTokenizerBase], max_prompt: int
 ) -> list[list[Turn]]:
-    """The prompts that are not too long for any of the policies: all are asked the same ones."""
+    """The prompts of at most `max_prompt` tokens for all policies: all get the same prompts."""
     encoded = [template.encode_prompts(tokenizer, prompts, max_prompt) for tokenizer in tokenizers]
     return [prompt for prompt, *ids in zip(prompts, *encoded) if None not in ids]
 
 
+# ---- 2. judges
+
+
+def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
+    """The sources of the score, each with weight 1, as each is a judge; None without sources."""
+    if not cfg.eval.rewards:
+        return None
+    tokenizer = (
+        setup.tokenizers[setup.first]
+        if setup.first
+        else load_tokenizer(setup.scorers[0], cfg.data.template)
+    )
+    rewards = build_rewards(cfg, setup.data, setup.functions, tokenizer, run_dir)
+    for source in rewards.sources:
+        source.weight = 1.0
+    return rewards
+
+
 def judges_of(node: Eval, data: Dataset) -> list[str]:
-    """Who can say which answer is better: the truth first, where it is known."""
-    return ["gold"] * bool(data.gold and "gold" not in node.rewards) + list(node.rewards)
+    """Names of the judges: the gold reward first where it is known, then the sources."""
+    gold = ["gold"] if data.gold and "gold" not in node.rewards else []
+    return [*gold, *node.rewards]
 
 
-def mark(row: dict[str, Any], judge: str) -> float:
-    """What a judge gives an answer."""
-    return float(
-        row["gold"]
-        if judge == "gold" and "gold" in row
-        else row.get(f"score/{judge}", row["score"])
+# ---- 3. policies
+
+
+def evaluate_policies(
+    cfg: Config, setup: Setup, rewards: Rewards | None, tracker: Tracker, run_dir: Path
+) -> PolicyResults:
+    """Evaluate one policy after the other.
+
+    The one that the others are compared with comes first and stays loaded, as their reference.
+    """
+    results = PolicyResults()
+    models: Models | None = None
+    reference: Models | None = None
+    order = sorted(setup.paths, key=lambda name: name != setup.first)
+    for step, name in enumerate(order, 1):
+        log.info(f"{name}: {setup.paths[name]}")
+        if models is not reference:
+            release(models)
+        models = load_models(cfg, setup, name, rewards, run_dir)
+        if reference and has_kl(cfg.eval):
+            same_tokens = template.same_tokens(models.tokenizer, reference.tokenizer)
+            models.ref = reference.actor if same_tokens else None
+        evaluate_one(cfg, setup, models, name, results)
+        if name == setup.first:
+            results.best_of = best_of(models, setup.data, cfg)
+        if name == setup.against:
+            reference = models
+        metrics = results.metrics[name]
+        tracker.log(step, {f"{name}/{key}": value for key, value in metrics.items()} | metrics)
+    release(models)
+    if reference is not models:
+        release(reference)
+    return results
+
+
+def load_models(
+    cfg: Config, setup: Setup, name: str, rewards: Rewards | None, run_dir: Path
+) -> Models:
+    """A policy, and what scores its responses."""
+    tokenizer = setup.tokenizers[name]
+    load = functools.partial(load_policy, setup.paths[name], tokenizer, cfg.deploy.precision)
+    return Models(
+        tokenizer,
+        build_engine(load, cfg, "policy", run_dir),
+        rewards=rewards.for_policy(tokenizer) if rewards else None,
+        gather=gather_for_rollout(cfg),
+        engine=cfg.rollout.engine,
     )
 
 
-def win_rates(
-    answers: dict[str, Answers], against: str, judges: Sequence[str]
-) -> list[dict[str, Any]]:
-    """How often each policy's answer is better than that of `against` to the same prompt, with its 95 % interval; a tie counts half."""
-    duels = []
-    for policy in (name for name in answers if name != against):
-        for judge in judges:
-            apart = [
-                mark(a, judge) - mark(b, judge) for a, b in zip(answers[policy], answers[against])
-            ]
-            wins, ties, n = sum(x > 0 for x in apart), sum(x == 0 for x in apart), len(apart)
-            low, high = wilson_interval(wins + ties / 2, n)
-            share = {
-                "rate": (wins + ties / 2) / n,
-                "low": low,
-                "high": high,
-                "wins": wins,
-                "ties": ties,
-                "prompts": n,
-            }
-            duels.append({"policy": policy, "against": against, "judge": judge, **share})
-    return duels
+def release(models: Models | None) -> None:
+    """Release a policy that has been evaluated."""
+    if models is not None:
+        release_engine(models.actor)
+        del models.actor
+        models.ref = models.rewards = None
+    gc.collect()
 
 
-def best_of(
-    models: Models, data: Dataset, node: Eval, max_prompt: int, max_new: int, micro_batch: int
-) -> list[dict[str, float]]:
-    """What choosing the best of n answers by the first source of the score would reach: its score and, where it is known, the gold score,
-    and the KL of that policy at most, log n - (n - 1) / n (Stiennon 2020, arXiv:2009.01325, appendix G.3)."""
-    if not node.best_of or models.rewards is None:
-        return []
-    prompts = data.eval_prompts[: node.best_of_prompts]
-    encoded = template.encode_prompts(models.tokenizer, prompts, max_prompt)
-    asked = [turns for turns in prompts for _ in range(node.best_of)]
-    ids = [row for row in encoded if row is not None for _ in range(node.best_of)]
-    draws = uniforms("best of n", range(len(ids)), 0, 0, max_new)
-    only = dataclasses.replace(models, ref=None)
-    sampling = Sampling(node.temperature, node.top_p, node.top_k)
-    e = make_experience(only, Prompts(asked, ids, draws), sampling, micro_batch)
-    shape = (len(prompts), node.best_of)
-    scores = e.scores[:, 0].view(shape).cpu()
-    gold = data.gold
-    truth = (
-        torch.tensor(
-            [gold(turns, e.text(i, models.tokenizer)) for i, turns in enumerate(asked)]
-        ).view(shape)
-        if gold
-        else None
+def has_kl(node: Eval) -> bool:
+    """Whether responses are samples of the policy itself; else they have no KL."""
+    return node.decoding == Decoding.sample and node.top_p == 1 and node.top_k == 0
+
+
+def evaluate_one(
+    cfg: Config, setup: Setup, models: Models, name: str, results: PolicyResults
+) -> None:
+    """Metrics and responses of one policy: held-out prompts, perplexity, fixed prompts."""
+    node, tokenizer, micro_batch = cfg.eval, models.tokenizer, cfg.deploy.eval_micro_batch
+    max_prompt, max_new = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    sampling = Sampling(
+        node.temperature,
+        node.top_p,
+        node.top_k,
+        greedy=node.decoding == Decoding.greedy,
+        beams=node.beams if node.decoding == Decoding.beam else 1,
     )
-    sizes = [n for n in (2**k for k in range(20)) if n <= node.best_of]
-    sizes += [node.best_of] * (node.best_of not in sizes)
-    return [
-        {"n": n, "score": best_of_n(scores, scores, n), "kl": math.log(n) - (n - 1) / n}
-        | ({} if truth is None else {"gold": best_of_n(scores, truth, n)})
-        for n in sizes
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------------------ reward models
-
-
-def measure_scorer(source: Source, data: Dataset, cfg: Config) -> dict[str, Any]:
-    """A reward model on the held-out pairs: accuracy, as a whole, by source and by how much longer the chosen answer is; calibration; the
-    margins, in the unit it was trained in. Empty without any pair."""
-    limits = (cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
-    fits = template.encode_prompts(
-        source.tokenizer, [pair.prompt for pair in data.eval_rm], limits[0]
+    metrics, responses = evaluate_policy(
+        models, setup.data, max_prompt, max_new, sampling, micro_batch
     )
-    pairs = [pair for pair, ids in zip(data.eval_rm, fits) if ids is not None]
-    if not pairs:
-        log.warning(
-            f"{source.name}: not measured, there are no held-out pairs that it can read (data.max_prompt_tokens={limits[0]})"
+    results.metrics[name], results.responses[name] = metrics, responses
+    demonstrations = template.encode_demonstrations(
+        tokenizer, setup.data.eval_sft, max_prompt, cfg.data.max_response_tokens
+    )
+    if demonstrations:
+        metrics["perplexity"] = perplexity(
+            models.actor, demonstrations, tokenizer.pad_token_id, micro_batch
         )
-        return {}
-    chosen, rejected = score_pairs(
-        source.engine, source.tokenizer, pairs, *limits, cfg.deploy.eval_micro_batch
+    if setup.fixed_prompts:
+        fixed = dataclasses.replace(
+            setup.data, eval_prompts=setup.fixed_prompts, gold=None, best_gold=None
+        )
+        _, results.fixed_responses[name] = evaluate_policy(
+            scored_by_models(models), fixed, setup.max_fixed_prompt, max_new, sampling, micro_batch
+        )
+
+
+def scored_by_models(models: Models) -> Models:
+    """The same without python functions, which may know only the prompts of the data."""
+    sources = (
+        [source for source in models.rewards.sources if source.engine] if models.rewards else []
     )
-    assert source.engine is not None
-    margins = (chosen - rejected) * getattr(source.engine.module.hf.config, "score_std", 1.0)
-    lengths = [
-        length_group(len(c), len(r))
-        for _, c, r in template.encode_pairs(source.tokenizer, pairs, *limits)
-    ]
-    error, bins = calibration(margins)
-    found: dict[str, Any] = {
-        "pairs": len(pairs),
-        "accuracy": pairwise_accuracy(chosen, rejected),
-        "ece": error,
-        "reliability": bins,
+    rewards = Rewards(sources, models.tokenizer) if sources else None
+    return dataclasses.replace(models, rewards=rewards)
+
+
+# ---- 5. reward models
+
+
+def evaluate_scorers(
+    cfg: Config, setup: Setup, rewards: Rewards | None
+) -> dict[str, ScorerResults]:
+    """The reward models among the sources, on held-out pairs; those that can read any."""
+    results = {}
+    for source in rewards.sources if rewards else []:
+        if source.engine and (scorer := evaluate_reward_model(source, setup.data, cfg)):
+            results[source.name] = scorer
+    return results
+
+
+# ---- 6. results
+
+
+def summary_metrics(results: EvalResults) -> dict[str, float]:
+    """The metrics of summary.json: of each policy, the win rates, the reward models.
+
+    eval/win_rate is that of the last policy by the main judge.
+    """
+    metrics = {
+        f"eval/{name}/{key}": value
+        for name, policy in results.policies.items()
+        for key, value in policy.items()
     }
-    found["by_source"] = accuracy_by([pair.source for pair in pairs], chosen, rejected)
-    by_length = accuracy_by(lengths, chosen, rejected)
-    found["by_length"] = {name: by_length[name] for name, *_ in LENGTHS if name in by_length}
-    found["margins"] = [round(x, 4) for x in margins.tolist()]
-    if (truth := accuracy_gold(pairs, chosen, rejected)) is not None:
-        found["accuracy_gold"] = truth
-    return found
+    last = next((name for name in reversed(results.policies) if name != results.against), None)
+    for rate in results.win_rates:
+        metrics[f"eval/{rate.policy}/win_rate/{rate.judge}"] = rate.rate
+        if (rate.policy, rate.judge) == (last, results.judge):
+            metrics |= main_win_rate(rate)
+    for name, scorer in results.reward_models.items():
+        prefix = "eval" if len(results.reward_models) == 1 else f"eval/{name}"
+        metrics |= {f"{prefix}/accuracy": scorer.accuracy, f"{prefix}/ece": scorer.ece}
+    return metrics
 
 
-# ----------------------------------------------------------------------------------------------------------------------- answers
+def main_win_rate(rate: WinRate) -> dict[str, float]:
+    """A win rate and its interval, under the names that runs are compared by."""
+    return {
+        "eval/win_rate": rate.rate,
+        "eval/win_rate_low": rate.low,
+        "eval/win_rate_high": rate.high,
+    }
 
 
-def side_by_side(answers: dict[str, Answers], order: Iterable[str]) -> list[dict[str, Any]]:
-    """A row for each prompt with what each policy answered, and what was measured of that."""
-    columns = {name: answers[name] for name in order if name in answers}
-    rows = []
-    for of_prompt in zip(*columns.values()):
-        about = {
-            name: {key: value for key, value in row.items() if key != "prompt"}
-            for name, row in zip(columns, of_prompt)
-        }
-        rows.append({"prompt": of_prompt[0]["prompt"], "answers": about})
-    return rows
-
-
-def texts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same as plain columns, for samples.jsonl."""
+def sample_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `side_by_side` as plain columns, for samples.jsonl: the prompt, and each policy."""
     return [
         {"prompt": row["prompt"]}
-        | {name: about["completion"] for name, about in row["answers"].items()}
+        | {name: response["completion"] for name, response in row["answers"].items()}
         for row in rows
     ]

@@ -1,4 +1,4 @@
-"""Every command of README and docs runs. Those that need a GPU or a hub are planned (`plan=true`)."""
+"""Every command of README and docs runs; with a GPU or hub model it is planned (`plan=true`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import pytest
 from helpers import REPO, SMALL, SWEEP, Demo, composed, train, undocumented
 
 from rlhf.config.deployment import world_size
-
-pass
 from rlhf.config.validation import check_config
 from rlhf.planning.formulas import GIB
 from rlhf.planning.memory import make_plan
@@ -63,14 +61,15 @@ def test_make_targets(command: str) -> None:
 
 
 LONG = re.compile(
-    "experiment|deploy.processes_per_node|epochs|every_minutes|-m |pipeline=|stage=eval|dschat|evaluation.every"
+    "experiment|deploy.processes_per_node|epochs|every_minutes|-m |pipeline=|stage=eval|dschat"
+    "|evaluation.every"
 )
 TRAINING = [c for c in COMMANDS if c.startswith("python train.py") and c != SWEEP]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands' runs lie: those that share SFT and reward model train them once."""
+    """Root of the commands' runs: commands with the same SFT and reward model share them."""
     return tmp_path_factory.mktemp("commands")
 
 
@@ -82,28 +81,16 @@ RARE = [c for c in TRAINING if LONG.search(c) or c not in OF_README]
 )
 def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
-    words = [
-        "tea",
-        "rice",
-        "soup",
-        "bread",
-        "salt",
-        "milk",
-        "corn",
-        "fish",
-        "plum",
-        "leek",
-        "oats",
-        "beef",
-        "kale",
-        "lime",
-    ]
+    words = "tea rice soup bread salt milk corn fish plum leek oats beef kale lime".split()
     rows = [
         {"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."}
         for a in words
         for b in words
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own_model = tmp_path / "my_options" / "model" / "mine.yaml"
+    own_model.parent.mkdir(parents=True)
+    own_model.write_text(f"name: mine\npath: {REPO / 'rlhf/assets/tiny'}\n")
     if FAR.search(command) and "--cfg" not in args:
         done = train(*args, *[] if "plan=true" in args else ["plan=true"], cwd=tmp_path)
         assert "fits" in done.stdout
@@ -119,7 +106,7 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
         root = tmp_path if other_data else shared
         if "stage=dpo" in args:
             assert train("stage=sft", *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
-        if "stage=eval" in args:  # of what there is already
+        if "stage=eval" in args:  # it needs the runs that it evaluates
             ends = [arg for arg in args if arg.startswith("pipeline=")]
             assert train(*ends, *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
         done = train(
@@ -129,7 +116,7 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
 
 
 SRUN = """#!/bin/bash
-# stands in for SLURM, which is not here: two nodes, both this machine
+# replaces SLURM's srun: two nodes, both this machine
 shift
 for SLURM_NODEID in 1 0; do export SLURM_NODEID SLURM_NNODES=2; "$@" & done
 wait %1 && wait %2
@@ -161,7 +148,7 @@ def test_the_slurm_job(tmp_path: Path) -> None:
     assert "nodes: 2" in (run / "config.yaml").read_text() and (run / "summary.json").exists()
 
 
-def test_the_plans_in_the_docs_are_those_of_today() -> None:
+def test_the_plans_in_the_docs_are_those_of_the_code() -> None:
     page = (REPO / "docs" / "deployment.md").read_text()
     rows = re.findall(
         r"^\| (opt\S+), (\w+) \| (\d+) \| ([\d.]+) \| (\w+) \| ([\d.]+) \|$", page, re.MULTILINE
@@ -280,10 +267,11 @@ def test_the_ablation_page_names_the_arms_of_its_script() -> None:
     assert spec and spec.loader
     ablation = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ablation)
-    named = re.findall(
-        r"^\| ([^|*]+) \| \d of \d \|", (REPO / "docs" / "ablation.md").read_text(), re.MULTILINE
-    )
+    page, removed = (REPO / "docs" / "ablation.md").read_text().split("## Removed switches")
+    named = re.findall(r"^\| ([^|*]+) \| \d of \d \|", page, re.MULTILINE)
     assert named == [arm for arms in ablation.ARMS.values() for arm in arms]
+    former = re.findall(r"^\| ([^|*]+) \| [^|]+ \| \d of \d \|", removed, re.MULTILINE)
+    assert len(former) == 6 and not {*former} & {*named}
     for arms in ablation.ARMS.values():
         for overrides in arms.values():
             assert check_config(composed("stage=ppo", *ablation.ALWAYS, *overrides)) == []

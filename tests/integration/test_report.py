@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Demo, composed
+from helpers import Demo, command
 from scipy import stats
 
 from rlhf.config.errors import UserError
 from rlhf.config.loading import save_config
-
-pass
-from rlhf.reporting import curves, report_page, tables
+from rlhf.reporting import curves, eval_page, report_page, tables
 from rlhf.reporting.comparison import (
     SeedGroup,
     compare_best,
@@ -29,10 +27,18 @@ from rlhf.reporting.comparison import (
     run_label,
     seed_groups,
 )
+from rlhf.reporting.eval_results import (
+    BestOfPoint,
+    CalibrationBin,
+    EvalResults,
+    ScorerResults,
+    WinRate,
+)
 from rlhf.runs.directory import config_for_stage, write_json
 from rlhf.runs.history import Run, find_runs, read_lines, run_status
 from rlhf.runs.identity import run_name
 from rlhf.runs.locks import lock_run
+from rlhf.runs.stage_views import KINDS, ONLINE_RL, view_of
 
 HOSTILE = "</script><script>document.title='run'</script>"
 
@@ -40,12 +46,12 @@ HOSTILE = "</script><script>document.title='run'</script>"
 def write_run(
     root: Path, *overrides: str, gold: float = 1.0, steps: int = 12, finished: bool = True
 ) -> Path:
-    """A PPO run as it lies on the disk: a score that rises to `gold`, answers, a checkpoint where it is not finished."""
-    cfg = composed("stage=ppo", *overrides)
-    cfg.root = str(root)
-    run = root / "outputs" / run_name(cfg, "ppo", composed("stage=ppo"))
+    """A PPO run directory: a score that rises to `gold`, responses, and a summary if finished."""
+    own = command("stage=ppo", *overrides)
+    own.cfg.root = str(root)
+    run = root / "outputs" / run_name(own, "ppo")
     run.mkdir(parents=True)
-    save_config(config_for_stage(cfg, "ppo", {}), run / "config.yaml")
+    save_config(config_for_stage(own.cfg, "ppo", {}), run / "config.yaml")
     rows = [
         {
             "step": i + 1,
@@ -127,7 +133,8 @@ def test_means_intervals_and_significance_by_hand() -> None:
         )
         for name, some in (("a", values), ("b", [2.5, 2.4, 2.6]))
     ]
-    # Welch by hand: means 3 and 2.5, both variances 0.01, so t = 0.5 / sqrt(0.02 / 3) with 4 degrees of freedom
+    # Welch by hand: means 3 and 2.5, both variances 0.01, so t = 0.5 / sqrt(0.02 / 3) with 4
+    # degrees of freedom
     p = 2 * stats.t.sf(0.5 / math.sqrt(0.02 / 3), 4)
     line = compare_best(cells, "m")
     assert f"p = {p:.2g}, significant" in line and line.startswith(
@@ -289,7 +296,10 @@ def test_a_browser_draws_the_page(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
-    """An old configuration has other keys; its seeds are unknown, so it is nobody's repetition. An attempt has its stage in its files."""
+    """An old configuration has other keys; its seed is unknown, so it is in no group of seeds.
+
+    The stage of an attempt is read from its files.
+    """
     new, *old = (write_run(tmp_path, f"seed={seed}") for seed in (1, 2, 3))
     for run in old:
         config_file = run / "config.yaml"
@@ -330,3 +340,67 @@ def test_jobs_that_differ_in_where_they_ran_keep_their_rows(tmp_path: Path) -> N
         "deploy.zero_stage=0",
         "deploy.zero_stage=2",
     ]
+
+
+def test_a_run_of_an_earlier_version_is_shown_and_named_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its keys were ppo.*: results and curves are shown, settings are not compared."""
+    new = write_run(tmp_path)
+    old = tmp_path / "outputs" / "ppo-tiny-tiny+ppo.max_steps-4-ea611aa4"
+    old.mkdir()
+    (old / "config.yaml").write_text(
+        "stage: {name: ppo, runs: [ppo]}\nppo: {lam: 0.95, clip: 0.2}\n"
+    )
+    (old / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 0.1, "objective/scores": 0}\n')
+    assert find_runs([old])[0].status_text == "stopped, made by an earlier version"
+    settings = {"ppo.lam": 0.95, "ppo.kl.place": "reward", "sft.lr": 0.001, "seed": 1}
+    final = {"eval/gold": 2.0, "eval/score": 1.0}
+    about = {"id": "ea611aa4", "stage": "ppo", "parents": {"sft": "x"}, "metrics": final}
+    write_json(old / "summary.json", {**about, "settings": settings})
+    runs = find_runs([tmp_path])
+    assert {run.name: run.earlier_version for run in runs} == {new.name: False, old.name: True}
+    tables.print_list(runs)
+    tables.print_comparison(runs)
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert printed.count("made by an earlier version") == 2 and "best by eval/gold: ppo-" in printed
+    page = report_page.page(runs, "old and new")
+    assert "finished, made by an earlier version" in page and old.name in page
+
+
+def test_every_name_that_is_no_other_stage_is_an_online_rl_preset() -> None:
+    assert view_of("ppo") is view_of("dr_grpo") is view_of("my_own") is ONLINE_RL
+    assert view_of("dpo").kind == "policy" and "MY_OWN" in view_of("my_own").card_text("my_own")
+    for stage in ("sft", "rm", "ppo", "dpo", "eval"):
+        view = view_of(stage)
+        assert (
+            view.rows
+            and view.primary
+            and {metric.name for metric in view.primary} <= {*view.metrics}
+        )
+    assert {view_of(stage).kind for stage in ("sft", "rm", "ppo", "dpo", "eval")} == {*KINDS}
+
+
+def test_the_page_of_an_evaluation_escapes_all_texts() -> None:
+    rate = WinRate(HOSTILE, "sft", HOSTILE, 0.5, 0.4, 0.6, 1, 0, 2)
+    row = {"prompt": HOSTILE, "answers": {HOSTILE: {"completion": HOSTILE, "score": 1.0}}}
+    bins = [CalibrationBin(0.5, 0.55, 2, 0.52, 0.5)]
+    groups = {HOSTILE: (2, 0.5)}
+    scorer = ScorerResults(2, 0.5, 0.1, bins, groups, groups, [0.1, -0.1], 0.5)
+    results = EvalResults(
+        policies={HOSTILE: {"score": 1.0}},
+        against=HOSTILE,
+        judge=HOSTILE,
+        win_rates=[rate],
+        best_of=[BestOfPoint(1, 0.5, 0.0), BestOfPoint(2, 0.7, 0.2)],
+        best_of_policy=HOSTILE,
+        reward_models={HOSTILE: scorer},
+        decoding="sample",
+        where={HOSTILE: HOSTILE},
+        answers=[row],
+        fixed=[row],
+    )
+    page = eval_page.page(results, HOSTILE)
+    assert HOSTILE not in page and page.count("&lt;/script&gt;") > 8
+    for word in ("mean confidence", "accuracy against gold 50.0%", "Responses to fixed prompts"):
+        assert word in page, word

@@ -20,6 +20,7 @@ from rlhf.evaluation.reward_model import (
     pairwise_accuracy,
 )
 from rlhf.evaluation.statistics import best_of_n, wilson_interval
+from rlhf.reporting.eval_results import CalibrationBin
 from rlhf.rl.advantages import gae, group_relative, leave_one_out, token_rewards
 from rlhf.rl.losses import kl_estimate, policy_loss, token_weights
 from rlhf.training.losses import preference_loss
@@ -271,19 +272,13 @@ def test_accuracy_counts_a_tie_as_half_and_by_group() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    logit = math.log(0.9 / 0.1)  # says 0.9
-    margins = torch.tensor(
-        [logit, logit, -logit, logit, 0.0]
-    )  # three of four are right; and one that says 0.5
+    logit = math.log(0.9 / 0.1)  # confidence 0.9
+    # three of four are right; and one with confidence 0.5
+    margins = torch.tensor([logit, logit, -logit, logit, 0.0])
     error, bins = calibration(margins)
-    assert [b["pairs"] for b in bins] == [1, 4] and bins[0] == {
-        "low": 0.5,
-        "high": 0.55,
-        "pairs": 1,
-        "probability": 0.5,
-        "accuracy": 0.5,
-    }
-    assert bins[1]["probability"] == pytest.approx(0.9) and bins[1]["accuracy"] == 0.75
+    assert [b.pairs for b in bins] == [1, 4]
+    assert bins[0] == CalibrationBin(low=0.5, high=0.55, pairs=1, probability=0.5, accuracy=0.5)
+    assert bins[1].probability == pytest.approx(0.9) and bins[1].accuracy == 0.75
     assert error == pytest.approx(4 / 5 * 0.15)
 
 

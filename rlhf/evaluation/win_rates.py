@@ -1,0 +1,43 @@
+"""Win rates: how often a policy's response is better than another policy's to the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf.evaluation.statistics import wilson_interval
+from rlhf.reporting.eval_results import WinRate
+
+Responses = list[dict[str, Any]]  # a row per prompt, as evaluate_policy returns them
+
+
+def win_rates(
+    responses: dict[str, Responses], against: str, judges: Sequence[str]
+) -> list[WinRate]:
+    """The win rate of each policy over `against`, by each judge; a tie counts half."""
+    return [
+        win_rate(responses, policy, against, judge)
+        for policy in responses
+        if policy != against
+        for judge in judges
+    ]
+
+
+def win_rate(responses: dict[str, Responses], policy: str, against: str, judge: str) -> WinRate:
+    """One policy over another by one judge, with the 95 % Wilson interval."""
+    margins = [
+        judgement(a, judge) - judgement(b, judge)
+        for a, b in zip(responses[policy], responses[against])
+    ]
+    wins, ties = sum(x > 0 for x in margins), sum(x == 0 for x in margins)
+    prompts = len(margins)
+    low, high = wilson_interval(wins + ties / 2, prompts)
+    rate = (wins + ties / 2) / prompts
+    return WinRate(policy, against, judge, rate, low, high, wins, ties, prompts)
+
+
+def judgement(row: dict[str, Any], judge: str) -> float:
+    """The score that a judge gives a response: gold, or a source of the score by its name."""
+    if judge == "gold" and "gold" in row:
+        return float(row["gold"])
+    return float(row.get(f"score/{judge}", row["score"]))
