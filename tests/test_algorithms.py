@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
-from test_deployments import compare, prepare, work
+from test_deployments import SMOOTH, compare, last_bits, prepare, work
 from test_docs import undocumented
 from test_resume import kill_when, lines, same
 from transformers import OPTConfig
@@ -201,8 +201,8 @@ def test_two_processes_and_zero_3_change_nothing(runs: dict[str, Path], tmp_path
     more = [f"{stage}.batch_size=4", f"{stage}.max_steps=2", "dpo.adam_eps=1e-5", "rloo.clip=5", "grpo.clip=5"]
     one = prepare(tmp_path, "one", stage, inputs, more)
     two = prepare(tmp_path, "two", stage, inputs, more, gpus=2, zero_stage=3, micro_batch=3)
-    work([one], 1)
-    work([two], 2)
+    work([SMOOTH, one, *last_bits(one)], 1)
+    work([SMOOTH, two], 2)
     compare(one, two, stage)
 
 
