@@ -14,10 +14,11 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from comparisons import SMOOTH, compare, last_bits
 from helpers import SMALL, lines, metrics, runs_in, summary, train, undocumented
 from safetensors.torch import load_file
 from transformers import OPTConfig
-from worker_runs import compare, kill_when, prepare, same, work
+from worker_runs import kill_when, prepare, same, work
 
 from rlhf.config.choices import KlAppliedTo, Precision
 from rlhf.config.loading import load_config
@@ -283,8 +284,8 @@ def test_two_processes_and_zero_3_change_nothing(
     ]
     one = prepare(tmp_path, "one", stage, inputs, more)
     two = prepare(tmp_path, "two", stage, inputs, more, gpus=2, zero_stage=3, micro_batch=3)
-    work([one], 1)
-    work([two], 2)
+    work([SMOOTH, one, *last_bits(one)], 1)
+    work([SMOOTH, two], 2)
     compare(one, two, stage)
 
 

@@ -1,4 +1,4 @@
-"""What a deployment must not change: processes, ZeRO stage, micro-batches and offload give the same samples, losses and weights."""
+"""Processes, ZeRO stage, micro-batches and offload must not change what a run computes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparisons import SMOOTH, compare, last_bits
 from helpers import metrics
 from safetensors.torch import load_file
-from worker_runs import compare, prepare, work
+from worker_runs import prepare, work
 
 from rlhf.config.choices import Precision
 
@@ -56,11 +57,11 @@ DIAGONAL = [(2, 3, 2, PARTITIONED), (1, 2, 16, NO)]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The three stages in one process, ZeRO 0."""
+    """The three stages in one process, ZeRO 0, each with its `last_bits`."""
     root = tmp_path_factory.mktemp("plain")
     sft, rm = prepare(root, "plain", "sft", {}, []), prepare(root, "plain", "rm", {}, [])
     ppo = prepare(root, "plain", "ppo", {"sft": str(sft / "model"), "rm": str(rm / "model")}, MORE)
-    work([sft, rm, ppo], 1)
+    work([SMOOTH, sft, rm, ppo, *last_bits(sft), *last_bits(rm), *last_bits(ppo)], 1)
     saved = [
         load_file(ppo / part / "model.safetensors") for part in ("model", "model_ema", "model_best")
     ]
@@ -87,7 +88,7 @@ def test_a_deployment_changes_no_result(
         for stage in ("sft", "rm", "ppo") if n == processes else ():
             name = f"zero{zero}-micro{micro}-{'+'.join(offload) or 'none'}"
             placed = {
-                "gpus": n,
+                "processes_per_node": n,
                 "zero_stage": zero,
                 "micro_batch": micro,
                 "eval_micro_batch": 2 * micro + 1,
@@ -95,7 +96,7 @@ def test_a_deployment_changes_no_result(
             }
             given, more = (inputs, MORE) if stage == "ppo" else ({}, [])
             runs[name, stage] = prepare(tmp_path, name, stage, given, more, **placed)
-    work(list(runs.values()), processes)
+    work([SMOOTH, *runs.values()], processes)
     for (name, stage), run in runs.items():
         compare(plain[stage], run, f"{name} x {processes}, {stage}")
 
@@ -105,9 +106,13 @@ def test_transformers_loop_changes_no_result(
     plain: dict[str, Path], tmp_path: Path, processes: int
 ) -> None:
     inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
-    placed = {"gpus": processes, "zero_stage": 3 * (processes - 1), "gather_for_rollout": False}
+    placed = {
+        "processes_per_node": processes,
+        "zero_stage": 3 * (processes - 1),
+        "gather_for_rollout": False,
+    }
     run = prepare(tmp_path, "hf", "ppo", inputs, [*MORE, "rollout.engine=hf"], **placed)
-    work([run], processes)
+    work([SMOOTH, run], processes)
     compare(plain["ppo"], run, f"rollout.engine=hf x {processes}")
 
 
@@ -123,7 +128,7 @@ def test_low_precision_learns_about_the_same(
         stage: prepare(tmp_path, "low", stage, *given[stage], precision=precision)
         for stage in plain
     }
-    work(list(runs.values()), 1)
+    work([SMOOTH, *runs.values()], 1)
     for stage, run in runs.items():
         if stage == "ppo":
             compare_first_answers(plain[stage], run)
@@ -161,3 +166,25 @@ def compare_first_answers(one: Path, two: Path) -> None:
     ):  # means of 16 answers, most of which are others
         error = math.hypot(row["objective/scores_std"], other["objective/scores_std"]) / 4
         assert abs(row["objective/scores"] - other["objective/scores"]) < 3 * error
+
+
+# stage, fault (several_runs.py), what shows it first; 5 and 8 are the last optimizer steps
+FAULTS = [
+    ("sft", "unscaled_1", "first_gradient_Policy"),
+    ("sft", "dropped_5", "step 5 grad_norm"),
+    ("rm", "dropped_1", "first_gradient_Scorer"),
+    ("rm", "unscaled_5", "step 5 grad_norm"),
+    ("ppo", "dropped_8", "step 2 val/grad_norm"),
+]
+
+
+def test_a_wrong_gradient_is_found(plain: dict[str, Path], tmp_path: Path) -> None:
+    """One wrong micro-batch is outside the bounds, also when only the last step has it."""
+    inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}
+    placed = {"processes_per_node": 2, "zero_stage": 2, "micro_batch": 2}
+    given = {stage: (inputs, MORE) if stage == "ppo" else ({}, []) for stage in plain}
+    runs = [prepare(tmp_path, fault, stage, *given[stage], **placed) for stage, fault, _ in FAULTS]
+    work([SMOOTH, *(f"{run}={fault}" for run, (_, fault, _) in zip(runs, FAULTS))], 2)
+    for run, (stage, fault, where) in zip(runs, FAULTS):
+        with pytest.raises(AssertionError, match=where):
+            compare(plain[stage], run, fault)

@@ -118,23 +118,25 @@ def test_all_that_is_trained_has_a_gradient_under_checkpointing_and_nothing_else
 
 
 @each_family
-def test_with_the_adapter_off_the_policy_is_its_reference_bit_for_bit(
+def test_with_the_adapter_off_the_policy_is_its_reference(
     base: Any, tokenizer: Any, tmp_path: Path, one_process: None, family: str
 ) -> None:
+    """The weights are the same bit for bit. The outputs need not be: the engine's weights lie at
+    other addresses, and on some processors a matrix product then rounds differently."""
     cfg = with_adapter("sft")
     plain = load_policy(base(family), tokenizer, Precision.fp32).eval()
     engine = build(cfg, base(family), tokenizer, tmp_path, "actor")
     engine.eval()
     with torch.no_grad():
-        assert torch.equal(output(engine), said(plain)), "B starts at zero"
+        assert torch.allclose(output(engine), said(plain), atol=1e-5), "B starts at zero"
     update(engine)
     reference = lora.AdapterOff(engine)
     with torch.no_grad():
-        assert torch.equal(said(reference), said(plain))
+        assert torch.allclose(said(reference), said(plain), atol=1e-5)
         assert not torch.allclose(output(engine), said(plain), atol=1e-3), "and is on again"
-    assert all(
-        p.requires_grad for name, p in engine.module.hf.named_parameters() if ".lora_" in name
-    )
+    own, merged = dict(plain.hf.named_parameters()), lora.merged_name
+    for name, p in engine.module.hf.named_parameters():
+        assert p.requires_grad if ".lora_" in name else torch.equal(p, own[merged(name)]), name
 
 
 def test_the_update_is_alpha_over_rank_times_b_a(

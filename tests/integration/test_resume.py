@@ -422,9 +422,7 @@ def test_without_room_on_the_disk_a_checkpoint_is_left_out(
         [*(tmp_path / "checkpoints").iterdir()]
     ) == 1
     (tmp_path / "stop").touch()  # as on several nodes
-    with pytest.raises(
-        checkpoint.Stopped, match="stopped after step 3 of 9; it has no checkpoint"
-    ):
+    with pytest.raises(checkpoint.Stopped, match="stopped after step 3 of 9; it has no checkpoint"):
         saving.after(3)
     monkeypatch.undo()
     for step in (4, 5):
