@@ -81,11 +81,10 @@ RARE = [c for c in TRAINING if LONG.search(c) or c not in OF_README]
 )
 def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
-    words = "tea rice soup bread salt milk corn fish plum leek oats beef kale lime".split()
     rows = [
-        {"prompt": f"May I have {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."}
-        for a in words
-        for b in words
+        {"prompt": f"May I have dishes {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."}
+        for a in range(14)
+        for b in range(14)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own_model = tmp_path / "my_options" / "model" / "mine.yaml"
