@@ -29,22 +29,22 @@ from rlhf.training.likelihood import response_logprobs
 
 ALL = "rollout.log_answers=-1"
 CASES: dict[str, tuple[str, list[str]]] = {
-    "rloo": ("rloo", ["rl.batch_size=4", ALL]),
+    "rloo": ("rloo", ["rl.batch_size=16", ALL]),
     "rloo_two": (
         "rloo",
         [
-            "rl.batch_size=8",
+            "rl.batch_size=16",
             "rl.responses_per_prompt=2",
             "rl.kl.coef=0.5",
             "rl.ema=0.5",
             ALL,
         ],
     ),
-    "grpo": ("grpo", ["rl.batch_size=4", "rl.responses_per_prompt=4", ALL]),
+    "grpo": ("grpo", ["rl.batch_size=16", "rl.responses_per_prompt=4", ALL]),
     "dr_grpo": (
         "grpo",
         [
-            "rl.batch_size=4",
+            "rl.batch_size=16",
             "rl.responses_per_prompt=4",
             "rl.normalize=none",
             "rl.loss_aggregation=constant",
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "clip_higher": (
         "grpo",
-        ["rl.batch_size=4", "rl.responses_per_prompt=4", "rl.clip_low=0.01", "rl.clip_high=5"],
+        ["rl.batch_size=16", "rl.responses_per_prompt=4", "rl.clip_low=0.01", "rl.clip_high=5"],
     ),
     "dpo": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=3", "dpo.eval_every=2"]),
     "dpo_again": ("dpo", ["dpo.batch_size=8", "dpo.max_steps=3", "dpo.beta=1.0"]),
@@ -114,14 +114,14 @@ def test_logged_advantages_compare_the_answers_to_a_prompt(
     cfg = load_config(runs[name] / "config.yaml")
     node: Any = stage_config(cfg)
     log, k = answers(runs[name]), node.responses_per_prompt
-    in_reward = node.kl.coef if node.kl.place == KlAppliedTo.reward else 0.0
+    in_reward = node.kl.coef if node.kl.applied_to == KlAppliedTo.reward else 0.0
     for _, rollout in log.groupby("step"):
-        assert len(rollout) == node.batch_size * k
+        assert len(rollout) == node.batch_size
         rows = rollout.to_dict("records")
         for start in range(0, len(rows), k):
             group = rows[start : start + k]
             assert len({row["prompt"] for row in group}) == 1
-            earned = [row["score_learnt"] - in_reward * sum(row["kl"]) for row in group]
+            earned = [row["score_used"] - in_reward * sum(row["kl"]) for row in group]
             for i, row in enumerate(group):
                 assert sum(row["reward"]) == pytest.approx(earned[i], abs=1e-3)
                 if name.startswith("rloo"):
@@ -134,7 +134,7 @@ def test_logged_advantages_compare_the_answers_to_a_prompt(
                 )
                 assert "value" not in row and "return" not in row
     prompts = log[log.step == 1].prompt.nunique()
-    assert prompts == node.batch_size, "each prompt has all its answers in one rollout"
+    assert prompts == node.batch_size // k, "each prompt has all its answers in one rollout"
 
 
 def test_every_logged_metric_is_documented(runs: dict[str, Path]) -> None:
@@ -268,6 +268,13 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
 # ------------------------------------------------------------------------------------------------------------------- deployments
 
 
+def sizes(stage: str, steps: int) -> list[str]:
+    """A run of `steps` optimizer steps or rollouts, of 16 responses or 4 pairs each."""
+    if stage == "dpo":
+        return ["dpo.batch_size=4", f"dpo.max_steps={steps}"]
+    return ["rl.batch_size=16", f"rl.max_steps={steps}"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("stage", ["rloo", "grpo", "dpo"])
 def test_two_processes_and_zero_3_change_nothing(
@@ -276,10 +283,8 @@ def test_two_processes_and_zero_3_change_nothing(
     given = {"sft": str(runs["sft"] / "model"), "rm": str(runs["rm"] / "model")}
     inputs = given if stage != "dpo" else {"sft": given["sft"]}
     more = [
-        f"{stage}.batch_size=4",
-        f"{stage}.max_steps=2",
+        *sizes(stage, steps=2),
         "dpo.adam_eps=1e-5",
-        "rl.clip_low=5",
         "rl.clip_low=5",
     ]
     one = prepare(tmp_path, "one", stage, inputs, more)
@@ -295,7 +300,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     runs: dict[str, Path], tmp_path: Path, stage: str, at: int
 ) -> None:
     given = {"sft": str(runs["sft"] / "model"), "rm": str(runs["rm"] / "model")}
-    more = [f"{stage}.batch_size=4", f"{stage}.max_steps=4", "checkpoint.every_steps=2"]
+    more = [*sizes(stage, steps=4), "checkpoint.every_steps=2"]
     whole, killed = (
         prepare(tmp_path, name, stage, given, more, zero_stage=2) for name in ("whole", "killed")
     )

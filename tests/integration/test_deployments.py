@@ -21,7 +21,7 @@ MORE = [
     "rl.ptx.coef=0.1",
     "rl.entropy_coef=0.01",
     "rl.evaluation.every=1",
-    "rl.batch_size=8",
+    "rl.batch_size=16",
     "rl.responses_per_prompt=2",
     "rollout.log_answers=-1",
 ]
