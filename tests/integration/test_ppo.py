@@ -132,8 +132,8 @@ def test_logged_metrics_equal_what_the_logged_answers_say(runs: dict[str, Path],
             "objective/scores": some.score.mean(),
             "objective/scores_std": some.score.std(ddof=0),
             "objective/scores_max": some.score.max(),
-            "objective/eos_rate": some.ended.mean(),
-            "val/num_eos_tokens": some.ended.sum(),
+            "objective/eos_rate": some.finished.mean(),
+            "val/num_eos_tokens": some.finished.sum(),
             "tokens/response_mean": length.mean(),
             "tokens/response_max": length.max(),
             "val/value_mean": np.concatenate(some.value.tolist()).mean(),
@@ -152,7 +152,7 @@ def test_logged_metrics_equal_what_the_logged_answers_say(runs: dict[str, Path],
 def test_logged_rewards_are_score_minus_penalties_minus_kl(
     runs: dict[str, Path], name: str
 ) -> None:
-    cfg = load_config(runs[name] / "config.yaml").ppo
+    cfg = load_config(runs[name] / "config.yaml").rl
     for _, row in answers(runs[name]).iterrows():
         beta = cfg.kl.coef if cfg.kl.applied_to == KlAppliedTo.reward else 0.0
         estimate = {
@@ -167,7 +167,7 @@ def test_logged_rewards_are_score_minus_penalties_minus_kl(
         assert row.prompt.startswith("\n\nHuman:") and row.prompt.endswith("Assistant:")
         score = (
             row.score
-            - cfg.missing_eos_penalty * (not row.ended)
+            - cfg.missing_eos_penalty * (not row.finished)
             - cfg.length_penalty * len(row.tokens)
         )
         score = (
@@ -296,7 +296,7 @@ def test_several_answers_to_a_prompt_differ(runs: dict[str, Path]) -> None:
     first = log[log.step == 1]
     assert len(first) == 32 and first.prompt.nunique() == 8
     for _, group in first.groupby("prompt", sort=False):
-        assert len(group) == 4 and group.answer.nunique() > 1
+        assert len(group) == 4 and group.response.nunique() > 1
     assert metrics(runs["several_answers"])[-1]["episode"] == 64
 
 
@@ -336,16 +336,16 @@ def test_raw_scores_are_those_of_the_model_before_its_unit(runs: dict[str, Path]
 def test_answers_per_second_are_counted_answers_over_the_step_s_time(runs: dict[str, Path]) -> None:
     """DeepSpeed-Chat's samples per second divide a constant 2 by it, by a precedence of operators."""
     for row in metrics(runs["several_answers"]):
-        assert row["eps"] == pytest.approx(32 / row["timing_s/step"])
+        assert row["responses_per_second"] == pytest.approx(32 / row["timing_s/step"])
         assert row["timing_s/rollout"] + row["timing_s/update"] == pytest.approx(
             row["timing_s/step"]
         )
 
 
 def test_actor_and_critic_have_schedules_of_their_own(runs: dict[str, Path]) -> None:
-    cfg = load_config(runs["critic_optim"] / "config.yaml").ppo
+    cfg = load_config(runs["critic_optim"] / "config.yaml").rl
     rows = metrics(runs["critic_optim"])
-    assert [row["lr_critic"] / cfg.critic_optim.lr for row in rows] == pytest.approx(
+    assert [row["lr_critic"] / cfg.critic.lr for row in rows] == pytest.approx(
         [0.5, 1.0, 1.0]
     )
     assert [row["lr"] / cfg.lr for row in rows] == pytest.approx([1.0, 0.55, 0.1])
@@ -357,13 +357,10 @@ def test_actor_and_critic_have_schedules_of_their_own(runs: dict[str, Path]) -> 
 def test_dschat_is_greedy_masks_eos_and_says_so(runs: dict[str, Path]) -> None:
     log = answers(runs["dschat"])
     cfg: Any = load_config(runs["dschat"] / "config.yaml")
-    assert cfg.rl.dschat == DsChat(True, True, 0.1, True, True)
+    assert cfg.rl.dschat == DsChat(greedy=True, pad_is_eos=True)
     first = log[log.step == 1]
-    again = first.groupby("prompt").answer.nunique()
+    again = first.groupby("prompt").response.nunique()
     assert (again == 1).all()  # the same prompt, the same answer
-    row = metrics(runs["dschat"])[0]
-    assert abs(row["objective/kl"]) > 1e-3  # dropout makes a KL where there is none
-    assert abs(row["policy/ratio_first_minibatch"] - 1) > 1e-4
 
 
 def test_a_sample_of_the_rollouts_is_logged_unless_all_are_asked_for(runs: dict[str, Path]) -> None:

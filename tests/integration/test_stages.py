@@ -34,7 +34,7 @@ def without_time(rows: list[dict]) -> list[dict]:
         {
             k: v
             for k, v in row.items()
-            if k != "time" and not k.startswith("timing_s/") and k != "eps"
+            if k != "time" and not k.startswith("timing_s/") and k != "responses_per_second"
         }
         for row in rows
     ]
@@ -137,7 +137,7 @@ def test_metrics_and_summary_have_the_promised_names(alone: Path) -> None:
                 "val/num_eos_tokens",
                 "val/explained_variance",
                 "lr",
-                "eps",
+                "responses_per_second",
                 "episode",
                 "reward/gold/mean",
             }
@@ -202,10 +202,10 @@ def test_answers_are_kept_token_by_token(alone: Path) -> None:
         assert {len(values) for values in lists} == {len(row["tokens"])} and 0 < len(
             row["tokens"]
         ) <= 16
-        assert row["ended"] == (row["tokens"][-1] == "</s>") and row["score"] == pytest.approx(
+        assert row["finished"] == (row["tokens"][-1] == "</s>") and row["score"] == pytest.approx(
             row["score_model"], abs=1e-6
         )
-        paid = 1.0 * (not row["ended"]) + 0.05 * sum(
+        paid = 1.0 * (not row["finished"]) + 0.05 * sum(
             row["kl"]
         )  # rl.missing_eos_penalty, rl.kl.coef
         assert sum(row["reward"]) == pytest.approx(row["score"] - paid, abs=1e-3)
