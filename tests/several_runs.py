@@ -1,5 +1,7 @@
-"""One process that does the work of many runs, one after the other: python several_runs.py RUN_DIR... As rlhf.worker, which does
-one; imports are most of the time of a small run."""
+"""One process that does many runs, one after the other: python several_runs.py RUN_DIR...
+
+It works as rlhf.worker, which does one run. Imports are most of the time of a small run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs without `train.py`: their directories, the processes that do them, and comparisons of what they leave."""
+"""Runs without `train.py`: their directories, the processes that do them, and comparisons of their
+files."""
 
 from __future__ import annotations
 
@@ -16,8 +17,6 @@ from helpers import REPO, composed, metrics
 from safetensors.torch import load_file
 
 from rlhf.config.loading import save_config
-
-pass
 from rlhf.config.validation import check_config
 from rlhf.runs import launch
 from rlhf.runs.directory import config_for_stage

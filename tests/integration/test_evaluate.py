@@ -1,4 +1,5 @@
-"""stage=eval: what it measures, computed again from its own answers and from the models; runs, directories, prompts; bad input."""
+"""stage=eval: what it measures, computed again from its responses and from the models; runs,
+directories, prompts; bad input."""
 
 from __future__ import annotations
 
@@ -312,7 +313,7 @@ def test_beam_search_is_that_of_each_row_alone(runs: dict[str, Path], tokenizer:
     assert Sampling().beams == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_after_the_pipeline_the_win_rate_of_ppo_is_in_the_summary(
