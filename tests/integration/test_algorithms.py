@@ -22,7 +22,6 @@ from worker_runs import compare, kill_when, prepare, same, work
 
 from rlhf.config.choices import KlAppliedTo, Precision
 from rlhf.config.loading import load_config
-from rlhf.config.stage_graph import stage_config
 from rlhf.data import load, template, tokenized
 from rlhf.models.loading import load_policy
 from rlhf.training.likelihood import response_logprobs
@@ -112,9 +111,9 @@ def test_logged_advantages_compare_the_answers_to_a_prompt(
     runs: dict[str, Path], name: str
 ) -> None:
     cfg = load_config(runs[name] / "config.yaml")
-    node: Any = stage_config(cfg)
+    node = cfg.rl
     log, k = answers(runs[name]), node.responses_per_prompt
-    in_reward = node.kl.coef if node.kl.place == KlAppliedTo.reward else 0.0
+    in_reward = node.kl.coef if node.kl.applied_to == KlAppliedTo.reward else 0.0
     for _, rollout in log.groupby("step"):
         assert len(rollout) == node.batch_size * k
         rows = rollout.to_dict("records")

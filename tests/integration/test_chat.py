@@ -814,7 +814,7 @@ def test_the_loop_closes(
     assert cfg.sources["mine"] == Source(path="preferences.jsonl") and cfg.sandbox is None
     data = load_data(cfg)
     (report,) = data.report
-    reasons = {"no rejected answer", "the same prompt again"}
+    reasons = {"no rejected answer", "duplicate prompt"}
     assert report["rows"] == 22 and not set(report["skipped"]) - reasons
     evaluated = [(pair.prompt, pair.chosen, pair.rejected) for pair in data.eval_rm]
     read = [(pair.prompt, pair.chosen, pair.rejected) for pair in map(pair_of, data.rm)] + evaluated
