@@ -1,4 +1,5 @@
-"""Shared by all tests: the command line as a user calls it, and one full run of the pipeline that many tests look at."""
+"""Shared by all tests: the command line as a user calls it, and one full run of the pipeline that
+many tests read."""
 
 from __future__ import annotations
 
@@ -38,8 +39,11 @@ def finish_demo(process: subprocess.Popen[str], root: Path, lock: FileLock) -> N
 def demo_root(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """Where `python train.py` runs, for all parallel test processes. The first of them starts it, in the background and at once if
-    any test wants it, so that it is done by the time of those tests."""
+    """Where `python train.py` runs, for all parallel test processes.
+
+    The first of them starts it at once and in the background if any test wants it, so that it has
+    finished by the time of those tests.
+    """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
     root.mkdir(exist_ok=True)
@@ -72,8 +76,10 @@ def demo_root(
 
 @pytest.fixture(scope="session")
 def demo(demo_root: Path) -> Demo:
-    """`python train.py`, whole, called from a directory that is not the repository; W&B offline, and one thread because other
-    tests run beside it."""
+    """The full `python train.py`, called from a directory that is not the repository.
+
+    W&B is offline, and there is one thread because other tests run at the same time.
+    """
     with FileLock(demo_root / "lock", timeout=1500):
         done = json.loads((demo_root / "result.json").read_text())
     assert done["code"] == 0, done["stderr"]
@@ -91,7 +97,10 @@ def demo(demo_root: Path) -> Demo:
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
-    """A process group of one for the engines. It stays: DeepSpeed cannot join twice in a process. The environment does not."""
+    """A process group of one for the engines.
+
+    It stays, as DeepSpeed cannot join twice in a process; the environment variables do not.
+    """
     import torch
 
     from rlhf.distributed.engine import init_distributed
@@ -136,8 +145,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first. Among parallel test processes, which get one file after the other, the long files first, so that all end
-    at about the same time. Files that wait for the demo come after others of their tier."""
+    """Quick tests first.
+
+    Parallel test processes get one file after the other. There the long files are first, so that
+    all end at about the same time. Files that wait for the demo come after others of their tier.
+    """
     tiers = ["unit", "integration", "learning"]
     if "PYTEST_XDIST_WORKER" in os.environ:
         tiers = ["integration", "learning", "unit"]

@@ -55,7 +55,8 @@ SLOW = [
 ]
 
 
-SWEEP = "python train.py -m rl.kl.coef=0.02,0.1 seed=1,2 experiment_name=kl_study"  # as the README has it
+# as the README has it
+SWEEP = "python train.py -m rl.kl.coef=0.02,0.1 seed=1,2 experiment_name=kl_study"
 
 
 def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -11,5 +11,6 @@ def minus_length(turns: list[Any], answer: str) -> float:
 
 
 def thanks(turns: list[Any], answer: str) -> float:
-    """A bandit of one arm among many: 1 for an answer that begins with this word, which the SFT policy does in one of eight."""
+    """A bandit with one good arm among many: 1 for a response that begins with this word, as one in
+    eight of the SFT policy's responses does."""
     return float(answer.startswith("Thanks"))

@@ -20,18 +20,23 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 TEXT = [
-    "How do I keep a fern alive through the winter? Water it once a week, and keep it away from the heater.",
-    "My neighbour's dog barks at night; what can I say to her? Say that you like the dog, and that you like sleep too.",
+    "How do I keep a fern alive through the winter? Water it once a week, and keep it away from "
+    "the heater.",
+    "My neighbour's dog barks at night; what can I say to her? Say that you like the dog, and "
+    "that you like sleep too.",
     "A violin needs a dry room, a clean cloth and new strings: user, assistant, system.\n\n\n",
     "Is 3.14 enough? For a garden pond it is. It's fine, don't worry (really).\n\n\n",
     "The answer is short. The question is long, and the question comes first.\n\n",
 ]
 
 
-LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizer families
+# ------------------------------------------------------------------------------- tokenizer families
 
 
 def byte_level(split: Any = None) -> Tokenizer:
@@ -76,7 +81,8 @@ def opt() -> Any:
 
 
 def llama2() -> Any:
-    """SentencePiece's BPE: spaces are a letter, one is put in front of each text, unknown letters fall back to bytes."""
+    """SentencePiece's BPE: a space is a letter, each text gets one in front, and unknown letters
+    fall back to bytes."""
     learnt = Tokenizer(tokenizer_models.BPE())
     learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     learnt.train_from_iterator(TEXT * 3, trainers.BpeTrainer(vocab_size=300))
@@ -106,7 +112,8 @@ def llama2() -> Any:
 
 
 def llama3() -> Any:
-    """Byte-level BPE with longer words, the marks of its own style, and the end mark as pad token."""
+    """Byte-level BPE with longer words, the marks of its own style, and the end mark as pad
+    token."""
     bpe = byte_level(LLAMA3_WORDS)
     begin_with(bpe, "<|begin_of_text|>")
     bpe.add_special_tokens(

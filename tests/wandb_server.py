@@ -1,4 +1,5 @@
-"""A stand-in for the W&B server, as much of it as a run talks to: it keeps runs, their history and alerts in memory."""
+"""A stand-in for the parts of the W&B server that a run uses: it keeps runs, their history and
+alerts in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ VIEWER = {
 
 
 class Server:
-    """Listens on 127.0.0.1 while it is used as a context; it can go away and come back at the same port with what it had."""
+    """Listens on 127.0.0.1 while it is used as a context.
+
+    It can stop and start again at the same port with what it has stored.
+    """
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}  # what each run said of itself

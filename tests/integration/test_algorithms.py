@@ -1,4 +1,5 @@
-"""RLOO, GRPO and DPO in short runs with real engines: what they log, computed again; what they leave behind; and other deployments."""
+"""RLOO, GRPO and DPO in short runs with real engines: what they log, computed again; the files
+that they leave; and other deployments."""
 
 from __future__ import annotations
 
@@ -22,7 +23,6 @@ from worker_runs import kill_when, prepare, same, work
 
 from rlhf.config.choices import KlAppliedTo, Precision
 from rlhf.config.loading import load_config
-from rlhf.config.stage_graph import stage_config
 from rlhf.data import load, template, tokenized
 from rlhf.models.loading import load_policy
 from rlhf.training.likelihood import response_logprobs
@@ -112,7 +112,7 @@ def test_logged_advantages_compare_the_answers_to_a_prompt(
     runs: dict[str, Path], name: str
 ) -> None:
     cfg = load_config(runs[name] / "config.yaml")
-    node: Any = stage_config(cfg)
+    node = cfg.rl
     log, k = answers(runs[name]), node.responses_per_prompt
     in_reward = node.kl.coef if node.kl.applied_to == KlAppliedTo.reward else 0.0
     for _, rollout in log.groupby("step"):
@@ -156,7 +156,7 @@ def test_each_side_has_its_own_clip(runs: dict[str, Path]) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------------- DPO
+# ---------------------------------------------------------------------------------------------- DPO
 
 
 def test_dpo_starts_at_ln_2_with_zero_margins(runs: dict[str, Path]) -> None:
@@ -192,7 +192,8 @@ def test_dpo_learns_from_the_reward_models_pairs_and_is_evaluated_as_a_policy(
 def test_the_logged_log_probabilities_are_those_of_the_pairs(
     runs: dict[str, Path], tokenizer: Any
 ) -> None:
-    """Of the first step, whose policy is the SFT policy: all 96 pairs by themselves, one by one, without padding."""
+    """The first step, whose policy is the SFT policy, against all 96 pairs one by one, without
+    padding."""
     cfg = load_config(runs["dpo"] / "config.yaml")
     data = load.load_data(cfg.data)
     pairs = tokenized.pairs(
@@ -265,7 +266,7 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- deployments
+# -------------------------------------------------------------------------------------- deployments
 
 
 def sizes(stage: str, steps: int) -> list[str]:
@@ -310,7 +311,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     same(whole, killed)
 
 
-# ------------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Every architecture goes through every stage; and a reward model may have another architecture and tokenizer than the policy."""
+"""Every architecture works in every stage, and a reward model may have another architecture and
+tokenizer than the policy."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ ONE_STEP = [
 
 
 def base_model(directory: Path, family: str) -> Path:
-    """A random model with the built-in tokenizer, as from a hub; positions for our prompts and answers."""
+    """A random model with the built-in tokenizer, as from a hub; it has positions for the prompts
+    and responses of these tests."""
     save_base(directory, family, n_positions=128) if family == "gpt2" else save_base(
         directory, family
     )
@@ -89,7 +91,8 @@ def test_architectures_train_save_load_and_generate(tmp_path: Path, families: li
             ).config.num_labels
             == 1
         )
-        # transformers' own generation from what was saved: the likeliest tokens, as plain forwards without padding find them
+        # generation by transformers from the saved model: the likeliest tokens, as plain forward
+        # passes without padding give them
         made = policy.generate(
             ids,
             attention_mask=mask,
@@ -106,7 +109,7 @@ def test_architectures_train_save_load_and_generate(tmp_path: Path, families: li
                 assert text[-1] == token, family
 
 
-# -------------------------------------------------------------------------------------- a reward model with another tokenizer
+# ------------------------------------------------------------ a reward model with another tokenizer
 
 
 def other_tokenizer(directory: Path) -> Any:
@@ -164,7 +167,8 @@ def test_a_foreign_reward_model_reads_prompt_and_answer_as_text(tmp_path: Path) 
 
 @pytest.mark.full
 def test_ppo_with_a_reward_model_of_another_tokenizer(tmp_path: Path) -> None:
-    """Scores are those of the text; the critic starts from the SFT policy's trunk with a zero head, so its first values are zero."""
+    """Scores are those of the text. The critic starts from the SFT policy's trunk with a zero head,
+    so its first values are zero."""
     save_base(tmp_path / "reward-base", "llama", vocabulary=300)
     foreign = other_tokenizer(tmp_path / "reward-base")
     given = [

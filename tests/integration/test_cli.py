@@ -24,7 +24,8 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     [
         (
             ["stage=pppo"],
-            "stage=pppo: no such option; choose from dpo, eval, grpo, inspect, pipeline, ppo, rloo, rm, sft",
+            "stage=pppo: no such option; choose from dpo, eval, grpo, inspect, pipeline, ppo, "
+            "rloo, rm, sft",
         ),
         (
             ["data=jsonl", "data.sources.mine.path=x", "data.sandbox.pairs=3"],
@@ -52,7 +53,8 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["actor.path=builtin:huge"], "actor.path=builtin:huge: there is no such built-in model"),
         (
             ["rl.batch_size=30"],
-            "rl.batch_size=30 is not divisible by rl.minibatches=4 x deploy.processes_per_node=1 = 4: try rl.batch_size=32",
+            "rl.batch_size=30 is not divisible by rl.minibatches=4 x deploy.processes_per_node=1 "
+            "= 4: try rl.batch_size=32",
         ),
         (
             ["deploy.processes_per_node=3"],
@@ -120,7 +122,10 @@ def test_gpus_are_asked_for_only_when_workers_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("args", [["--help"], ["ppo.lrr=1"], ["--cfg", "job"]])
 def test_answers_come_at_once(args: list[str], tmp_path: Path) -> None:
-    """Promised: under 1 s; asserted: 3 x that, as machines differ. Of computing, as other tests run beside this one."""
+    """Promised: under 1 s of computing; asserted: 3 s, as machines differ.
+
+    Waiting does not count, as other tests run at the same time.
+    """
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -165,7 +170,7 @@ def test_torchrun_is_sent_away(tmp_path: Path) -> None:
     assert done.returncode == 2 and "it starts its workers" in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------- the whole run
+# ------------------------------------------------------------------------------------ the whole run
 
 
 def test_the_table_and_where_things_lie(demo: Demo) -> None:

@@ -32,8 +32,9 @@ NO, OPTIMIZER, FROZEN, ALL = (
     {"optimizer": True, "parameters": True, "frozen": True},
 )
 PARTITIONED = {"gather_for_rollout": False, "activation_checkpointing": True}
-# processes, ZeRO, micro-batch, offload: every pair of values of two columns that can go together occurs. A micro-batch is so many
-# sequences of full length; ours are short, and 16 such hold nearly a whole step.
+# processes, ZeRO, micro-batch, offload: every pair of values of two columns that is allowed occurs.
+# A micro-batch is given in sequences of full length. The sequences here are short, so a micro-batch
+# of 16 holds nearly a full step.
 PAIRWISE = [
     (1, 0, 16, FROZEN),
     (2, 0, 1, NO),
@@ -143,8 +144,11 @@ def test_low_precision_learns_about_the_same(
 
 
 def compare_first_answers(one: Path, two: Path) -> None:
-    """Those of PPO's first rollout are drawn from slightly other probabilities: sooner or later a draw falls on another token, and an
-    answer is another one from there on. Up to there both say the same of it."""
+    """Compare the responses of PPO's first rollout up to the first token that differs.
+
+    Their probabilities differ slightly: sooner or later a draw gives another token, and from there
+    the response is another one. Before that token both runs log the same about it.
+    """
     answers, others = (
         [row for row in map(json.loads, (run / "rollouts.jsonl").open()) if row["step"] == 1]
         for run in (one, two)

@@ -1,4 +1,5 @@
-"""stage=eval: what it measures, computed again from its own answers and from the models; runs, directories, prompts; bad input."""
+"""stage=eval: what it measures, computed again from its responses and from the models; runs,
+directories, prompts; bad input."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from rlhf.evaluation.statistics import wilson_interval
 from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
 from rlhf.runs.directory import write_json
 from rlhf.runs.identity import run_identity
-from rlhf.runs.inputs import PROMPTS, check_models, content_id, prompt_file, read_prompt_lines
+from rlhf.runs.inputs import PROMPTS, check_inputs, content_id, prompt_file, read_prompt_lines
 from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.token_choice import Sampling
@@ -312,7 +313,7 @@ def test_beam_search_is_that_of_each_row_alone(runs: dict[str, Path], tokenizer:
     assert Sampling().beams == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_after_the_pipeline_the_win_rate_of_ppo_is_in_the_summary(
@@ -411,7 +412,7 @@ def test_bad_values_get_one_clear_line(overrides: list[str], said: str) -> None:
     from rlhf.config.validation import check_config
 
     cfg = composed("stage=eval", *overrides)
-    assert any(line.startswith(said) for line in check_config(cfg) + check_models(cfg)), said
+    assert any(line.startswith(said) for line in check_config(cfg) + check_inputs(cfg)), said
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:

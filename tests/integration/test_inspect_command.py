@@ -9,7 +9,7 @@ import pytest
 from data_files import known_file
 from helpers import train
 
-# ------------------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_looks_anew_each_time(tmp_path: Path) -> None:

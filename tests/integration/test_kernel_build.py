@@ -1,4 +1,7 @@
-"""Our kernels for CPUs are compiled once, whoever starts first. What happens where they cannot be: unit/test_kernels.py."""
+"""The kernels for CPUs are compiled once, whichever process starts first.
+
+unit/test_kernels.py tests what happens where they cannot be compiled.
+"""
 
 from __future__ import annotations
 

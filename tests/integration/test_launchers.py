@@ -13,8 +13,6 @@ import pytest
 from helpers import REPO, SMALL, composed, metrics, runs_in, train
 
 from rlhf.config.loading import save_config
-
-pass
 from rlhf.runs import launch
 from rlhf.runs.directory import config_for_stage
 
@@ -59,7 +57,8 @@ def test_two_nodes_started_by_hand_are_one_run(one_node: Path, tmp_path: Path) -
 
 @pytest.mark.full
 def test_deepspeeds_launcher_starts_the_same_run(one_node: Path, tmp_path: Path) -> None:
-    """The command for a hostfile, on two "nodes" that are both this machine; without ssh each is told its number."""
+    """The command for a hostfile, on two "nodes" that are both this machine; without ssh each gets
+    its number as an argument."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     overrides = [

@@ -65,7 +65,8 @@ def output(engine: Any) -> Tensor:
 
 
 def logits(module: Policy | Scorer) -> Tensor:
-    """What the model itself gives from the padded batch: of the last 4 tokens, or the raw score of each row."""
+    """What the model itself computes from the padded batch: for the last 4 tokens, or the raw score
+    of each row."""
     found = module.hf(**model_inputs(module.hf, IDS, MASK)).logits
     return found[:, -5:-1] if isinstance(module, Policy) else found
 
@@ -194,7 +195,8 @@ def test_a_target_that_matches_nothing_is_named_with_what_there_is(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=r"actor.lora.targets=query: llama has no linear layer of that name; choose from .*q_proj",
+        match=r"actor.lora.targets=query: llama has no linear layer of that name; "
+        r"choose from .*q_proj",
     ):
         build(
             with_adapter("sft", "actor.lora.targets=[q_proj,query]"),
@@ -246,7 +248,8 @@ LORA = [
 
 @pytest.mark.parametrize("processes, zero", [(1, 0), pytest.param(2, 3, marks=pytest.mark.full)])
 def test_all_stages_with_adapters(tmp_path: Path, processes: int, zero: int) -> None:
-    """PPO stands on the merged SFT model, and is its own reference; with trained embeddings it is not."""
+    """PPO starts from the merged SFT model and is its own reference; with trained embeddings it is
+    not."""
     placed = {"gpus": processes, "zero_stage": zero}
     sft, rm = (prepare(tmp_path, "lora", stage, {}, LORA, **placed) for stage in ("sft", "rm"))
     inputs = {"sft": str(sft / "model"), "rm": str(rm / "model")}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from helpers import REPO, Demo, composed, train
 
-pass
 from rlhf.planning.memory import (
     make_plan,
 )

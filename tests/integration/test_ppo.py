@@ -1,4 +1,5 @@
-"""PPO's options, each in a run of two or three rollouts with real engines: what it logs, what it leaves behind, what it must not do."""
+"""PPO's options, each in a run of two or three rollouts with real engines: what it logs, the files
+that it leaves, and what it must not do."""
 
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ def test_every_option_trains_actor_and_critic(runs: dict[str, Path], name: str) 
             assert row["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
 
 
-# -------------------------------------------------------------------------------------- what is logged, computed again from the log
+# ------------------------------------------------------ what is logged, computed again from the log
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_logged_rewards_are_score_minus_penalties_minus_kl(
             assert row["return"][t] == pytest.approx(to_come, abs=2e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ options
+# ------------------------------------------------------------------------------------------ options
 
 
 def test_kl_in_the_loss_is_not_in_the_reward(runs: dict[str, Path]) -> None:
@@ -249,7 +250,8 @@ def test_ways_to_average_give_other_losses(runs: dict[str, Path]) -> None:
         name: metrics(runs[name])[0]["loss/value_avg"] for name in ("plain", "sequence", "constant")
     }
     row = metrics(runs["constant"])[0]
-    # the same first rollout, the same errors: constant counts them over 12 tokens, which not all answers have
+    # the same first rollout and the same errors: "constant" divides by 12 tokens, which not all
+    # responses have
     assert losses["constant"] < losses["plain"] and losses["sequence"] != losses["plain"]
     assert losses["constant"] == pytest.approx(
         losses["plain"] * row["tokens/response_mean"] / 12, rel=0.05
@@ -334,7 +336,8 @@ def test_raw_scores_are_those_of_the_model_before_its_unit(runs: dict[str, Path]
 
 
 def test_answers_per_second_are_counted_answers_over_the_step_s_time(runs: dict[str, Path]) -> None:
-    """DeepSpeed-Chat's samples per second divide a constant 2 by it, by a precedence of operators."""
+    """DeepSpeed-Chat's samples per second divide a constant 2 by it, because of the precedence of
+    operators."""
     for row in metrics(runs["several_answers"]):
         assert row["responses_per_second"] == pytest.approx(32 / row["timing_s/step"])
         assert row["timing_s/rollout"] + row["timing_s/update"] == pytest.approx(
@@ -351,7 +354,7 @@ def test_actor_and_critic_have_schedules_of_their_own(runs: dict[str, Path]) -> 
     assert [row["lr"] / cfg.lr for row in rows] == pytest.approx([1.0, 0.55, 0.1])
 
 
-# ----------------------------------------------------------------------------------------------------------------- DeepSpeed-Chat
+# ----------------------------------------------------------------------------------- DeepSpeed-Chat
 
 
 def test_dschat_is_greedy_masks_eos_and_says_so(runs: dict[str, Path]) -> None:

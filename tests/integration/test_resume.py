@@ -20,8 +20,6 @@ from helpers import REPO, SLOW, composed, lines, metrics, running, runs_in, summ
 from worker_runs import begin, kill_when, prepare, rows_of, same, work
 
 from rlhf.config.deployment import placement
-
-pass
 from rlhf.runs.directory import find_checkpoints, read_summary, write_json
 from rlhf.runs.identity import run_dir_for
 from rlhf.sampling.cpu import kernels
@@ -34,7 +32,8 @@ TEN_STEPS = [
     "rm.batch_size=8",
     "checkpoint.every_steps=5",
 ]
-# all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy, warnings
+# all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy,
+# warnings
 MEMORY = [
     "rl.max_steps=4",
     "rl.batch_size=8",
@@ -227,7 +226,8 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     refused = train(*long, "deploy.processes_per_node=2", cwd=tmp_path)
     assert (
         refused.returncode == 2
-        and "made with deploy.processes_per_node=1, not deploy.processes_per_node=2: resume it with deploy.processes_per_node=1"
+        and "made with deploy.processes_per_node=1, not deploy.processes_per_node=2: resume it "
+        "with deploy.processes_per_node=1"
         in refused.stderr
     )
     assert "fresh=true" in refused.stderr
@@ -299,7 +299,8 @@ def test_what_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_path: Pat
 
 @pytest.mark.full
 def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_path: Path) -> None:
-    """Two pipelines at the same moment over the same SFT: one trains it and is killed, the other one takes over and finishes."""
+    """Two pipelines at the same moment with the same SFT run: one trains it and is killed, the
+    other one takes over and finishes."""
     pipeline = [arg for arg in SLOW if arg != "stage=sft"]
     first, run = running(*pipeline, cwd=tmp_path, until=5)
     second = subprocess.Popen(
@@ -317,8 +318,8 @@ def test_an_upstream_run_of_another_process_is_waited_for_and_taken_over(tmp_pat
         )
         time.sleep(0.01)
     assert (
-        f"waiting for 0 s: {run.relative_to(tmp_path)} is being trained by another process (pid {first.pid} on"
-        in said
+        f"waiting for 0 s: {run.relative_to(tmp_path)} is being trained by another process "
+        f"(pid {first.pid} on" in said
     ), said
     first.kill()
     first.wait()

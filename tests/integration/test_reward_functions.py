@@ -20,7 +20,7 @@ SMALL_PPO = [
 
 
 @pytest.mark.full
-def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_function_is_another_run(
+def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_new_function_is_a_new_run(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "my_rewards.py").write_text("def length(turns, answer):\n    return -len(answer)\n")
@@ -46,7 +46,8 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_changed_fun
 def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
     demo: Demo, tmp_path: Path
 ) -> None:
-    """It has no unit of its own: that is measured on SFT answers, and is the one that stage=rm stored in the original."""
+    """The score has no unit of its own: it is measured on SFT responses, and is the one that
+    stage=rm stored in the original."""
     other = tmp_path / "other"
     shutil.copytree(demo.rm / "model", other)
     settings = json.loads((other / "config.json").read_text())
@@ -61,8 +62,8 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
     done = train("stage=ppo", *given, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
-        f"rl.rewards.other: raw scores of 256 SFT answers: mean {unit[0]:.3g}, standard deviation {unit[1]:.3g}"
-        in done.stderr
+        f"rl.rewards.other: raw scores of 256 SFT answers: mean {unit[0]:.3g}, "
+        f"standard deviation {unit[1]:.3g}" in done.stderr
     )
     final = summary(runs_in(tmp_path)["ppo"][0])["metrics"]
     assert final["eval/score/other"] == pytest.approx(final["eval/score/model"], abs=1e-4)

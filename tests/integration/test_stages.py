@@ -1,4 +1,5 @@
-"""The stages as real processes: one and two of them, twice with the same seed, with failures, and their results read back."""
+"""The stages as real processes: one and two of them, twice with the same seed, with failures, and
+their results read back."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import torch
 from helpers import SMALL, metrics, runs_in, summary, train
 from safetensors.torch import load_file
 
-# The gradient of a key's bias is zero in truth and rounding in fact, which Adam blows up to a step of the learning rate unless
-# its epsilon is above the rounding: without that no two ways to add would train the same weights.
+# The gradient of a key's bias is exactly zero in theory and a rounding error in practice. Adam
+# turns it into a step of the learning rate unless its epsilon is above that error. Without a larger
+# epsilon, no two orders of addition would train the same weights.
 ROBUST = ["sft.adam_eps=1e-5", "rm.adam_eps=1e-5"]
 
 
@@ -73,8 +75,11 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(
 @pytest.mark.full  # test_deployments.py holds two processes to one in the quick tests
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_two_processes_do_what_one_does(alone: Path, tmp_path: Path, zero_stage: int) -> None:
-    """Same samples, same losses up to the order of additions, same weights. PPO here stands on models that differ by rounding, which
-    it amplifies (a token on the very edge of a clip); test_deployments.py holds it to 1e-4 on the same ones."""
+    """Same samples, same losses up to the order of additions, same weights.
+
+    PPO here starts from models that differ by rounding, which it amplifies (a token at the edge of
+    a clip); test_deployments.py holds it to 1e-4 when the models are the same.
+    """
     done = train(
         *SMALL,
         *ROBUST,
@@ -209,7 +214,8 @@ def test_answers_are_kept_token_by_token(alone: Path) -> None:
             row["kl"]
         )  # rl.missing_eos_penalty, rl.kl.coef
         assert sum(row["reward"]) == pytest.approx(row["score"] - paid, abs=1e-3)
-        # undiscounted: with the value before the last token as baseline, what is left to get is the last reward
+        # undiscounted: with the value before the last token as baseline, only the last reward is
+        # left to get
         assert row["return"][-1] == pytest.approx(row["reward"][-1], abs=1e-4)
     assert all(row["kl"] == pytest.approx([0.0] * len(row["kl"]), abs=1e-4) for row in rows[:2])
 
@@ -255,8 +261,8 @@ def test_preference_files_train_all_stages(tmp_path: Path) -> None:
     done = train("stage=rm", "data=rm_static", *dialogues, cwd=tmp_path)
     assert done.returncode == 2  # the answers of this file are not dialogues
     assert (
-        f"data.sources.rm_static: line 1 of {file}: chosen is not a dialogue: it does not begin with Human:"
-        in done.stderr
+        f"data.sources.rm_static: line 1 of {file}: chosen is not a dialogue: "
+        "it does not begin with Human:" in done.stderr
     )
     done = train(
         "stage=rm", "data=rm_static", "data.sources.rm_static.path=./missing.jsonl", cwd=tmp_path

@@ -212,7 +212,8 @@ with launch.claim_gpus(composed("deploy=single_node", "deploy.processes_per_node
 
 
 def test_jobs_side_by_side_take_gpus_of_their_own(tmp_path: Path) -> None:
-    """Four GPUs, two a job: the first two jobs get two each, a third one waits until one is done."""
+    """Four GPUs, two for each job: the first two jobs get two each, and a third one waits until one
+    is done."""
     place = {
         "CUDA_VISIBLE_DEVICES": "4,5,6,7",
         launch.SWEEP_LOG: "there",

@@ -1,4 +1,5 @@
-"""Weights & Biases in offline mode, read back with its own reader; what mode=auto decides; pictures."""
+"""Weights & Biases in offline mode, read back with its own reader; what mode=auto decides;
+pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""W&B alive, dead at the start, in the middle, at the end: training goes on, and nothing is lost. Against a local stand-in server."""
+"""A W&B server that is up, or down at the start, in the middle or at the end: training continues
+and nothing is lost. Against a local stand-in server."""
 
 from __future__ import annotations
 

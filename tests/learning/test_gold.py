@@ -1,4 +1,5 @@
-"""The promise of the sandbox: PPO closes most of the gap between the SFT model and the best answers there are."""
+"""The promise of the sandbox: PPO closes most of the gap between the SFT model and the best
+possible responses."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def test_pipeline_time(demo: Demo) -> None:
 
 
 def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
-    """A bug that mixes up prompts must not pass unseen: truth and reward model both prefer a prompt's own answer to another's."""
+    """A bug that mixes up prompts must be seen: the gold reward and the reward model both prefer
+    the response to a prompt over the response to another one."""
     rows = [json.loads(line) for line in (demo.ppo / "samples.jsonl").read_text().splitlines()]
     data = load_data(load_config(demo.rm / "config.yaml").data)
     assert data.gold is not None
@@ -81,7 +83,8 @@ def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
         chosen, rejected, _ = compare(scorer, pairs, tokenizer, RmLoss.sequence)
         better = pairwise_accuracy(chosen, rejected)
     print(
-        f"gold {right:.2f}, of others' answers {mixed:.2f}; the reward model prefers the own one in {better:.0%}"
+        f"gold {right:.2f}, of responses to other prompts {mixed:.2f}; "
+        f"the reward model prefers the right one in {better:.0%}"
     )
     assert mixed < right - 1
     assert better > 0.75  # of a perfect judge 0.94: some of the others are as good

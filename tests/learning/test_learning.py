@@ -1,5 +1,9 @@
-"""PPO learns what it is asked for: to stop, to find the best arm, to hold a KL, to please the truth with few and with many passes.
-One seed each in the quick tests (8 passes: none), three in all of them; each in one thread in less than a minute."""
+"""PPO learns the task: to stop, to find the best arm, to hold a KL, and to raise the gold reward
+with few and with many passes.
+
+One seed each in the quick tests (8 passes: none), three in all of them; each takes less than a
+minute in one thread.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,10 @@ def own_reward(function: str) -> list[str]:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 def test_it_learns_to_stop(demo: Demo, tmp_path: Path, seed: int) -> None:
-    """DeepSpeed-Chat cannot: its EOS is padding, and never learnt (T10). Half of the first answers do not end within 24 tokens."""
+    """DeepSpeed-Chat cannot: its EOS is padding and is never learnt (T10).
+
+    Half of the first responses do not end within 24 tokens.
+    """
     settings = [
         *own_reward("minus_length"),
         "rollout.max_new_tokens=24",
@@ -71,7 +78,8 @@ def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
     ]
     rows, final = learn(demo, tmp_path, f"seed={seed}", *settings)
     print(
-        f"{final['eval/score_before']:.3f} -> {final['eval/score']:.3f} of 1, KL {final['eval/kl']:.2f}"
+        f"{final['eval/score_before']:.3f} -> {final['eval/score']:.3f} of 1, "
+        f"KL {final['eval/kl']:.2f}"
     )
     assert rows[0]["objective/scores"] < 0.3 and final["eval/score"] >= 0.95
     assert final["eval/kl"] < 6  # to say it always costs ln 7 = 1.9
@@ -90,7 +98,8 @@ def test_an_adaptive_coefficient_holds_its_target(demo: Demo, tmp_path: Path, se
     rows, _ = learn(demo, tmp_path, f"seed={seed}", *settings, "rl.epochs=2")
     held = statistics.fmean(row["objective/kl"] for row in rows[-len(rows) // 3 :])
     print(
-        f"KL {held:.2f} of 2 nats per answer, beta {rows[0]['objective/kl_coef']} -> {rows[-1]['objective/kl_coef']:.3f}"
+        f"KL {held:.2f} of 2 nats per response, "
+        f"beta {rows[0]['objective/kl_coef']} -> {rows[-1]['objective/kl_coef']:.3f}"
     )
     assert held == pytest.approx(2.0, rel=0.2)
 
@@ -108,13 +117,15 @@ def test_an_adaptive_coefficient_holds_its_target(demo: Demo, tmp_path: Path, se
 def test_the_gold_target_with_few_and_with_many_passes(
     demo: Demo, tmp_path: Path, seed: int, passes: int, settings: list[str]
 ) -> None:
-    """What test_gold.py asks of 4 passes: 60 % of the gap between the SFT policy and the best answers, at a KL of at most 8."""
+    """The same bounds as in test_gold.py with 4 passes: 60 % of the gap between the SFT policy and
+    the best responses, at a KL of at most 8."""
     rows, final = learn(demo, tmp_path, f"seed={seed}", f"rl.reward={demo.rm}", *settings)
     gap = (final["eval/gold"] - final["eval/gold_before"]) / (
         final["eval/gold_best"] - final["eval/gold_before"]
     )
     print(
-        f"{passes} pass(es), seed {seed}: gap {gap:.2f}, gold {final['eval/gold']:.2f}, KL {final['eval/kl']:.2f}"
+        f"passes {passes}, seed {seed}: gap {gap:.2f}, gold {final['eval/gold']:.2f}, "
+        f"KL {final['eval/kl']:.2f}"
     )
     assert {row["policy/epochs"] for row in rows} == {passes}
     assert gap >= 0.60 and final["eval/kl"] <= 8
