@@ -188,7 +188,7 @@ def test_logged_rewards_are_score_minus_penalties_minus_kl(
                 + cfg.gamma * (row.value[t + 1] if t + 1 < len(row.tokens) else 0.0)
                 - row.value[t]
             )
-            advantage = delta + cfg.gamma * cfg.lam * advantage
+            advantage = delta + cfg.gamma * cfg.gae_lambda * advantage
             to_come = advantage + row.value[t]
             assert row["return"][t] == pytest.approx(to_come, abs=2e-3)
 
