@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -21,6 +23,7 @@ from omegaconf import DictConfig
 
 from rlhf import compose
 from rlhf.config.schema import Config
+from rlhf.config.stage_nodes import Rl
 from rlhf.runs.command import Command
 
 REPO = Path(__file__).parents[1]
@@ -118,6 +121,11 @@ def compose_options(root: str | None, *choices: str) -> DictConfig:
     """Choosing options takes most of Hydra's time. It sets values of keys after that; so do we."""
     compose.register()
     return compose.compose_alone(choices, [], hydra_too=False)
+
+
+def rl_node(**values: Any) -> Rl:
+    """The rl node of stage=ppo with some fields changed."""
+    return dataclasses.replace(composed("stage=ppo").rl, **values)
 
 
 def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
