@@ -135,10 +135,8 @@ def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
     """
     compose.register(folders)
     typed = [compose.allow_user_names(arg) for arg in overrides]
-    own = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        node = hydra.compose("config", [*typed, *(own if folders else [])])
-        return compose.make_command(node, typed)
+        return compose.make_command(compose.compose_again(typed), typed)
 
 
 def lines(file: Path) -> int:
