@@ -1,7 +1,8 @@
-"""What bench/run.py starts, each in a process of its own: it sets up, then works one sample at a time when it is told to.
+"""The contestants that bench/run.py starts, each in its own process.
 
-A contestant's side of the talk, a line of JSON each way: "ready"; the driver answers "go", it works, and says the seconds and what it has
-counted; and so on, until the driver says "stop" and it says its peak of memory. What libraries print goes to its log.
+A contestant sets up and reports "ready" as a line of JSON. For each "go" from the driver it works
+one sample, and reports the seconds and its counts. At "stop" it reports its peak of memory. What
+libraries print goes to its log.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from materials import assets, limits
 from peers import transformers_generate, trl_ppo, trl_trainer
 from protocol import Spec, forced_lengths, read_batches, turns
 
+if TYPE_CHECKING:
+    import torch
+
 
 def main(name: str, file: str) -> None:
-    """Be the contestant `name` with the settings in `file`."""
+    """Run the contestant `name` with the settings in `file`."""
     spec: Spec = json.loads(Path(file).read_text())
     spec["voice"] = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -28,9 +32,9 @@ def main(name: str, file: str) -> None:
 
 
 class Rows(list):
-    """Rows of token ids as rlhf.data.tokenized gives them; counts the tokens of those that were taken."""
+    """Rows of token ids as rlhf.data.tokenized gives them; counts the tokens of those taken."""
 
-    def __init__(self, rows: list[Any], tokens: Callable[[Any], int], lengths: list[int]):
+    def __init__(self, rows: list[tuple], tokens: Callable[[tuple], int], lengths: list[int]):
         super().__init__(rows)
         self.tokens, self.lengths, self.taken = tokens, lengths, 0
 
@@ -44,15 +48,15 @@ class Rows(list):
 
 
 def product(spec: Spec) -> None:
-    """A stage of the product as its worker runs it, with the batches of this benchmark. What is replaced: the rows, the end of a step,
-    and the random numbers of the answers' lengths. EOS is the last id, and the sampler inverts the cumulative distribution: so the
-    largest number below 1 gives EOS, and no number below 0.999 does, as EOS is not that likely."""
+    """A stage of the product as its worker runs it, with the batches of this benchmark.
+
+    Replaced are the rows, the end of a step, and the random numbers of sampling.
+    """
     from rlhf import worker
 
     worker.prepare_environment()
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
-    import torch
     from transformers import (  # noqa: F401
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -61,63 +65,72 @@ def product(spec: Spec) -> None:
 
     from rlhf.config.loading import load_config
     from rlhf.data import tokenized
-    from rlhf.data.batches import global_batches
-    from rlhf.data.records import Turn as Said
-    from rlhf.stages import (
-        rl,
-        sft,  # noqa: F401
-    )
+    from rlhf.stages import sft  # noqa: F401
     from rlhf.training import checkpoint
 
     run_dir = Path(spec["run_dir"])
     cfg = load_config(run_dir / "config.yaml")
-    flat = list(itertools.chain(*read_batches(spec)))
-    if cfg.stage.name == "ppo":
-        flat = [([Said("user", "")], prompt) for prompt in flat]
-    order = list(
-        itertools.chain(*global_batches(len(flat), spec["batch"], 1, cfg.seed))
-    )  # the stage takes rows in this one
-    placed = [row for _, row in sorted(zip(order, flat), key=lambda pair: pair[0])]
-    tokens: dict[str, Callable[[Any], int]] = {
-        "ppo": lambda row: len(row[1]),
-        "sft": lambda row: len(row[0]) + len(row[1]),
-        "rm": lambda row: 2 * len(row[0]) + len(row[1]) + len(row[2]),
-    }
-    longest = [
-        len(row[1]) if cfg.stage.name == "ppo" else len(row[0]) + max(map(len, row[1:]))
-        for row in placed
-    ]
-    rows = Rows(placed, tokens[cfg.stage.name], longest)
+    stage = cfg.stage.name
+    rows = product_rows(spec, stage, cfg.seed)
     for name in ("prompts", "pairs", "demonstrations"):
         setattr(tokenized, name, lambda *_, **__: rows)
-
-    drawn = rl.uniforms
-
-    def draws(stream: str, keys: Any, seed: int, step: int, n: int) -> Any:
-        numbers = drawn(stream, keys, seed, step, n) * 0.999
-        if spec["work"] == "ppo-eos":
-            numbers[
-                torch.arange(len(keys)), torch.from_numpy(forced_lengths(step, len(keys), n)) - 1
-            ] = float(np.nextafter(1.0, 0.0))
-        return numbers
-
-    rl.uniforms = draws
+    force_response_lengths(spec)
     turn = turns(spec, "product")
 
     def counted() -> dict[str, Any]:
         logged = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-        found = {"tokens": rows.taken}
+        counts = {"tokens": rows.taken}
         rows.taken = 0
-        if cfg.stage.name == "ppo":
-            found["tokens"] += round(logged["tokens/response_mean"] * spec["batch"])
-            found |= {"rollout": logged["timing_s/rollout"], "update": logged["timing_s/update"]}
-        return found
+        if stage == "ppo":
+            counts["tokens"] += round(logged["tokens/response_mean"] * spec["batch"])
+            counts |= {"rollout": logged["timing_s/rollout"], "update": logged["timing_s/update"]}
+        return counts
 
-    def after(_: Any, step: int) -> None:
+    def after(_: checkpoint.Checkpoints, step: int) -> None:
         turn(counted)
 
     checkpoint.Checkpoints.after = after  # type: ignore[method-assign, assignment]
     worker.main(run_dir)
+
+
+def product_rows(spec: Spec, stage: str, seed: int) -> Rows:
+    """The benchmark's rows, placed so that the stage's shuffled order is that of the batches."""
+    from rlhf.data.batches import global_batches
+    from rlhf.data.records import Turn
+
+    rows = list(itertools.chain(*read_batches(spec)))
+    if stage == "ppo":
+        rows = [([Turn("user", "")], prompt) for prompt in rows]
+    order = itertools.chain(*global_batches(len(rows), spec["batch"], 1, seed))
+    placed = [row for _, row in sorted(zip(order, rows), key=lambda pair: pair[0])]
+    if stage == "ppo":
+        return Rows(placed, lambda row: len(row[1]), [len(row[1]) for row in placed])
+    longest = [len(row[0]) + max(map(len, row[1:])) for row in placed]
+    if stage == "rm":
+        return Rows(placed, lambda row: 2 * len(row[0]) + len(row[1]) + len(row[2]), longest)
+    return Rows(placed, lambda row: len(row[0]) + len(row[1]), longest)
+
+
+def force_response_lengths(spec: Spec) -> None:
+    """Replace the random numbers of sampling, so that no response ends before its forced length.
+
+    EOS is the last id, and the sampler inverts the cumulative distribution. So the largest number
+    below 1 gives EOS, and no number below 0.999 does, as EOS is less likely than that.
+    """
+    import torch
+
+    from rlhf.stages import rl
+
+    drawn = rl.uniforms
+
+    def draws(stream: str, keys: Sequence[int], seed: int, step: int, n: int) -> torch.Tensor:
+        numbers = drawn(stream, keys, seed, step, n) * 0.999
+        if spec["work"] == "ppo-eos":
+            last = torch.from_numpy(forced_lengths(step, len(keys), n)) - 1
+            numbers[torch.arange(len(keys)), last] = float(np.nextafter(1.0, 0.0))
+        return numbers
+
+    rl.uniforms = draws
 
 
 def product_generate(spec: Spec) -> None:

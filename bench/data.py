@@ -82,11 +82,12 @@ def prepare(file: str, workers: int | None) -> dict[str, Any]:
     """
     from hydra import compose, initialize_config_dir
 
-    from rlhf.config.loading import register_schema, to_typed
+    from rlhf.compose import register
+    from rlhf.config.loading import to_typed
     from rlhf.data import load, tokenized
     from rlhf.models.loading import load_tokenizer
 
-    register_schema()
+    register()
     overrides = [
         "data=jsonl",
         f"data.sources.mine.path={file}",

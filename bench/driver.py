@@ -172,7 +172,10 @@ def product_overrides(spec: Spec) -> list[str]:
 
 
 def side_by_side(contenders: list[dict[str, Any]], samples: int) -> None:
-    """Let all work in turns until each has so many quiet samples, or there were TRIES times as many; then end them."""
+    """Let all contestants work in turns, then end them.
+
+    They work until each has `samples` quiet samples, or at most TRIES times that number.
+    """
     for number in range(WARM_UP + TRIES * samples):
         for each in contenders:
             wait_for_quiet(each["spec"]["wait"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 import json
@@ -10,16 +11,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protocol import Spec, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MARK = "\n\nAssistant:"  # ends the prompt
 
 
 def assets(spec: Spec) -> None:
-    """Writes into spec["out"] the tokenizer, policy and reward model that all contestants load, their batches of token ids, and the pairs
-    that the product evaluates on; says the policy's shape."""
+    """Write what all contestants load into spec["out"], and report the shapes of the policies.
+
+    These are tokenizer, policy, reward model, batches of token ids, and the pairs that the product
+    evaluates on.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -27,7 +34,7 @@ def assets(spec: Spec) -> None:
     torch.manual_seed(0)
     out, pairs = Path(spec["out"]), read_pairs(spec["pairs"])
     (out / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:2000]))
-    tokenizer = own_tokenizer(spec["model"]) if spec["model"] else train_tokenizer(pairs)
+    tokenizer = tokenizer_of(spec["model"]) if spec["model"] else train_tokenizer(pairs)
     shapes = {}
     for name, vocabulary in spec["policies"].items():
         hf: Any = random_policy(vocabulary or len(tokenizer))
@@ -71,7 +78,7 @@ def read_pairs(file: str) -> list[dict[str, str]]:
         return [{key: row[key] for key in ("chosen", "rejected")} for row in map(json.loads, lines)]
 
 
-def train_tokenizer(pairs: list[dict[str, str]], size: int = 8192) -> Any:
+def train_tokenizer(pairs: list[dict[str, str]], size: int = 8192) -> PreTrainedTokenizerBase:
     """Byte-level BPE, with EOS as its last id."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -91,8 +98,11 @@ def train_tokenizer(pairs: list[dict[str, str]], size: int = 8192) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>")
 
 
-def own_tokenizer(model: str) -> Any:
-    """That of a model, with its last token as EOS and, where it has no other padding, the one before as that."""
+def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, with its last token as EOS.
+
+    Where it has no other padding token, the token before the last is that.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -102,7 +112,7 @@ def own_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def random_policy(vocabulary: int) -> Any:
+def random_policy(vocabulary: int) -> PreTrainedModel:
     from transformers import OPTConfig, OPTForCausalLM
 
     shape: dict[str, Any] = {
@@ -115,8 +125,11 @@ def random_policy(vocabulary: int) -> Any:
     return OPTForCausalLM(OPTConfig(**shape, dropout=0.0, attention_dropout=0.0))
 
 
-def shape_of(hf: Any) -> dict[str, int]:
-    """Numbers for `needed_flops`. `body`: weights that multiply each token, which those of embeddings and head do not."""
+def shape_of(hf: PreTrainedModel) -> dict[str, int]:
+    """Numbers for `needed_flops`.
+
+    `body` counts the weights that multiply each token: all but those of embeddings and head.
+    """
     config = hf.config
     outside = {
         id(module.weight) for module in (hf.get_input_embeddings(), hf.get_output_embeddings())
@@ -132,9 +145,14 @@ def shape_of(hf: Any) -> dict[str, int]:
     }
 
 
-def make_batches(spec: Spec, tokenizer: Any, pairs: list[dict[str, str]]) -> list[list[Any]]:
-    """Token ids, the same for all contestants: for ppo and generate of prompts; for sft [prompt, answer]; for rm [prompt, chosen,
-    rejected]. The pairs begin anew where there are too few."""
+def make_batches(
+    spec: Spec, tokenizer: PreTrainedTokenizerBase, pairs: list[dict[str, str]]
+) -> list[list[Any]]:
+    """Token ids, the same for all contestants.
+
+    Returns: batches of rows. A row is a prompt for ppo and generate, [prompt, answer] for sft, and
+        [prompt, chosen, rejected] for rm. The pairs repeat where there are too few.
+    """
     size, longest, eos = spec["batch"], spec["max_length"], tokenizer.eos_token_id
     random.Random(0).shuffle(pairs)
 
@@ -162,8 +180,11 @@ def make_batches(spec: Spec, tokenizer: Any, pairs: list[dict[str, str]]) -> lis
 
 
 def limits(spec: Spec) -> None:
-    """Says what this machine can do with so many threads: the rate of matrix products of the best of several shapes, GFLOP/s, in fp32 and
-    bf16; and of reading memory, GB/s. Medians, as everything else."""
+    """Report what this machine can do with spec["threads"] threads, as medians.
+
+    The best rate of matrix products of several shapes in GFLOP/s, in fp32 and in bf16; and the rate
+    of reading memory in GB/s.
+    """
     import torch
 
     torch.set_num_threads(spec["threads"])
@@ -183,9 +204,8 @@ def limits(spec: Spec) -> None:
         rates = []
         for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 768, 3072)):
             a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-            rates.append(
-                2e-9 * m * k * n / typical(lambda a=a, b=b: torch.nn.functional.linear(a, b))
-            )  # type: ignore[misc]
+            seconds = typical(functools.partial(torch.nn.functional.linear, a, b))
+            rates.append(2e-9 * m * k * n / seconds)
         found[name] = max(rates)
     numbers = torch.ones(2**27)
     found["read"] = 4e-9 * numbers.numel() / typical(numbers.sum)

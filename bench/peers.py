@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protocol import Spec, forced_lengths, read_batches, turns
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.utils import GenerateOutput
 
 
 def transformers_generate(spec: Spec) -> None:
@@ -34,7 +40,7 @@ def transformers_generate(spec: Spec) -> None:
         turn(lambda given=given, new=new: {"tokens": int(given["attention_mask"].sum()) + new})  # type: ignore[misc]
 
 
-def dtype_of(spec: Spec) -> Any:
+def dtype_of(spec: Spec) -> torch.dtype:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[spec["precision"]]
@@ -58,67 +64,81 @@ def trl_settings(spec: Spec) -> dict[str, Any]:
     }
 
 
+class ForcedLengths:
+    """A logits processor that ends each response with EOS after a given number of tokens."""
+
+    def __init__(self, lengths: torch.Tensor, width: int, eos_id: int, pad_id: int):
+        self.lengths, self.width, self.eos_id, self.pad_id = lengths, width, eos_id, pad_id
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, [self.eos_id, self.pad_id]] = -math.inf  # the trainer takes padding for an end
+        last = self.lengths == ids.shape[1] - self.width + 1
+        scores[last] = -math.inf
+        scores[last, self.eos_id] = 0.0
+        return scores
+
+
+class CountingGenerate:
+    """A model's `generate` that counts real tokens; for ppo-eos it forces the lengths."""
+
+    def __init__(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: Spec, forced: bool
+    ):
+        self.generate, self.tokenizer = policy.generate, tokenizer
+        self.longest, self.forced = spec["new"], forced
+        self.calls, self.tokens = itertools.count(), 0
+
+    def __call__(self, **arguments: Any) -> GenerateOutput:
+        import torch
+        from transformers import LogitsProcessorList
+
+        rows, width = arguments["input_ids"].shape
+        lengths = torch.from_numpy(forced_lengths(next(self.calls), rows, self.longest))
+        eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        if self.forced:
+            processor = ForcedLengths(lengths, width, eos_id, pad_id)
+            arguments["logits_processor"] = LogitsProcessorList([processor])
+        generated = self.generate(**arguments)
+        responses = generated.sequences[:, width:]
+        # with an EOS, up to the first one; else all that was sampled
+        real = responses.numel()
+        if self.forced:
+            real = int((responses == eos_id).int().argmax(1).add(1).sum())
+        self.tokens = int(arguments["attention_mask"].sum() + real)
+        return generated
+
+
 def trl_ppo(spec: Spec) -> None:
-    """One iteration of TRL's PPOTrainer. In bf16 all weights are, as the trainer computes in that of the models."""
+    """One iteration of TRL's PPOTrainer.
+
+    In bf16 all weights are bf16, as the trainer computes in the models' precision.
+    """
     sys.path.insert(0, spec["trl_ppo"])
     import torch
     import transformers
     import trl  # type: ignore[import-not-found]
     from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        LogitsProcessorList,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
     torch.set_num_threads(spec["threads"])
     turn = turns(spec, f"trl {trl.__version__}")
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
+    precision = {"dtype": dtype_of(spec)}
     policy, reference = (
-        AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=dtype_of(spec)) for _ in range(2)
+        AutoModelForCausalLM.from_pretrained(spec["policy"], **precision) for _ in range(2)
     )
+    scorer = AutoModelForSequenceClassification
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(
-            spec["reward"], num_labels=1, dtype=dtype_of(spec)
-        )
-        for _ in "rv"
+        scorer.from_pretrained(spec["reward"], num_labels=1, **precision) for _ in range(2)
     )
-    ends = spec["work"] == "ppo-eos"
-    calls, seen, generate = itertools.count(), {"tokens": 0}, policy.generate
-
-    def counting_generate(**given: Any) -> Any:
-        width, rows = given["input_ids"].shape[1], len(given["input_ids"])
-        lengths = torch.from_numpy(forced_lengths(next(calls), rows, spec["new"]))
-
-        def force(ids: Any, scores: Any) -> Any:
-            scores[
-                :, [tokenizer.eos_token_id, tokenizer.pad_token_id]
-            ] = -torch.inf  # the trainer takes any padding for an end
-            last = lengths == ids.shape[1] - width + 1
-            scores[last] = -torch.inf
-            scores[last, tokenizer.eos_token_id] = 0.0
-            return scores
-
-        found = generate(
-            **given, **({"logits_processor": LogitsProcessorList([force])} if ends else {})
-        )
-        answers = found.sequences[:, width:]
-        # with an EOS, up to the first one; else all that was sampled
-        real = (
-            (answers == tokenizer.eos_token_id).int().argmax(1).add(1).sum()
-            if ends
-            else answers.numel()
-        )
-        seen["tokens"] = int(given["attention_mask"].sum() + real)
-        return found
-
-    policy.generate = counting_generate
+    forced = spec["work"] == "ppo-eos"
+    generate = CountingGenerate(policy, tokenizer, spec, forced)
+    policy.generate = generate
 
     class AtEnd(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            turn(lambda: dict(seen))
+            turn(lambda: {"tokens": generate.tokens})
 
     batches = read_batches(spec)
     settings = PPOConfig(
@@ -129,24 +149,25 @@ def trl_ppo(spec: Spec) -> None:
         num_ppo_epochs=1,
         num_sample_generations=0,
         response_length=spec["new"],
-        stop_token="eos" if ends else None,
+        stop_token="eos" if forced else None,
         missing_eos_penalty=None,
         kl_coef=0.1,
         temperature=1.0,
     )
     table = Dataset.from_list([{"input_ids": prompt} for prompt in itertools.chain(*batches)])
-    trainer = PPOTrainer(
-        settings, tokenizer, policy, reference, reward, table, value, callbacks=[AtEnd()]
-    )
-    # the trainer's own would shuffle
-    trainer.dataloader = torch.utils.data.DataLoader(
-        table, spec["batch"], collate_fn=trainer.data_collator
-    )
+    models = (policy, reference, reward, table, value)
+    trainer = PPOTrainer(settings, tokenizer, *models, callbacks=[AtEnd()])
+    loader = torch.utils.data.DataLoader
+    # the trainer's own data loader would shuffle
+    trainer.dataloader = loader(table, spec["batch"], collate_fn=trainer.data_collator)
     trainer.train()
 
 
 def trl_trainer(spec: Spec) -> None:
-    """One optimizer step of TRL's SFTTrainer (loss on the answers only) or RewardTrainer. In bf16 weights stay fp32, TRL's default."""
+    """One optimizer step of TRL's SFTTrainer (loss on the answers only) or RewardTrainer.
+
+    In bf16 weights stay fp32, TRL's default.
+    """
     sys.path.insert(0, spec["trl"])
     import torch
     import transformers

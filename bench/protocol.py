@@ -1,4 +1,4 @@
-"""How a contestant talks with bench/run.py, and what all of them share."""
+"""How a contestant reports to bench/run.py, and what all contestants share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ def say(spec: Spec, **what: Any) -> None:
 
 
 def turns(spec: Spec, peer: str) -> Turn:
-    """To be called after the imports and before any model. Returns what a contestant calls at the end of each piece of work: it reports
-    (the first time that it is ready), and waits. Its argument says what was counted, and is not timed."""
+    """Call it after the imports and before a model is loaded.
+
+    Returns: what a contestant calls at the end of each sample. It reports (the first time: ready)
+        and waits. Its argument returns the counts, and is not timed.
+    """
     begin, state = memory("VmRSS"), {"started": 0.0}
 
     def turn(counted: Callable[[], dict[str, Any]]) -> None:
         seconds = time.perf_counter() - state["started"]
-        found = counted()  # also that of getting ready: some count on from there
-        say(spec, seconds=seconds, **found) if state["started"] else say(spec, ready=peer)
+        counts = counted()  # also at the start: some counters continue from there
+        if state["started"]:
+            say(spec, seconds=seconds, **counts)
+        else:
+            say(spec, ready=peer)
         if sys.stdin.readline().strip() != "go":
             say(spec, peak_mib=(memory("VmHWM") - begin) / MiB, imports_mib=begin / MiB)
             os._exit(0)
@@ -49,5 +55,8 @@ def read_batches(spec: Spec) -> list[list[Any]]:
 
 
 def forced_lengths(number: int, rows: int, longest: int) -> np.ndarray:
-    """Tokens of the answers of PPO's iteration `number`, EOS included, uniform from 8 to `longest`; the same for all contestants."""
+    """Tokens of the responses of PPO's iteration `number`, EOS included.
+
+    Uniform from 8 to `longest`, and the same for all contestants.
+    """
     return np.random.default_rng([number]).integers(min(8, longest), longest + 1, rows)

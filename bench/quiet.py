@@ -1,4 +1,4 @@
-"""Waits for an idle machine, and tells which samples nobody disturbed."""
+"""Waits for an idle machine, and tells which samples no other program disturbed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ WARM_UP = 2  # samples
 
 
 def clocks() -> tuple[float, float, float]:
-    """Seconds now; of processors that this machine has worked; and that this process and all that it has started have."""
+    """Seconds of the clock, of all processors' work, and of the work of this process and the
+    processes that it has started."""
     import psutil  # type: ignore[import-untyped]
 
     ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    busy = sum(ticks[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # user, nice, system, irq, softirq, steal
+    worked = sum(ticks[i] for i in (0, 1, 2, 5, 6, 7))  # user, nice, system, irq, softirq, steal
+    busy = worked / os.sysconf("SC_CLK_TCK")
     own = 0.0
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
@@ -30,7 +30,10 @@ def clocks() -> tuple[float, float, float]:
 
 
 def used_since(before: tuple[float, float, float]) -> dict[str, float]:
-    """Processors used since then, by us (`own`) and by others (`foreign`; what the clocks' ticks cannot tell, 20 ms, is left out)."""
+    """Processors used since `before`, by this benchmark (`own`) and by other programs (`foreign`).
+
+    The clocks' ticks cannot resolve 20 ms, which `foreign` leaves out.
+    """
     wall, busy, own = (now - then for now, then in zip(clocks(), before))
     return {"own": own / max(wall, 1e-9), "foreign": max(0.0, busy - own - 0.02) / max(wall, 1e-9)}
 
@@ -45,8 +48,11 @@ def wait_for_quiet(at_most: float) -> None:
 
 
 def quiet_samples(contestant: dict[str, Any]) -> list[int]:
-    """Numbers of the samples that count. A contestant always computes: one that had less than a processor was kept from it, by a host
-    beneath this machine that /proc/stat may know nothing of."""
+    """Numbers of the samples that count.
+
+    A contestant always computes. One that had less than a processor was held up by the host of this
+    machine, which /proc/stat may not show.
+    """
     samples = contestant["samples"]
     return [
         i

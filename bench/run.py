@@ -1,20 +1,23 @@
-"""The product's own code against its peers, in one run: seconds per step, real tokens per second, memory.
+"""The product against its peers, in one run: seconds per step, real tokens per second, memory.
 
-    python bench/run.py WORK --pairs FILE [--trl DIR] [--trl-ppo DIR] [--model DIR] [--precision bf16] [--out DIR] ...
+    python bench/run.py WORK --pairs FILE [--trl DIR] [--trl-ppo DIR] [--model DIR]
+                        [--precision bf16] [--out DIR] ...
 
 WORK is one of
     generate    sampling alone, against transformers' generate
-    ppo         a PPO iteration, against TRL's PPOTrainer (--trl-ppo); ppo-eos: answers of different lengths, which are forced
+    ppo         a PPO iteration, against TRL's PPOTrainer (--trl-ppo)
+    ppo-eos     the same with responses of different lengths, which are forced
     sft, rm     an optimizer step, against TRL's SFTTrainer and RewardTrainer (--trl)
-    padding     the product's SFT on batches of the same number of tokens, of which more and more would be padding
+    padding     the product's SFT on batches of equal token counts with more and more padding
     vocabulary  memory of the product's SFT with vocabularies of 8, 32 and 128 thousand
-    processes   the product's PPO in one process and in two, of a thread each
+    processes   the product's PPO in one process and in two, each with one thread
     startup     seconds from `python train.py` to the first optimizer step
     data        bench/data.py, small
 
-Contestants (bench/contestants.py, bench/peers.py) are processes that work in turns, so that only one computes at a time, on the same token ids. The first
-samples are warm-up. A sample counts if others used less than FOREIGN processors meanwhile, and the contestant had one. All numbers are
-medians.
+Contestants (bench/contestants.py, bench/peers.py) are processes that work in turns on the same
+token ids, so that only one computes at a time. The first samples are warm-up. A sample counts if
+other programs used less than FOREIGN processors meanwhile, and the contestant had one. All numbers
+are medians.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ Spec = dict[str, Any]
 
 
 def compare(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """The product against a peer, on one work: rows of the table, what they say, and all else that was measured."""
+    """The product against a peer, on one work.
+
+    Returns: rows of the table, conclusions in words, and everything else that was measured.
+    """
     work, out = spec["work"], spec["out"]
     limits = ask("limits", spec)
     shapes = ask("assets", spec | {"policies": {"policy": None}})["shapes"]
@@ -60,22 +66,31 @@ def compare(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
     rows = [row for each in contenders for row in results(each, shapes["policy"], limits)]
     ours, theirs = rows[0], rows[-1]
     speed, size = (ours[key] / theirs[key] for key in ("tokens_s", "peak_mib"))
-    said = [
-        f"product / {contenders[1]['peer']}: {speed:.2f} times the real tokens per second, {size:.2f} times the memory above the imports"
+    conclusions = [
+        f"product / {contenders[1]['peer']}: {speed:.2f} times the real tokens per second, "
+        f"{size:.2f} times the memory above the imports"
     ]
     return (
         rows,
-        said,
-        {"limits": limits, "shapes": shapes, "contestants": [told(each) for each in contenders]},
+        conclusions,
+        {
+            "limits": limits,
+            "shapes": shapes,
+            "contestants": [summary_of(each) for each in contenders],
+        },
     )
 
 
-def told(contestant: dict[str, Any]) -> dict[str, Any]:
+def summary_of(contestant: dict[str, Any]) -> dict[str, Any]:
+    """What result.json keeps of a contestant."""
     return {key: contestant[key] for key in ("label", "peer", "samples", "peak_mib", "imports_mib")}
 
 
 def padding(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """SFT steps of the same number of tokens, half of them learnt, in rows of which one is ever longer than the others."""
+    """SFT steps of the same number of tokens, half of them in the loss.
+
+    From one contestant to the next, one row gets longer and the others get shorter.
+    """
     import random
 
     limits = ask("limits", spec)
@@ -102,13 +117,18 @@ def padding(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
     ratios = ", ".join(
         f"{x / per_token[0]:.2f} at {percent} %" for x, percent in zip(per_token, PADDING)
     )
-    said = [
-        f"time per real token: {ratios}; {'flat' if worst < 0.15 else 'NOT flat'} within 15 % (they differ by {100 * worst:.0f} %)"
+    verdict = "flat" if worst < 0.15 else "NOT flat"
+    conclusions = [
+        f"time per real token: {ratios}; {verdict} within 15 % (they differ by {100 * worst:.0f} %)"
     ]
     return (
         rows,
-        said,
-        {"limits": limits, "shapes": shapes, "contestants": [told(each) for each in contenders]},
+        conclusions,
+        {
+            "limits": limits,
+            "shapes": shapes,
+            "contestants": [summary_of(each) for each in contenders],
+        },
     )
 
 
@@ -127,26 +147,30 @@ def vocabulary(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, A
             spec | {"batches": f"{spec['out']}/batches.json", "policy": policy, "reward": policy},
         )
         side_by_side([contestant], spec["samples"])
-        # a weight, its gradient and AdamW's two moments: 16 bytes in fp32; in bf16 2 + 2, and the fp32 weight beside the moments: 16 too.
-        # The embedding is the output layer too, and has a gradient of each use before they are added
+        # A weight, its gradient and AdamW's two moments are 16 bytes in fp32. In bf16 they are 16,
+        # too: 2 + 2, and 12 for the fp32 weight and the moments. The embedding is the output layer
+        # as well, and has one gradient for each use before they are added.
         states = (16 * shapes[name]["parameters"] + 4 * shapes[name]["head"]) / MiB
         rows += [row | {"states_mib": states} for row in results(contestant, shapes[name], limits)]
-        more.append(told(contestant))
+        more.append(summary_of(contestant))
     beyond = [row["peak_mib"] - row["states_mib"] for row in rows]
-    said = [
+    conclusions = [
         "above imports and states: "
         + ", ".join(f"{x:,.0f} MiB at {size:,}" for x, size in zip(beyond, VOCABULARIES))
     ]
     batches = read_batches({"batches": f"{spec['out']}/batches.json"})
     tokens = max(sum(map(sum, lengths(spec, batch, 0))) for batch in batches)
     logits = ", ".join(f"{4 * tokens * size / MiB:,.0f} MiB" for size in VOCABULARIES)
-    said += [f"logits of all {tokens:,} real tokens of the largest batch, in fp32: {logits}"]
-    return rows, said, {"limits": limits, "shapes": shapes, "contestants": more}
+    conclusions += [f"logits of all {tokens:,} real tokens of the largest batch, in fp32: {logits}"]
+    return rows, conclusions, {"limits": limits, "shapes": shapes, "contestants": more}
 
 
 def train(root: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """Run train.py in a fresh directory. Returns the steps that it logs, each with `since_start`, s, and `foreign` processors since the
-    step before; and as the last one, its end."""
+    """Run train.py in a new directory.
+
+    Returns: the steps that it logs, each with `since_start` in seconds and the `foreign` processors
+        since the step before; the last element is the end of the run.
+    """
     root.mkdir()
     begin, started, before = time.time(), time.perf_counter(), clocks()
     steps: list[dict[str, Any]] = []
@@ -172,7 +196,7 @@ def train(root: Path, overrides: list[str]) -> list[dict[str, Any]]:
             before = clocks()
     if process.returncode:
         raise SystemExit(
-            f"{last_lines(root / 'train.log')}\ntrain.py has ended with {process.returncode}"
+            f"{last_lines(root / 'train.log')}\ntrain.py ended with exit code {process.returncode}"
         )
     return [*steps, {"since_start": time.perf_counter() - started, **used_since(before)}]
 
@@ -203,8 +227,8 @@ def processes(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, An
                 WARM_UP:-1
             ]
     rows = [
-        row_of(f"{count} of a thread each", "timing_s/step", found)
-        for count, found in steps.items()
+        row_of(f"{count} of a thread each", "timing_s/step", logged)
+        for count, logged in steps.items()
     ]
     return (
         rows,
@@ -266,126 +290,110 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run one benchmark, print its table and write result.json."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.work == "data":
+        script = str(ROOT / "bench" / "data.py")
+        raise SystemExit(subprocess.call([sys.executable, script, "--rows", str(args.rows)]))
+    check_required(parser, args)
+    spec = make_spec(args)
+    set_environment(spec["out"])
+    about = machine()
+    rows, conclusions, more = WORKS[args.work](spec)
+    packages = ("accelerate", "tokenizers")
+    about["packages"] |= {name: importlib.metadata.version(name) for name in packages}
+    file = Path(spec["out"]) / "result.json"
+    result = {"spec": spec, "machine": about, "rows": rows, "said": conclusions, **more}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(describe(spec, about, more)))
+    print("\n" + table(rows) + "\n\n" + "\n".join(conclusions) + f"\n\nall results: {file}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], epilog="More at the head of this file."
     )
-    parser.add_argument("work", choices=[*WORKS, "data"])
-    parser.add_argument(
-        "--pairs",
-        help=".jsonl or .jsonl.gz with whole dialogues, chosen and rejected; all but startup and data need it",
-    )
-    parser.add_argument(
-        "--trl",
-        help="a directory of `pip install --no-deps --target DIR trl==1.16.0`, for sft and rm",
-    )
-    parser.add_argument("--trl-ppo", help="likewise with trl==1.12.0, the last one with PPO")
-    parser.add_argument(
-        "--model",
-        help="a causal language model's directory; default: a random OPT of 5 million weights",
-    )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument(
-        "--samples", type=int, default=7, help="that count, of each contestant; startup: runs"
-    )
-    parser.add_argument("--batch", type=int, help="rows; default 16, sft and rm 8")
-    parser.add_argument(
-        "--prompt", type=int, help="tokens of a prompt, its last ones; default 64, ppo-eos 256"
-    )
-    parser.add_argument(
-        "--new", type=int, default=128, help="tokens of an answer, ppo-eos: at most"
-    )
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row in sft and rm")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--wait",
-        type=float,
-        default=60.0,
-        help="s, at most, for other processes to be quiet before each sample",
-    )
-    parser.add_argument("--rows", type=int, default=40_000, help="of data")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the product; may be repeated",
-    )
-    parser.add_argument(
-        "--same-malloc",
-        action="store_true",
-        help="the peers get the malloc settings of the product's workers, too",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="a directory for all that is written; default: a temporary one, which stays",
-    )
-    given = parser.parse_args()
-    if given.work == "data":
-        raise SystemExit(
-            subprocess.call(
-                [sys.executable, str(ROOT / "bench" / "data.py"), "--rows", str(given.rows)]
-            )
-        )
-    needed = {"sft": ["trl"], "rm": ["trl"], "ppo": ["trl_ppo"], "ppo-eos": ["trl_ppo"]}.get(
-        given.work, []
-    )
-    for name in ["pairs"] * (given.work != "startup") + needed:
-        if not getattr(given, name):
-            parser.error(f"{given.work} needs --{name.replace('_', '-')}")
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-    out = Path(tempfile.mkdtemp(prefix=f"bench-{given.work}-", dir=given.out)).resolve()
-    spec: Spec = dict(vars(given))
-    spec |= {
-        name: str(Path(spec[name]).resolve())
-        for name in ("pairs", "trl", "trl_ppo", "model")
-        if spec[name]
-    }
+    add = parser.add_argument
+    add("work", choices=[*WORKS, "data"])
+    pairs = ".jsonl or .jsonl.gz of dialogues, chosen and rejected; not for startup and data"
+    add("--pairs", help=pairs)
+    target = "a directory of `pip install --no-deps --target DIR trl==1.16.0`, for sft and rm"
+    add("--trl", help=target)
+    add("--trl-ppo", help="the same with trl==1.12.0, the last version with PPO")
+    model = "directory of a causal language model; default: a random OPT of 5 million weights"
+    add("--model", help=model)
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
+    samples = "undisturbed samples of each contestant; startup: runs"
+    add("--samples", type=int, default=7, help=samples)
+    add("--batch", type=int, help="rows; default 16, sft and rm 8")
+    add("--prompt", type=int, help="last tokens of a prompt that are kept; default 64, ppo-eos 256")
+    add("--new", type=int, default=128, help="tokens of a response, ppo-eos: at most")
+    add("--max-length", type=int, default=512, help="tokens of a row in sft and rm")
+    add("--threads", type=int, default=2)
+    wait = "seconds to wait at most, before each sample, until other processes are idle"
+    add("--wait", type=float, default=60.0, help=wait)
+    add("--rows", type=int, default=40_000, help="of data")
+    setting = "a setting of the product; may be repeated"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+    malloc = "give the peers the malloc settings of the product's workers, too"
+    add("--same-malloc", action="store_true", help=malloc)
+    out = "a directory for all files; default: a temporary one, which is kept"
+    add("--out", type=Path, help=out)
+    return parser
+
+
+def check_required(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error if an option that this benchmark needs is missing."""
+    peers = {"sft": ["trl"], "rm": ["trl"], "ppo": ["trl_ppo"], "ppo-eos": ["trl_ppo"]}
+    required = [] if args.work == "startup" else ["pairs"]
+    for name in required + peers.get(args.work, []):
+        if not getattr(args, name):
+            parser.error(f"{args.work} needs --{name.replace('_', '-')}")
+
+
+def make_spec(args: argparse.Namespace) -> Spec:
+    """The settings that every contestant reads, with absolute paths; makes the output directory."""
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    out = Path(tempfile.mkdtemp(prefix=f"bench-{args.work}-", dir=args.out)).resolve()
+    spec: Spec = dict(vars(args))
+    for name in ("pairs", "trl", "trl_ppo", "model"):
+        if spec[name]:
+            spec[name] = str(Path(spec[name]).resolve())
     spec |= {"out": str(out), "policy": f"{out}/policy", "reward": f"{out}/reward"}
-    spec["batch"] = given.batch or BATCH.get(given.work, 16)
-    spec["prompt"] = given.prompt or (256 if given.work == "ppo-eos" else 64)
-    spec["batches_needed"] = 1 + WARM_UP + TRIES * given.samples + 1
-    os.environ |= {
-        "HF_DATASETS_CACHE": f"{out}/cache",
-        "HF_HUB_OFFLINE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
+    spec["batch"] = args.batch or BATCH.get(args.work, 16)
+    spec["prompt"] = args.prompt or (256 if args.work == "ppo-eos" else 64)
+    spec["batches_needed"] = 1 + WARM_UP + TRIES * args.samples + 1
+    return spec
+
+
+def set_environment(out: str) -> None:
+    """What this process and all that it starts need: no network, and the product's modules."""
+    os.environ["HF_DATASETS_CACHE"] = f"{out}/cache"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     sys.path.insert(0, str(ROOT))
 
-    about = machine()
-    rows, said, more = WORKS[given.work](spec)
-    about["packages"] |= {
-        name: importlib.metadata.version(name) for name in ("accelerate", "tokenizers")
-    }
-    file = out / "result.json"
-    file.write_text(
-        json.dumps({"spec": spec, "machine": about, "rows": rows, "said": said, **more}, indent=1)
-        + "\n"
-    )
-    print(
-        f"{given.work}: {spec['precision']}, {spec['threads']} threads, batch {spec['batch']}; {about['cpu']}, {about['cores']} cores"
-    )
-    versions = about["packages"] | {
-        each["peer"].split()[0]: each["peer"].split()[-1] for each in more.get("contestants", [])
-    }
-    print(
-        ", ".join(
-            f"{name} {versions[name]}"
-            for name in ("torch", "deepspeed", "transformers", "trl")
-            if name in versions
-        )
-    )
-    print(f"product at {about['git'][:12]}{', with changes' * about['git_dirty']}")
+
+def describe(spec: Spec, about: dict[str, Any], more: dict[str, Any]) -> list[str]:
+    """Lines above the table: settings, machine, versions and what the machine can do."""
+    settings = f"{spec['precision']}, {spec['threads']} threads, batch {spec['batch']}"
+    lines = [f"{spec['work']}: {settings}; {about['cpu']}, {about['cores']} cores"]
+    peers = (each["peer"].split() for each in more.get("contestants", []))
+    versions = about["packages"] | {words[0]: words[-1] for words in peers}
+    shown = ("torch", "deepspeed", "transformers", "trl")
+    lines += [", ".join(f"{name} {versions[name]}" for name in shown if name in versions)]
+    changes = ", with changes" if about["git_dirty"] else ""
+    lines += [f"product at {about['git'][:12]}{changes}"]
     if "limits" in more:
-        found = more["limits"]
-        print(
-            f"this machine: GEMM {found['fp32']:.0f} GFLOP/s in fp32, {found['bf16']:.0f} in bf16; reads {found['read']:.0f} GB/s"
-        )
-    print("\n" + table(rows) + "\n\n" + "\n".join(said) + f"\n\nall of it: {file}")
+        limits = more["limits"]
+        gemm = f"GEMM {limits['fp32']:.0f} GFLOP/s in fp32, {limits['bf16']:.0f} in bf16"
+        lines += [f"this machine: {gemm}; reads {limits['read']:.0f} GB/s"]
+    return lines
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ Spec = dict[str, Any]
 def needed_flops(shape: dict[str, int], work: str, rows: list[tuple[int, int]]) -> dict[str, float]:
     """Floating-point operations that a piece of work cannot do without, by its parts.
 
-    Args: rows: tokens of prompt and answer of each sequence (rm: of both answers to a pair).
+    Args: rows: tokens of prompt and answer of each sequence (rm: of both answers of a pair).
 
-    A forward multiplies each real token with each weight of the body, and in attention each token with those before it (twice, for
-    scores and for values); the head is needed only where a log-probability is. A backward is two forwards. Nothing counts for padding,
-    or for computing something again. PPO: a forward each to sample, and for reference, reward and old values (the sampler has seen the
-    old log-probabilities); then actor and critic three times.
+    A forward pass multiplies each real token with each weight of the body, and in attention each
+    token with those before it (twice, for scores and for values). The head is needed only where a
+    log-probability is. A backward pass is two forward passes. Padding and recomputation do not
+    count. PPO: a forward pass each to sample, and for reference, reward and old values (the sampler
+    has the old log-probabilities); then three passes each of actor and critic.
     """
     body = sum(
         2.0 * shape["body"] * (p + a) + 2.0 * shape["attention"] * (p + a) ** 2 for p, a in rows
@@ -60,7 +61,7 @@ def middle(values: list[float]) -> dict[str, float]:
 def results(
     contestant: dict[str, Any], shape: dict[str, int], limits: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Rows of the table: of the contestant's samples, and of the parts of them that it measures itself."""
+    """Rows of the table: the contestant's samples, and the parts that it measures itself."""
     spec, kept = contestant["spec"], quiet_samples(contestant)
     disturbed = not kept
     kept = kept or list(range(len(contestant["samples"])))  # better than nothing, and said so

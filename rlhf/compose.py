@@ -205,11 +205,19 @@ def literal(value: Any) -> str:
 
 def compose_alone(overrides: Sequence[str], folders: Sequence[Path], hydra_too: bool) -> DictConfig:
     """The configuration of some overrides, where Hydra is not running yet."""
-    own = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(
-            "config", [*overrides, *(own if folders else [])], return_hydra_config=hydra_too
-        )
+        return compose("config", [*overrides, *search_path(folders)], return_hydra_config=hydra_too)
+
+
+def compose_again(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of some overrides while Hydra is running, with the user's folders."""
+    return compose("config", [*overrides, *search_path(presets.config_dirs[1:])])
+
+
+def search_path(folders: Sequence[Path]) -> list[str]:
+    """The override that makes Hydra look into the user's folders too."""
+    paths = ",".join(f"file://{folder}" for folder in folders)
+    return [f"hydra.searchpath=[{paths}]"] if folders else []
 
 
 def typed_config(composed: DictConfig) -> Config:
@@ -248,7 +256,7 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
     if problems := check_config(cfg) + check_inputs(cfg):
         raise UserError("\n".join(problems))
     choices = [arg for arg in overrides if group_of(arg) in group_names()]
-    usual = composed if choices == list(overrides) else compose("config", choices)
+    usual = composed if choices == list(overrides) else compose_again(choices)
     if OmegaConf.is_missing(usual.actor, "path"):  # actor=custom; reward=custom may follow it
         usual.actor.path = composed.actor.path
     for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
@@ -259,7 +267,7 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
     for name in other_algorithms(cfg):
         kept = [arg for arg in overrides if group_of(arg) not in ("stage", "pipeline", "rl")]
         again = [*kept, f"stage={name}"]
-        command.algorithms[name] = make_command(compose("config", again), again)
+        command.algorithms[name] = make_command(compose_again(again), again)
     return command
 
 

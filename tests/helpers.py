@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -21,6 +23,7 @@ from omegaconf import DictConfig
 
 from rlhf import compose
 from rlhf.config.schema import Config
+from rlhf.config.stage_nodes import Rl
 from rlhf.runs.command import Command
 
 REPO = Path(__file__).parents[1]
@@ -120,6 +123,11 @@ def compose_options(root: str | None, *choices: str) -> DictConfig:
     return compose.compose_alone(choices, [], hydra_too=False)
 
 
+def rl_node(**values: Any) -> Rl:
+    """The rl node of stage=ppo with some fields changed."""
+    return dataclasses.replace(composed("stage=ppo").rl, **values)
+
+
 def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
     """What `python train.py OVERRIDES` would run. Args: folders: the user's, with option files.
 
@@ -127,10 +135,8 @@ def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
     """
     compose.register(folders)
     typed = [compose.allow_user_names(arg) for arg in overrides]
-    own = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        node = hydra.compose("config", [*typed, *(own if folders else [])])
-        return compose.make_command(node, typed)
+        return compose.make_command(compose.compose_again(typed), typed)
 
 
 def lines(file: Path) -> int:

@@ -225,11 +225,12 @@ def out_of_range(cfg: Config) -> list[str]:
         numbers = value if isinstance(value, list) else [value]
         if key is None or not key.limits or any(isinstance(n, str) or n is None for n in numbers):
             continue
-        ok = all(
-            math.isfinite(number) and LIMITS[limit][0](number, bound)
+        if not all(map(math.isfinite, numbers)):
+            lines.append(f"{name}={value}: must be a finite number, {key.range}")
+        elif not all(
+            LIMITS[limit][0](number, bound)
             for number in numbers
             for limit, bound in key.limits.items()
-        )
-        if not ok:
+        ):
             lines.append(f"{name}={value}: must be {key.range}")
     return lines

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from rlhf.config.errors import UserError
 from rlhf.config.files import atomic_path
@@ -20,15 +20,21 @@ def to_typed(cfg: DictConfig) -> Config:
     Raises: UserError naming all unknown keys and all keys without a value.
     """
     problems = [f"unknown key {with_suggestion(key)}" for key in unknown_keys(cfg)]
-    problems += [
-        f"{key} has no value: give one, {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))
-    ]
+    problems += [f"{key} has no value: give one, {key}=..." for key in missing_keys(cfg)]
     if problems:
         raise UserError("\n".join(problems))
     typed = typing.cast(Config, OmegaConf.to_object(cfg))
     for node in (typed.rl, typed.eval):  # NAME: null removes a source
         node.rewards = {name: source for name, source in node.rewards.items() if source}
     return typed
+
+
+def missing_keys(cfg: DictConfig) -> list[str]:
+    """The keys that only the user can give a value, and that have none."""
+    try:
+        return sorted(OmegaConf.missing_keys(cfg))
+    except InterpolationToMissingValueError as error:  # another key follows it
+        return [str(error).splitlines()[0].rsplit(" ", 1)[-1]]
 
 
 def load_config(path: Path) -> Config:

@@ -31,11 +31,9 @@ GOLD = "rlhf.data.sandbox:gold"
 
 def check_config(cfg: Config) -> list[str]:
     """All that is wrong with the values, one line per problem."""
-    if lines := out_of_range(cfg):  # the rules below divide by some of these numbers
-        return lines
     checks = [check_names, check_deploy, check_models, check_data, check_batches]
     checks += [check_rl, check_rollouts, check_dpo, check_eval]
-    return [line for check in checks for line in check(cfg)]
+    return out_of_range(cfg) + [line for check in checks for line in check(cfg)]
 
 
 def check_names(cfg: Config) -> Iterator[str]:
@@ -89,7 +87,10 @@ def check_data(cfg: Config) -> Iterator[str]:
             yield f"{key}: path=builtin:sandbox and format=sandbox go together, not {source.path}"
     builtin = any(is_sandbox(source) for source in sources.values())
     if sandbox is not None and not any(s.format == Format.sandbox for s in sources.values()):
-        yield "data.sandbox has sizes, but no source is the built-in world: choose data=sandbox"
+        yield (
+            "data.sandbox has sizes, but no source is the built-in world: choose data=..., or set "
+            "data.sandbox=null"
+        )
     if builtin and sandbox is None:
         yield "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml"
     if builtin and len(sources) > 1:
@@ -103,6 +104,8 @@ def is_sandbox(source: Source) -> bool:
 def check_batches(cfg: Config) -> Iterator[str]:
     """Batches that all processes can share evenly."""
     world = world_size(cfg)
+    if min(world, cfg.rl.minibatches, cfg.rl.responses_per_prompt) < 1:
+        return  # out of range, and already named
     for stage, node in (("sft", cfg.sft), ("rm", cfg.rm), ("dpo", cfg.dpo)):
         if stage in cfg.stage.runs and node.batch_size % world:
             fitting = nearest_multiple(node.batch_size, world)

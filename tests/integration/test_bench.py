@@ -18,7 +18,8 @@ import table
 
 
 def test_needed_operations_by_hand() -> None:
-    """Ten weights in the body, three in the head, attention of one: a prompt of 2 tokens and an answer of 3."""
+    """Ten weights in the body, three in the head, attention of one: a prompt of 2 tokens and an
+    answer of 3."""
     shape = {"body": 10, "head": 3, "attention": 1}
     body, head = 2 * 10 * 5 + 2 * 25, 2 * 3 * 3
     assert table.needed_flops(shape, "generate", [(2, 3)]) == {"all": body + head}
@@ -63,27 +64,9 @@ def test_a_benchmark_runs(tmp_path: Path) -> None:
                 for name, answer in (("chosen", chosen), ("rejected", rejected))
             }
             lines.write(json.dumps(texts) + "\n")
-    command = [
-        sys.executable,
-        str(REPO / "bench" / "run.py"),
-        "generate",
-        "--pairs",
-        str(tmp_path / "pairs.jsonl"),
-        "--samples",
-        "1",
-    ]
-    command += [
-        "--new",
-        "8",
-        "--batch",
-        "4",
-        "--prompt",
-        "32",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, str(REPO / "bench" / "run.py"), "generate", "--samples", "1"]
+    command += ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
+    command += ["--new", "8", "--batch", "4", "--prompt", "32", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "| product |" in done.stdout and "| transformers |" in done.stdout

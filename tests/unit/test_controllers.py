@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import composed
 from torch import Tensor, nn
 
 from rlhf.config.choices import KlController
-from rlhf.config.stage_nodes import Kl
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 
 SEEDS = range(6)
@@ -27,7 +28,8 @@ SEEDS = range(6)
 
 def coefficient(controller: str, steps: int = 10, coef: float = 0.1, **kl: float) -> KlCoefficient:
     return KlCoefficient(
-        Kl(
+        dataclasses.replace(
+            composed("stage=ppo").rl.kl,
             coef=coef,
             controller=KlController[controller],
             **({"target": 6.0, "horizon": 1000.0, "final_coef": 0.0} | kl),

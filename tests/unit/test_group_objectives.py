@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from helpers import rl_node
 from scipy import stats
 
 from rlhf.config.choices import DpoLoss, KlEstimator, LossAggregation
@@ -120,7 +121,7 @@ def test_without_deviation_and_with_constant_length_it_is_dr_grpo() -> None:
     mask = (torch.arange(r) < torch.tensor([[5], [2], [3], [1]])).float()
     score = torch.tensor([1.0, 0.0, 2.0, -1.0])
     advantages = group_relative(score[None], False).view(-1, 1) * mask
-    loss, _ = policy_loss(logp, old, advantages, mask, 0.2, 0.28)
+    loss, _ = policy_loss(logp, old, advantages, mask, rl_node(clip_low=0.2, clip_high=0.28))
     weights = token_weights(mask, LossAggregation.constant, float(mask.sum()), g, longest)
     expected = 0.0
     for i in range(g):
@@ -135,7 +136,9 @@ def test_grpo_of_two_answers_by_hand() -> None:
     """DeepSeekMath, eq. 3: mean over answers of the mean over tokens. At ratio 1 each token's loss is minus its answer's advantage."""
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     advantages = group_relative(torch.tensor([[2.0, 0.0]]), False).view(-1, 1) * mask
-    loss, _ = policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), advantages, mask, 0.2, 0.2)
+    loss, _ = policy_loss(
+        torch.zeros(2, 3), torch.zeros(2, 3), advantages, mask, rl_node(clip_low=0.2, clip_high=0.2)
+    )
     weights = token_weights(mask, LossAggregation.sequence, 4.0, 2, 3)
     assert (weights * loss).tolist() == [[pytest.approx(-1 / 6)] * 3, [0.5, 0.0, 0.0]]
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,26 +15,28 @@ from torch import Tensor
 
 from rlhf.config.choices import Precision
 from rlhf.config.stage_nodes import DsChat
-from rlhf.rl.experience import Experience
+from rlhf.models.loading import load_policy
+from rlhf.rl.experience import Experience, Models
 from rlhf.rl.guards import Guards
 from rlhf.rl.monitor import Monitor, warnings_of
 from rlhf.training.optimizer_step import optimizer_step
 
 EOS = 2
-OFF, ALL_ON = DsChat(False, False, 0.0, False, False), DsChat(True, True, 0.1, True, True)
+OFF = DsChat(greedy=False, pad_is_eos=False)
+ALL_ON = DsChat(greedy=True, pad_is_eos=True)
 
 
 def checked(e: Experience, switches: DsChat = OFF, precision: Precision = Precision.fp32) -> None:
     Guards(precision, switches).check_rollout(e, EOS)
 
 
-def test_a_sound_rollout_passes(actor: Any, experience: Experience) -> None:
+def test_a_sound_rollout_passes(actor: Any, tokenizer: Any, experience: Experience) -> None:
     checked(experience)
     sound = Guards(Precision.fp32, OFF)
     sound.check_start(experience)
-    sound.check_ratio(experience.old_logp, experience.old_logp, experience.mask)
+    sound.check_ratio(experience.old_logprobs, experience.old_logprobs, experience.response_mask)
     sound.check_padding(actor, experience, 1.0, 0)
-    sound.check_models(actor=actor)
+    sound.check_models(Models(tokenizer, actor))
 
 
 def set_to(name: str, row: int, column: int, value: float) -> Callable[[Experience], None]:
@@ -44,19 +47,19 @@ def set_to(name: str, row: int, column: int, value: float) -> Callable[[Experien
 
 
 BROKEN = {
-    "finite: old_logp is not finite in 1 places": set_to("old_logp", 0, 1, math.nan),
+    "finite: old_logprobs is not finite in 1 places": set_to("old_logprobs", 0, 1, math.nan),
     "finite: scores is not finite": set_to("scores", 2, 0, math.inf),
-    "mask: a response mask has a hole": set_to("mask", 0, 2, 0.0),
-    "mask: a response mask has a hole, or no token": lambda e: e.mask[3].zero_(),
-    "length: in 1 answers the mask does not end at the first EOS": set_to(
+    "mask: a response mask has a hole": set_to("response_mask", 0, 2, 0.0),
+    "mask: a response mask has a hole, or no token": lambda e: e.response_mask[3].zero_(),
+    "length: in 1 responses the mask does not end at the first EOS": set_to(
         "response_ids", 0, 3, EOS
     ),
-    "length: in 1 answers": lambda e: e.ended[1].zero_(),
-    "eos: the EOS of 1 answers is outside the mask of the loss": set_to("learnt", 1, 2, 0.0),
-    "sampler: the sampling loop and the training forward disagree": lambda e: e.sampler_logp.add_(
-        0.01 * e.mask
+    "length: in 1 responses": lambda e: e.finished[1].zero_(),
+    "eos: the EOS of 1 responses is not in the loss": set_to("loss_mask", 1, 2, 0.0),
+    "sampler: the sampling loop and the training forward pass disagree": lambda e: (
+        e.sampler_logprobs.add_(0.01 * e.response_mask)
     ),
-    "sampler: .* maximum 0.00": set_to("sampler_logp", 0, 0, -1.0),
+    "sampler: .* maximum 0.00": set_to("sampler_logprobs", 0, 0, -1.0),
 }
 
 
@@ -65,12 +68,12 @@ def test_each_break_stops_the_run_with_its_name(experience: Experience, what: st
     if what.startswith(
         "sampler: .*"
     ):  # one token that is off by 5e-3 does not show in the mean of many, but in the maximum
-        experience.sampler_logp = experience.old_logp.clone()
-        experience.sampler_logp[0, 0] += 2e-3
+        experience.sampler_logprobs = experience.old_logprobs.clone()
+        experience.sampler_logprobs[0, 0] += 2e-3
         experience = dataclasses.replace(
             experience, **{f.name: torch.cat([getattr(experience, f.name)] * 20) for f in FIELDS}
         )
-        experience.sampler_logp[6:] = experience.old_logp[6:]
+        experience.sampler_logprobs[6:] = experience.old_logprobs[6:]
     else:
         BROKEN[what](experience)
     with pytest.raises(RuntimeError, match=f"guard {what}"):
@@ -83,7 +86,7 @@ FIELDS = dataclasses.fields(Experience)
 def test_a_reference_of_other_weights_and_a_ratio_that_is_not_1_stop_the_run(
     experience: Experience,
 ) -> None:
-    experience.ref_logp += 0.01 * experience.mask
+    experience.ref_logprobs += 0.01 * experience.response_mask
     with pytest.raises(
         RuntimeError,
         match="guard reference: policy and reference differ before the first update: mean 0.01",
@@ -92,7 +95,7 @@ def test_a_reference_of_other_weights_and_a_ratio_that_is_not_1_stop_the_run(
     Guards(Precision.bf16, OFF).check_start(experience)  # which rounds more than that
     with pytest.raises(RuntimeError, match="guard ratio: the ratio of the first update is not 1"):
         Guards(Precision.bf16, OFF).check_ratio(
-            experience.old_logp + 0.1, experience.old_logp, experience.mask
+            experience.old_logprobs + 0.1, experience.old_logprobs, experience.response_mask
         )
 
 
@@ -127,18 +130,24 @@ def test_a_model_that_ignores_its_mask_or_mixes_its_rows_stops_the_run(
     guard = Guards(Precision.fp32, OFF)
     guard.check_padding(actor, experience, 1.0, 0)
     with pytest.raises(
-        RuntimeError, match="guard padding: padding or other answers change log-probabilities"
+        RuntimeError, match="guard padding: padding or other responses change log-probs"
     ):
         guard.check_padding(broken(actor), experience, 1.0, 0)
 
 
-def test_dropout_stops_the_run(actor: Any) -> None:
+def test_dropout_stops_the_run_with_the_role_of_the_model(actor: Any, tokenizer: Any) -> None:
+    sound = SimpleNamespace(module=load_policy("builtin:tiny", tokenizer, Precision.fp32))
     actor.module.hf.config.dropout = 0.1
+    guards = Guards(Precision.fp32, OFF)
     try:
-        with pytest.raises(
-            RuntimeError, match=r"guard dropout: the critic has dropout \(config.dropout\)"
+        for role, models in (
+            ("actor", Models(tokenizer, actor, sound)),
+            ("reference", Models(tokenizer, sound, actor)),
+            ("critic", Models(tokenizer, sound, sound, critic=actor)),
         ):
-            Guards(Precision.fp32, OFF).check_models(critic=actor)
+            line = rf"guard dropout: the {role} has dropout \(config.dropout\)"
+            with pytest.raises(RuntimeError, match=line):
+                guards.check_models(models)
     finally:
         actor.module.hf.config.dropout = 0.0
 
@@ -146,37 +155,36 @@ def test_dropout_stops_the_run(actor: Any) -> None:
 def test_a_guard_that_a_switch_contradicts_is_logged_once(
     experience: Experience, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experience.learnt[1, 2] = 0.0
-    experience.sampler_logp += 0.3
-    experience.ref_logp += 0.3
-    chosen = Guards(Precision.fp32, ALL_ON)
+    experience.loss_mask[1, 2] = 0.0
+    experience.sampler_logprobs += 0.3
+    waived = Guards(Precision.fp32, ALL_ON)
     logger = logging.getLogger("rlhf")
     monkeypatch.setattr(logger, "propagate", False)  # to the root, where caplog listens too
     logger.addHandler(caplog.handler)
     try:
         for _ in range(2):
-            chosen.check_rollout(experience, EOS)
-            chosen.check_start(experience)
-            chosen.check_ratio(experience.old_logp + 0.3, experience.old_logp, experience.mask)
+            waived.check_rollout(experience, EOS)
     finally:
         logger.removeHandler(caplog.handler)
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        f"guard {n}" for n in ("eos", "sampler", "reference", "ratio")
-    ]
-    assert (
-        "Chosen by rl.dschat.dropout, rl.dschat.train_mode_logp: the run goes on"
-        in caplog.records[-1].getMessage()
-    )
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(":")[0] for message in messages] == ["guard eos", "guard sampler"]
+    assert "Expected with rl.dschat.pad_is_eos: the run continues" in messages[-1]
+    mask, old = experience.response_mask, experience.old_logprobs
+    with pytest.raises(RuntimeError, match="guard ratio"):  # no switch explains it
+        waived.check_ratio(old + 0.3, old, mask)
+    experience.ref_logprobs += 0.3
+    with pytest.raises(RuntimeError, match="guard reference"):
+        waived.check_start(experience)
     experience.scores[0] = math.nan  # no switch is a reason for that
     with pytest.raises(RuntimeError, match="guard finite"):
-        chosen.check_rollout(experience, EOS)
+        waived.check_rollout(experience, EOS)
 
 
 def test_in_bf16_only_the_first_rollout_must_keep_the_sampler_s_limit(
     experience: Experience,
 ) -> None:
     """Later a sharp policy has logits whose rounding alone is that large."""
-    experience.sampler_logp += 0.06
+    experience.sampler_logprobs += 0.06
     with pytest.raises(RuntimeError, match="guard sampler"):
         checked(experience, precision=Precision.bf16)
     later = Guards(Precision.bf16, OFF)
@@ -188,7 +196,11 @@ def test_in_bf16_only_the_first_rollout_must_keep_the_sampler_s_limit(
 
 def test_in_bf16_only_the_first_ratio_must_keep_its_limit(experience: Experience) -> None:
     """It is looked at in every rollout, and the largest difference is what is reported."""
-    now, before, mask = experience.old_logp + 0.06, experience.old_logp, experience.mask
+    now, before, mask = (
+        experience.old_logprobs + 0.06,
+        experience.old_logprobs,
+        experience.response_mask,
+    )
     with pytest.raises(RuntimeError, match="guard ratio"):
         Guards(Precision.bf16, OFF).check_ratio(now, before, mask)
     later = Guards(Precision.bf16, OFF)
@@ -228,9 +240,9 @@ def test_a_healthy_run_gets_no_warning() -> None:
         ("KL blow-up", [*[row()] * 8, row(kl=9.0)]),
         ("entropy collapse", [row(), row(entropy=0.09)]),
         ("critic broken", [row(explained=-0.1)] * 10),
-        ("all answers truncated", [row(eos_rate=0.0)]),
+        ("all responses truncated", [row(eos_rate=0.0)]),
         (
-            "over-optimisation",
+            "over-optimization",
             [row()] * 8 + [row(scores=0.7, kl=4.9, kl_coef=0.2)] * 8,
         ),  # -0.38 in units of now
     ],
@@ -238,7 +250,7 @@ def test_a_healthy_run_gets_no_warning() -> None:
 def test_each_kind_of_trouble_gets_its_warning(title: str, rows: list[dict[str, float]]) -> None:
     assert titles(rows) == [title]
     (text,) = (text for _, text in warnings_of(rows))
-    assert "ppo." in text or "rollout." in text, "the fix is named"
+    assert "rl." in text or "rollout." in text, "the fix is named"
 
 
 def test_what_is_near_trouble_gets_none() -> None:
@@ -256,8 +268,8 @@ def test_each_kind_is_said_once_per_run() -> None:
     said: list[str] = []
     watch = Monitor(lambda title, text: said.append(title))
     for _ in range(3):
-        watch.look(row(eos_rate=0.0, kl_per_token=2.0))
-    assert said == ["KL blow-up", "all answers truncated"]
+        watch.check(row(eos_rate=0.0, kl_per_token=2.0))
+    assert said == ["KL blow-up", "all responses truncated"]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(actor: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from helpers import composed, rl_node
 from torch import Tensor
 
 from rlhf.config.choices import KlEstimator, LossAggregation, Schedule
-from rlhf.config.stage_nodes import Optim
 from rlhf.evaluation.statistics import repetition
 from rlhf.models.logprobs import token_logprobs
 from rlhf.rl.advantages import gae, masked_mean, token_rewards, whiten
@@ -649,7 +650,9 @@ def test_policy_loss_and_its_gradient_equal_loops(
         normal(generator, b, r) - 2,
     )
     logp = (old + normal(generator, b, r, scale=0.4)).requires_grad_()
-    loss, sums = policy_loss(logp, old, advantages, mask, clip_low, clip_high)
+    loss, sums = policy_loss(
+        logp, old, advantages, mask, rl_node(clip_low=clip_low, clip_high=clip_high)
+    )
     loss.sum().backward()
     low, high, ratios, kl = 0, 0, [], 0.0
     for i in range(b):
@@ -677,7 +680,7 @@ def test_at_ratio_1_the_loss_is_minus_the_advantages_and_so_is_its_gradient() ->
     old = t([-1.0, -2.0, -3.0])
     advantages, mask = t([0.5, -1.5, 7.0]), t([1, 1, 0])
     logp = old.clone().requires_grad_()
-    loss, sums = policy_loss(logp, old, advantages, mask, 0.2, 0.3)
+    loss, sums = policy_loss(logp, old, advantages, mask, rl_node(clip_low=0.2, clip_high=0.3))
     loss.sum().backward()
     assert loss[0].tolist() == [-0.5, 1.5, 0.0]
     assert logp.grad[0].tolist() == [-0.5, 1.5, 0.0]
@@ -698,7 +701,13 @@ def test_policy_loss_of_three_tokens_by_hand(
     advantage: float, losses: list[float], slopes: list[float], low: int, high: int
 ) -> None:
     logp = t([1.1, 1.5, 0.5]).log().requires_grad_()  # the ratios, of which 0.8 to 1.28 count
-    loss, sums = policy_loss(logp, t([0.0, 0.0, 0.0]), t([advantage] * 3), t([1, 1, 1]), 0.2, 0.28)
+    loss, sums = policy_loss(
+        logp,
+        t([0.0, 0.0, 0.0]),
+        t([advantage] * 3),
+        t([1, 1, 1]),
+        rl_node(clip_low=0.2, clip_high=0.28),
+    )
     loss.sum().backward()
     assert loss[0].tolist() == pytest.approx(losses)
     assert logp.grad[0].tolist() == pytest.approx(slopes)
@@ -714,7 +723,11 @@ def test_policy_loss_of_three_tokens_by_hand(
 def test_each_side_has_its_own_clip(ratio: float, advantage: float, low: int, high: int) -> None:
     def clipped(clip_low: float, clip_high: float) -> tuple[float, float]:
         _, sums = policy_loss(
-            t([math.log(ratio)]), t([0.0]), t([advantage]), t([1]), clip_low, clip_high
+            t([math.log(ratio)]),
+            t([0.0]),
+            t([advantage]),
+            t([1]),
+            rl_node(clip_low=clip_low, clip_high=clip_high),
         )
         return sums["clipfrac_low"].item(), sums["clipfrac_high"].item()
 
@@ -728,7 +741,9 @@ def test_the_gradient_is_zero_where_the_clip_is_active_and_only_there() -> None:
     generator = torch.Generator().manual_seed(12)
     old, advantages = normal(generator, 20, 20), normal(generator, 20, 20)
     logp = (old + normal(generator, 20, 20, scale=0.5)).requires_grad_()
-    loss, sums = policy_loss(logp, old, advantages, torch.ones_like(old), 0.2, 0.28)
+    loss, sums = policy_loss(
+        logp, old, advantages, torch.ones_like(old), rl_node(clip_low=0.2, clip_high=0.28)
+    )
     loss.sum().backward()
     ratio = (logp - old).exp().detach()
     above, below = (ratio > 1.28) & (advantages > 0), (ratio < 0.8) & (advantages < 0)
@@ -749,7 +764,8 @@ def test_policy_loss_gradient_is_the_numerical_one() -> None:
     )
     logp = (old + normal(generator, 3, 4, scale=0.5)).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, old, advantages, mask, 0.2, 0.3)[0], (logp,)
+        lambda x: policy_loss(x, old, advantages, mask, rl_node(clip_low=0.2, clip_high=0.3))[0],
+        (logp,),
     )
 
 
@@ -763,7 +779,9 @@ def test_on_policy_and_without_a_clip_the_gradient_is_that_of_reinforce(seed: in
     )
     targets = torch.randint(0, 5, (b, r, 1), generator=generator)
     logp = logits.log_softmax(-1).gather(-1, targets)[..., 0]
-    loss, sums = policy_loss(logp, logp.detach(), advantages, mask, 1e9, 1e9)
+    loss, sums = policy_loss(
+        logp, logp.detach(), advantages, mask, rl_node(clip_low=1e9, clip_high=1e9)
+    )
     (found,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
     (reinforce,) = torch.autograd.grad(-(advantages * mask * logp).sum(), logits)
     assert torch.allclose(found, reinforce, atol=1e-14)
@@ -775,7 +793,11 @@ def test_on_policy_and_without_a_clip_the_gradient_is_that_of_reinforce(seed: in
 def test_a_huge_ratio_stays_finite(gap: float, advantage: float) -> None:
     logp = torch.tensor([[gap]], requires_grad=True)  # float32, as in training
     loss, sums = policy_loss(
-        logp, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), 0.2, 0.3
+        logp,
+        torch.zeros(1, 1),
+        torch.tensor([[advantage]]),
+        torch.ones(1, 1),
+        rl_node(clip_low=0.2, clip_high=0.3),
     )
     loss.sum().backward()
     assert all(torch.isfinite(x).all() for x in (loss, logp.grad, *sums.values()))
@@ -789,15 +811,16 @@ def test_a_huge_ratio_stays_finite(gap: float, advantage: float) -> None:
 def test_padding_does_not_change_policy_loss_whatever_stands_there() -> None:
     old, advantages, mask = t([-1.0, -2.0]), t([1.0, -1.0]), t([1, 1])
     logp = t([-1.1, -1.7])
-    plain, plain_sums = policy_loss(logp, old, advantages, mask, 0.2, 0.3)
+    plain, plain_sums = policy_loss(
+        logp, old, advantages, mask, rl_node(clip_low=0.2, clip_high=0.3)
+    )
     rubbish = t([-300.0, 55.0])
     wide, wide_sums = policy_loss(
         torch.cat([logp, rubbish], 1),
         torch.cat([old, -rubbish], 1),
         torch.cat([advantages, rubbish], 1),
         t([1, 1, 0, 0]),
-        0.2,
-        0.3,
+        rl_node(clip_low=0.2, clip_high=0.3),
     )
     assert torch.equal(wide[:, :2], plain) and (wide[:, 2:] == 0).all()
     assert {key: x.item() for key, x in wide_sums.items()} == {
@@ -807,7 +830,9 @@ def test_padding_does_not_change_policy_loss_whatever_stands_there() -> None:
 
 def test_policy_loss_of_masked_rows_is_zero_without_gradient() -> None:
     logp = t([-1.0, -2.0]).requires_grad_()
-    loss, sums = policy_loss(logp, t([-3.0, -1.0]), t([1.0, 1.0]), t([0, 0]), 0.2, 0.2)
+    loss, sums = policy_loss(
+        logp, t([-3.0, -1.0]), t([1.0, 1.0]), t([0, 0]), rl_node(clip_low=0.2, clip_high=0.2)
+    )
     loss.sum().backward()
     assert (loss == 0).all() and (logp.grad == 0).all()
     assert all(x.item() == 0 for x in sums.values())
@@ -917,7 +942,10 @@ def losses_of(
     logp, values = x["logp"].clone().requires_grad_(), x["values"].clone().requires_grad_()
     weights = token_weights(x["mask"], over, tokens, sequences, longest)
     policy = (
-        weights * policy_loss(logp, x["old_logp"], x["advantages"], x["mask"], 0.2, 0.28)[0]
+        weights
+        * policy_loss(
+            logp, x["old_logp"], x["advantages"], x["mask"], rl_node(clip_low=0.2, clip_high=0.28)
+        )[0]
     ).sum()
     value = (weights * value_loss(values, x["old_values"], x["returns"], x["mask"], 0.2)[0]).sum()
     (policy + value).backward()
@@ -1062,8 +1090,13 @@ def rates(
     steps: int | None = None,
 ) -> list[float]:
     """The rate of each step of a run."""
-    optim = Optim(
-        lr=lr, schedule=Schedule[schedule], warmup_ratio=ratio, warmup_steps=steps, final_lr=final
+    optim = dataclasses.replace(
+        composed().sft,
+        lr=lr,
+        schedule=Schedule[schedule],
+        warmup_ratio=ratio,
+        warmup_steps=steps,
+        final_lr=final,
     )
     return [learning_rate(step, total, optim) for step in range(total)]
 

@@ -6,16 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from helpers import CONF, STAGES, composed
+from helpers import CONF, MODELS, PRESETS, STAGES, composed
 from omegaconf import OmegaConf
 
-from rlhf.config.choices import KlController, RmLoss, Schedule
+from rlhf.config.choices import KlController, Normalize, RmLoss, Schedule
 from rlhf.config.keys import lookup
 from rlhf.config.stage_nodes import DsChat
 from rlhf.config.validation import check_config
 
-ACTORS = sorted(path.stem for path in (CONF / "actor").glob("*.yaml"))
-REWARDS = sorted(path.stem for path in (CONF / "reward").glob("*.yaml"))
+ACTORS = [name for name in MODELS if name != "custom"]  # whose path the user gives
+REWARDS = ACTORS
 DEPLOYMENTS = sorted(path.stem for path in (CONF / "deploy").glob("*.yaml"))
 PROMISED = (
     "tiny opt125m opt350m opt1.3b opt2.7b opt6.7b opt13b opt30b opt66b llama2-7b llama2-13b llama3.2-1b llama3.2-3b "
@@ -24,13 +24,8 @@ PROMISED = (
 )
 
 
-def test_all_promised_models_are_there_as_actor_and_as_reward_model() -> None:
-    assert (
-        set(PROMISED.split())
-        == set(ACTORS)
-        == set(REWARDS)
-        == {path.stem for path in (CONF / "model").glob("*.yaml")}
-    )
+def test_all_promised_models_are_there() -> None:
+    assert set(PROMISED.split()) == set(ACTORS)
 
 
 def pairs(models: list[str]) -> list:
@@ -63,6 +58,8 @@ def test_the_stage_only_chooses_what_runs(stage: str) -> None:
     )
     assert check_config(other) == []
     other.stage = cfg.stage
+    if stage in PRESETS:  # which chooses its rl preset, too
+        other.rl = cfg.rl
     assert other == cfg
 
 
@@ -103,13 +100,11 @@ def test_recipes_have_the_values_of_deepspeed_chats_scripts(actor: str, deploy: 
 def test_the_other_algorithms_sample_as_many_answers_as_ppo_and_fit_the_machines(
     actor: str, deploy: str
 ) -> None:
-    for stage in ("rloo", "grpo", "dpo"):
+    ppo = composed("stage=ppo", f"actor={actor}", f"deploy={deploy}").rl
+    for stage in (*PRESETS, "dpo"):
         cfg = composed(f"stage={stage}", f"actor={actor}", f"deploy={deploy}")
-        assert check_config(cfg) == [] and cfg.rl.lr == cfg.rl.lr == cfg.rl.lr
-    answers = [
-        node.batch_size * node.responses_per_prompt for node in (cfg.ppo, cfg.rloo, cfg.grpo)
-    ]
-    assert answers == [cfg.rl.batch_size] * 3
+        assert check_config(cfg) == []
+        assert (cfg.rl.lr, cfg.rl.batch_size) == (ppo.lr, ppo.batch_size)
 
 
 @pytest.mark.parametrize("reward, deploy", REWARD_SCRIPTS, ids=lambda x: x)
@@ -124,7 +119,7 @@ def test_reward_recipes_have_the_values_of_deepspeed_chats_scripts(
 @pytest.mark.parametrize("group", ["recipe", "reward_recipe"])
 def test_recipes_set_what_is_theirs_and_name_their_source(group: str) -> None:
     own = {
-        "recipe": {"actor", "sft", "ppo", "rloo", "grpo", "dpo", "deploy"},
+        "recipe": {"actor", "sft", "rl", "dpo", "deploy"},
         "reward_recipe": {"reward", "rm"},
     }[group]
     for path in (CONF / group).glob("*.yaml"):
@@ -157,16 +152,16 @@ def keys_of(path: Path) -> set[str]:
 def test_no_recipe_sets_what_the_dschat_options_set() -> None:
     """Recipes are read last: they would undo the comparison unseen."""
     taken = {
-        f"{stage}.{key}"
-        for stage in ("sft", "rm", "ppo")
-        for key in keys_of(CONF / stage / "dschat.yaml")
+        f"{node}.{key}"
+        for node in ("sft", "rm", "rl")
+        for key in keys_of(CONF / node / "dschat.yaml")
     }
     assert {
         "rl.kl.coef",
         "rl.dschat.greedy",
         "rl.epochs",
         "rm.loss",
-        "sft.micro_batch_means",
+        "sft.train_on_prompt",
     } <= taken
     for group in ("recipe", "reward_recipe"):
         for path in (CONF / group).glob("*.yaml"):
@@ -180,15 +175,9 @@ def test_the_dschat_options_hold_with_every_recipe(actor: str, deploy: str) -> N
     chosen = [f"actor={actor}", f"deploy={deploy}"]
     plain, cfg = composed(*chosen), composed(*chosen, *DSCHAT)
     assert check_config(cfg) == []
-    assert cfg.rl.dschat == DsChat(
-        greedy=True, pad_is_eos=True, dropout=0.1, train_mode_logp=True, micro_batch_means=True
-    )
-    assert (cfg.sft.micro_batch_means, cfg.sft.train_on_prompt, cfg.rm.loss) == (
-        True,
-        True,
-        RmLoss.per_token,
-    )
-    ppo = cfg.ppo
+    assert cfg.rl.dschat == DsChat(greedy=True, pad_is_eos=True)
+    assert (cfg.sft.train_on_prompt, cfg.rm.loss) == (True, RmLoss.per_token)
+    rl = cfg.rl
     assert (rl.kl.coef, rl.score_clip, rl.clip_low, rl.clip_high, rl.critic.value_clip) == (
         0.1,
         5,
@@ -203,7 +192,8 @@ def test_the_dschat_options_hold_with_every_recipe(actor: str, deploy: str) -> N
         rl.missing_eos_penalty,
         rl.length_penalty,
     ) == (1e-8, 1e-8, 0, 0)
-    assert not (rl.normalize_score or ppo.whiten_advantages or rl.whiten_rewards or rl.scale_score)
+    assert not (rl.normalize_score or rl.whiten_rewards or rl.scale_score)
+    assert rl.normalize == Normalize.none
     assert (
         rl.kl == dataclasses.replace(plain.rl.kl, coef=0.1)
         and rl.kl.controller == KlController.fixed
@@ -246,13 +236,3 @@ def test_lora_experiments_choose_their_machine() -> None:
         64,
         3,
     )
-
-
-def test_a_model_is_described_once() -> None:
-    """conf/actor and conf/reward bring what belongs to a model in its role; its path and numbers stand in conf/model."""
-    for group in ("actor", "reward"):
-        for path in Path(CONF / group).glob("*.yaml"):
-            assert (
-                "path:" not in path.read_text()
-                and f"/model@_here_: {path.stem}" in path.read_text()
-            )

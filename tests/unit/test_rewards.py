@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import composed, train
+from helpers import command, composed, train
 
+from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
 from rlhf.config.stage_nodes import RewardSource
@@ -56,10 +57,10 @@ def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokeni
 @pytest.mark.parametrize(
     "function, said",
     [
-        (lambda turns, answer: math.nan, "the function returned nan for the answer"),
+        (lambda turns, answer: math.nan, "the function returned nan for the response"),
         (
             lambda turns, answer: turns[7],
-            "the function failed on the answer .*: IndexError: list index out of range",
+            "the function failed on the response .*: IndexError: list index out of range",
         ),
         (
             lambda turns, answer: "good",
@@ -73,7 +74,7 @@ def test_a_function_that_fails_stops_the_run_with_its_name(
     function: Any,
     said: str,
 ) -> None:
-    with pytest.raises(RuntimeError, match=f"rewards.mine: {said}"):
+    with pytest.raises(UserError, match=f"rewards.mine: {said}"):
         Rewards([Source("mine", function=function)], tokenizer)(experience, ASKED)
 
 
@@ -107,12 +108,12 @@ def test_a_module_that_is_not_there_is_told_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (line,) = check_functions(sources(mine={"function": "no_such_module.deep:f"}))
+    (line,) = check_functions(sources(mine={"function": "no_such_module.deep:f"}), "ppo")
     assert line.startswith(
         "rl.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here"
     )
-    assert check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
-    done = train("stage=ppo", "+rl.rewards={mine: {function: 'no_such_module:f'}}", cwd=tmp_path)
+    assert not list(check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"}), "ppo"))
+    done = train("stage=ppo", "rl.rewards.mine.function=no_such_module:f", cwd=tmp_path)
     assert (
         done.returncode == 2
         and "there is no module no_such_module" in done.stderr
@@ -145,7 +146,7 @@ def test_the_score_is_read_at_the_last_token_or_before_its_eos(
         :, 0
     ]
     for i in range(4):
-        tokens = experience.response_ids[i][experience.mask[i] > 0].tolist()
+        tokens = experience.response_ids[i][experience.response_mask[i] > 0].tolist()
         assert at_end[i] == tokens[-1]
         assert before[i] == [t for t in tokens if t != tokenizer.eos_token_id][-1]
     assert at_end[1] == tokenizer.eos_token_id != before[1]
@@ -166,27 +167,20 @@ def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
         and both.total(torch.tensor([1.0, 0.0])) == 2.0
     )
     (line,) = check_config(sources(gold={"function": "my_rewards:thanks"}))
-    assert line.startswith("rl.rewards.gold: gold is the name of the sandbox's truth")
+    assert line.startswith("rl.rewards.gold: gold is the name of the sandbox's ground truth")
     assert check_config(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 
 # --------------------------------------------------------------------------------------------------------- as a user sets them
 
 
-def test_without_the_own_reward_model_none_is_needed() -> None:
-    plain, own = (
-        composed("stage=ppo"),
-        composed(
-            "stage=ppo",
-            "~rl.rewards.model",
-            "+rl.rewards={g: {function: 'rlhf.data.sandbox:gold'}}",
-        ),
-    )
-    assert list(parent_stages(plain, "ppo")) == ["sft", "rm"] and list(
-        parent_stages(own, "ppo")
-    ) == ["sft"]
-    keys = run_identity(own, "ppo")
+def test_without_the_trained_reward_model_none_is_needed() -> None:
+    gold = ["rl.rewards.model=null", "rl.rewards.g.function=rlhf.data.sandbox:gold"]
+    plain, other = composed("stage=ppo"), command("stage=ppo", *gold)
+    assert list(parent_stages(plain, "ppo")) == ["sft", "rm"]
+    assert list(parent_stages(other.cfg, "ppo")) == ["sft"]
+    keys = run_identity(other, "ppo")
     assert keys["rl.rewards.g.weight"] == 1.0 and not any(key.startswith("rm.") for key in keys)
     read = {key.rsplit(".", 1)[0] for key in keys if key.startswith("reward.")}
     assert read == {"reward.lora"}  # the critic's adapter
-    assert run_name(own, "ppo", plain).startswith("ppo-tiny+rl.rewards.g")
+    assert run_name(other, "ppo").startswith("ppo-tiny+rl.rewards.g")

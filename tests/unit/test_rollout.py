@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import composed
+from helpers import composed, rl_node
 from torch import Tensor
 
 from rlhf.config.choices import KlEstimator, Precision, RolloutEngine
@@ -27,15 +27,15 @@ from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import Policy, last_token_score, model_inputs
 from rlhf.rl import experience as experience_module
 from rlhf.rl.advantages import gae, token_rewards
-from rlhf.rl.experience import Models
+from rlhf.rl.experience import Models, Prompts
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import kl_estimate, policy_loss, value_loss
-from rlhf.rl.metrics import rollout_metrics
+from rlhf.rl.metrics import Scored, rollout_metrics
 from rlhf.rl.rewards import Rewards, Source
+from rlhf.rl.update import Learner, update_policy
 from rlhf.sampling import sampler
 from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.token_choice import Sampling, choose_token
-from rlhf.stages import rl
 
 CPU = torch.device("cpu")
 PAD, EOS = 0, 2
@@ -145,18 +145,19 @@ def experience_of(
     prompts: Sequence[Sequence[int]], response: Tensor, mask: Tensor
 ) -> experience_module.Experience:
     zeros = torch.zeros_like(mask)
-    ended = ((response == EOS) * mask).amax(1)
+    prompt_ids, prompt_mask = pad_left(prompts, PAD, CPU)
     return experience_module.Experience(
-        *pad_left(prompts, PAD, CPU),
-        response,
-        mask,
-        mask,
-        zeros,
-        zeros,
-        zeros,
-        zeros,
-        zeros[:, :1],
-        ended,
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response,
+        response_mask=mask,
+        loss_mask=mask,
+        sampler_logprobs=zeros,
+        old_logprobs=zeros,
+        ref_logprobs=zeros,
+        values=zeros,
+        scores=zeros[:, :1],
+        finished=((response == EOS) * mask).amax(1),
     )
 
 
@@ -212,7 +213,7 @@ def test_answers_end_where_eos_is_drawn_and_nowhere_else(small: Policy) -> None:
     response, mask, _ = sample(small, [[3, 4]] * 5, draws)
     assert response.tolist() == [tokens + [EOS] * (5 - len(tokens)) for tokens in wanted]
     assert mask.tolist() == [[1.0] * len(tokens) + [0.0] * (5 - len(tokens)) for tokens in wanted]
-    assert experience_of([[3, 4]] * 5, response, mask).ended.tolist() == [1, 1, 0, 1, 1]
+    assert experience_of([[3, 4]] * 5, response, mask).finished.tolist() == [1, 1, 0, 1, 1]
 
 
 def test_finished_rows_cost_no_more_forwards(small: Policy) -> None:
@@ -420,10 +421,10 @@ def random_experience(generator: torch.Generator) -> experience_module.Experienc
     prompts, lengths = [[3] * n for n in (2, 5, 1)], torch.tensor([3, 1, 2])
     mask = (torch.arange(4) < lengths[:, None]).float()
     e = experience_of(prompts, torch.randint(3, FEW, (3, 4), generator=generator), mask)
-    for name in ("sampler_logp", "old_logp", "ref_logp", "old_values"):
+    for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values"):
         setattr(e, name, torch.randn(3, 4, generator=generator) * mask)
-    e.scores, e.ended = torch.randn(3, 2, generator=generator), torch.tensor([1.0, 0.0, 1.0])
-    e.learnt = mask * torch.tensor(
+    e.scores, e.finished = torch.randn(3, 2, generator=generator), torch.tensor([1.0, 0.0, 1.0])
+    e.loss_mask = mask * torch.tensor(
         [1.0, 1.0, 0.0, 1.0]
     )  # not the mask, so that the two are told apart
     return e
@@ -441,47 +442,61 @@ def test_picking_rows_trims_their_padding_and_keeps_their_content() -> None:
         )
         for name in (
             "response_ids",
-            "learnt",
-            "sampler_logp",
-            "old_logp",
-            "ref_logp",
-            "old_values",
+            "loss_mask",
+            "sampler_logprobs",
+            "old_logprobs",
+            "ref_logprobs",
+            "values",
         ):
             before, after = getattr(e, name)[old], getattr(picked, name)[new]
-            assert torch.equal(after[picked.mask[new] > 0], before[e.mask[old] > 0])
-        assert torch.equal(picked.scores[new], e.scores[old]) and picked.ended[new] == e.ended[old]
+            assert torch.equal(
+                after[picked.response_mask[new] > 0], before[e.response_mask[old] > 0]
+            )
+        assert (
+            torch.equal(picked.scores[new], e.scores[old])
+            and picked.finished[new] == e.finished[old]
+        )
     again = e.rows(
         [0, 1, 2]
     )  # nothing is lost when nothing can be trimmed but the last column, which no row uses
-    assert torch.equal(again.mask, e.mask[:, :3]) and torch.equal(again.prompt_ids, e.prompt_ids)
+    assert torch.equal(again.response_mask, e.response_mask[:, :3]) and torch.equal(
+        again.prompt_ids, e.prompt_ids
+    )
     assert e.response_ids.shape == (3, 4)  # the whole is left as it was
 
 
 def test_rows_without_an_answer_keep_one_column() -> None:
     e = random_experience(torch.Generator().manual_seed(0))
-    e.mask = torch.zeros_like(e.mask)
-    assert e.rows([0, 1]).mask.shape == (2, 1)
+    e.response_mask = torch.zeros_like(e.response_mask)
+    assert e.rows([0, 1]).response_mask.shape == (2, 1)
 
 
 def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
     e = random_experience(torch.Generator().manual_seed(1))
     returns, penalty = (
-        torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) * e.mask for seed in (2, 3)
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) * e.response_mask
+        for seed in (2, 3)
     )
     raw_score, beta = e.scores[:, 0], 0.05
-    score = raw_score - 1.0 * (1 - e.ended)
-    found = rollout_metrics(e, raw_score, score, penalty, returns, beta)
-    tokens = [(i, j) for i in range(3) for j in range(4) if e.mask[i, j]]
+    score = raw_score - 1.0 * (1 - e.finished)
+    e.returns = returns
+    scored = Scored(raw_score, score, penalty, torch.zeros_like(penalty))
+    found = rollout_metrics(e, scored, beta)
+    tokens = [(i, j) for i in range(3) for j in range(4) if e.response_mask[i, j]]
     kl = [
-        sum(float(e.old_logp[i, j] - e.ref_logp[i, j]) for j in range(4) if e.mask[i, j])
+        sum(
+            float(e.old_logprobs[i, j] - e.ref_logprobs[i, j])
+            for j in range(4)
+            if e.response_mask[i, j]
+        )
         for i in range(3)
     ]
     k3 = [
         sum(
             math.exp(d) - 1 - d
             for j in range(4)
-            if e.mask[i, j]
-            for d in [float(e.ref_logp[i, j] - e.old_logp[i, j])]
+            if e.response_mask[i, j]
+            for d in [float(e.ref_logprobs[i, j] - e.old_logprobs[i, j])]
         )
         for i in range(3)
     ]
@@ -490,7 +505,7 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
         "objective/kl_per_token": sum(kl) / 6,
         "objective/kl_k3": sum(k3) / 3,
         "objective/kl_coef": beta,
-        "objective/entropy": -sum(float(e.old_logp[i].sum()) for i in range(3)) / 3,
+        "objective/entropy": -sum(float(e.old_logprobs[i].sum()) for i in range(3)) / 3,
         "objective/non_score_reward": -sum(float(penalty[i, j]) for i, j in tokens) / 3,
         "objective/rlhf_reward": sum(float(s) for s in score) / 3 - beta * sum(kl) / 3,
         "objective/scores": sum(raw_score.tolist()) / 3,
@@ -500,10 +515,10 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
         "objective/eos_rate": 2 / 3,
         "val/num_eos_tokens": 2,
         "val/sampler_logp_diff": sum(
-            abs(float(e.sampler_logp[i, j] - e.old_logp[i, j])) for i, j in tokens
+            abs(float(e.sampler_logprobs[i, j] - e.old_logprobs[i, j])) for i, j in tokens
         )
         / 6,
-        "val/value_mean": float(e.old_values.sum()) / 6,
+        "val/value_mean": float(e.values.sum()) / 6,
         "val/return_mean": float(returns.sum()) / 6,
         "val/return_std": statistics.pstdev(float(returns[i, j]) for i, j in tokens),
         "tokens/response_mean": 2,
@@ -515,19 +530,20 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
     assert set(found) - set(expected) == {"val/explained_variance"}
     fills = {
         "response_ids": EOS,
-        "mask": 0.0,
-        "learnt": 0.0,
-        "old_logp": 9.0,
-        "ref_logp": -9.0,
-        "old_values": 50.0,
-        "sampler_logp": 3.0,
+        "response_mask": 0.0,
+        "loss_mask": 0.0,
+        "old_logprobs": 9.0,
+        "ref_logprobs": -9.0,
+        "values": 50.0,
+        "sampler_logprobs": 3.0,
+        "returns": 7.0,
     }
     wide = {
         name: torch.cat([getattr(e, name), torch.full((3, 5), fill)], 1)
         for name, fill in fills.items()
     }
-    more = [torch.cat([x, torch.full((3, 5), 7.0)], 1) for x in (penalty, returns)]
-    padded = rollout_metrics(dataclasses.replace(e, **wide), raw_score, score, *more, beta)
+    scored.penalty = torch.cat([penalty, torch.full((3, 5), 7.0)], 1)
+    padded = rollout_metrics(dataclasses.replace(e, **wide), scored, beta)
     assert padded == pytest.approx(found, rel=1e-5, nan_ok=True)
 
 
@@ -564,7 +580,11 @@ class Engines:
             [Turn("user", f"{i}")] for i in range(len(prompts))
         ]  # a reward model with the policy's tokenizer reads ids
         return experience_module.make_experience(
-            self.models, prompts, asked, draws, Sampling(temperature), micro_batch, **switches
+            self.models,
+            Prompts(asked, prompts, draws),
+            Sampling(temperature),
+            micro_batch,
+            **switches,
         )
 
 
@@ -572,9 +592,7 @@ class Engines:
 def cfg() -> Config:
     rates = ["rl.lr=1e-3", "rl.critic.lr=1e-3", "rl.schedule=constant", "rl.warmup_steps=0"]
     few = ["rl.epochs=1", "rl.minibatches=1", "rl.kl.coef=0.1"]
-    cfg = composed("stage=ppo", *few, *rates)
-    cfg.stage.name = "ppo"  # as train.py sets it for the process of one stage
-    return cfg
+    return composed("stage=ppo", *few, *rates)
 
 
 def build(cfg: Config, run_dir: Path, policy: str = "builtin:tiny") -> Engines:
@@ -630,9 +648,11 @@ def test_a_rollout_records_what_was_sampled_in_the_order_of_the_prompts(
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         assert e.prompt_ids[i][e.prompt_mask[i] > 0].tolist() == prompt
         assert e.prompt_mask[i].tolist() == sorted(e.prompt_mask[i].tolist())  # padding in front
-        assert e.response_ids[i][e.mask[i] > 0].tolist() == answer
-        assert e.mask[i].tolist() == [1.0] * len(answer) + [0.0] * (draws.shape[1] - len(answer))
-    assert e.ended.tolist() == [1, 1, 1, 0]
+        assert e.response_ids[i][e.response_mask[i] > 0].tolist() == answer
+        assert e.response_mask[i].tolist() == [1.0] * len(answer) + [0.0] * (
+            draws.shape[1] - len(answer)
+        )
+    assert e.finished.tolist() == [1, 1, 1, 0]
     assert [e.text(i, models_of_ppo.tokenizer) for i in range(3)] == ANSWERS
 
 
@@ -662,16 +682,16 @@ def test_scores_values_and_log_probabilities_are_those_of_each_text_alone(
             )
             assert m.tokenizer(text, add_special_tokens=False).input_ids == prompt + answer
         assert e.scores[i].tolist() == pytest.approx([score.item()], abs=1e-5)
-        assert e.old_values[i, :n].tolist() == pytest.approx(
+        assert e.values[i, :n].tolist() == pytest.approx(
             values[len(prompt) - 1 : -1].tolist(), abs=1e-5
         )
         logp = [
             math.log(next_probabilities(m.actor.module, prompt + answer[:k])[answer[k]])
             for k in range(n)
         ]
-        assert e.old_logp[i, :n].tolist() == pytest.approx(logp, abs=1e-4)
-        assert e.sampler_logp[i, :n].tolist() == pytest.approx(logp, abs=1e-4)
-        for name in ("sampler_logp", "old_logp", "ref_logp", "old_values"):
+        assert e.old_logprobs[i, :n].tolist() == pytest.approx(logp, abs=1e-4)
+        assert e.sampler_logprobs[i, :n].tolist() == pytest.approx(logp, abs=1e-4)
+        for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values"):
             assert (getattr(e, name)[i, n:] == 0).all()
 
 
@@ -680,13 +700,18 @@ def test_a_reference_with_equal_weights_has_no_divergence_and_the_reward_is_the_
 ) -> None:
     prompts, answers, draws = some_rollout(models_of_ppo)
     e = models_of_ppo.experience(prompts, draws, rescore=True)
-    assert torch.equal(e.old_logp, e.ref_logp) and (e.old_logp[e.mask > 0] < 0).all()
+    assert (
+        torch.equal(e.old_logprobs, e.ref_logprobs)
+        and (e.old_logprobs[e.response_mask > 0] < 0).all()
+    )
     assert torch.allclose(
-        models_of_ppo.experience(prompts, draws).old_logp, e.ref_logp, atol=1e-5
+        models_of_ppo.experience(prompts, draws).old_logprobs, e.ref_logprobs, atol=1e-5
     )  # those of the sampling loop
     for estimator in KlEstimator:
         rewards = token_rewards(
-            e.scores[:, 0], 0.1 * kl_estimate(e.old_logp, e.ref_logp, estimator), e.mask
+            e.scores[:, 0],
+            0.1 * kl_estimate(e.old_logprobs, e.ref_logprobs, estimator),
+            e.response_mask,
         )
         for i, answer in enumerate(answers):
             assert rewards[i].nonzero()[:, 0].tolist() == [len(answer) - 1]
@@ -704,7 +729,7 @@ def test_every_answer_is_scored_with_its_own_prompt(
 
     def rewards(part: experience_module.Experience, turns: Sequence[list[Turn]]) -> Tensor:
         calls.append(len(turns))
-        assert len(part.mask) == len(turns) <= micro_batch
+        assert len(part.response_mask) == len(turns) <= micro_batch
         texts = [part.text(i, m.tokenizer) for i in range(len(turns))]
         return torch.tensor(
             [
@@ -715,9 +740,7 @@ def test_every_answer_is_scored_with_its_own_prompt(
 
     e = experience_module.make_experience(
         Models(m.tokenizer, m.actor, rewards=rewards),
-        prompts,
-        asked,
-        draws,
+        Prompts(asked, prompts, draws),
         Sampling(),
         micro_batch,
     )
@@ -754,8 +777,8 @@ def test_a_rollout_does_not_depend_on_micro_batches_or_company(
         for k, token in enumerate(e.response_ids[0].tolist())
     ]
     for stored in (
-        e.old_logp,
-        e.sampler_logp,
+        e.old_logprobs,
+        e.sampler_logprobs,
     ):  # the temperature is in the stored log-probabilities too
         assert stored[0].tolist() == pytest.approx(loop, abs=1e-4)
 
@@ -770,9 +793,7 @@ def test_transformers_loop_makes_the_same_experience(
     native, hf = (
         experience_module.make_experience(
             dataclasses.replace(m.models, engine=engine),
-            prompts,
-            asked,
-            draws,
+            Prompts(asked, prompts, draws),
             Sampling(temperature),
             3,
         )
@@ -789,22 +810,22 @@ def test_what_has_no_engine_stays_zero(models_of_ppo: Engines) -> None:
         uniforms("rollout", range(2), 0, 0, 3),
     )
     e = experience_module.make_experience(
-        Models(m.tokenizer, m.actor), [[5, 6], [7]], asked, draws, Sampling(), 2
+        Models(m.tokenizer, m.actor), Prompts(asked, [[5, 6], [7]], draws), Sampling(), 2
     )
     assert (
-        not e.ref_logp.any()
-        and not e.old_values.any()
+        not e.ref_logprobs.any()
+        and not e.values.any()
         and e.scores.shape == (2, 0)
-        and e.old_logp.any()
+        and e.old_logprobs.any()
     )
 
 
 def test_eos_is_learnt_like_any_other_token_and_padding_is_not(models_of_ppo: Engines) -> None:
     prompts, answers, draws = some_rollout(models_of_ppo)
     e, policy = models_of_ppo.experience(prompts, draws), models_of_ppo.actor.module
-    assert torch.equal(e.learnt, e.mask)
-    width = e.mask.shape[1]
-    learnt_from = policy(e.ids, e.full_mask, e.wanted)[0][:, -width:]
+    assert torch.equal(e.loss_mask, e.response_mask)
+    width = e.response_mask.shape[1]
+    learnt_from = policy(e.ids, e.full_mask, e.target_mask)[0][:, -width:]
     logits = policy.hf(**model_inputs(policy.hf, e.ids, e.full_mask)).logits[
         :, -width - 1 : -1
     ]  # the padded model, to look inside
@@ -812,7 +833,13 @@ def test_eos_is_learnt_like_any_other_token_and_padding_is_not(models_of_ppo: En
     gradients = []
     for logp in (learnt_from, token_logprobs(logits, e.response_ids)[0]):
         policy.zero_grad()
-        policy_loss(logp, e.old_logp, torch.ones_like(logp), e.learnt, 0.2, 0.2)[0].sum().backward()
+        policy_loss(
+            logp,
+            e.old_logprobs,
+            torch.ones_like(logp),
+            e.loss_mask,
+            rl_node(clip_low=0.2, clip_high=0.2),
+        )[0].sum().backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters()})
     largest = max(float(g.norm()) for g in gradients[1].values())
     for name, gradient in gradients[
@@ -824,13 +851,13 @@ def test_eos_is_learnt_like_any_other_token_and_padding_is_not(models_of_ppo: En
         ), name
     for i, answer in enumerate(answers[:3]):
         n = len(answer)
-        assert e.response_ids[i, n - 1] == EOS and e.mask[i, n - 1] == 1
+        assert e.response_ids[i, n - 1] == EOS and e.response_mask[i, n - 1] == 1
         assert logits.grad[i, n - 1, EOS] < 0  # with a positive advantage EOS shall become likelier
         assert (logits.grad[i, :n].abs().sum(-1) > 0).all() and (logits.grad[i, n:] == 0).all()
     models_of_ppo.actor.module.zero_grad()
-    values = torch.zeros_like(e.mask, requires_grad=True)
-    value_loss(values, e.old_values, torch.ones_like(values), e.learnt, 100.0)[0].sum().backward()
-    assert torch.equal(values.grad != 0, e.mask > 0)
+    values = torch.zeros_like(e.response_mask, requires_grad=True)
+    value_loss(values, e.values, torch.ones_like(values), e.loss_mask, 100.0)[0].sum().backward()
+    assert torch.equal(values.grad != 0, e.response_mask > 0)
 
 
 def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_did(
@@ -843,14 +870,14 @@ def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_di
         draws_for(models_of_ppo.actor.module, prompts[1], answers[1], draws.shape[1])
     )
     plain = models_of_ppo.experience(prompts, draws)
-    guessed = models_of_ppo.experience(prompts, draws, masks_from_ids=True)
-    for name in ("prompt_ids", "response_ids", "mask", "ended", "sampler_logp"):
+    guessed = models_of_ppo.experience(prompts, draws, pad_is_eos=True)
+    for name in ("prompt_ids", "response_ids", "response_mask", "finished", "sampler_logprobs"):
         assert torch.equal(getattr(guessed, name), getattr(plain, name)), name
-    assert torch.equal(guessed.learnt, plain.mask * (plain.response_ids != EOS))
+    assert torch.equal(guessed.loss_mask, plain.response_mask * (plain.response_ids != EOS))
     assert torch.equal(guessed.prompt_mask, plain.prompt_mask * (plain.prompt_ids != EOS))
-    assert (guessed.learnt.sum(1) == plain.mask.sum(1) - plain.ended).all()
-    assert torch.allclose(guessed.old_logp[[0, 2, 3]], plain.old_logp[[0, 2, 3]], atol=1e-5)
-    assert (guessed.old_logp[1] - plain.old_logp[1]).abs().max() > 1e-3
+    assert (guessed.loss_mask.sum(1) == plain.response_mask.sum(1) - plain.finished).all()
+    assert torch.allclose(guessed.old_logprobs[[0, 2, 3]], plain.old_logprobs[[0, 2, 3]], atol=1e-5)
+    assert (guessed.old_logprobs[1] - plain.old_logprobs[1]).abs().max() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------------- the first update
@@ -859,20 +886,19 @@ def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_di
 def advantages_of(e: experience_module.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
     rewards = token_rewards(
         e.scores[:, 0],
-        cfg.rl.kl.coef * kl_estimate(e.old_logp, e.ref_logp, KlEstimator.k1),
-        e.mask,
+        cfg.rl.kl.coef * kl_estimate(e.old_logprobs, e.ref_logprobs, KlEstimator.k1),
+        e.response_mask,
     )
-    return gae(rewards, e.old_values, e.mask, cfg.rl.gamma, cfg.rl.gae_lambda)
+    return gae(rewards, e.values, e.response_mask, cfg.rl.gamma, cfg.rl.gae_lambda)
 
 
 def train_on(
     m: Engines, e: experience_module.Experience, advantages: Tensor, returns: Tensor, cfg: Config
 ) -> dict[str, float]:
     """The first of 100 rollouts, neither with a moving average nor with texts."""
-    guards = Guards(Precision.fp32, cfg.rl.dschat)
-    return rl.train_on(
-        m.models, e, advantages, returns, cfg.rl.kl.coef, None, None, guards, 0, 100, cfg
-    )
+    e.advantages, e.returns = advantages, returns
+    learner = Learner(cfg, m.models, Guards(Precision.fp32, cfg.rl.dschat), steps=100)
+    return update_policy(learner, e, cfg.rl.kl.coef, 0)
 
 
 @pytest.fixture(scope="module")
@@ -900,40 +926,44 @@ def test_the_ratio_of_the_first_minibatch_is_1_even_with_dropout_in_the_configur
         uniforms("rollout", range(4), 0, 0, 8),
         rescore=rescore,
     )
-    assert torch.equal(e.old_logp, e.ref_logp if rescore else e.sampler_logp)
-    assert torch.allclose(e.old_logp, e.ref_logp, atol=1e-5)
+    assert torch.equal(e.old_logprobs, e.ref_logprobs if rescore else e.sampler_logprobs)
+    assert torch.allclose(e.old_logprobs, e.ref_logprobs, atol=1e-5)
     advantages, returns = advantages_of(e, cfg)
     update = train_on(m, e, advantages, returns, cfg)
     assert update["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
     assert update["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert update["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-8)
     assert update["policy/clipfrac_avg"] == 0 and update["val/clipfrac_avg"] == 0
-    tokens = float(e.mask.sum())
+    tokens = float(e.response_mask.sum())
     assert (update["lr"], update["lr_critic"]) == (1e-3, 1e-3)
     assert update["loss/total_avg"] == pytest.approx(update["loss/policy_avg"], abs=1e-9)
     assert update["loss/policy_avg"] == pytest.approx(-float(advantages.sum()) / tokens, abs=1e-4)
     assert update["loss/value_avg"] == pytest.approx(
-        0.5 * float(((e.old_values - returns) ** 2).sum()) / tokens, rel=1e-4
+        0.5 * float(((e.values - returns) ** 2).sum()) / tokens, rel=1e-4
     )
     # and the step was one: now the policy is another, and the reference is not
     now = experience_module.policy_logprobs(m.actor, e, 1.0)
-    assert (now - e.old_logp).abs().max() > 1e-4
-    assert torch.allclose(experience_module.policy_logprobs(m.ref, e, 1.0), e.ref_logp, atol=1e-5)
+    assert (now - e.old_logprobs).abs().max() > 1e-4
+    assert torch.allclose(
+        experience_module.policy_logprobs(m.ref, e, 1.0), e.ref_logprobs, atol=1e-5
+    )
 
 
 def test_updates_make_good_tokens_likelier_and_values_better(
     cfg: Config, one_process: None, tmp_path: Path
 ) -> None:
-    cfg = dataclasses.replace(cfg, ppo=dataclasses.replace(cfg.ppo, epochs=4, minibatches=2))
+    cfg = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, epochs=4, minibatches=2))
     m = build(cfg, tmp_path)
     e = m.experience([[5 + i, 6, 7] for i in range(8)], uniforms("rollout", range(8), 0, 0, 6))
     good = torch.tensor([1.0, -1.0] * 4)[:, None]
-    returns = (e.old_values + 0.5) * e.mask
-    update = train_on(m, e, good * e.mask, returns, cfg)
-    moved = (experience_module.policy_logprobs(m.actor, e, 1.0) - e.old_logp).sum(1)
+    returns = (e.values + 0.5) * e.response_mask
+    update = train_on(m, e, good * e.response_mask, returns, cfg)
+    moved = (experience_module.policy_logprobs(m.actor, e, 1.0) - e.old_logprobs).sum(1)
     assert (moved * good[:, 0] > 0).all()
-    values = experience_module.values_before(m.critic(e.ids, e.full_mask), 6).detach() * e.mask
-    assert float(((values - returns) ** 2).sum()) < float(((e.old_values - returns) ** 2).sum())
+    values = (
+        experience_module.values_before(m.critic(e.ids, e.full_mask), 6).detach() * e.response_mask
+    )
+    assert float(((values - returns) ** 2).sum()) < float(((e.values - returns) ** 2).sum())
     assert (
         update["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
         and update["policy/approxkl_avg"] > 0
@@ -956,7 +986,7 @@ def test_micro_batches_do_not_change_an_update(
             [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9], [10]],
             uniforms("rollout", range(5), 0, 0, 8),
         )
-        for mask in (e.mask, e.learnt):
+        for mask in (e.response_mask, e.loss_mask):
             mask[1, 3:], mask[4, 1:] = 0, 0  # answers of several lengths
         advantages, returns = advantages_of(e, cut)
         rows: dict[str, list[int]] = {}

@@ -1,0 +1,387 @@
+"""What a command line means: stages and presets, the user's own option files, and wrong keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import MODELS, PRESETS, command, composed, train
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from rlhf import compose, help, run
+from rlhf.config import keys
+from rlhf.config.errors import UserError
+from rlhf.config.schema import Config
+from rlhf.runs.identity import run_name
+
+GOLD = "rlhf.data.sandbox:gold"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for the user's option files; what Hydra learns of it is forgotten afterwards."""
+    store = ConfigStore.instance()
+    before = copy.deepcopy(store.repo)
+    yield tmp_path
+    store.repo = before
+    compose.register()
+
+
+def write(folder: Path, option: str, text: str) -> None:
+    """An option file. Args: option: group/name."""
+    file = folder / f"{option}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def stages(cfg: Config) -> list[str]:
+    return cfg.stage.runs
+
+
+# ---------------------------------------------------------------------------- stages and presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_stage_and_a_pipeline_and_an_option_of_stage_rl(name: str) -> None:
+    for overrides in ([f"stage={name}"], ["stage=rl", f"rl={name}"]):
+        cfg = command(*overrides).cfg
+        assert (cfg.stage.name, stages(cfg), cfg.rl.name) == (name, [name], name)
+    cfg = command(f"pipeline={name}").cfg
+    assert (stages(cfg), cfg.rl.name) == (["sft", "rm", name], name)
+    assert run_name(command(f"pipeline={name}"), name).startswith(f"{name}-tiny")
+
+
+def test_pipeline_dpo_trains_no_reward_model() -> None:
+    assert stages(command("pipeline=dpo").cfg) == ["sft", "dpo"]
+
+
+def test_another_algorithm_than_that_of_the_stage_is_refused() -> None:
+    with pytest.raises(UserError, match="stage=ppo with rl=grpo: that is another algorithm"):
+        command("stage=ppo", "rl=grpo")
+    with pytest.raises(UserError, match="stage=grpo with rl=dr_grpo: .* use stage=dr_grpo"):
+        command("stage=grpo", "rl=dr_grpo")
+
+
+def test_a_preset_that_varies_the_algorithm_of_the_stage_replaces_it() -> None:
+    long, short = command("stage=ppo", "rl=dschat"), command("stage=dschat")
+    assert (long.cfg.stage.name, stages(long.cfg)) == ("dschat", ["dschat"])
+    assert run_name(long, "dschat") == run_name(short, "dschat")
+    assert stages(command("pipeline=ppo", "rl=dschat").cfg) == ["sft", "rm", "dschat"]
+    assert stages(command("rl=dschat").cfg) == ["sft", "rm", "dschat"]
+
+
+def test_presets_differ_from_ppo_in_what_their_files_say_only() -> None:
+    ppo = dict(keys.values(composed("stage=ppo").rl))
+    for name in PRESETS:
+        node = OmegaConf.load(compose.CONF / "rl" / f"{name}.yaml")
+        said = {"name", "variant_of"}
+        while node is not None:
+            said |= set(dict(keys.values(OmegaConf.to_container(node))))
+            parents = [p for p in node.get("defaults") or [] if p not in ("_self_", "ppo")]
+            node = OmegaConf.load(compose.CONF / "rl" / f"{parents[0]}.yaml") if parents else None
+        now = dict(keys.values(composed(f"stage={name}").rl))
+        changed = {key for key in now if now[key] != ppo.get(key)}
+        follow = {"clip_high", "critic.adam_eps"}  # they follow a key that the file sets
+        assert changed <= said | follow, name
+
+
+def test_recipes_win_over_presets_and_the_command_line_over_both() -> None:
+    for name in ("ppo", "grpo", "dschat"):
+        cfg = composed(f"stage={name}", "actor=opt1.3b", "deploy=single_gpu")
+        assert (cfg.rl.lr, cfg.rl.batch_size, cfg.rl.schedule.name) == (5e-4, 128, "cosine")
+    cfg = composed("stage=grpo", "actor=opt1.3b", "deploy=single_gpu", "rl.lr=1e-6")
+    assert (cfg.rl.lr, cfg.rl.batch_size, cfg.rl.responses_per_prompt) == (1e-6, 128, 8)
+    cfg = composed("stage=grpo")  # the recipe tiny-cpu
+    assert (cfg.rl.lr, cfg.rl.critic.lr, cfg.rl.batch_size) == (3e-4, 1e-3, 64)
+
+
+# --------------------------------------------------------------------------------- models and data
+
+
+def test_a_model_of_the_user_has_the_name_of_its_directory_and_no_shape(tmp_path: Path) -> None:
+    cfg = command("stage=ppo", "actor=custom", f"actor.path={tmp_path}/my-model").cfg
+    assert (cfg.actor.name, cfg.actor.arch) == ("my-model", None)
+    assert (cfg.reward.name, cfg.reward.path) == ("my-model", f"{tmp_path}/my-model")
+    cfg = command("stage=ppo", "actor=custom", "actor.path=org/small", "reward=opt350m").cfg
+    assert (cfg.actor.name, cfg.reward.name) == ("small", "opt350m")
+    assert run_name(command("stage=sft", "actor=custom", "actor.path=org/small"), "sft").startswith(
+        "sft-small"
+    )
+    with pytest.raises(UserError, match="actor.path has no value"):
+        command("actor=custom")
+
+
+def test_a_path_set_by_hand_is_without_the_shape_of_the_chosen_model() -> None:
+    assert command("stage=sft", "actor=opt125m").cfg.actor.arch is not None
+    assert command("stage=sft", "actor=opt125m", "actor.path=org/other").cfg.actor.arch is None
+    shape = "actor.arch.layers=3"
+    kept = command("stage=sft", "actor=opt125m", "actor.path=org/other", shape).cfg.actor.arch
+    assert kept is not None and kept.layers == 3, "a shape set by hand is kept"
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("tiny", "custom")])
+def test_every_model_is_an_actor_and_a_reward_model_with_existing_partners(name: str) -> None:
+    actor, reward = composed(f"actor={name}").actor, composed(f"reward={name}").reward
+    assert (actor.path, actor.arch) == (reward.path, reward.arch) and actor.name == name
+    pair = actor.pairs_with
+    assert pair is not None and pair.reward in MODELS
+
+
+def test_data_of_the_user_bring_their_reward_and_win_over_the_recipe(folder: Path) -> None:
+    write(
+        folder,
+        "data/sums",
+        "# @package _global_\n"
+        "data:\n"
+        "  sources: {sums: {path: sums.jsonl}}\n"
+        "rl:\n"
+        "  batch_size: 32\n"
+        f"  rewards: {{model: null, check: {{function: '{GOLD}'}}}}\n",
+    )
+    cfg = command("data=sums", folders=[folder]).cfg
+    assert list(cfg.data.sources) == ["sums"] and list(cfg.rl.rewards) == ["check"]
+    assert cfg.rl.batch_size == 32, "the recipe tiny-cpu has 64"
+    assert stages(cfg) == ["sft", "ppo"]
+    assert command("data=sums", "rl.batch_size=128", folders=[folder]).cfg.rl.batch_size == 128
+
+
+# ----------------------------------------------------------------------------------------- rewards
+
+
+def test_a_source_of_the_score_is_added_by_its_key_and_removed_by_null() -> None:
+    both = command(f"rl.rewards.gold.function={GOLD}", "rl.rewards.gold.weight=0.5").cfg
+    assert list(both.rl.rewards) == ["model", "gold"] and stages(both) == ["sft", "rm", "ppo"]
+    gold = both.rl.rewards["gold"]
+    assert gold is not None and (gold.function, gold.weight, gold.path) == (GOLD, 0.5, None)
+    only = command(f"rl.rewards.gold.function={GOLD}", "rl.rewards.model=null").cfg
+    assert list(only.rl.rewards) == ["gold"] and stages(only) == ["sft", "ppo"]
+    evaluated = command("stage=eval", f"eval.rewards.gold.function={GOLD}").cfg
+    assert "gold" in evaluated.eval.rewards
+
+
+def test_a_sweep_over_a_source_of_the_score() -> None:
+    compose.register()
+    weights = compose.allow_user_names("rl.rewards.model.weight=1,2")
+    assert compose.check_sweep([weights, "seed=1,2"], []) == 4
+    with pytest.raises(UserError, match="rl.rewards: all weights are 0"):
+        compose.check_sweep([compose.allow_user_names("rl.rewards.model.weight=1,0")], [])
+
+
+# ------------------------------------------------------------------------- the user's option files
+
+PRESET = "defaults: [grpo, _self_]\nname: wide\nresponses_per_prompt: 16\n"
+MODEL = (
+    "name: mine\npath: org/mine\npairs_with: {reward: tiny, data: stories}\n"
+    "arch: {family: opt, layers: 2, hidden: 64, heads: 2, kv_heads: 2, head_dim: 32, ffn: 256,\n"
+    "  vocab: 512, positions: 128, tied: true, embed: null}\n"
+)
+
+
+def user_options(folder: Path) -> None:
+    write(folder, "rl/wide", PRESET)
+    write(folder, "model/mine", MODEL)
+    write(folder, "data/stories", "sources: {stories: {path: stories.jsonl}}\n")
+    write(
+        folder,
+        "experiment/study",
+        "# @package _global_\ndefaults:\n  - override /actor: mine\nseed: 7\n",
+    )
+    write(
+        folder,
+        "sweep/few",
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      rl.lr: 1e-4,1e-3\n",
+    )
+
+
+def test_option_files_of_the_user_are_options_like_ours(folder: Path) -> None:
+    user_options(folder)
+    cfg = command("stage=wide", folders=[folder]).cfg
+    assert (stages(cfg), cfg.rl.responses_per_prompt) == (["wide"], 16)
+    assert stages(command("pipeline=wide", folders=[folder]).cfg) == ["sft", "rm", "wide"]
+    cfg = command("actor=mine", folders=[folder]).cfg
+    assert (cfg.actor.path, cfg.reward.name, list(cfg.data.sources)) == (
+        "org/mine",
+        "tiny",
+        ["stories"],
+    )
+    assert command("reward=mine", "stage=rm", folders=[folder]).cfg.reward.path == "org/mine"
+    cfg = command("experiment=study", folders=[folder]).cfg
+    assert (cfg.actor.name, cfg.seed) == ("mine", 7)
+    assert compose.check_sweep(["sweep=few", "seed=1,2,3"], [folder]) == 6
+    for group, option in (
+        ("rl", "wide"),
+        ("stage", "wide"),
+        ("pipeline", "wide"),
+        ("actor", "mine"),
+        ("reward", "mine"),
+        ("data", "stories"),
+        ("experiment", "study"),
+        ("sweep", "few"),
+    ):
+        assert option in compose.group_options(group)
+        assert compose.explain(f"{group}={option}") == []
+
+
+@pytest.mark.parametrize("how", ["--config-dir", "hydra.searchpath"])
+def test_the_folder_is_given_in_either_way(tmp_path: Path, how: str) -> None:
+    user_options(tmp_path)
+    given = (
+        ["--config-dir", str(tmp_path)]
+        if how == "--config-dir"
+        else [f"hydra.searchpath=[file://{tmp_path}]"]
+    )
+    done = train(*given, "stage=wide", "experiment=study", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cfg = OmegaConf.create(done.stdout)
+    assert (cfg.stage.runs, cfg.rl.responses_per_prompt, cfg.seed) == (["wide"], 16, 7)
+    assert (cfg.actor.path, list(cfg.data.sources)) == ("org/mine", ["stories"])
+    by_hand = ["stage=sft", "data=stories", "actor=tiny", "sft.epochs=3", "plan=true"]
+    done = train(*given, *by_hand, cwd=tmp_path)  # it is composed twice, for the name of the run
+    assert done.returncode == 0 and "fits" in done.stdout, done.stderr
+
+
+def test_a_folder_that_is_not_there_is_named() -> None:
+    for config_dir, overrides in (("/nowhere", []), (None, ["hydra.searchpath=[file:///nowhere]"])):
+        with pytest.raises(UserError, match="/nowhere: no such folder; --config-dir and hydra"):
+            compose.user_folders(config_dir, overrides)
+    assert compose.user_folders(None, ["hydra.searchpath=[pkg://some.package]"]) == []
+
+
+# ------------------------------------------------------------------------- wrong keys and options
+
+
+@pytest.mark.parametrize(
+    "override, suggestion",
+    [
+        ("ppo.kl.coef=1", "ppo.kl.coef (did you mean rl.kl.coef?)"),
+        ("rloo.lr=1", "rloo.lr (did you mean rl.lr?)"),
+        ("grpo.normalize_std=1", "grpo.normalize_std (did you mean rl.normalize?)"),
+        ("ppo.whiten_advantages=1", "ppo.whiten_advantages (did you mean rl.normalize?)"),
+        ("ppo.critic_optim.lr=1", "ppo.critic_optim.lr (did you mean rl.critic.lr?)"),
+        ("ppo.critic_warmup=1", "(did you mean rl.critic.warmup_rollouts?)"),
+        ("ppo.value_clip=1", "(did you mean rl.critic.value_clip?)"),
+        ("ppo.lam=1", "ppo.lam (did you mean rl.gae_lambda?)"),
+        ("grpo.kl.place=loss", "grpo.kl.place (did you mean rl.kl.applied_to?)"),
+        ("grpo.clip=1", "grpo.clip (did you mean rl.clip_low?)"),
+        ("ppo.loss_over=token", "(did you mean rl.loss_aggregation?)"),
+        ("grpo.batch_size=8", "(did you mean rl.batch_size, which counts responses?)"),
+        ("online.lr=1", "online.lr (did you mean rl.lr?)"),
+        ("ppo.dschat.dropout=1", "(did you mean rl?)"),
+        ("ppo=dschat", "ppo (did you mean rl=dschat?)"),
+        ("exp=study", "exp (did you mean experiment_name?)"),
+        ("deploy.gpus=2", "deploy.gpus (did you mean deploy.processes_per_node?)"),
+        # other frameworks
+        ("kl_coef=1", "kl_coef (did you mean rl.kl.coef?)"),
+        ("cliprange=1", "cliprange (did you mean rl.clip_low?)"),
+        ("rl.num_generations=4", "(did you mean rl.responses_per_prompt?)"),
+        ("sft.learning_rate=1", "sft.learning_rate (did you mean sft.lr?)"),
+        ("learning_rate=1", "(did you mean sft.lr, rm.lr, dpo.lr or rl.lr?)"),
+        ("bf16=true", "bf16 (did you mean deploy.precision?)"),
+        ("adv_estimator=grpo", "(did you mean rl.advantage?)"),
+        ("run_name=x", "run_name (did you mean experiment_name?)"),
+        # typing errors
+        ("rl.lrr=1", "rl.lrr (did you mean rl.lr?)"),
+        ("rl.kl.koef=1", "rl.kl.koef (did you mean rl.kl.coef?)"),
+        ("gae_lambda=1", "gae_lambda (did you mean rl.gae_lambda?)"),
+        ("qqqqq=1", "qqqqq (see python train.py --help)"),
+    ],
+)
+def test_an_unknown_key_gets_the_closest_one(override: str, suggestion: str) -> None:
+    (line,) = compose.explain(override)
+    assert line.startswith("unknown key ") and line.endswith(suggestion)
+
+
+def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
+    for new in keys.RENAMED.values():
+        assert keys.find_key(new), new
+    for name in keys.FOREIGN.values():
+        assert keys.find_key(name) or keys.find_key(f"rl.{name}"), name
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("stage=gpro", "stage=gpro: no such option (did you mean grpo?)"),
+        ("pipeline=sft", "pipeline=sft: no such option; choose from"),
+        ("actor=opt1.3", "actor=opt1.3: no such option (did you mean opt1.3b?)"),
+        ("rl=ppo,grpoo", "rl=grpoo: no such option (did you mean grpo?)"),
+        ("data=[sandbox,shpp]", "data=shpp: no such option (did you mean shp?)"),
+        ("rl.kl.coef=[", "cannot read 'rl.kl.coef=['"),
+    ],
+)
+def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: str) -> None:
+    (said,) = compose.explain(override)
+    assert said.startswith(line)
+
+
+def test_what_exists_gets_no_remark() -> None:
+    for override in (
+        "stage=rl",
+        "stage=grpo",
+        "pipeline=dpo",
+        "rl.rewards.mine.weight=1",
+        "data.sources.mine.path=x.jsonl",
+        "hydra.verbose=true",
+        "~rl.rewards.model",
+        "+rl.rewards={a: {weight: 1}}",
+        "recipe=null",
+    ):
+        assert compose.explain(override) == [], override
+
+
+# ------------------------------------------------------------------------------------------- help
+
+
+def test_help_lists_groups_with_their_options_and_the_nodes() -> None:
+    text = help.overview()
+    for part in ("stage", "pipeline", "rl", "actor", "reward", "data", "deploy", "sweep"):
+        assert any(line.split()[:1] == [part] for line in text.splitlines()), part
+    assert "dr_grpo" in text and "opt1.3b" in text and "hydra" not in text.split("Keys")[0]
+
+
+def test_help_of_a_node_has_meaning_type_range_and_value_of_its_keys() -> None:
+    cfg = compose.compose_alone(["stage=grpo"], [], hydra_too=False)
+    text = help.describe("rl.kl", cfg)
+    first, *blocks = text.split("\n\n")
+    assert first.startswith("rl.kl: ")
+    by_key = {block.splitlines()[0]: block for block in blocks}
+    assert list(by_key) == [f"rl.kl.{name}" for name in vars(composed("stage=grpo").rl.kl)]
+    assert "number, at least 0" in by_key["rl.kl.coef"] and "value: 0.04" in by_key["rl.kl.coef"]
+    assert "one of fixed, adaptive, linear" in by_key["rl.kl.controller"]
+    assert "value: loss" in by_key["rl.kl.applied_to"]
+
+
+def test_help_of_one_key_and_of_one_that_is_not_there() -> None:
+    cfg = compose.compose_alone([], [], hydra_too=False)
+    assert "changes no result" in help.describe("deploy.micro_batch", cfg)
+    assert "or null" in help.describe("rl.max_steps", cfg)
+    assert help.describe("rl.lrr", cfg) == "unknown key rl.lrr (did you mean rl.lr?)"
+    assert "by a name of your choice" not in help.describe("rl.rewards.mine.weight", cfg)
+
+
+def test_help_of_a_key_shows_the_value_that_a_command_would_have(tmp_path: Path) -> None:
+    done = train("--help", "rl.lrr", "rl.kl.coef", "stage=grpo", cwd=tmp_path)
+    assert done.returncode == 0 and "did you mean rl.lr?" in done.stdout
+    assert "value: 0.04" in done.stdout
+
+
+# ------------------------------------------------------------------------------------ unused keys
+
+
+def test_keys_that_the_algorithm_does_not_read_are_named() -> None:
+    unused = ["rl.critic.lr=1e-4", "rl.gamma=0.9", "rl.whiten_rewards=true", "rl.gae_lambda=0.9"]
+    lines = run.name_unused_keys(command("stage=grpo", *unused, "rl.lr=1e-4"))
+    assert sorted(lines) == [
+        "rl.critic.lr=0.0001: not used by rl.advantage=group",
+        "rl.gae_lambda=0.9: not used by rl.advantage=group",
+        "rl.gamma=0.9: not used by rl.advantage=group",
+        "rl.whiten_rewards=True: not used by rl.advantage=group",
+    ]
+    assert run.name_unused_keys(command("stage=ppo", *unused)) == []
+    lines = run.name_unused_keys(command("stage=ppo", "rl.advantage=return", *unused))
+    assert sorted(line.split("=")[0] for line in lines) == ["rl.critic.lr", "rl.gae_lambda"]
+    assert run.name_unused_keys(command("stage=sft", *unused)) == []
+    assert run.name_unused_keys(command("stage=grpo", "actor=opt1.3b")) == [], "a recipe's values"

@@ -1,0 +1,290 @@
+"""CISPO, sequence importance (GSPO) and advantages by rl.advantage and rl.normalize: against loops
+over Python floats, by hand, and their gradients."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from helpers import rl_node
+from torch import Tensor
+
+from rlhf.config.choices import Advantage, Importance, Normalize, PolicyLoss
+from rlhf.config.stage_nodes import Rl
+from rlhf.rl.advantages import discounted_returns, estimate_advantages
+from rlhf.rl.experience import Experience
+from rlhf.rl.losses import importance_ratio, policy_loss
+
+F64 = torch.float64
+SEEDS = range(4)
+B, R = 6, 5
+
+
+def t(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=F64)
+
+
+def settings(loss: str, importance: str, low: float = 0.2, high: float = 0.28) -> Rl:
+    return rl_node(
+        policy_loss=PolicyLoss[loss],
+        importance=Importance[importance],
+        clip_low=low,
+        clip_high=high,
+    )
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs with gradient, old ones, advantages and the mask; one row has no token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([[R], [0], [1], [2], [3], [R]])
+    mask = (torch.arange(R) < lengths).to(F64)
+    old, advantages, move = (torch.randn(B, R, generator=generator, dtype=F64) for _ in range(3))
+    return (old + 0.4 * move).requires_grad_(), old, advantages, mask
+
+
+def by_loops(
+    logprobs: list[list[float]],
+    old: list[list[float]],
+    advantages: list[list[float]],
+    lengths: list[int],
+    rl: Rl,
+) -> tuple[list[list[float]], list[list[float]], int, int]:
+    """Losses, their sum's gradient for log pi, and how many clips are active on each side."""
+    losses = [[0.0] * R for _ in lengths]
+    slopes = [[0.0] * R for _ in lengths]
+    low = high = 0
+    for i, n in enumerate(lengths):
+        gaps = [logprobs[i][j] - old[i][j] for j in range(n)]
+        if rl.importance == Importance.sequence and n:
+            gaps = [sum(gaps) / n] * n
+        for j in range(n):
+            ratio, a = math.exp(gaps[j]), advantages[i][j]
+            bounded = min(max(ratio, 1 - rl.clip_low), 1 + rl.clip_high)
+            if rl.policy_loss == PolicyLoss.cispo:
+                losses[i][j] = -bounded * a * logprobs[i][j]
+                slopes[i][j] += -bounded * a
+                active = bounded != ratio
+            else:
+                losses[i][j] = max(-a * ratio, -a * bounded)
+                active = -a * bounded > -a * ratio
+                slope = 0.0 if active else -a * ratio
+                if rl.importance == Importance.sequence:  # shared by all tokens of the response
+                    for k in range(n):
+                        slopes[i][k] += slope / n
+                else:
+                    slopes[i][j] += slope
+            low += active and ratio < 1
+            high += active and ratio > 1
+    return losses, slopes, low, high
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("loss", ["clip", "cispo"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_losses_and_gradients_equal_loops(seed: int, loss: str, importance: str) -> None:
+    logprobs, old, advantages, mask = batch(seed)
+    rl = settings(loss, importance, 0.1, 0.15)
+    found, sums = policy_loss(logprobs, old, advantages, mask, rl)
+    found.sum().backward()
+    lengths = [int(n) for n in mask.sum(1)]
+    rows = [x.detach().tolist() for x in (logprobs, old, advantages)]
+    losses, slopes, low, high = by_loops(*rows, lengths, rl)
+    assert torch.allclose(found, t(*losses), atol=1e-12)
+    assert logprobs.grad is not None
+    assert torch.allclose(logprobs.grad, t(*slopes), atol=1e-12)
+    assert (sums["clipfrac_low"].item(), sums["clipfrac_high"].item()) == (low, high)
+    assert low + high > 0
+
+
+def test_cispo_of_three_tokens_by_hand() -> None:
+    # ratios 1.1, 1.5 and 0.5, of which 0.8 to 1.28 count; -1.1 x 2 x log 1.1, and so on
+    logprobs = t([1.1, 1.5, 0.5]).log().requires_grad_()
+    zeros, twos, ones = t([0.0, 0.0, 0.0]), t([2.0, 2.0, 2.0]), t([1, 1, 1])
+    loss, sums = policy_loss(logprobs, zeros, twos, ones, settings("cispo", "token"))
+    loss.sum().backward()
+    assert loss[0].tolist() == pytest.approx([-0.209682, -1.037991, 1.109035], abs=1e-6)
+    assert logprobs.grad is not None  # clipped tokens have a gradient too
+    assert logprobs.grad[0].tolist() == pytest.approx([-2.2, -2.56, -1.6])
+    assert (sums["clipfrac_low"].item(), sums["clipfrac_high"].item()) == (1, 1)
+
+
+def test_cispo_at_ratio_1_is_reinforce() -> None:
+    old = t([-1.0, -2.0, -3.0])
+    logprobs, mask = old.clone().requires_grad_(), t([1, 1, 0])
+    loss, sums = policy_loss(logprobs, old, t([0.5, -1.5, 7.0]), mask, settings("cispo", "token"))
+    loss.sum().backward()
+    assert loss[0].tolist() == [0.5, -3.0, 0.0]
+    assert logprobs.grad is not None and logprobs.grad[0].tolist() == [-0.5, 1.5, 0.0]
+    assert (sums["clipfrac_low"].item(), sums["clipfrac_high"].item()) == (0, 0)
+
+
+def test_the_sequence_ratio_by_hand() -> None:
+    # ratios 2 and 8 have the geometric mean 4; a response of one token has its own; none has 1
+    log_ratio = t([math.log(2), math.log(8), 0.0], [math.log(3), 0.0, 0.0], [0.0, 0.0, 0.0])
+    mask = t([1, 1, 0], [1, 0, 0], [0, 0, 0])
+    ratio = importance_ratio(log_ratio, mask, Importance.sequence)
+    assert torch.allclose(ratio, t([4.0] * 3, [3.0] * 3, [1.0] * 3))
+    assert torch.allclose(
+        importance_ratio(log_ratio, mask, Importance.token), t([2, 8, 1], [3, 1, 1], [1, 1, 1])
+    )
+
+
+def test_gspo_of_two_tokens_by_hand() -> None:
+    # mean log ratio (log 1.21 + 0) / 2 = log 1.1: both tokens lose 1.1, each gets half of 2 x 1.1
+    logprobs = t([math.log(1.21), 0.0, 5.0]).requires_grad_()
+    zeros, ones, mask = t([0.0] * 3), t([1.0] * 3), t([1, 1, 0])
+    rl = settings("clip", "sequence")
+    loss, _ = policy_loss(logprobs, zeros, ones, mask, rl)
+    loss.sum().backward()
+    assert loss[0].tolist() == pytest.approx([-1.1, -1.1, 0.0])
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([-1.1, -1.1, 0.0])
+    far = t([math.log(1.96), 0.0, 0.0]).requires_grad_()  # mean ratio 1.4: clipped as a whole
+    loss, sums = policy_loss(far, zeros, ones, mask, rl)
+    loss.sum().backward()
+    assert loss[0].tolist() == pytest.approx([-1.28, -1.28, 0.0])
+    assert far.grad is not None and not far.grad.any() and sums["clipfrac_high"].item() == 2
+
+
+@pytest.mark.parametrize("loss, importance", [("clip", "sequence"), ("clip", "token")])
+def test_gradients_are_the_numerical_ones(loss: str, importance: str) -> None:
+    logprobs, old, advantages, mask = batch(7)
+    rl = settings(loss, importance)
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, old, advantages, mask, rl)[0], (logprobs,)
+    )
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("loss", ["clip", "cispo"])
+def test_padding_changes_nothing_whatever_it_holds(loss: str, importance: str) -> None:
+    logprobs, old, advantages, mask = batch(3)
+    rl = settings(loss, importance)
+    plain, sums = policy_loss(logprobs, old, advantages, mask, rl)
+    rubbish = 50 * torch.randn(B, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
+    wide, more = policy_loss(
+        torch.cat([logprobs, rubbish], 1),
+        torch.cat([old, -rubbish], 1),
+        torch.cat([advantages, rubbish], 1),
+        torch.cat([mask, 0 * rubbish], 1),
+        rl,
+    )
+    assert torch.equal(wide[:, :R], plain) and not wide[:, R:].any()
+    assert list(map(float, more.values())) == pytest.approx(list(map(float, sums.values())))
+
+
+# ------------------------------------------------------------------------------------- advantages
+
+
+def experience(mask: Tensor, values: Tensor) -> Experience:
+    """What advantages are estimated from; all else is empty."""
+    none: dict[str, Any] = dict.fromkeys(
+        (
+            "prompt_ids",
+            "prompt_mask",
+            "response_ids",
+            "sampler_logprobs",
+            "old_logprobs",
+            "ref_logprobs",
+            "scores",
+            "finished",
+        ),
+        torch.empty(0),
+    )
+    return Experience(response_mask=mask, loss_mask=mask, values=values, **none)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_discounted_returns_equal_loops(seed: int, gamma: float) -> None:
+    _, rewards, _, mask = batch(seed)
+    found = discounted_returns(rewards, mask, gamma)
+    for i, n in enumerate(int(x) for x in mask.sum(1)):
+        row = rewards[i].tolist()
+        expected = [sum(gamma ** (k - j) * row[k] for k in range(j, n)) for j in range(n)]
+        assert found[i].tolist() == pytest.approx(expected + [0.0] * (R - n), abs=1e-12)
+
+
+def test_discounted_returns_by_hand() -> None:
+    rewards, mask = t([1.0, 2.0, 4.0, 99.0]), t([1, 1, 1, 0])
+    assert discounted_returns(rewards, mask, 0.5).tolist() == [[3.0, 4.0, 4.0, 0.0]]
+    assert discounted_returns(rewards, mask, 1.0).tolist() == [[7.0, 6.0, 4.0, 0.0]]
+
+
+def expected_advantages(
+    rewards: list[list[float]], values: list[list[float]], lengths: list[int], rl: Rl
+) -> list[list[float]]:
+    """Of the tokens of each response, by loops; gamma and lambda are those of rl, groups of 2."""
+    rows = []
+    for i, n in enumerate(lengths):
+        if rl.advantage == Advantage["return"]:
+            rows.append(
+                [sum(rl.gamma ** (k - j) * rewards[i][k] for k in range(j, n)) for j in range(n)]
+            )
+        elif rl.advantage == Advantage["gae"]:
+            following = [*values[i][1:n], 0.0]
+            delta = [rewards[i][k] + rl.gamma * following[k] - values[i][k] for k in range(n)]
+            decay = rl.gamma * rl.gae_lambda
+            rows.append([sum(decay ** (k - j) * delta[k] for k in range(j, n)) for j in range(n)])
+        else:
+            totals = [sum(rewards[j][: lengths[j]]) for j in (i // 2 * 2, i // 2 * 2 + 1)]
+            mine, other = totals[i % 2], totals[1 - i % 2]
+            one = rl.advantage == Advantage["leave_one_out"]
+            advantage = mine - other if one else mine - statistics.fmean(totals)
+            if rl.normalize == Normalize.group:
+                advantage /= statistics.stdev(totals) + 1e-4
+            rows.append([advantage] * n)
+    if rl.normalize == Normalize.batch:
+        flat = [x for row in rows for x in row]
+        mean, std = statistics.fmean(flat), math.sqrt(statistics.pvariance(flat) + 1e-8)
+        rows = [[(x - mean) / std for x in row] for row in rows]
+    return rows
+
+
+ALLOWED = [
+    (advantage.name, normalize.name)
+    for advantage in Advantage
+    for normalize in Normalize
+    if normalize != Normalize.group or advantage.name in ("group", "leave_one_out")
+]
+
+
+@pytest.mark.parametrize("advantage, normalize", ALLOWED)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_advantages_equal_loops(seed: int, advantage: str, normalize: str) -> None:
+    _, rewards, values, mask = batch(seed)
+    rewards, values = rewards * mask, values * mask
+    rl = rl_node(
+        advantage=Advantage[advantage],
+        normalize=Normalize[normalize],
+        gamma=0.9,
+        gae_lambda=0.8,
+        responses_per_prompt=2,
+    )
+    found, returns = estimate_advantages(rewards, experience(mask, values), rl)
+    lengths = [int(n) for n in mask.sum(1)]
+    rows = expected_advantages(rewards.tolist(), values.tolist(), lengths, rl)
+    for i, (row, n) in enumerate(zip(rows, lengths)):
+        assert found[i].tolist() == pytest.approx(row + [0.0] * (R - n), abs=1e-9)
+    if advantage != "gae":
+        assert returns is None
+        return
+    plain = rl_node(advantage=rl.advantage, normalize=Normalize.none, gamma=0.9, gae_lambda=0.8)
+    unscaled, _ = estimate_advantages(rewards, experience(mask, values), plain)
+    assert returns is not None and torch.allclose(returns, (unscaled + values) * mask)
+
+
+def test_scaled_rewards_keep_their_mean_and_are_for_advantages_per_token_only() -> None:
+    mask, values = t([1, 1], [1, 1]), t([0.0, 0.0], [0.0, 0.0])
+    rewards = t([1.0, 2.0], [3.0, 6.0])  # mean 3, variance 3.5
+    one = {"gamma": 0.0, "normalize": Normalize.none, "whiten_rewards": True}
+    scaled, _ = estimate_advantages(
+        rewards, experience(mask, values), rl_node(advantage=Advantage["return"], **one)
+    )
+    assert torch.allclose(scaled, 3 + (rewards - 3) / math.sqrt(3.5), atol=1e-6)
+    group = rl_node(advantage=Advantage["group"], responses_per_prompt=2, **one)
+    found, _ = estimate_advantages(rewards, experience(mask, values), group)
+    assert found.tolist() == [[-3.0, -3.0], [3.0, 3.0]]
