@@ -24,19 +24,23 @@ LIMITS = {
 }
 
 # keys and groups that had another name in earlier versions, by the longest prefix that fits
+OLD_RL_KEYS = {
+    "critic_optim": "rl.critic",
+    "critic_warmup": "rl.critic.warmup_rollouts",
+    "value_clip": "rl.critic.value_clip",
+    "lam": "rl.gae_lambda",
+    "whiten_advantages": "rl.normalize",
+    "normalize_std": "rl.normalize",
+    "kl.place": "rl.kl.applied_to",
+    "clip": "rl.clip_low",
+    "loss_over": "rl.loss_aggregation",
+}
+OLD_RL_NODES = ("ppo", "rloo", "grpo", "online")
 RENAMED = {
     "exp": "experiment_name",
     "deploy.gpus": "deploy.processes_per_node",
-    "ppo.critic_optim": "rl.critic",
-    "ppo.critic_warmup": "rl.critic.warmup_rollouts",
-    "ppo.value_clip": "rl.critic.value_clip",
-    "ppo.lam": "rl.gae_lambda",
-    "ppo.whiten_advantages": "rl.normalize",
-    "grpo.normalize_std": "rl.normalize",
-    **{f"{name}.kl.place": "rl.kl.applied_to" for name in ("ppo", "rloo", "grpo")},
-    **{f"{name}.clip": "rl.clip_low" for name in ("ppo", "rloo", "grpo")},
-    **{f"{name}.loss_over": "rl.loss_aggregation" for name in ("ppo", "rloo", "grpo")},
-    **{name: "rl" for name in ("ppo", "rloo", "grpo", "online")},
+    **{f"{node}.{key}": new for node in OLD_RL_NODES for key, new in OLD_RL_KEYS.items()},
+    **{node: "rl" for node in OLD_RL_NODES},
 }
 # names that other frameworks use
 FOREIGN = {

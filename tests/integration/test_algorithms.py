@@ -366,18 +366,21 @@ def test_their_report_has_one_table_and_one_picture(pipelines: Path) -> None:
 CALLS: dict[str, tuple[list[str], str]] = {
     "one answer": (
         ["stage=rloo", "rl.responses_per_prompt=1"],
-        "rl.responses_per_prompt=1: an answer is compared with the others",
+        "rl.responses_per_prompt=1: rl.advantage=leave_one_out compares a response with the others",
     ),
     "one of a group": (
         ["stage=grpo", "rl.responses_per_prompt=1"],
-        "rl.responses_per_prompt=1: an answer is compared with the others",
+        "rl.responses_per_prompt=1: rl.advantage=group compares a response with the others",
     ),
     "no such algorithm": (
         ["pipeline=sarsa"],
-        "pipeline=sarsa: no such option; choose from ppo, rloo, grpo, dpo",
+        "pipeline=sarsa: no such option; choose from dr_grpo, dschat, grpo, ppo, rloo, dpo",
     ),
-    "no SFT": (["stage=dpo"], "dpo needs a trained policy: looked in"),
-    "no critic there": (["stage=rloo", "rloo.lam=0.9"], "unknown key rloo.lam (did you mean"),
+    "no SFT": (["stage=dpo"], "dpo needs a trained policy: not in outputs/sft-tiny-"),
+    "a key of an earlier version": (
+        ["stage=rloo", "rloo.lam=0.9"],
+        "unknown key rloo.lam (did you mean rl.gae_lambda",
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, Demo, composed, runs_in, summary, train
+from helpers import SMALL, Demo, command, composed, runs_in, summary, train
 from transformers import AutoModelForCausalLM
 from worker_runs import prepare, work
 
@@ -44,14 +44,14 @@ CASES: dict[str, list[str]] = {
         "eval.against=null",
     ],
     "functions": [
-        "~eval.rewards.model",
+        "eval.rewards.model=null",
         "+eval.rewards={short: {function: 'short_rewards:length'}}",
         "eval.judge=short",
     ],
     "scorer_only": ["eval.policies=[]"],
     "weighted": ["eval.rewards.model.weight=-3", "eval.best_of=0", "eval.prompts=[]"],
     "truth": [
-        "~eval.rewards.model",
+        "eval.rewards.model=null",
         "+eval.rewards={gold: {function: 'rlhf.data.sandbox:gold'}}",
         "eval.policies=[sft]",
         "eval.best_of=0",
@@ -351,7 +351,7 @@ def test_runs_and_directories_are_evaluated_by_their_path(demo: Demo, tmp_path: 
         "data.eval_rows=16",
         "deploy.threads=1",
         "wandb.mode=disabled",
-        "~eval.rewards.model",
+        "eval.rewards.model=null",
     ]
     done = train(
         "stage=eval",
@@ -375,12 +375,12 @@ def test_runs_and_directories_are_evaluated_by_their_path(demo: Demo, tmp_path: 
 WRONG = [
     (
         ["eval.against=ppo", "eval.policies=[sft]"],
-        "eval.against=ppo is not among eval.policies (sft)",
+        "eval.against=ppo: not among eval.policies (sft)",
     ),
     (["eval.policies=[sft,sft]"], "eval.policies: sft is there twice"),
     (
-        ["eval.policies=[]", "~eval.rewards.model"],
-        "eval.policies is empty, and there is no reward model in eval.rewards",
+        ["eval.policies=[]", "eval.rewards.model=null"],
+        "eval.policies is empty and eval.rewards has no reward model",
     ),
     (
         ["eval.policies=[base]", "eval.against=null", "actor.path=/nowhere"],
@@ -390,12 +390,12 @@ WRONG = [
     (["eval.judge=other"], "eval.judge=other: give one of eval.rewards (model), or gold"),
     (["eval.beams=1"], "eval.beams=1: must be at least 2"),
     (["eval.best_of=1"], "eval.best_of=1: the best of one is that one"),
-    (["eval.best_of=-1"], "eval.best_of=-1: must not be negative"),
+    (["eval.best_of=-1"], "eval.best_of=-1: must be at least 0"),
     (["eval.temperature=0"], "eval.temperature=0.0: must be above 0"),
-    (["eval.top_p=2"], "eval.top_p=2.0: must be above 0 and at most 1"),
+    (["eval.top_p=2"], "eval.top_p=2.0: must be above 0, at most 1"),
     (
         ["data=jsonl", "data.sources.mine.path=a.jsonl", "eval.judge=gold"],
-        "eval.judge=gold: these data do not know the truth",
+        "eval.judge=gold: these data have no ground truth",
     ),
     (
         ["eval.prompts=[nowhere.txt]"],
@@ -424,20 +424,20 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
     )
     assert (
         "make it: python train.py stage=rm" in done.stderr
-        and "leave it out with '~eval.rewards.model'" in done.stderr
+        and "remove it with eval.rewards.model=null" in done.stderr
     )
 
 
-def test_the_identity_holds_what_the_named_policies_stand_on() -> None:
+def test_the_identity_holds_the_settings_of_the_named_policies() -> None:
     def keys(*overrides: str) -> set[str]:
         return {
-            key.split(".")[0] for key in run_identity(composed("stage=eval", *overrides), "eval")
+            key.split(".")[0] for key in run_identity(command("stage=eval", *overrides), "eval")
         }
 
     assert keys("pipeline=dpo") >= {"dpo", "sft", "rm", "eval"} and "ppo" not in keys(
         "pipeline=dpo"
     )
-    assert "ppo" in keys() and "rm" not in keys("eval.policies=[sft]", "~eval.rewards.model")
+    assert "ppo" in keys() and "rm" not in keys("eval.policies=[sft]", "eval.rewards.model=null")
 
 
 def test_a_single_source_judges_without_its_weight(runs: dict[str, Path]) -> None:

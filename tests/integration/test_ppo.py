@@ -348,9 +348,7 @@ def test_answers_per_second_are_counted_answers_over_the_step_s_time(runs: dict[
 def test_actor_and_critic_have_schedules_of_their_own(runs: dict[str, Path]) -> None:
     cfg = load_config(runs["critic_optim"] / "config.yaml").rl
     rows = metrics(runs["critic_optim"])
-    assert [row["lr_critic"] / cfg.critic.lr for row in rows] == pytest.approx(
-        [0.5, 1.0, 1.0]
-    )
+    assert [row["lr_critic"] / cfg.critic.lr for row in rows] == pytest.approx([0.5, 1.0, 1.0])
     assert [row["lr"] / cfg.lr for row in rows] == pytest.approx([1.0, 0.55, 0.1])
 
 
