@@ -188,7 +188,8 @@ def is_finished(stage: str, directory: Path, inputs: Inputs) -> bool:
 def inspect_data(command: Command) -> None:
     """Look at the data, print the result and where the page is.
 
-    It runs each time, as files may have changed; in one process without a GPU, whatever `deploy` is.
+    It runs each time, as files may have changed. It takes one process and no GPU, whatever `deploy`
+    is.
     """
     directory = run_dir_for(command, "inspect")
     cfg = config_for_stage(command.cfg, "inspect", {})
@@ -212,7 +213,10 @@ def inspect_data(command: Command) -> None:
 
 
 def help_first_node(command: Command, stage: str) -> None:
-    """Another node's part in a stage: its workers, which wait for those of node 0 and read its files."""
+    """Do another node's part in a stage: start its workers, which meet those of node 0.
+
+    They read the files of node 0.
+    """
     cfg, directory = command.cfg, run_dir_for(command, stage)
     if read_summary(directory) and not cfg.fresh:
         return

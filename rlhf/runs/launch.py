@@ -192,8 +192,11 @@ def end_with_parent() -> None:
 
 
 def memory_settings() -> dict[str, str]:
-    """Settings of glibc's malloc for a process that allocates large tensors again and again: keep what was freed instead of asking the
-    system for zeroed pages each time, and let pages be huge ones (docs/performance.md). What the user has set stays."""
+    """Settings of glibc's malloc for a process that allocates large tensors again and again.
+
+    It keeps freed memory instead of asking the system for zeroed pages each time, and uses huge
+    pages (docs/performance.md). What the user has set stays.
+    """
     wanted = {
         "MALLOC_MMAP_THRESHOLD_": str(2**30),  # bytes
         "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
