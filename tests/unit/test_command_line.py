@@ -20,6 +20,12 @@ from rlhf.runs.identity import run_name
 GOLD = "rlhf.data.sandbox:gold"
 
 
+@pytest.fixture(autouse=True)
+def options() -> None:
+    """The options that are made from files, as train.py makes them."""
+    compose.register()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder for the user's option files; what Hydra learns of it is forgotten afterwards."""
@@ -163,7 +169,6 @@ def test_a_source_of_the_score_is_added_by_its_key_and_removed_by_null() -> None
 
 
 def test_a_sweep_over_a_source_of_the_score() -> None:
-    compose.register()
     weights = compose.allow_user_names("rl.rewards.model.weight=1,2")
     assert compose.check_sweep([weights, "seed=1,2"], []) == 4
     with pytest.raises(UserError, match="rl.rewards: all weights are 0"):

@@ -11,8 +11,6 @@ import pytest
 from helpers import REPO, composed
 
 from rlhf.config.errors import UserError
-
-pass
 from rlhf.runs import launch
 from rlhf.runs.directory import config_for_stage
 from rlhf.runs.failures import WorkerError
