@@ -10,19 +10,21 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import os
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.base.errors import UserError
+from rlhf.base.log import plural
 from rlhf.chat.conversation import LIMITS, Conversation, Number, read_param, read_params
 from rlhf.chat.feedback import Judge, Preferences, trace
 from rlhf.chat.models import find_model, find_reference, load_model, newest_policy
 from rlhf.chat.policy import Params, Policy, Reply
-from rlhf.config.errors import UserError
 from rlhf.data import template
-from rlhf.runs.log import plural
+from rlhf.runs.environment import thread_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +52,9 @@ def main() -> int:
     args = parse_arguments()
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end us
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdigit() else os.cpu_count() or 1
+    os.environ.update(thread_settings(threads))  # before a model is loaded, which imports torch
     try:
         session = Session(args)
         if args.prompt is not None:

@@ -39,13 +39,17 @@ def ask(role: str, spec: Spec) -> dict[str, Any]:
 
 def enter(label: str, role: str, spec: Spec) -> dict[str, Any]:
     """Start a contestant and wait until it is ready."""
-    from rlhf.runs import launch
+    from rlhf.runs.environment import memory_settings, thread_settings
 
     environment: dict[str, str] = os.environ | {"OMP_NUM_THREADS": str(spec["threads"])}
+    if role.startswith("product"):
+        wait_for_quiet(spec["wait"])  # thread_settings looks at the load
     if role == "product":
         spec, environment = product_run(label, spec)
-    elif role == "product_generate" or spec["same_malloc"]:
-        environment |= launch.memory_settings()
+    elif role == "product_generate":
+        environment |= memory_settings() | thread_settings(spec["threads"])
+    elif spec["same_malloc"]:
+        environment |= memory_settings()
     log = Path(spec["out"]) / f"{label}.log"
     with log.open("w") as errors:
         pipes: dict[str, Any] = {
@@ -86,21 +90,29 @@ def last_lines(log: Path) -> str:
 
 
 def product_run(label: str, spec: Spec) -> tuple[Spec, dict[str, str]]:
-    """A run directory of the product, as its command line makes one.
+    """Prepare a run of the product.
 
-    Returns: the spec with it, and the environment that the product's launcher gives a worker.
+    Returns: the spec with its directory, and the environment of its worker.
+    """
+    run_dir = Path(spec["out"]) / f"run-{label}"
+    return spec | {"run_dir": str(run_dir)}, prepare_run(run_dir, product_overrides(spec))
+
+
+def prepare_run(run_dir: Path, overrides: list[str]) -> dict[str, str]:
+    """Make a run directory as the command line does.
+
+    Returns: the environment that the product's launcher gives the worker.
     """
     from hydra import compose, initialize_config_dir
 
+    from rlhf.base.errors import UserError
     from rlhf.compose import make_command, register
-    from rlhf.config.errors import UserError
     from rlhf.config.loading import save_config
-    from rlhf.runs import launch
     from rlhf.runs.directory import config_for_stage
+    from rlhf.runs.environment import worker_environments
     from rlhf.runs.inputs import find_inputs
 
     register()
-    overrides = product_overrides(spec)
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             command = make_command(compose("config", overrides), overrides)
@@ -108,10 +120,9 @@ def product_run(label: str, spec: Spec) -> tuple[Spec, dict[str, str]]:
         raise SystemExit(str(error)) from None
     stage = command.cfg.stage.runs[-1]
     cfg = config_for_stage(command.cfg, stage, find_inputs(command, stage).paths)
-    run_dir = Path(spec["out"]) / f"run-{label}"
-    run_dir.mkdir()
+    run_dir.mkdir(parents=True)
     save_config(cfg, run_dir / "config.yaml")
-    return spec | {"run_dir": str(run_dir)}, os.environ | launch.worker_environments(cfg)[0]
+    return os.environ | worker_environments(cfg)[0]
 
 
 def product_overrides(spec: Spec) -> list[str]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import compose, help, run, sweep
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
 

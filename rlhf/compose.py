@@ -20,8 +20,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.base.errors import UserError
 from rlhf.config import keys, presets
-from rlhf.config.errors import UserError
 from rlhf.config.loading import to_typed
 from rlhf.config.presets import CONF
 from rlhf.config.schema import Config, Model

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.reporting.report_page import write_page
 from rlhf.reporting.tables import print_comparison, print_list
 from rlhf.runs.history import find_runs

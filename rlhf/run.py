@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from rlhf.base.errors import UserError
 from rlhf.config import keys
 from rlhf.config.choices import Device
-from rlhf.config.errors import UserError
 from rlhf.config.loading import save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, parent_stages, unused_keys

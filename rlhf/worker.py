@@ -31,12 +31,12 @@ def main(run_dir: Path) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from rlhf.base.log import log
     from rlhf.config.loading import load_config
     from rlhf.distributed import collectives
     from rlhf.distributed.engine import init_distributed
     from rlhf.runs.failures import write_failure
     from rlhf.runs.launch import STOPPED
-    from rlhf.runs.log import log
     from rlhf.training import checkpoint
     from rlhf.training.tracker import finish_wandb, set_up_logging
 
@@ -75,8 +75,8 @@ def main(run_dir: Path) -> None:
 
 def check_device(cfg: Config, device: torch.device) -> None:
     """Raises: UserError where torch computes on another device than deploy.device."""
+    from rlhf.base.errors import UserError
     from rlhf.config.choices import Device
-    from rlhf.config.errors import UserError
 
     if cfg.deploy.device == Device.gpu and device.type == "cpu":
         raise UserError(

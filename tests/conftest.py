@@ -18,7 +18,12 @@ import pytest
 from filelock import FileLock, Timeout
 from helpers import REPO, Demo, runs_in
 
-from rlhf.config.files import atomic_path
+from rlhf.base.files import atomic_path
+from rlhf.runs.environment import SPIN_NAMES
+
+# Tests run side by side, so their threads must not spin. Torch reads this when it is imported.
+if not set(SPIN_NAMES) & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def wants_demo(item: pytest.Item) -> bool:

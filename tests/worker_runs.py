@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rlhf.config.loading import save_config
 from rlhf.config.validation import check_config
-from rlhf.runs import launch
+from rlhf.runs import environment
 from rlhf.runs.directory import config_for_stage
 
 FIVE_STEPS = [
@@ -81,7 +81,7 @@ def begin(
     place = {
         "WORLD_SIZE": processes,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": launch.free_port(),
+        "MASTER_PORT": environment.free_port(),
         "PYTHONPATH": REPO,
     }
     return [

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf.base.errors import UserError
 from rlhf.chat.policy import Params, Policy, Reply
-from rlhf.config.errors import UserError
 from rlhf.data import template
 from rlhf.data.records import Turn
 from rlhf.runs.directory import write_json

@@ -9,15 +9,15 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.base.errors import UserError
+from rlhf.base.log import plural
 from rlhf.chat.conversation import reason
 from rlhf.chat.models import context_of
 from rlhf.chat.policy import Policy, Reply
 from rlhf.chat.reader import Reader
 from rlhf.config.choices import Template
-from rlhf.config.errors import UserError
 from rlhf.data import template
 from rlhf.data.records import Turn
-from rlhf.runs.log import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.locations import BUILTIN, is_directory, model_directory
 from rlhf.config.stage_graph import is_policy
 from rlhf.runs.directory import read_summary
-from rlhf.runs.locations import BUILTIN, is_directory, model_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.base.errors import UserError
 from rlhf.chat.models import context_of
 from rlhf.chat.reader import Reader
 from rlhf.config.choices import Template
-from rlhf.config.errors import UserError
 from rlhf.data import template
 from rlhf.data.records import Turn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.data import template
 from rlhf.data.records import Turn
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from rlhf.config.errors import UserError
-from rlhf.config.files import atomic_path
+from rlhf.base.errors import UserError
+from rlhf.base.files import atomic_path
 from rlhf.config.keys import unknown_keys, with_suggestion
 from rlhf.config.schema import Config
 

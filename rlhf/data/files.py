@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.log import first_line, is_listening
 from rlhf.config.schema import Source
 from rlhf.data.cache import show_progress
-from rlhf.runs.log import first_line, is_listening
 
 if TYPE_CHECKING:
     import datasets

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.config.schema import Config, Data
 from rlhf.data.records import Dataset, Pair, SourceReport
 from rlhf.data.sources import load_sources
 from rlhf.data.splits import PARTS
 from rlhf.distributed import collectives
 from rlhf.runs.directory import write_json
-from rlhf.runs.log import log
 
 if TYPE_CHECKING:
     import datasets

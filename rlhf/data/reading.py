@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow, Format
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Data, Source
 from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.config.schema import Data, Source
 from rlhf.data.reading import SourceSplit, read_split
 from rlhf.data.records import Dataset, Demonstration, Pair, SourceReport, Turn

@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
-from rlhf.config.errors import UserError
 from rlhf.data.records import Demonstration, Pair, Turn
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.base.log import log
 from rlhf.config.schema import Config
 from rlhf.data.records import Dataset, Turn
 from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_policy
 from rlhf.models.loading import save_engine
 from rlhf.rl.experience import Experience, Models
-from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
 
 

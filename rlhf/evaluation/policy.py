@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.data import template
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset, Turn

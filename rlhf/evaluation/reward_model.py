@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.base.log import log
 from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.records import Dataset, Pair
@@ -15,7 +16,6 @@ from rlhf.distributed.engine import Engine
 from rlhf.models.wrappers import Scorer
 from rlhf.reporting.eval_results import CalibrationBin, ScorerResults
 from rlhf.rl.rewards import Source, score_rows
-from rlhf.runs.log import log
 
 # by how much chosen is longer than rejected, as a share of the longer one, in tokens
 LENGTHS = [

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf.base.errors import UserError
+from rlhf.base.files import atomic_path
+from rlhf.base.locations import ASSETS, BUILTIN
 from rlhf.config.choices import Precision, Template
-from rlhf.config.errors import UserError
-from rlhf.config.files import atomic_path
 from rlhf.config.schema import Lora
 from rlhf.data import template
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, HfModule, gather_parameters, without_zero3_init
 from rlhf.models import lora
 from rlhf.models.wrappers import Policy, Scorer
-from rlhf.runs.locations import ASSETS, BUILTIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.config.constants import (
+from rlhf.base.constants import (
     CHUNK_LOGITS,
     KEPT_PROBABILITIES,
     MAX_CHUNK_TOKENS,

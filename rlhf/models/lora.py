@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.config.schema import Lora
 from rlhf.distributed.engine import Engine
 from rlhf.models.wrappers import Policy, TokenStats

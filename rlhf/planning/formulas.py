@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.config.choices import Device, Precision
-from rlhf.config.constants import (
+from rlhf.base.constants import (
     CHUNK_LOGITS,
     KEPT_PROBABILITIES,
     MAX_CHUNK_TOKENS,
     MIN_CHUNK_TOKENS,
 )
+from rlhf.config.choices import Device, Precision
 from rlhf.config.deployment import world_size
 from rlhf.config.schema import Arch, Config
 from rlhf.distributed.deepspeed_config import BYTES

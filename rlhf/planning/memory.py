@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import Decoding
 from rlhf.config.deployment import world_size
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Arch, Config, Model
 from rlhf.config.stage_graph import (
     adapter_only,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
 from rlhf.config.schema import Arch, Lora
-from rlhf.runs.locations import ASSETS, BUILTIN, is_directory, model_directory
 
 # Elements that one block keeps per token for the backward pass: (x ffn, x hidden in fp32, x hidden
 # in bf16). The norms of the llama family compute in fp32, which a bf16 block keeps beside its own

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rlhf.config.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT
+from rlhf.base.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT
+from rlhf.base.log import plural
 from rlhf.config.deployment import world_size
 from rlhf.config.schema import Config, Sandbox, Source
 from rlhf.config.stage_graph import is_aligned, is_rl
 from rlhf.config.stage_nodes import Dpo, Rm, Sft
-from rlhf.runs.log import plural
 
 # preference pairs of data sets on the hub, from their cards
 HUB_ROWS = {

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+from rlhf.base.log import plural
 from rlhf.config.choices import Device, Precision
 from rlhf.config.deployment import world_size
 from rlhf.config.keys import lookup
@@ -16,7 +17,6 @@ from rlhf.config.validation import check_config
 from rlhf.distributed.deepspeed_config import BYTES
 from rlhf.planning.formulas import GIB
 from rlhf.planning.memory import Plan, make_plan
-from rlhf.runs.log import plural
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from rlhf.config.files import atomic_path
+from rlhf.base.files import atomic_path
 from rlhf.reporting import eval_figures
 from rlhf.reporting.eval_results import (
     BestOfPoint,

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf.config.files import atomic_path
+from rlhf.base.files import atomic_path
 from rlhf.reporting.comparison import (
     Comparison,
     compare_best,

@@ -13,7 +13,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from rlhf.runs.log import first_line
+from rlhf.base.log import first_line
 from rlhf.runs.stage_views import DPO, ONLINE_RL, RM, SFT
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.base.log import log
 from rlhf.config.choices import Precision
 from rlhf.config.stage_nodes import DsChat
 from rlhf.distributed import collectives
@@ -20,7 +21,6 @@ from rlhf.distributed.engine import Engine
 from rlhf.models.lora import AdapterOff
 from rlhf.models.wrappers import Policy
 from rlhf.rl.experience import Experience, Models, policy_logprobs
-from rlhf.runs.log import log
 
 # How far two computations of the same log-prob may differ: mean, maximum over tokens; nats. Below
 # fp32 the maximum is reported only: one token of many may lie on an edge of the number format.

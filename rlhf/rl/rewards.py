@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, score_sources
 from rlhf.data import template
@@ -32,7 +33,6 @@ from rlhf.models.loading import (
 )
 from rlhf.models.wrappers import Scorer, sequence_scores
 from rlhf.rl.experience import Experience
-from rlhf.runs.log import log
 
 RewardFunction = Callable[[list[Turn], str], float]
 NO_LIMIT = 10**9  # tokens

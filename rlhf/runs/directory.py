@@ -11,9 +11,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from rlhf.base.errors import UserError
+from rlhf.base.files import atomic_path
 from rlhf.config.deployment import placement
-from rlhf.config.errors import UserError
-from rlhf.config.files import atomic_path
 from rlhf.config.schema import Config, StageChoice
 from rlhf.runs.locks import LOCK_FILE
 

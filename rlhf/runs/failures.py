@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.config.errors import UserError
-from rlhf.runs.log import first_line
+from rlhf.base.errors import UserError
+from rlhf.base.log import first_line
 
 
 class WorkerError(RuntimeError):

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.config.keys import find_key
 from rlhf.config.loading import load_config
 from rlhf.runs.command import Command

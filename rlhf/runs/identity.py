@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rlhf.base.locations import BUILTIN
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import (
     BASE,
@@ -21,7 +22,6 @@ from rlhf.config.stage_graph import (
     uses_trained_reward_model,
 )
 from rlhf.runs.command import Command
-from rlhf.runs.locations import BUILTIN
 
 MAX_NAME = 100  # characters of a run's name before its hash
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import (
     BASE,
@@ -28,7 +29,6 @@ from rlhf.config.stage_graph import (
 from rlhf.runs.command import Command
 from rlhf.runs.directory import read_summary
 from rlhf.runs.identity import run_dir_for
-from rlhf.runs.locations import ASSETS, BUILTIN, is_directory, model_directory
 
 PROMPTS = ASSETS / "prompts"  # one prompt per line, of each language
 POLICY, SCORER = "ForCausalLM", "ForSequenceClassification"  # ends of transformers' class names

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from rlhf.base.errors import UserError
+from rlhf.base.log import plural
 from rlhf.config.choices import Device
-from rlhf.config.deployment import world_size
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.runs.directory import find_checkpoints
+from rlhf.runs.environment import worker_environments
 from rlhf.runs.failures import WorkerError, read_failures
 from rlhf.runs.locks import try_lock
-from rlhf.runs.log import plural
 
 WORKER = "rlhf.worker"
 # names the file in which the jobs of a sweep, which may be other processes, report how they ended
@@ -189,50 +188,6 @@ def end_with_parent() -> None:
     """Ask the system to end this new process when its parent ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def memory_settings() -> dict[str, str]:
-    """Settings of glibc's malloc for a process that allocates large tensors again and again.
-
-    It keeps freed memory instead of asking the system for zeroed pages each time, and uses huge
-    pages (docs/performance.md). What the user has set stays.
-    """
-    wanted = {
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),  # bytes
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    }
-    return {name: value for name, value in wanted.items() if name not in os.environ}
-
-
-def worker_environments(cfg: Config) -> list[dict[str, str]]:
-    """The environment that gives each process on this node its place among all."""
-    deploy = cfg.deploy
-    host, port = (
-        deploy.master.rsplit(":", 1)
-        if deploy.node_rank is not None and deploy.master
-        else ("127.0.0.1", str(free_port()))
-    )
-    shared = {
-        "WORLD_SIZE": str(world_size(cfg)),
-        "MASTER_ADDR": host,
-        "MASTER_PORT": port,
-        **memory_settings(),
-    }
-    if deploy.device == Device.cpu:
-        shared["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs
-    first = (deploy.node_rank or 0) * deploy.processes_per_node
-    return [
-        shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)}
-        for local in range(deploy.processes_per_node)
-    ]
-
-
-def free_port() -> int:
-    """A TCP port of this machine that is free now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def launcher_command(run_dir: Path, cfg: Config) -> list[str]:

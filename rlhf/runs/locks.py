@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 
 LOCK_FILE = ".owner"  # in a run directory; it names the process that holds the lock
 GRACE = 0.3  # s; `is_locked` of another process holds a lock that long at most

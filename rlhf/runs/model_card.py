@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf.base.locations import BUILTIN, is_directory
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
-from rlhf.runs.locations import BUILTIN, is_directory
 from rlhf.runs.stage_views import view_of
 
 

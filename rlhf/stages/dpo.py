@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf.base.log import log
 from rlhf.config.schema import Config, Dpo
 from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, map_across_ranks, micro_batches
@@ -32,7 +33,6 @@ from rlhf.models.loading import save_engine
 from rlhf.models.wrappers import LogProbModel, Policy
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.rl.experience import Models
-from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training import likelihood
 from rlhf.training.checkpoint import Checkpoints

@@ -16,8 +16,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.config.choices import Decoding
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import policy_labels
 from rlhf.config.stage_nodes import Eval
@@ -49,7 +50,6 @@ from rlhf.rl.rewards import (
     load_functions,
 )
 from rlhf.runs.inputs import read_prompt_lines
-from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.likelihood import perplexity
 from rlhf.training.tracker import Tracker

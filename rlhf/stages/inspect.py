@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rlhf.base.log import log
 from rlhf.config.schema import Config, Data
 from rlhf.data.inspection.leakage import leakage
 from rlhf.data.inspection.measuring import (
@@ -28,7 +29,6 @@ from rlhf.data.splits import PARTS
 from rlhf.models.loading import check_context, load_tokenizer
 from rlhf.reporting.inspect_page import name_of, page
 from rlhf.runs.directory import write_json
-from rlhf.runs.log import log
 
 if TYPE_CHECKING:
     import datasets

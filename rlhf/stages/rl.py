@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.config import stage_graph
 from rlhf.config.choices import BestBy, KlAppliedTo
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.data import tokenized
 from rlhf.data.batches import global_batches, uniforms
@@ -37,7 +38,6 @@ from rlhf.rl.metrics import Scored, response_rows, rollout_metrics, source_metri
 from rlhf.rl.monitor import Monitor
 from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models, load_functions
 from rlhf.rl.update import Learner, Texts, update_policy
-from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.setup import build_actor_and_reference, open_inputs

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf.base.log import log
 from rlhf.config.choices import RmLoss
 from rlhf.config.schema import Config
 from rlhf.data import template, tokenized
@@ -25,7 +26,6 @@ from rlhf.evaluation.reward_model import accuracy_gold, pairwise_accuracy, score
 from rlhf.models.loading import load_scorer, save_engine
 from rlhf.models.wrappers import Scorer, last_token_score, without_eos
 from rlhf.rl.rewards import score_mean_std
-from rlhf.runs.log import log
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.losses import pairwise_loss, pairwise_loss_per_token
 from rlhf.training.optimizer_step import optimizer_step

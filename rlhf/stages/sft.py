@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlhf.base.log import log
 from rlhf.config.schema import Config
 from rlhf.data import template, tokenized
 from rlhf.data.batches import first_loss_token, global_batches, micro_batches
@@ -20,7 +21,6 @@ from rlhf.models.loading import load_policy, save_engine
 from rlhf.models.wrappers import Policy
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.rl.experience import Models
-from rlhf.runs.log import log
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.likelihood import Row, perplexity, response_nll_stats

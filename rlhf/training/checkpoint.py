@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlhf.base.files import remove
+from rlhf.base.log import first_line, log
 from rlhf.config.deployment import placement
-from rlhf.config.files import remove
 from rlhf.config.schema import Config
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine
 from rlhf.runs.directory import find_checkpoints, write_json
-from rlhf.runs.log import first_line, log
 from rlhf.sampling.cpu import kernels
 
 _stop_requested = False

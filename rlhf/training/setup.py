@@ -6,7 +6,8 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import adapter_only
 from rlhf.data.load import open_data
@@ -15,7 +16,6 @@ from rlhf.distributed.engine import Engine, build_engine
 from rlhf.models.loading import check_context, load_policy, load_tokenizer
 from rlhf.models.lora import AdapterOff
 from rlhf.models.wrappers import LogProbModel, Policy
-from rlhf.runs.log import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

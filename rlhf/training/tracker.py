@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from rlhf.base.errors import UserError
+from rlhf.base.log import first_line, is_listening, log
 from rlhf.config.choices import WandbMode
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.distributed import collectives
-from rlhf.runs.log import first_line, is_listening, log
 
 if TYPE_CHECKING:
     from wandb import Run

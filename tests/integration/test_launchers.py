@@ -13,7 +13,7 @@ import pytest
 from helpers import REPO, SMALL, composed, metrics, runs_in, train
 
 from rlhf.config.loading import save_config
-from rlhf.runs import launch
+from rlhf.runs import environment, launch
 from rlhf.runs.directory import config_for_stage
 
 SFT = ["stage=sft", *SMALL, "deploy.zero_stage=3", "sft.adam_eps=1e-5"]
@@ -37,7 +37,7 @@ def same_losses(one: Path, two: Path) -> None:
 @pytest.mark.full
 def test_two_nodes_started_by_hand_are_one_run(one_node: Path, tmp_path: Path) -> None:
     """The same command on both, each with its number; the second one comes first, and waits."""
-    nodes = [*SFT, "deploy.nodes=2", f"deploy.master=127.0.0.1:{launch.free_port()}"]
+    nodes = [*SFT, "deploy.nodes=2", f"deploy.master=127.0.0.1:{environment.free_port()}"]
     command = [sys.executable, str(REPO / "train.py"), *nodes]
     second = subprocess.Popen(
         [*command, "deploy.node_rank=1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
@@ -65,7 +65,7 @@ def test_deepspeeds_launcher_starts_the_same_run(one_node: Path, tmp_path: Path)
         *SFT,
         "deploy.nodes=2",
         f"deploy.hostfile={hostfile}",
-        f"deploy.master=127.0.0.1:{launch.free_port()}",
+        f"deploy.master=127.0.0.1:{environment.free_port()}",
     ]
     cfg = composed(*overrides, f"root={tmp_path}")
     run = tmp_path / "sft-by-launcher"
@@ -191,7 +191,7 @@ def workers_of(root: Path) -> dict[int, str]:
 
 
 def test_nodes_of_different_runs_refuse_each_other(tmp_path: Path) -> None:
-    nodes = [*SFT, "deploy.nodes=2", f"deploy.master=127.0.0.1:{launch.free_port()}"]
+    nodes = [*SFT, "deploy.nodes=2", f"deploy.master=127.0.0.1:{environment.free_port()}"]
     command = [sys.executable, str(REPO / "train.py"), *nodes]
     second = subprocess.Popen(
         [*command, "deploy.node_rank=1", "seed=5"], cwd=tmp_path, stderr=subprocess.PIPE, text=True

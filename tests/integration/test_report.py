@@ -14,7 +14,7 @@ import pytest
 from helpers import Demo, command
 from scipy import stats
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.config.loading import save_config
 from rlhf.reporting import curves, eval_page, report_page, tables
 from rlhf.reporting.comparison import (

@@ -12,8 +12,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from rlhf import compose, help, run
+from rlhf.base.errors import UserError
 from rlhf.config import keys
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.runs.identity import run_name
 

@@ -9,8 +9,8 @@ import pytest
 from helpers import CONF, STAGES, composed
 from omegaconf import OmegaConf
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import Device, Schedule
-from rlhf.config.errors import UserError
 from rlhf.config.field import node_type
 from rlhf.config.keys import schema
 from rlhf.config.loading import load_config, save_config

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from helpers import REPO, composed
 
-from rlhf.config.errors import UserError
-from rlhf.runs import launch
+from rlhf.base.errors import UserError
+from rlhf.runs import environment, launch
 from rlhf.runs.directory import config_for_stage
+from rlhf.runs.environment import thread_settings, worker_environments
 from rlhf.runs.failures import WorkerError
 
 
@@ -24,13 +27,13 @@ def test_places_number_all_processes_of_all_nodes() -> None:
         "deploy.node_rank=1",
         "deploy.master=head:1234",
     )
-    there = launch.worker_environments(cfg)
+    there = worker_environments(cfg)
     assert [(p["RANK"], p["LOCAL_RANK"]) for p in there] == [("2", "0"), ("3", "1")]
     assert {(p["WORLD_SIZE"], p["MASTER_ADDR"], p["MASTER_PORT"]) for p in there} == {
         ("6", "head", "1234")
     }
     assert "DS_ACCELERATOR" not in there[0]
-    (alone,) = launch.worker_environments(composed())
+    (alone,) = worker_environments(composed())
     assert (alone["RANK"], alone["WORLD_SIZE"], alone["MASTER_ADDR"], alone["DS_ACCELERATOR"]) == (
         "0",
         "1",
@@ -43,11 +46,11 @@ def test_workers_keep_freed_memory_unless_the_user_decides(monkeypatch: pytest.M
     names = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    there = launch.worker_environments(composed("deploy.processes_per_node=2"))
+    there = worker_environments(composed("deploy.processes_per_node=2"))
     assert all(names <= place.keys() for place in there)
     assert all(int(there[0][name]) >= 2**30 for name in names if name.startswith("MALLOC"))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
-    (place,) = launch.worker_environments(composed())
+    (place,) = worker_environments(composed())
     assert names & place.keys() == names - {"MALLOC_MMAP_THRESHOLD_"}, "what the user has set stays"
 
 
@@ -116,7 +119,7 @@ def test_without_pdsh_a_hostfile_is_refused(
 
 FAILING_WORKER = """
 import os, pathlib, sys
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.runs.failures import write_failure
 try:
     raise {error}
@@ -177,3 +180,63 @@ def test_workers_that_were_asked_to_stop_on_another_node_end_the_command(
     else:
         with pytest.raises(outcome):
             launch.run_workers(tmp_path, composed("deploy.processes_per_node=2"))
+
+
+@pytest.fixture
+def no_spin_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without settings of libgomp."""
+    for name in environment.SPIN_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "threads, processes, busy, expected",
+    [
+        (1, 1, 9.0, None),  # one thread waits for nobody
+        (1, 8, 9.0, None),
+        (4, 1, 0.0, environment.SPIN_IDLE),
+        (4, 1, 0.3, environment.SPIN_IDLE),
+        (4, 1, 1.0, environment.SPIN_BUSY),
+        (2, 1, 2.0, environment.SPIN_IDLE),
+        (2, 2, 1.0, environment.SPIN_BUSY),
+        (8, 1, 0.0, environment.SPIN_BUSY),
+    ],
+)
+def test_threads_spin_for_long_if_each_has_a_processor(
+    threads: int,
+    processes: int,
+    busy: float,
+    expected: str | None,
+    no_spin_settings: pytest.MonkeyPatch,
+) -> None:
+    no_spin_settings.setattr(environment, "processors", lambda: [0, 1, 2, 3])
+    no_spin_settings.setattr(environment, "busy_processors", lambda: busy)
+    wanted = {} if expected is None else {"GOMP_SPINCOUNT": expected}
+    assert thread_settings(threads, processes) == wanted
+    for name, value in (("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, value)
+            assert thread_settings(threads, processes) == {}, "the user's setting stays"
+
+
+def test_busy_processors_are_counted() -> None:
+    """One process that never sleeps, besides all others on this machine."""
+    code = "print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as spin:
+        assert spin.stdout
+        spin.stdout.readline()  # it has started
+        busy = environment.busy_processors(0.2)
+        spin.kill()
+    assert 0.2 < busy <= len(environment.processors()) + 0.2
+
+
+@pytest.mark.parametrize("busy", [0.0, 99.0])
+def test_workers_get_the_thread_settings(busy: float, no_spin_settings: pytest.MonkeyPatch) -> None:
+    no_spin_settings.setattr(environment, "processors", lambda: [0, 1])
+    no_spin_settings.setattr(environment, "busy_processors", lambda: busy)
+    wanted = environment.SPIN_BUSY if busy else environment.SPIN_IDLE
+    (worker,) = worker_environments(composed("deploy.threads=2"))
+    assert worker["GOMP_SPINCOUNT"] == wanted
+    (worker,) = worker_environments(composed("deploy.threads=1"))
+    assert "GOMP_SPINCOUNT" not in worker

@@ -11,6 +11,7 @@ from helpers import REPO
 
 PACKAGE = REPO / "rlhf"
 FLOORS = [  # from the ground up; imports run downwards only, or within a package without a circle
+    ["base"],
     ["config"],
     ["distributed"],
     ["runs"],
@@ -28,7 +29,7 @@ FLOORS = [  # from the ground up; imports run downwards only, or within a packag
     ["sweep", "worker", "report", "dashboard"],
     ["cli"],
 ]
-TORCH_FREE = ("config", "runs", "planning")
+TORCH_FREE = ("base", "config", "runs", "planning")
 
 
 def package_of(name: str) -> str:

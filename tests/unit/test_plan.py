@@ -13,7 +13,7 @@ from families import FAMILIES, save_base
 from helpers import CONF, composed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.config.constants import SANDBOX_PROMPTS
+from rlhf.base.constants import SANDBOX_PROMPTS
 from rlhf.config.schema import Arch, Config, Lora
 from rlhf.config.validation import check_config
 from rlhf.data.sandbox.ground_truth import all_prompts

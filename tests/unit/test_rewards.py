@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import command, composed, train
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
 from rlhf.config.stage_nodes import RewardSource

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import PRESETS, command, composed
 
+from rlhf.base.errors import UserError
 from rlhf.compose import group_names
-from rlhf.config.errors import UserError
 from rlhf.config.stage_graph import parent_stages
 from rlhf.runs.command import Command
 from rlhf.runs.identity import run_dir_for, run_identity, run_name

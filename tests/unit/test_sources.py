@@ -18,8 +18,8 @@ import pytest
 from data_files import Record, jsonl, row, rows
 from helpers import composed
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow, Format, Template
-from rlhf.config.errors import UserError
 from rlhf.config.schema import Config, Data, Source
 from rlhf.data import load, reading, template, tokenized
 from rlhf.data.reading import hash_text

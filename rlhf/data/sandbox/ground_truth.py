@@ -6,7 +6,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from rlhf.config.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.data.records import Turn
 from rlhf.data.sandbox.vocabulary import (
     FILLER,

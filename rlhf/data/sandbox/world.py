@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf.config.constants import SANDBOX_SPLIT
-from rlhf.config.errors import UserError
+from rlhf.base.constants import SANDBOX_SPLIT
+from rlhf.base.errors import UserError
 from rlhf.config.schema import Sandbox
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.data.sandbox.ground_truth import (

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.base.log import first_line, log
 from rlhf.models.wrappers import Policy
-from rlhf.runs.log import first_line, log
 from rlhf.sampling.decode_state import DecodeState, DecodeStep
 from rlhf.sampling.kv_cache import new_cache
 

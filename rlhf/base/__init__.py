@@ -1,0 +1,1 @@
+"""What every other package may import: errors, files, messages, model locations. No torch here."""

@@ -1,0 +1,112 @@
+"""The environment of worker processes: their place among all, and settings of malloc and OpenMP.
+
+No torch here: libgomp and glibc read these settings when a process starts or loads them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from rlhf.config.choices import Device
+from rlhf.config.deployment import threads_per_process, world_size
+from rlhf.config.schema import Config
+
+# how long libgomp's threads spin before they sleep
+SPIN_NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SPIN_IDLE = "5000"  # turns on an idle machine, about as fast as the default of 300,000
+SPIN_BUSY = "300"  # turns on a busy machine, about as fast as no spinning at all
+FREE_ENOUGH = 0.5  # processors that other work may use before the machine counts as busy
+
+
+def worker_environments(cfg: Config) -> list[dict[str, str]]:
+    """The environment that gives each process on this node its place among all."""
+    deploy = cfg.deploy
+    host, port = (
+        deploy.master.rsplit(":", 1)
+        if deploy.node_rank is not None and deploy.master
+        else ("127.0.0.1", str(free_port()))
+    )
+    shared = {
+        "WORLD_SIZE": str(world_size(cfg)),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        **memory_settings(),
+        **thread_settings(threads_per_process(cfg), deploy.processes_per_node),
+    }
+    if deploy.device == Device.cpu:
+        shared["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs
+    first = (deploy.node_rank or 0) * deploy.processes_per_node
+    return [
+        shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)}
+        for local in range(deploy.processes_per_node)
+    ]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def memory_settings() -> dict[str, str]:
+    """Settings of glibc's malloc for a process that allocates large tensors again and again.
+
+    It keeps freed memory instead of asking the system for zeroed pages each time, and uses huge
+    pages (docs/performance.md). What the user has set stays.
+    """
+    wanted = {
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),  # bytes
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def thread_settings(threads: int, processes: int = 1) -> dict[str, str]:
+    """Settings of libgomp for `processes` new processes with `threads` OpenMP threads each.
+
+    A thread that waits for another one first spins, then sleeps. Spinning saves the time to wake
+    up. On a busy machine it takes the processor from the thread that it waits for, and a run takes
+    many times as long (docs/performance.md). So threads spin for long only if the machine has a
+    free processor for each of them when the processes start. Even then they spin for a shorter time
+    than by default, because other work may start later. No result depends on it. What the user has
+    set stays.
+    """
+    if threads < 2 or any(name in os.environ for name in SPIN_NAMES):
+        return {}
+    busy = busy_processors() + threads * processes > len(processors()) + FREE_ENOUGH
+    return {"GOMP_SPINCOUNT": SPIN_BUSY if busy else SPIN_IDLE}
+
+
+def processors() -> list[int]:
+    """Numbers of the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def busy_processors(seconds: float = 0.5) -> float:
+    """How many of `processors()` are in use, measured while this process sleeps.
+
+    0 if the system does not report it.
+    """
+    try:
+        before, started = processor_seconds(), time.monotonic()
+        time.sleep(seconds)
+        return (processor_seconds() - before) / (time.monotonic() - started)
+    except OSError:
+        return 0.0
+
+
+def processor_seconds() -> float:
+    """Seconds of work that `processors()` have done since the system started. Raises: OSError."""
+    names = {f"cpu{number}" for number in processors()}
+    fields = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    # user, nice, system and two kinds of interrupts; the other columns are idle time, waiting for
+    # a disk, and time that the host gave to others
+    ticks = [int(row[i]) for row in fields if row and row[0] in names for i in (1, 2, 3, 6, 7)]
+    return sum(ticks) / os.sysconf("SC_CLK_TCK")
