@@ -37,6 +37,7 @@ from rlhf.data.load import load_data
 from rlhf.data.records import Pair, Turn
 from rlhf.data.sources import pair_of
 from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
+from rlhf.runs import environment
 
 UNIT = (0.25, 2.0)  # mean and deviation of the reward model's scores
 
@@ -85,6 +86,20 @@ def run_chat(*args: str, cwd: Path, text: str = "") -> subprocess.CompletedProce
     return subprocess.run(
         command, cwd=cwd, env=os.environ, input=text, capture_output=True, text=True, timeout=120
     )
+
+
+def test_threads_get_their_setting_before_torch_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libgomp reads its settings when torch loads it, and prints those it uses if asked to."""
+    for name in environment.SPIN_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    done = run_chat("--path", str(model), "--prompt", "Hi", "--max-new-tokens", "1", cwd=tmp_path)
+    (used,) = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    assert done.returncode == 0
+    assert used in (environment.SPIN_IDLE, environment.SPIN_BUSY)
 
 
 Chat = Callable[..., tuple[str, str]]
