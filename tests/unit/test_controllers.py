@@ -23,7 +23,7 @@ from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 SEEDS = range(6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- KlCoefficient
+# ------------------------------------------------------------------------------------ KlCoefficient
 
 
 def coefficient(controller: str, steps: int = 10, coef: float = 0.1, **kl: float) -> KlCoefficient:
@@ -126,7 +126,7 @@ def test_a_coefficient_goes_on_from_its_state(controller: str) -> None:
     assert betas(second, kls[4:]) == whole[4:]
 
 
-# ----------------------------------------------------------------------------------------------------------------- RunningScale
+# ------------------------------------------------------------------------------------- RunningScale
 
 
 def ragged_batches(seed: int, offset: float = 3.0) -> list[Tensor]:
@@ -209,7 +209,7 @@ def test_a_scale_goes_on_from_its_state(seed: int) -> None:
     assert second.state_dict() == whole.state_dict()
 
 
-# ---------------------------------------------------------------------------------------------------------------- MovingAverage
+# ------------------------------------------------------------------------------------ MovingAverage
 
 
 def small_engine(seed: int = 0, frozen: bool = False) -> Any:

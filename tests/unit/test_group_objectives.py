@@ -33,7 +33,7 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------------------------------------------- RLOO and GRPO
+# ------------------------------------------------------------------------------------ RLOO and GRPO
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -166,7 +166,7 @@ def test_the_reward_of_an_answer_is_its_score_minus_its_whole_penalty() -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------------- DPO
+# ---------------------------------------------------------------------------------------------- DPO
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -225,7 +225,7 @@ def test_preference_loss_is_finite_for_a_hopeless_pair() -> None:
     assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss.sum(), far)[0])
 
 
-# -------------------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -214,7 +214,7 @@ def test_in_bf16_only_the_first_ratio_must_keep_its_limit(experience: Experience
             Guards(Precision.fp32, OFF).check_ratio(now, before, mask, first)
 
 
-# --------------------------------------------------------------------------------------------------------------------- warnings
+# ----------------------------------------------------------------------------------------- warnings
 
 
 def row(**values: float) -> dict[str, float]:

@@ -89,7 +89,7 @@ def in_own_memory(module: nn.Module) -> Any:
     return module.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 def test_the_builtin_tokenizer_has_a_pad_token_that_is_not_eos(tokenizer: Any) -> None:
@@ -136,7 +136,7 @@ def test_sequences_longer_than_the_context_are_refused_with_the_numbers() -> Non
         check_context("builtin:tiny", context - 63, 64, "rollout.max_new_tokens")
 
 
-# ---------------------------------------------------------------------------------------------------- padding, positions, dropout
+# ---------------------------------------------------------------------- padding, positions, dropout
 
 
 @each_family
@@ -293,7 +293,7 @@ def test_every_weight_of_a_model_learns(base: Any, tokenizer: Any, family: str) 
         assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
 
-# -------------------------------------------------------------------------------------------------------------------- new heads
+# ---------------------------------------------------------------------------------------- new heads
 
 
 def test_a_new_head_has_the_standard_deviation_1_over_the_root_of_d_plus_1(tokenizer: Any) -> None:
@@ -334,7 +334,7 @@ def test_precision_is_that_of_the_weights_and_scores_and_log_probabilities_are_f
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- vocabulary
+# --------------------------------------------------------------------------------------- vocabulary
 
 
 def test_spare_rows_of_the_embedding_are_kept(tmp_path: Path, tokenizer: Any) -> None:
@@ -389,7 +389,7 @@ def test_a_grown_model_and_its_tokenizer_come_back_grown(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- save and load
+# ------------------------------------------------------------------------------------ save and load
 
 
 @each_family
@@ -467,7 +467,7 @@ def test_a_saved_model_brings_its_tokenizer_and_template(
     assert AutoConfig.from_pretrained(tmp_path / "model").architectures == ["OPTForCausalLM"]
 
 
-# ------------------------------------------------------------------------------------------ the sums that the stages train on
+# ---------------------------------------------------------------- the sums that the stages train on
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -50,7 +50,7 @@ def masked(x: Tensor, mask: Tensor) -> list[float]:
     return [x[i, j].item() for i in range(x.shape[0]) for j in range(x.shape[1]) if mask[i, j] > 0]
 
 
-# ------------------------------------------------------------------------------------------------------------------- token_logp
+# --------------------------------------------------------------------------------------- token_logp
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -92,7 +92,7 @@ def test_probabilities_of_all_targets_sum_to_one() -> None:
     assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairwise_loss
+# ------------------------------------------------------------------------------------ pairwise_loss
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -128,7 +128,7 @@ def test_pairwise_loss_is_finite_for_a_hopeless_pair() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ pairwise_loss_per_token
+# -------------------------------------------------------------------------- pairwise_loss_per_token
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -208,7 +208,7 @@ def test_padding_does_not_change_pairwise_loss_per_token() -> None:
     assert wide.item() == pairwise_loss_per_token(chosen, rejected, starts, ends).item()
 
 
-# ------------------------------------------------------------------------------------------------------------------ kl_estimate
+# -------------------------------------------------------------------------------------- kl_estimate
 
 
 def kl_by_token(p: float, q: float) -> dict[KlEstimator, float]:
@@ -321,7 +321,7 @@ def test_the_gradient_of_a_kl_estimate_is_the_numerical_one(estimator: KlEstimat
     assert torch.autograd.gradcheck(lambda x: kl_estimate(x, ref, estimator), (logp,))
 
 
-# ---------------------------------------------------------------------------------------------------------------- token_rewards
+# ------------------------------------------------------------------------------------ token_rewards
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -371,7 +371,7 @@ def test_without_a_penalty_the_score_stands_alone_on_the_last_token() -> None:
     assert torch.equal(rewards, t([0, 3, 0], [0, 0, -2], [1, 0, 0]))
 
 
-# -------------------------------------------------------------------------------------------------------------------------- gae
+# ---------------------------------------------------------------------------------------------- gae
 
 
 def gae_as_double_sum(
@@ -454,7 +454,7 @@ def test_padding_does_not_change_gae() -> None:
         assert (padded[:, 4:] == 0).all()
 
 
-# --------------------------------------------------------------------------------------------------------- masked_mean and whiten
+# --------------------------------------------------------------------------- masked_mean and whiten
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -532,7 +532,7 @@ def test_scaled_rewards_by_hand() -> None:
     assert (whiten(t([4.0, 5.0]), t([0, 0]), shift_mean=False) == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------- token_weights
+# ------------------------------------------------------------------------------------ token_weights
 
 
 def weights_by_loop(mask: Tensor, over: LossAggregation, longest: int) -> list[list[float]]:
@@ -624,7 +624,7 @@ def test_rows_without_tokens_have_no_weight_but_count_as_answers(over: LossAggre
     ).all()  # no NaN where nothing is learnt
 
 
-# ------------------------------------------------------------------------------------------------------------------ policy_loss
+# -------------------------------------------------------------------------------------- policy_loss
 
 
 def policy_loss_by_token(
@@ -838,7 +838,7 @@ def test_policy_loss_of_masked_rows_is_zero_without_gradient() -> None:
     assert all(x.item() == 0 for x in sums.values())
 
 
-# ------------------------------------------------------------------------------------------------------------------- value_loss
+# --------------------------------------------------------------------------------------- value_loss
 
 
 @pytest.mark.parametrize("clip", [0.2, None])
@@ -920,7 +920,7 @@ def test_value_loss_of_masked_rows_is_zero(clip: float | None) -> None:
     assert loss.item() == 0 and clipped.item() == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- sums and splits
+# ---------------------------------------------------------------------------------- sums and splits
 
 STEP = ("mask", "logp", "old_logp", "advantages", "values", "old_values", "returns")
 
@@ -1017,7 +1017,7 @@ def test_sums_over_pairs_add_up_so_that_micro_batches_change_nothing() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------- repetition
+# --------------------------------------------------------------------------------------- repetition
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -1047,7 +1047,7 @@ def test_an_answer_shorter_than_an_n_gram_repeats_nothing() -> None:
     assert [repetition(ids, 3) for ids in ([], [1], [1, 1], [1, 1, 1])] == [0.0] * 4
 
 
-# ----------------------------------------------------------------------------------------------------------- explained_variance
+# ------------------------------------------------------------------------------- explained_variance
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
@@ -1078,7 +1078,7 @@ def test_explained_variance_of_known_values() -> None:
     assert math.isnan(explained_variance(t([2.0]), t([1.0]), t([1])))
 
 
-# ---------------------------------------------------------------------------------------------------------------- learning_rate
+# ------------------------------------------------------------------------------------ learning_rate
 
 
 def rates(

@@ -72,7 +72,7 @@ def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------- parameter counts
+# --------------------------------------------------------------------------------- parameter counts
 
 KNOWN = {  # as the papers and model cards have them
     "opt1.3b": 1_315_758_080,
@@ -143,7 +143,7 @@ def test_a_model_that_nobody_described() -> None:
         linear_layers(dataclasses.replace(known, family="mamba"))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def storages() -> dict[int, int]:
@@ -351,7 +351,7 @@ def test_the_critic_is_planned_as_the_model_that_it_starts_from() -> None:
     assert not own.notes and "the critic starts from the actor" in other.notes[0]
 
 
-# ---------------------------------------------------------------------------------------------------------- changes and command line
+# ------------------------------------------------------------------------- changes and command line
 
 
 TOO_LARGE = [

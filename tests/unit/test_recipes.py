@@ -131,7 +131,7 @@ def test_recipes_set_what_is_theirs_and_name_their_source(group: str) -> None:
             assert "DeepSpeed-Chat, step" in path.read_text(), path
 
 
-# ---------------------------------------------------------------------------------------------------------- bug for bug, rl=dschat
+# --------------------------------------------------------------------------- bug for bug, rl=dschat
 
 DSCHAT = ["rl=dschat", "rm=dschat", "sft=dschat"]
 

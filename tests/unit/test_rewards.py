@@ -32,7 +32,7 @@ def sources(**settings: dict[str, Any]) -> Config:
     return cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------- functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokenizer: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_module_that_is_not_there_is_told_before_anything_starts(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ reward models
+# ------------------------------------------------------------------------------------ reward models
 
 
 class Fixed:
@@ -171,7 +171,7 @@ def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
     assert check_config(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 
-# --------------------------------------------------------------------------------------------------------- as a user sets them
+# ------------------------------------------------------------------------------ as a user sets them
 
 
 def test_without_the_trained_reward_model_none_is_needed() -> None:

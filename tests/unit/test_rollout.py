@@ -161,7 +161,7 @@ def experience_of(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- sample
+# ------------------------------------------------------------------------------------------- sample
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -293,7 +293,7 @@ def test_other_draws_give_other_answers(small: Policy) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ a choice among the likeliest
+# --------------------------------------------------------------------- a choice among the likeliest
 
 CHOICES: list[dict[str, Any]] = [
     {"top_k": 1},
@@ -396,7 +396,7 @@ def test_greedy_answers_do_not_depend_on_the_draws(small: Policy) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
-# ------------------------------------------------------------------------------------------------------------------- experience
+# --------------------------------------------------------------------------------------- experience
 
 
 def test_the_value_before_a_token_is_the_score_one_place_earlier() -> None:
@@ -547,7 +547,7 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
     assert padded == pytest.approx(found, rel=1e-5, nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------- rollouts with engines
+# ---------------------------------------------------------------------------- rollouts with engines
 
 
 @dataclasses.dataclass
@@ -880,7 +880,7 @@ def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_di
     assert (guessed.old_logprobs[1] - plain.old_logprobs[1]).abs().max() > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------------------- the first update
+# --------------------------------------------------------------------------------- the first update
 
 
 def advantages_of(e: experience_module.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
@@ -1008,7 +1008,7 @@ def test_micro_batches_do_not_change_an_update(
         assert max(float((a - b).abs().max()) for a, b in zip(weights, results[0][1])) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_ppo: Engines) -> None:

@@ -80,7 +80,7 @@ def assert_same(policy: Policy, left: bool = False) -> None:
     assert_close(gradients(policy, (logp * weight + entropy * wanted).sum()), expected)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the layout
+# --------------------------------------------------------------------------------------- the layout
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -152,7 +152,7 @@ def test_equal_lengths_need_no_rearrangement() -> None:
         packing.pack(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 1], [0, 0]]))
 
 
-# ----------------------------------------------------------------------------------------------------------- values and gradients
+# ----------------------------------------------------------------------------- values and gradients
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -238,7 +238,7 @@ def test_temperature_divides_the_logits(base: Any, tokenizer: Any, family: str) 
         assert torch.allclose(logp[i][wanted[i]], row[:, 0], atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------ who is trusted
+# ----------------------------------------------------------------------------------- who is trusted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
