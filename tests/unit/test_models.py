@@ -1,4 +1,7 @@
-"""Loading, saving and scoring: what a model says depends on its text only, and is the same after it was written and read."""
+"""Loading, saving and scoring.
+
+What a model says depends on its text only, and is the same after saving and loading.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def padded(row: list[int], left: int, right: int) -> tuple[Tensor, Tensor]:
 
 
 def all_but_the_first(mask: Tensor) -> Tensor:
-    """Of which tokens log-probabilities are asked: all that have another before them in their row."""
+    """The tokens whose log-probabilities are asked: all but the first of each row."""
     return (mask > 0) & (mask.cumsum(1) > 1)
 
 
@@ -83,7 +86,10 @@ def score_of(scorer: Scorer, row: list[int], left: int = 0, right: int = 0) -> f
 
 
 def in_own_memory(module: nn.Module) -> Any:
-    """The same weights, no longer where the file that they come from puts them: a product is rounded by where its factors lie."""
+    """The same weights at new addresses, no longer where their file puts them.
+
+    The rounding of a product depends on the addresses of its factors.
+    """
     for p in module.parameters():
         p.data = p.data.clone()
     return module.eval()
@@ -263,7 +269,7 @@ def test_the_last_token_is_found_by_the_mask_and_not_by_its_id(tokenizer: Any) -
 def test_dropout_of_the_configuration_is_off_after_loading(
     base: Any, tokenizer: Any, family: str
 ) -> None:
-    """Else the log-probabilities of the update are not those of the rollout: the first ratio of PPO would not be 1."""
+    """The update has the log-probabilities of the rollout; else PPO's first ratio is not 1."""
     ids, mask = pad_right(ROWS, PAD, CPU)
     as_it_comes = AutoModelForCausalLM.from_pretrained(base(family)).train()
     assert not torch.equal(as_it_comes(input_ids=ids).logits, as_it_comes(input_ids=ids).logits)
@@ -474,7 +480,10 @@ def test_a_saved_model_brings_its_tokenizer_and_template(
 def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config, plain: bool
 ) -> None:
-    """T2, D10: whatever the padding, the order and the company; perplexity is the mean over tokens, not over batches."""
+    """T2, D10: padding, order and the other rows of the batch do not matter.
+
+    Perplexity is the mean over tokens, not over batches.
+    """
     engine = build_engine(
         lambda: load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path
     )
@@ -547,8 +556,10 @@ def test_scores_of_pairs_and_rows_are_those_of_each_alone(
 def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(
     tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
 ) -> None:
-    """Its loop over pairs (dschat/utils/model/reward_model.py), on the scores that the same rows get here. Where it finds its padding,
-    which is EOS, is where an answer has ended."""
+    """Its loop over pairs (dschat/utils/model/reward_model.py), on the scores of the same rows.
+
+    Its padding is EOS: where it finds padding, a response has ended.
+    """
     engine = build_engine(
         lambda: load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path
     )

@@ -1,4 +1,4 @@
-"""Sources of the score: functions and reward models, their units, and what is said when one is wrong."""
+"""Sources of the score: functions and reward models, their units, and messages about errors."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def test_a_module_that_is_not_there_is_told_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     (line,) = check_functions(sources(mine={"function": "no_such_module.deep:f"}), "ppo")
     assert line.startswith(
-        "rl.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here"
+        "rl.rewards.mine.function=no_such_module.deep:f: "
+        "there is no module no_such_module.deep, neither here"
     )
     assert not list(check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"}), "ppo"))
     done = train("stage=ppo", "rl.rewards.mine.function=no_such_module:f", cwd=tmp_path)
