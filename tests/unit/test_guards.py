@@ -1,4 +1,7 @@
-"""What stops a run whose arithmetic is broken, each broken on purpose; and the warnings about training that goes wrong."""
+"""Guards that stop a run with broken arithmetic, and warnings about training that goes wrong.
+
+Each test breaks something on purpose.
+"""
 
 from __future__ import annotations
 
