@@ -163,8 +163,16 @@ def trl_ppo(spec: Spec) -> None:
     trainer.train()
 
 
+def tokenized(spec: Spec) -> list[dict[str, list[int]]]:
+    """The rows of all batches, with the columns that TRL's SFTTrainer or RewardTrainer reads."""
+    rows = itertools.chain(*read_batches(spec))
+    if spec["work"] == "rm":
+        return [{"chosen_ids": p + c, "rejected_ids": p + r} for p, c, r in rows]
+    return [{"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)} for p, a in rows]
+
+
 def trl_trainer(spec: Spec) -> None:
-    """One optimizer step of TRL's SFTTrainer (loss on the answers only) or RewardTrainer.
+    """One optimizer step of TRL's SFTTrainer (loss on the responses only) or RewardTrainer.
 
     In bf16 weights stay fp32, TRL's default.
     """
@@ -184,7 +192,7 @@ def trl_trainer(spec: Spec) -> None:
     torch.set_num_threads(spec["threads"])
     turn = turns(spec, f"trl {trl.__version__}")
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"])
-    rows = list(itertools.chain(*read_batches(spec)))
+    table = Dataset.from_list(tokenized(spec))
     settings = trl_settings(spec) | {
         "num_train_epochs": 1,
         "max_length": spec["max_length"],
@@ -192,9 +200,6 @@ def trl_trainer(spec: Spec) -> None:
     }
     trainer: Any
     if spec["work"] == "rm":
-        table = Dataset.from_list(
-            [{"chosen_ids": p + c, "rejected_ids": p + r} for p, c, r in rows]
-        )
         scorer = AutoModelForSequenceClassification.from_pretrained(
             spec["reward"], num_labels=1, dtype=torch.float32
         )
@@ -205,9 +210,6 @@ def trl_trainer(spec: Spec) -> None:
             train_dataset=table,
         )
     else:
-        table = Dataset.from_list(
-            [{"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)} for p, a in rows]
-        )
         policy = AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=torch.float32)
         args = SFTConfig(**settings, completion_only_loss=True, shuffle_dataset=False)
         trainer = SFTTrainer(

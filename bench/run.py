@@ -70,15 +70,8 @@ def compare(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
         f"product / {contenders[1]['peer']}: {speed:.2f} times the real tokens per second, "
         f"{size:.2f} times the memory above the imports"
     ]
-    return (
-        rows,
-        conclusions,
-        {
-            "limits": limits,
-            "shapes": shapes,
-            "contestants": [summary_of(each) for each in contenders],
-        },
-    )
+    more = {"limits": limits, "shapes": shapes}
+    return rows, conclusions, more | {"contestants": [summary_of(each) for each in contenders]}
 
 
 def summary_of(contestant: dict[str, Any]) -> dict[str, Any]:
@@ -121,15 +114,8 @@ def padding(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
     conclusions = [
         f"time per real token: {ratios}; {verdict} within 15 % (they differ by {100 * worst:.0f} %)"
     ]
-    return (
-        rows,
-        conclusions,
-        {
-            "limits": limits,
-            "shapes": shapes,
-            "contestants": [summary_of(each) for each in contenders],
-        },
-    )
+    more = {"limits": limits, "shapes": shapes}
+    return rows, conclusions, more | {"contestants": [summary_of(each) for each in contenders]}
 
 
 def vocabulary(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:

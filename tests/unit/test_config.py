@@ -23,7 +23,8 @@ COMBINED = ("data", "deploy", "experiment", "sft", "rm", "rollout")
 OPTIONS = [(g, path.stem) for g in COMBINED for path in sorted((CONF / g).glob("*.yaml"))]
 
 
-# each option with one of the stages (those of data: test_formats.py), and in make test-all with each of them
+# Each option with one of the stages; with every stage in make test-all.
+# The options of data: test_formats.py.
 COMPOSED = [
     pytest.param(
         group,

@@ -1,4 +1,4 @@
-"""What PPO remembers from rollout to rollout, against the formulas of the papers worked out by hand or with numpy."""
+"""What PPO remembers between rollouts, against the papers' formulas by hand or with numpy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 SEEDS = range(6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- KlCoefficient
+# ------------------------------------------------------------------------------------ KlCoefficient
 
 
 def coefficient(controller: str, steps: int = 10, coef: float = 0.1, **kl: float) -> KlCoefficient:
@@ -82,7 +82,8 @@ def test_a_run_of_one_rollout_has_the_first_linear_coefficient() -> None:
 
 
 def test_an_adaptive_coefficient_is_zieglers_by_hand() -> None:
-    # 100 answers of a horizon of 1000; KL / 6 - 1 = 0.1, -0.1, 0, and 1, -1, -1.5 clipped to 0.2, -0.2, -0.2
+    # 100 responses, a horizon of 1000. KL / 6 - 1 = 0.1, -0.1 and 0;
+    # then 1, -1 and -1.5, which are clipped to 0.2, -0.2 and -0.2.
     factors = [1.01, 0.99, 1.0, 1.02, 0.98, 0.98]
     expected = list(itertools.accumulate(factors, lambda a, b: a * b, initial=0.1))
     assert betas(coefficient("adaptive"), [6.6, 5.4, 6.0, 12.0, 0.0, -3.0]) == pytest.approx(
@@ -126,11 +127,11 @@ def test_a_coefficient_goes_on_from_its_state(controller: str) -> None:
     assert betas(second, kls[4:]) == whole[4:]
 
 
-# ----------------------------------------------------------------------------------------------------------------- RunningScale
+# ------------------------------------------------------------------------------------- RunningScale
 
 
 def ragged_batches(seed: int, offset: float = 3.0) -> list[Tensor]:
-    """Scores of rollouts of unequal size, one of a single answer among them, that drift and widen."""
+    """Scores that drift and widen, from rollouts of unequal size; one has a single response."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [1 + seed, 1, 5, 17, 3, 64]
     return [
@@ -209,7 +210,7 @@ def test_a_scale_goes_on_from_its_state(seed: int) -> None:
     assert second.state_dict() == whole.state_dict()
 
 
-# ---------------------------------------------------------------------------------------------------------------- MovingAverage
+# ------------------------------------------------------------------------------------ MovingAverage
 
 
 def small_engine(seed: int = 0, frozen: bool = False) -> Any:

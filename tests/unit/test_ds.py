@@ -1,4 +1,6 @@
-"""DeepSpeed's configurations, pinned: ds_configs.txt has one line per (overrides, processes, stage, role).
+"""DeepSpeed's configurations, pinned in ds_configs.txt.
+
+It has one line per (overrides, processes, stage, role).
 
 After a change that is meant: python tests/test_ds.py writes it anew; read the difference.
 """
@@ -27,7 +29,8 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("deploy=single_node deploy.zero_stage=1 deploy.offload.optimizer=true", 8, ["ppo"]),
     ("deploy=single_node deploy.zero_stage=2 deploy.offload.frozen=true", 8, ["ppo"]),
     (
-        "deploy=single_node deploy.zero_stage=3 deploy.offload={optimizer:true,parameters:true,frozen:true}",
+        "deploy=single_node deploy.zero_stage=3 "
+        "deploy.offload={optimizer:true,parameters:true,frozen:true}",
         8,
         ["ppo"],
     ),
@@ -53,7 +56,10 @@ def test_configurations_are_as_pinned() -> None:
 
 
 def test_deepspeed_knows_every_key() -> None:
-    """Of the sections it checks itself DeepSpeed does so; of the others we name the keys that its code reads."""
+    """DeepSpeed's code reads every key of the configurations.
+
+    It checks some sections itself. The keys of the others are listed here.
+    """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     known = {

@@ -1,4 +1,4 @@
-"""The formulas of RLOO, GRPO, DPO and of the evaluation: against loops, by hand, and how they hang together."""
+"""The formulas of RLOO, GRPO, DPO and the evaluation, against loops and by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------------------------------------------- RLOO and GRPO
+# ------------------------------------------------------------------------------------ RLOO and GRPO
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -92,7 +92,10 @@ def test_a_constant_added_to_all_answers_of_a_prompt_changes_nothing() -> None:
 
 
 def test_the_leave_one_out_gradient_is_unbiased_and_that_of_the_mean_is_shrunk() -> None:
-    """A policy over three answers with known rewards: all groups of two answers, each with its probability."""
+    """A policy over three responses with known rewards.
+
+    All groups of two responses count, each with its probability.
+    """
     logits, reward = (
         torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True),
         torch.tensor([1.0, 4.0, -2.0]).double(),
@@ -114,7 +117,10 @@ def test_the_leave_one_out_gradient_is_unbiased_and_that_of_the_mean_is_shrunk()
 
 
 def test_without_deviation_and_with_constant_length_it_is_dr_grpo() -> None:
-    """arXiv:2503.20783, eq. 2: 1/G sum over answers and tokens of min(ratio A, clip A), divided by a constant instead of the length."""
+    """arXiv:2503.20783, eq. 2: 1/G sum over responses and tokens of min(ratio A, clip A).
+
+    The divisor is a constant instead of the length.
+    """
     torch.manual_seed(0)
     g, r, longest = 4, 5, 9
     logp, old = numbers(1, g, r) * 0.3, numbers(2, g, r) * 0.3
@@ -133,7 +139,10 @@ def test_without_deviation_and_with_constant_length_it_is_dr_grpo() -> None:
 
 
 def test_grpo_of_two_answers_by_hand() -> None:
-    """DeepSeekMath, eq. 3: mean over answers of the mean over tokens. At ratio 1 each token's loss is minus its answer's advantage."""
+    """DeepSeekMath, eq. 3: mean over responses of the mean over tokens.
+
+    At ratio 1 each token's loss is minus the advantage of its response.
+    """
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     advantages = group_relative(torch.tensor([[2.0, 0.0]]), False).view(-1, 1) * mask
     loss, _ = policy_loss(
@@ -166,7 +175,7 @@ def test_the_reward_of_an_answer_is_its_score_minus_its_whole_penalty() -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------------- DPO
+# ---------------------------------------------------------------------------------------------- DPO
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -198,7 +207,10 @@ def test_where_policy_and_reference_agree_the_losses_are_ln_2_and_a_square(beta:
 
 
 def test_dpo_learns_the_margin_of_the_labels_and_ipo_stops_at_its_own() -> None:
-    """With a share e of wrong labels the loss is least where sigmoid(beta h) = 1 - e; IPO's at h = 1 / (2 beta)."""
+    """With a share e of wrong labels the loss is least where sigmoid(beta h) = 1 - e.
+
+    IPO's loss is least at h = 1 / (2 beta).
+    """
     grid = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
     zero = torch.zeros_like(grid)
     best = float(grid[preference_loss(grid, zero, 0.5, DpoLoss.sigmoid, 0.2).argmin()])
@@ -225,7 +237,7 @@ def test_preference_loss_is_finite_for_a_hopeless_pair() -> None:
     assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss.sum(), far)[0])
 
 
-# -------------------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,4 +1,7 @@
-"""What stops a run whose arithmetic is broken, each broken on purpose; and the warnings about training that goes wrong."""
+"""Guards that stop a run with broken arithmetic, and warnings about training that goes wrong.
+
+Each test breaks something on purpose.
+"""
 
 from __future__ import annotations
 
@@ -214,7 +217,7 @@ def test_in_bf16_only_the_first_ratio_must_keep_its_limit(experience: Experience
             Guards(Precision.fp32, OFF).check_ratio(now, before, mask, first)
 
 
-# --------------------------------------------------------------------------------------------------------------------- warnings
+# ----------------------------------------------------------------------------------------- warnings
 
 
 def row(**values: float) -> dict[str, float]:

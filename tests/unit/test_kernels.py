@@ -26,7 +26,10 @@ def built() -> None:
 
 
 def test_by_hand() -> None:
-    """A product of two rows; and attention with scores 0 and ln 3 to two tokens, a quarter and three quarters of their values."""
+    """A product of two rows, and attention to two tokens.
+
+    Their scores are 0 and ln 3, so their values count a quarter and three quarters.
+    """
     x, w = (
         torch.tensor([[1.0, 2.0], [0.0, -1.0]]),
         torch.tensor([[3.0, 4.0], [5.0, 6.0], [0.5, 0.0]]),
@@ -61,7 +64,10 @@ def test_by_hand() -> None:
     ],
 )
 def test_linear_is_exact(rows: int, inputs: int, outputs: int, bias: bool) -> None:
-    """At most twice torch's own error, at shapes that do and do not fill vectors, blocks of columns and partial sums."""
+    """The error is at most twice that of torch.
+
+    Some shapes fill vectors, blocks of columns and partial sums; others do not.
+    """
     torch.manual_seed(0)
     x, w, b = (
         torch.randn(rows, inputs),
@@ -79,7 +85,10 @@ def test_linear_is_exact(rows: int, inputs: int, outputs: int, bias: bool) -> No
 
 
 def test_a_row_does_not_depend_on_where_it_is_computed() -> None:
-    """Other rows of the batch, the number of threads and the address of the weights change no bit: a resumed run repeats."""
+    """No bit depends on the batch's other rows, the threads or the address of the weights.
+
+    A resumed run therefore repeats.
+    """
     torch.manual_seed(0)
     x, w = torch.randn(19, 300), torch.randn(500, 300)
     expected = kernels.linear(x, w, None)

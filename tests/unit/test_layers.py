@@ -1,4 +1,8 @@
-"""Who may import whom: the parent process stays free of torch, stages do not know each other, Hydra stays in front."""
+"""Who may import whom.
+
+The parent process stays free of torch. Stages do not know each other. Only rlhf.cli and
+rlhf.compose use Hydra.
+"""
 
 from __future__ import annotations
 
@@ -119,5 +123,8 @@ def test_hydra_stays_in_front() -> None:
 
 
 def test_the_parent_process_never_imports_torch() -> None:
-    code = "import sys, rlhf.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'deepspeed', 'wandb', 'datasets')))"
+    code = (
+        "import sys, rlhf.cli; sys.exit(any(m in sys.modules for m in "
+        "('torch', 'transformers', 'deepspeed', 'wandb', 'datasets')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

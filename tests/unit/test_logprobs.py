@@ -51,7 +51,7 @@ def test_values_and_gradients_equal_those_of_the_whole_logits(
     of_entropy: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sizes: within one chunk; over several; over several, of which not all are kept for the backward pass."""
+    """Sizes: one chunk; several chunks; several, not all of them kept for the backward pass."""
     monkeypatch.setattr(logprobs, "KEPT_PROBABILITIES", 2**21)
     hidden, weight, offset, targets = random(size[0], 12, size[1], bias)
     a, b = torch.randn(2, size[0])
@@ -99,8 +99,10 @@ def test_a_frozen_output_layer_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_bf16_sums_are_in_float32(autocast: bool) -> None:
-    """As exact as bf16 logits allow: their softmax is taken in float32. A gradient of the weights that added up 1,200 tokens in bf16
-    would be wrong by more."""
+    """As exact as bf16 logits allow, because their softmax is taken in float32.
+
+    A weight gradient that summed 1,200 tokens in bf16 would have a larger error.
+    """
     hidden, weight, _, targets = random(1200, 16, 300, False)
     given = [x.detach() if autocast else x.detach().bfloat16() for x in (hidden, weight)]
     h, w = (x.requires_grad_() for x in given)

@@ -1,4 +1,7 @@
-"""Loading, saving and scoring: what a model says depends on its text only, and is the same after it was written and read."""
+"""Loading, saving and scoring.
+
+What a model says depends on its text only, and is the same after saving and loading.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def padded(row: list[int], left: int, right: int) -> tuple[Tensor, Tensor]:
 
 
 def all_but_the_first(mask: Tensor) -> Tensor:
-    """Of which tokens log-probabilities are asked: all that have another before them in their row."""
+    """The tokens whose log-probabilities are asked: all but the first of each row."""
     return (mask > 0) & (mask.cumsum(1) > 1)
 
 
@@ -83,13 +86,16 @@ def score_of(scorer: Scorer, row: list[int], left: int = 0, right: int = 0) -> f
 
 
 def in_own_memory(module: nn.Module) -> Any:
-    """The same weights, no longer where the file that they come from puts them: a product is rounded by where its factors lie."""
+    """The same weights at new addresses, no longer where their file puts them.
+
+    The rounding of a product depends on the addresses of its factors.
+    """
     for p in module.parameters():
         p.data = p.data.clone()
     return module.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 def test_the_builtin_tokenizer_has_a_pad_token_that_is_not_eos(tokenizer: Any) -> None:
@@ -136,7 +142,7 @@ def test_sequences_longer_than_the_context_are_refused_with_the_numbers() -> Non
         check_context("builtin:tiny", context - 63, 64, "rollout.max_new_tokens")
 
 
-# ---------------------------------------------------------------------------------------------------- padding, positions, dropout
+# ---------------------------------------------------------------------- padding, positions, dropout
 
 
 @each_family
@@ -263,7 +269,7 @@ def test_the_last_token_is_found_by_the_mask_and_not_by_its_id(tokenizer: Any) -
 def test_dropout_of_the_configuration_is_off_after_loading(
     base: Any, tokenizer: Any, family: str
 ) -> None:
-    """Else the log-probabilities of the update are not those of the rollout: the first ratio of PPO would not be 1."""
+    """The update has the log-probabilities of the rollout; else PPO's first ratio is not 1."""
     ids, mask = pad_right(ROWS, PAD, CPU)
     as_it_comes = AutoModelForCausalLM.from_pretrained(base(family)).train()
     assert not torch.equal(as_it_comes(input_ids=ids).logits, as_it_comes(input_ids=ids).logits)
@@ -293,7 +299,7 @@ def test_every_weight_of_a_model_learns(base: Any, tokenizer: Any, family: str) 
         assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
 
-# -------------------------------------------------------------------------------------------------------------------- new heads
+# ---------------------------------------------------------------------------------------- new heads
 
 
 def test_a_new_head_has_the_standard_deviation_1_over_the_root_of_d_plus_1(tokenizer: Any) -> None:
@@ -334,7 +340,7 @@ def test_precision_is_that_of_the_weights_and_scores_and_log_probabilities_are_f
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- vocabulary
+# --------------------------------------------------------------------------------------- vocabulary
 
 
 def test_spare_rows_of_the_embedding_are_kept(tmp_path: Path, tokenizer: Any) -> None:
@@ -389,7 +395,7 @@ def test_a_grown_model_and_its_tokenizer_come_back_grown(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- save and load
+# ------------------------------------------------------------------------------------ save and load
 
 
 @each_family
@@ -467,14 +473,17 @@ def test_a_saved_model_brings_its_tokenizer_and_template(
     assert AutoConfig.from_pretrained(tmp_path / "model").architectures == ["OPTForCausalLM"]
 
 
-# ------------------------------------------------------------------------------------------ the sums that the stages train on
+# ---------------------------------------------------------------- the sums that the stages train on
 
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config, plain: bool
 ) -> None:
-    """T2, D10: whatever the padding, the order and the company; perplexity is the mean over tokens, not over batches."""
+    """T2, D10: padding, order and the other rows of the batch do not matter.
+
+    Perplexity is the mean over tokens, not over batches.
+    """
     engine = build_engine(
         lambda: load_policy("builtin:tiny", tokenizer, FP32), cfg, "actor", tmp_path
     )
@@ -547,8 +556,10 @@ def test_scores_of_pairs_and_rows_are_those_of_each_alone(
 def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(
     tmp_path: Path, tokenizer: Any, one_process: None, cfg: Config
 ) -> None:
-    """Its loop over pairs (dschat/utils/model/reward_model.py), on the scores that the same rows get here. Where it finds its padding,
-    which is EOS, is where an answer has ended."""
+    """Its loop over pairs (dschat/utils/model/reward_model.py), on the scores of the same rows.
+
+    Its padding is EOS: where it finds padding, a response has ended.
+    """
     engine = build_engine(
         lambda: load_scorer("builtin:tiny", tokenizer, FP32), cfg, "reward", tmp_path
     )

@@ -1,4 +1,4 @@
-"""The formulas, each against a second one written as plain loops over Python floats, and against numbers worked out by hand."""
+"""The formulas, each against plain loops over Python floats and against numbers by hand."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def masked(x: Tensor, mask: Tensor) -> list[float]:
     return [x[i, j].item() for i in range(x.shape[0]) for j in range(x.shape[1]) if mask[i, j] > 0]
 
 
-# ------------------------------------------------------------------------------------------------------------------- token_logp
+# --------------------------------------------------------------------------------------- token_logp
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -92,7 +92,7 @@ def test_probabilities_of_all_targets_sum_to_one() -> None:
     assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairwise_loss
+# ------------------------------------------------------------------------------------ pairwise_loss
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -128,7 +128,7 @@ def test_pairwise_loss_is_finite_for_a_hopeless_pair() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ pairwise_loss_per_token
+# -------------------------------------------------------------------------- pairwise_loss_per_token
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -154,7 +154,8 @@ def test_pairwise_loss_per_token_by_hand() -> None:
         t([9.0, 1.0, 2.0, -50.0], [0.0, 0.0, 0.0, 1.0]),
         t([9.0, 0.0, 0.0, 50.0], [0.0, 0.0, 0.0, 0.0]),
     )
-    # margins 1 and 2: (log(1 + e^-1) + log(1 + e^-2)) / 2 = (0.313262 + 0.126928) / 2;  margin 1 alone
+    # margins 1 and 2: (log(1 + e^-1) + log(1 + e^-2)) / 2 = (0.313262 + 0.126928) / 2
+    # margin 1 alone
     parts = [
         pairwise_loss_per_token(
             chosen[[i]], rejected[[i]], torch.tensor([start]), torch.tensor([end])
@@ -208,7 +209,7 @@ def test_padding_does_not_change_pairwise_loss_per_token() -> None:
     assert wide.item() == pairwise_loss_per_token(chosen, rejected, starts, ends).item()
 
 
-# ------------------------------------------------------------------------------------------------------------------ kl_estimate
+# -------------------------------------------------------------------------------------- kl_estimate
 
 
 def kl_by_token(p: float, q: float) -> dict[KlEstimator, float]:
@@ -218,13 +219,16 @@ def kl_by_token(p: float, q: float) -> dict[KlEstimator, float]:
 
 
 def policy_and_reference(seed: int) -> tuple[Tensor, Tensor]:
-    """Logits of a policy, with gradient, and log-probabilities of a reference, over 2 to 7 tokens."""
+    """Logits of a policy, with gradient, and a reference's log-probabilities; 2 to 7 tokens."""
     generator = torch.Generator().manual_seed(seed)
     return normal(generator, 2 + seed).requires_grad_(), normal(generator, 2 + seed).log_softmax(0)
 
 
 def expected_gradient(logits: Tensor, ref: Tensor, estimator: KlEstimator) -> Tensor:
-    """Sum over all tokens of p x gradient of the estimate: what the loss of sampled tokens has in expectation."""
+    """The sum over all tokens of p times the gradient of the estimate.
+
+    This is the expectation of the gradient from sampled tokens.
+    """
     logp = logits.log_softmax(0)
     return torch.autograd.grad(
         (logp.exp().detach() * kl_estimate(logp, ref, estimator)).sum(), logits
@@ -247,7 +251,8 @@ def test_kl_estimates_equal_loops(seed: int, estimator: KlEstimator) -> None:
 
 
 def test_kl_estimates_by_hand() -> None:
-    # p = 1/2, 1/4, 1/4 and q = 1/4, 1/2, 1/4: d = log 2, -log 2, 0.  k2 = (log 2)^2 / 2;  k3 = q/p - 1 + d
+    # p = 1/2, 1/4, 1/4 and q = 1/4, 1/2, 1/4: d = log 2, -log 2, 0
+    # k2 = (log 2)^2 / 2;  k3 = q/p - 1 + d
     logp, ref = t([0.5, 0.25, 0.25]).log(), t([0.25, 0.5, 0.25]).log()
     assert kl_estimate(logp, ref, KlEstimator.k1)[0].tolist() == pytest.approx(
         [0.693147, -0.693147, 0.0], abs=1e-6
@@ -321,7 +326,7 @@ def test_the_gradient_of_a_kl_estimate_is_the_numerical_one(estimator: KlEstimat
     assert torch.autograd.gradcheck(lambda x: kl_estimate(x, ref, estimator), (logp,))
 
 
-# ---------------------------------------------------------------------------------------------------------------- token_rewards
+# ------------------------------------------------------------------------------------ token_rewards
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -342,12 +347,14 @@ def test_token_rewards_equal_loops(seed: int) -> None:
 
 
 def test_token_rewards_in_the_three_ways_an_answer_ends() -> None:
-    # an answer that stops in the middle, one that fills all places without EOS, one that is a single token
+    # A response that stops in the middle, one that fills all places without EOS, and one of a
+    # single token.
     mask = t([1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0])
     logp = t([-1.0, -2.0, -9.0, -9.0], [-1.0, -1.0, -1.0, -1.0], [-0.5, -9.0, -9.0, -9.0])
     ref = t([-1.5, -1.0, -3.0, -3.0], [-1.0, -2.0, -1.0, -0.5], [-0.7, -3.0, -3.0, -3.0])
     rewards = token_rewards(torch.tensor([3.0, -2.0, 1.0], dtype=F64), 0.1 * (logp - ref), mask)
-    # -0.1 * (-1 + 1.5) = -0.05;  -0.1 * (-2 + 1) + 3 = 3.1;  nothing behind EOS, whatever the padding's log-probabilities
+    # -0.1 * (-1 + 1.5) = -0.05;  -0.1 * (-2 + 1) + 3 = 3.1;
+    # nothing behind EOS, whatever the log-probabilities of the padding
     expected = t([-0.05, 3.1, 0.0, 0.0], [0.0, -0.1, 0.0, 0.05 - 2.0], [-0.02 + 1.0, 0.0, 0.0, 0.0])
     assert torch.allclose(rewards, expected, atol=1e-12)
 
@@ -371,13 +378,16 @@ def test_without_a_penalty_the_score_stands_alone_on_the_last_token() -> None:
     assert torch.equal(rewards, t([0, 3, 0], [0, 0, -2], [1, 0, 0]))
 
 
-# -------------------------------------------------------------------------------------------------------------------------- gae
+# ---------------------------------------------------------------------------------------------- gae
 
 
 def gae_as_double_sum(
     rewards: list[float], values: list[float], gamma: float, lam: float
 ) -> list[float]:
-    """A_t = sum over l of (gamma lam)^l delta_{t+l}, for one row without padding (Schulman 2016, eq. 16)."""
+    """A_t = sum over l of (gamma lam)^l delta_{t+l} (Schulman 2016, eq. 16).
+
+    For one row without padding.
+    """
     n = len(rewards)
     delta = [
         rewards[k] + gamma * (values[k + 1] if k + 1 < n else 0.0) - values[k] for k in range(n)
@@ -406,7 +416,8 @@ def test_gae_equals_the_double_sum(seed: int, gamma: float, lam: float) -> None:
 
 def test_gae_of_three_tokens_by_hand() -> None:
     rewards, values, mask = t([0.0, 0.0, 1.0]), t([0.5, 0.4, 0.3]), torch.ones(1, 3, dtype=F64)
-    # delta = 0.4 - 0.5, 0.3 - 0.4, 1 - 0.3;  A3 = 0.7,  A2 = -0.1 + 0.95 * 0.7,  A1 = -0.1 + 0.95 * 0.565
+    # delta = 0.4 - 0.5, 0.3 - 0.4, 1 - 0.3
+    # A3 = 0.7,  A2 = -0.1 + 0.95 * 0.7,  A1 = -0.1 + 0.95 * 0.565
     advantages, returns = gae(rewards, values, mask, 1.0, 0.95)
     assert advantages[0].tolist() == pytest.approx([0.43675, 0.565, 0.7], abs=1e-12)
     assert returns[0].tolist() == pytest.approx([0.93675, 0.965, 1.0], abs=1e-12)
@@ -454,7 +465,7 @@ def test_padding_does_not_change_gae() -> None:
         assert (padded[:, 4:] == 0).all()
 
 
-# --------------------------------------------------------------------------------------------------------- masked_mean and whiten
+# --------------------------------------------------------------------------- masked_mean and whiten
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -532,7 +543,7 @@ def test_scaled_rewards_by_hand() -> None:
     assert (whiten(t([4.0, 5.0]), t([0, 0]), shift_mean=False) == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------- token_weights
+# ------------------------------------------------------------------------------------ token_weights
 
 
 def weights_by_loop(mask: Tensor, over: LossAggregation, longest: int) -> list[list[float]]:
@@ -571,7 +582,8 @@ def test_token_weights_by_hand() -> None:
             [1 / 12, 1 / 12, 1 / 12, 0], [1 / 12, 0, 0, 0], [1 / 12, 1 / 12, 0, 0]
         ),
     }
-    # a loss of 1 in the first answer, 2 in the second, 3 in the third: (3 + 2 + 6) / 6, (1 + 2 + 3) / 3, (3 + 2 + 6) / (3 x 4)
+    # The loss of a token is 1 in the first response, 2 in the second and 3 in the third:
+    # (3 + 2 + 6) / 6, (1 + 2 + 3) / 3, (3 + 2 + 6) / (3 x 4).
     means = {
         LossAggregation.token: 11 / 6,
         LossAggregation.sequence: 2.0,
@@ -624,7 +636,7 @@ def test_rows_without_tokens_have_no_weight_but_count_as_answers(over: LossAggre
     ).all()  # no NaN where nothing is learnt
 
 
-# ------------------------------------------------------------------------------------------------------------------ policy_loss
+# -------------------------------------------------------------------------------------- policy_loss
 
 
 def policy_loss_by_token(
@@ -691,9 +703,9 @@ def test_at_ratio_1_the_loss_is_minus_the_advantages_and_so_is_its_gradient() ->
 @pytest.mark.parametrize(
     "advantage, losses, slopes, low, high",
     [
-        # inside the clip; more likely than it rewards, no more push; a good token became rarer, push it up, unclipped
+        # A good token. Ratio inside the clip; above it, no gradient; below it, not clipped.
         (2.0, [-2.2, -2.56, -1.0], [-2.2, 0.0, -1.0], 0, 1),
-        # inside the clip; a bad token became likelier, push it down, unclipped; rarer than the clip rewards, no more push
+        # A bad token. Ratio inside the clip; above it, not clipped; below it, no gradient.
         (-2.0, [2.2, 3.0, 1.6], [2.2, 3.0, 0.0], 1, 0),
     ],
 )
@@ -838,7 +850,7 @@ def test_policy_loss_of_masked_rows_is_zero_without_gradient() -> None:
     assert all(x.item() == 0 for x in sums.values())
 
 
-# ------------------------------------------------------------------------------------------------------------------- value_loss
+# --------------------------------------------------------------------------------------- value_loss
 
 
 @pytest.mark.parametrize("clip", [0.2, None])
@@ -875,7 +887,8 @@ def test_the_value_clip_counts_no_rounding() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    # inside the clip: 0.5 (1.1 - 2)^2 = 0.405.  Moved 1 towards the return, of which 0.2 count: 0.5 (1.2 - 2)^2 = 0.32 > 0.
+    # Inside the clip: 0.5 (1.1 - 2)^2 = 0.405.
+    # Moved 1 towards the return, of which 0.2 count: 0.5 (1.2 - 2)^2 = 0.32 > 0.
     # Moved 1 away from it: 0.5 (0 - 2)^2 = 2, the clip does not help.
     values, old, returns, mask = (
         t([1.1, 2.0, 0.0, 50.0]),
@@ -920,7 +933,7 @@ def test_value_loss_of_masked_rows_is_zero(clip: float | None) -> None:
     assert loss.item() == 0 and clipped.item() == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- sums and splits
+# ---------------------------------------------------------------------------------- sums and splits
 
 STEP = ("mask", "logp", "old_logp", "advantages", "values", "old_values", "returns")
 
@@ -938,7 +951,7 @@ def random_step(seed: int) -> dict[str, Tensor]:
 def losses_of(
     x: dict[str, Tensor], over: LossAggregation, tokens: float, sequences: int, longest: int
 ) -> tuple[list[float], Tensor, Tensor]:
-    """The weighted losses of actor and critic on some rows, and their gradients for logp and values."""
+    """The weighted losses of actor and critic on some rows; their gradients for logp, values."""
     logp, values = x["logp"].clone().requires_grad_(), x["values"].clone().requires_grad_()
     weights = token_weights(x["mask"], over, tokens, sequences, longest)
     policy = (
@@ -1017,7 +1030,7 @@ def test_sums_over_pairs_add_up_so_that_micro_batches_change_nothing() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------- repetition
+# --------------------------------------------------------------------------------------- repetition
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -1047,7 +1060,7 @@ def test_an_answer_shorter_than_an_n_gram_repeats_nothing() -> None:
     assert [repetition(ids, 3) for ids in ([], [1], [1, 1], [1, 1, 1])] == [0.0] * 4
 
 
-# ----------------------------------------------------------------------------------------------------------- explained_variance
+# ------------------------------------------------------------------------------- explained_variance
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
@@ -1078,7 +1091,7 @@ def test_explained_variance_of_known_values() -> None:
     assert math.isnan(explained_variance(t([2.0]), t([1.0]), t([1])))
 
 
-# ---------------------------------------------------------------------------------------------------------------- learning_rate
+# ------------------------------------------------------------------------------------ learning_rate
 
 
 def rates(

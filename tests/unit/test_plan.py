@@ -1,4 +1,4 @@
-"""The plan against models that are really built, tensors that are really there, DeepSpeed's own estimators, and hand numbers."""
+"""The plan against built models, real tensors, DeepSpeed's own estimators and hand numbers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------- parameter counts
+# --------------------------------------------------------------------------------- parameter counts
 
 KNOWN = {  # as the papers and model cards have them
     "opt1.3b": 1_315_758_080,
@@ -143,7 +143,7 @@ def test_a_model_that_nobody_described() -> None:
         linear_layers(dataclasses.replace(known, family="mamba"))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def storages() -> dict[int, int]:
@@ -174,7 +174,10 @@ SOME = [(0, "fp32", 0), (1, "bf16", 8), (2, "fp32", 8), (3, "bf16", 0)]
 def test_model_states_are_the_measured_tensors(
     zero: int, precision: str, adapter: int, tmp_path: Path, one_process: None
 ) -> None:
-    """After an optimizer step. Gradients are gone then but at stage 3, whose buffer for them stays."""
+    """After an optimizer step.
+
+    The gradients are gone by then. Only stage 3 keeps its buffer for them.
+    """
     overrides = [
         f"deploy.zero_stage={zero}",
         f"deploy.precision={precision}",
@@ -210,7 +213,10 @@ def test_model_states_are_the_measured_tensors(
 
 @pytest.mark.parametrize("world", [1, 8])
 def test_model_states_are_those_of_deepspeeds_estimators(world: int) -> None:
-    """They count the fp32 copy of the gradients, which ours has in the optimizer's step: of all (stage 2), half of it (stage 3)."""
+    """The estimators count an fp32 copy of the gradients, which the plan counts elsewhere.
+
+    In the plan it belongs to the optimizer step: the whole copy (stage 2) or half of it (stage 3).
+    """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -241,7 +247,10 @@ def test_model_states_are_those_of_deepspeeds_estimators(world: int) -> None:
 def test_activations_are_the_tensors_saved_for_the_backward_pass(
     family: str, precision: str, tmp_path: Path
 ) -> None:
-    """What two more blocks save; with checkpointing that is their inputs. Without padding it is less, and not much less."""
+    """What two more blocks save; with checkpointing these are their inputs.
+
+    Without padding it is less, but not much less.
+    """
     rows, tokens = 3, 48
     for checkpointing in (False, True):
         measured, unpadded, expected = [], [], []
@@ -351,7 +360,7 @@ def test_the_critic_is_planned_as_the_model_that_it_starts_from() -> None:
     assert not own.notes and "the critic starts from the actor" in other.notes[0]
 
 
-# ---------------------------------------------------------------------------------------------------------- changes and command line
+# ------------------------------------------------------------------------- changes and command line
 
 
 TOO_LARGE = [
@@ -392,7 +401,10 @@ def test_a_local_file_is_counted(tmp_path: Path) -> None:
 
 
 def test_checkpoints_on_disk_are_counted_by_hand() -> None:
-    """fp32: weights and Adam's two moments, 12 bytes a weight, of actor and critic; the kept ones and the one that is written."""
+    """fp32: weights and Adam's two moments of actor and critic, 12 bytes a weight.
+
+    The kept checkpoints count, and the one that is being written.
+    """
     kept = make_plan(composed("stage=ppo", "checkpoint.keep=1"), "ppo")
     trained = sum(role.trained for role in kept.roles if role.name in ("actor", "critic"))
     assert kept.checkpoints == 2 * 12 * trained

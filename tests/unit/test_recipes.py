@@ -1,4 +1,7 @@
-"""What conf/ says of models and machines: every combination composes, and the values of DeepSpeed-Chat's scripts are these."""
+"""What conf/ says of models and machines.
+
+Every combination composes. The recipes have the values of DeepSpeed-Chat's scripts.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ ACTORS = [name for name in MODELS if name != "custom"]  # whose path the user gi
 REWARDS = ACTORS
 DEPLOYMENTS = sorted(path.stem for path in (CONF / "deploy").glob("*.yaml"))
 PROMISED = (
-    "tiny opt125m opt350m opt1.3b opt2.7b opt6.7b opt13b opt30b opt66b llama2-7b llama2-13b llama3.2-1b llama3.2-3b "
+    "tiny opt125m opt350m opt1.3b opt2.7b opt6.7b opt13b opt30b opt66b "
+    "llama2-7b llama2-13b llama3.2-1b llama3.2-3b "
     "qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b smollm2-135m smollm2-360m smollm2-1.7b "
     "pythia-160m pythia-410m pythia-1b pythia-1.4b pythia-6.9b gpt2 bloom-560m bloom-1b1"
 )
@@ -63,7 +67,9 @@ def test_the_stage_only_chooses_what_runs(stage: str) -> None:
     assert other == cfg
 
 
-# per GPU x accumulation x GPUs, learning rate, weight decay, epochs; PPO: prompts per optimizer step; ZeRO; LoRA rank; checkpointing
+# sft: per GPU x accumulation x GPUs, learning rate, weight decay, epochs;
+# ppo: prompts per optimizer step, learning rate, weight decay;
+# both: ZeRO stage, LoRA rank, activation checkpointing
 SCRIPTS = {
     ("opt1.3b", "single_gpu"): ((16 * 8, 5e-4, 0.0, 1), (16 * 2, 5e-4, 0.0), (0, 128, True)),
     ("opt6.7b", "single_gpu"): ((8 * 16, 5e-4, 0.0, 16), (8 * 16, 5e-4, 0.0), (0, 128, True)),
@@ -131,7 +137,7 @@ def test_recipes_set_what_is_theirs_and_name_their_source(group: str) -> None:
             assert "DeepSpeed-Chat, step" in path.read_text(), path
 
 
-# ---------------------------------------------------------------------------------------------------------- bug for bug, rl=dschat
+# --------------------------------------------------------------------------- bug for bug, rl=dschat
 
 DSCHAT = ["rl=dschat", "rm=dschat", "sft=dschat"]
 

@@ -1,4 +1,4 @@
-"""Sources of the score: functions and reward models, their units, and what is said when one is wrong."""
+"""Sources of the score: functions and reward models, their units, and messages about errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sources(**settings: dict[str, Any]) -> Config:
     return cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------- functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokenizer: Any) -> None:
@@ -110,7 +110,8 @@ def test_a_module_that_is_not_there_is_told_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     (line,) = check_functions(sources(mine={"function": "no_such_module.deep:f"}), "ppo")
     assert line.startswith(
-        "rl.rewards.mine.function=no_such_module.deep:f: there is no module no_such_module.deep, neither here"
+        "rl.rewards.mine.function=no_such_module.deep:f: "
+        "there is no module no_such_module.deep, neither here"
     )
     assert not list(check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"}), "ppo"))
     done = train("stage=ppo", "rl.rewards.mine.function=no_such_module:f", cwd=tmp_path)
@@ -121,7 +122,7 @@ def test_a_module_that_is_not_there_is_told_before_anything_starts(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ reward models
+# ------------------------------------------------------------------------------------ reward models
 
 
 class Fixed:
@@ -171,7 +172,7 @@ def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
     assert check_config(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 
-# --------------------------------------------------------------------------------------------------------- as a user sets them
+# ------------------------------------------------------------------------------ as a user sets them
 
 
 def test_without_the_trained_reward_model_none_is_needed() -> None:

@@ -1,4 +1,4 @@
-"""Sampling and what is recorded of it, against slow and plain versions; and the first update that PPO makes with it."""
+"""Sampling and its records, against slow and plain versions; and the first update of PPO."""
 
 from __future__ import annotations
 
@@ -68,8 +68,10 @@ ANSWERS = [
 
 @pytest.fixture(scope="module", params=["opt", "llama", "bloom"])
 def small(request: pytest.FixtureRequest) -> Policy:
-    """A random model of few tokens whose probabilities are far from uniform: absolute and rotary positions, and ALiBi, which is always
-    padded."""
+    """A random model of few tokens whose probabilities are far from uniform.
+
+    It has absolute positions, rotary positions or ALiBi. With ALiBi it is always padded.
+    """
     shapes = {
         "opt": lambda: transformers.OPTConfig(
             **SHAPE, word_embed_proj_dim=32, ffn_dim=64, init_std=0.35
@@ -161,7 +163,7 @@ def experience_of(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- sample
+# ------------------------------------------------------------------------------------------- sample
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -293,7 +295,7 @@ def test_other_draws_give_other_answers(small: Policy) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ a choice among the likeliest
+# --------------------------------------------------------------------- a choice among the likeliest
 
 CHOICES: list[dict[str, Any]] = [
     {"top_k": 1},
@@ -312,7 +314,10 @@ CHOICES: list[dict[str, Any]] = [
 def allowed(
     p: Sequence[float], top_p: float = 1.0, top_k: int = 0, greedy: bool = False
 ) -> set[int]:
-    """The tokens that may be chosen: one after the other from the likeliest, as long as those before it have less than top_p."""
+    """The tokens that may be chosen.
+
+    They follow one another from the likeliest, while those before have less than top_p.
+    """
     kept: list[int] = []
     for token in sorted(range(len(p)), key=lambda i: -p[i]):  # of equals the first
         full = len(kept) == (1 if greedy else top_k or len(p)) or (
@@ -375,7 +380,10 @@ def test_the_token_that_reaches_top_p_may_be_chosen_and_of_equals_the_first() ->
 def test_the_log_probabilities_stay_those_of_the_full_distribution(
     small: Policy, temperature: float, choice: dict[str, Any]
 ) -> None:
-    """PPO learns from the policy's own probabilities; what an evaluation leaves out does not make the rest likelier."""
+    """PPO learns from the policy's own probabilities.
+
+    Tokens that an evaluation leaves out do not make the others likelier.
+    """
     prompts = PROMPTS * 3
     response, mask, logp = sample(
         small, prompts, uniforms("test", range(len(prompts)), 0, 5, 6), temperature, **choice
@@ -396,7 +404,7 @@ def test_greedy_answers_do_not_depend_on_the_draws(small: Policy) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
-# ------------------------------------------------------------------------------------------------------------------- experience
+# --------------------------------------------------------------------------------------- experience
 
 
 def test_the_value_before_a_token_is_the_score_one_place_earlier() -> None:
@@ -547,7 +555,7 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
     assert padded == pytest.approx(found, rel=1e-5, nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------- rollouts with engines
+# ---------------------------------------------------------------------------- rollouts with engines
 
 
 @dataclasses.dataclass
@@ -615,12 +623,15 @@ def build(cfg: Config, run_dir: Path, policy: str = "builtin:tiny") -> Engines:
 def models_of_ppo(
     cfg: Config, one_process: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Engines:
-    """Actor and reference with the same weights, a reward model and a critic; nobody trains them."""
+    """Actor and reference with the same weights, a reward model and a critic; all untrained."""
     return build(cfg, tmp_path_factory.mktemp("engines"))
 
 
 def some_rollout(m: Engines) -> tuple[list[list[int]], list[list[int]], Tensor]:
-    """Prompts of several lengths, the tokens that shall be sampled (whole sentences, and one answer without end), and the draws."""
+    """Prompts of several lengths, the tokens that shall be sampled, and the draws for them.
+
+    The responses are whole sentences, and one without an end.
+    """
     prompts = [
         ids
         for ids in template.encode_prompts(
@@ -863,7 +874,10 @@ def test_eos_is_learnt_like_any_other_token_and_padding_is_not(models_of_ppo: En
 def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_did(
     models_of_ppo: Engines,
 ) -> None:
-    """DeepSpeed-Chat's masks, for comparison: EOS is sampled, seen and part of the answer, but neither learnt nor, in a prompt, read."""
+    """DeepSpeed-Chat's masks, for comparison.
+
+    EOS is sampled, seen and part of the response. It is not learnt, and not read in a prompt.
+    """
     prompts, answers, draws = some_rollout(models_of_ppo)
     prompts[1] = [*prompts[1][:2], EOS, *prompts[1][2:]]  # between two turns, say
     draws[1] = torch.tensor(
@@ -880,7 +894,7 @@ def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_di
     assert (guessed.old_logprobs[1] - plain.old_logprobs[1]).abs().max() > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------------------- the first update
+# --------------------------------------------------------------------------------- the first update
 
 
 def advantages_of(e: experience_module.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
@@ -973,7 +987,8 @@ def test_updates_make_good_tokens_likelier_and_values_better(
 def test_micro_batches_do_not_change_an_update(
     cfg: Config, one_process: None, tmp_path: Path
 ) -> None:
-    cfg = dataclasses.replace(  # 12 tokens at most, so that few rows of full length are a small micro-batch
+    # 12 tokens at most, so that few rows of full length are a small micro-batch
+    cfg = dataclasses.replace(
         cfg,
         data=dataclasses.replace(cfg.data, max_prompt_tokens=4),
         rollout=dataclasses.replace(cfg.rollout, max_new_tokens=8),
@@ -1008,7 +1023,7 @@ def test_micro_batches_do_not_change_an_update(
         assert max(float((a - b).abs().max()) for a, b in zip(weights, results[0][1])) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_ppo: Engines) -> None:
@@ -1084,7 +1099,7 @@ def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
 
 
 def test_padding_on_the_right_serves_the_reward_model_as_well(models_of_ppo: Engines) -> None:
-    """The reward stage pads behind, the rollout in front: both must say the same of the same text."""
+    """The reward stage pads on the right, the rollout on the left: the scores are the same."""
     m = models_of_ppo
     prompts, answers, draws = some_rollout(m)
     e = m.experience(prompts, draws)

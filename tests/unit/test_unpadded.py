@@ -1,4 +1,7 @@
-"""Batches without padding: every sequence gets what it gets alone, and what begins alike is computed once."""
+"""Batches without padding.
+
+Every sequence gets the values it gets alone. A common beginning is computed once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ from rlhf.models.wrappers import Policy
 CPU = torch.device("cpu")
 PLAIN = ["opt", "gpt2", "gpt_neox", "llama", "qwen2", "gemma3_text"]
 BEGINNING = list(range(20, 32))
-ROWS = [  # some are longer than the sliding window of gemma3_text (8), some as short as can be, some begin alike
+# Some are longer than the sliding window of gemma3_text (8), some are as short as can be, and some
+# begin alike.
+ROWS = [
     [*BEGINNING, 40, 41, 42, 43, 44, 45, 46, EOS],
     [8, EOS],
     [*BEGINNING, 300, 301, EOS],
@@ -40,7 +45,10 @@ def batch(left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def one_by_one(policy: Policy, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probability and entropy of the tokens of each row behind its first one, (T - 1, 2): the model itself, each row alone."""
+    """Log-probability and entropy of each row's tokens behind the first one, (T - 1, 2).
+
+    The model itself computes them, each row alone.
+    """
     found = []
     for row in ROWS:
         ids = torch.tensor([row])
@@ -80,7 +88,7 @@ def assert_same(policy: Policy, left: bool = False) -> None:
     assert_close(gradients(policy, (logp * weight + entropy * wanted).sum()), expected)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the layout
+# --------------------------------------------------------------------------------------- the layout
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -120,6 +128,8 @@ def test_every_token_is_there_once_and_at_its_place(seed: int) -> None:
 
 def test_what_begins_alike_is_there_once() -> None:
     packed = packing.pack(*batch()[:2])
+    # The last row but one shares more than BEGINNING.
+    # The last one is there already, but is too short to share.
     fresh = [
         8,
         2,
@@ -127,7 +137,7 @@ def test_what_begins_alike_is_there_once() -> None:
         7,
         1,
         0,
-    ]  # the last row but one shares more than BEGINNING; the last is there already, but too short to share
+    ]
     assert packed.ids.shape[1] == len(BEGINNING) + sum(fresh[:5]) + 7
     alike = packing.pack(*pad_right([ROWS[0], ROWS[0]], PAD, CPU))
     assert (
@@ -137,7 +147,7 @@ def test_what_begins_alike_is_there_once() -> None:
 
 
 def test_attention_pads_little() -> None:
-    """Parts of sequences that are at least 0.8 times as long as the longest; all short ones are one part."""
+    """A part has sequences of at least 0.8 times its longest; all short ones are one part."""
     rows = [[1] * n for n in (100, 79, 81, 5, 32, 64, 100, 63, 2)]
     packed = packing.pack(*pad_right([[i] * len(row) for i, row in enumerate(rows)], PAD, CPU))
     assert [tuple(part.shape) for part in packed.buckets] == [(3, 100), (2, 79), (1, 63), (3, 32)]
@@ -152,7 +162,7 @@ def test_equal_lengths_need_no_rearrangement() -> None:
         packing.pack(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 1], [0, 0]]))
 
 
-# ----------------------------------------------------------------------------------------------------------- values and gradients
+# ----------------------------------------------------------------------------- values and gradients
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -238,7 +248,7 @@ def test_temperature_divides_the_logits(base: Any, tokenizer: Any, family: str) 
         assert torch.allclose(logp[i][wanted[i]], row[:, 0], atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------ who is trusted
+# ----------------------------------------------------------------------------------- who is trusted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
