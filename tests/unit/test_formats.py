@@ -440,7 +440,7 @@ def test_your_own_file_needs_a_path_only() -> None:
         "+data.sources.mine.columns={prompt: question, chosen: answers.0}",
     )
     assert cfg.data.sources == {
-        "mine": Source("a.jsonl", columns={"prompt": "question", "chosen": "answers.0"})
+        "mine": Source(path="a.jsonl", columns={"prompt": "question", "chosen": "answers.0"})
     }
 
 

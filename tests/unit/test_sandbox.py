@@ -236,7 +236,7 @@ def test_margins_and_functions_give_the_gold_reward() -> None:
 
 def test_labels_are_wrong_as_often_as_configured() -> None:
     for noise in (0.03, 0.2):
-        data = world.build_world(Sandbox(1, 4000, noise), 1, 1)
+        data = world.build_world(Sandbox(demonstrations=1, pairs=4000, label_noise=noise), 1, 1)
         agree = sum(pair.gold_margin > 0 for pair in data.rm) / len(data.rm)
         assert abs((1 - agree) - noise) < 0.01
     agree = sum(pair.gold_margin > 0 for pair in make().rm) / len(make().rm)
@@ -273,7 +273,9 @@ def share_right(rule: Callable[[str], float], pairs: list[Pair]) -> float:
 
 @functools.cache
 def many_probes() -> list[Pair]:
-    return world.build_world(Sandbox(1, 50, 0.06), 1, 1000).eval_probe
+    return world.build_world(
+        Sandbox(demonstrations=1, pairs=50, label_noise=0.06), 1, 1000
+    ).eval_probe
 
 
 def n_steps(answer: str) -> int:

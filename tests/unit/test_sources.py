@@ -49,7 +49,7 @@ def config(on_bad_row: BadRow = BadRow.skip, workers: int | None = None, **of_so
         workers,
     )
     data.sources = {
-        name: s if isinstance(s, Source) else Source(str(s)) for name, s in of_sources.items()
+        name: s if isinstance(s, Source) else Source(path=str(s)) for name, s in of_sources.items()
     }
     return data
 
@@ -139,8 +139,8 @@ def test_a_prompt_is_in_one_part_whatever_is_mixed_in_whatever_order(tmp_path: P
     of_sources: dict[str, Any] = {
         "one": one,
         "two": two,
-        "three": Source(str(three), eval_split="test"),
-        "four": Source(str(demonstrations), sft_only=True),
+        "three": Source(path=str(three), eval_split="test"),
+        "four": Source(path=str(demonstrations), sft_only=True),
     }
 
     def division(*names: str) -> dict[str, set[str]]:
@@ -194,7 +194,7 @@ def test_an_own_eval_split_is_evaluated_on_and_nothing_of_it_trained_on(tmp_path
         train=rows(*range(300)),
         test=rows(*range(250, 350), tag="!") + rows(0, 1, 2),
     )
-    data = load_sources(config(mine=Source(str(directory), eval_split="test")))
+    data = load_sources(config(mine=Source(path=str(directory), eval_split="test")))
     assert set(questions_of(data.eval_sft)) == {
         f"question {i}?" for i in (0, 1, 2, *range(250, 350))
     }
@@ -239,7 +239,7 @@ def test_ppo_has_each_prompt_once(tmp_path: Path) -> None:
 def test_weight_takes_a_share_of_the_rows_or_repeats_them(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", rows(*range(2000)))
     full, half, twice, more = (
-        load_sources(config(mine=Source(str(file), weight=w))) for w in (1, 0.5, 2, 1.5)
+        load_sources(config(mine=Source(path=str(file), weight=w))) for w in (1, 0.5, 2, 1.5)
     )
     for data in (full, half, twice, more):
         assert_counts_add_up(data)
@@ -261,16 +261,16 @@ def test_weight_takes_a_share_of_the_rows_or_repeats_them(tmp_path: Path) -> Non
 
 def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", rows(*range(500)))
-    data = load_sources(config(mine=Source(str(file), rows=100)))
+    data = load_sources(config(mine=Source(path=str(file), rows=100)))
     assert data.report[0]["rows"] == 100
     assert set().union(*parts(data).values()) == {f"question {i}?" for i in range(100)}
-    assert load_sources(config(mine=Source(str(file), rows=9999))).report[0]["rows"] == 500
+    assert load_sources(config(mine=Source(path=str(file), rows=9999))).report[0]["rows"] == 500
 
 
 def test_sft_only_keeps_a_source_from_the_other_stages(tmp_path: Path) -> None:
     one = jsonl(tmp_path / "one.jsonl", rows(*range(300)))
     two = jsonl(tmp_path / "two.jsonl", rows(*range(200, 600), tag="!"))
-    data = load_sources(config(one=one, two=Source(str(two), sft_only=True)))
+    data = load_sources(config(one=one, two=Source(path=str(two), sft_only=True)))
     assert_apart(data)
     assert_counts_add_up(data)
     assert {report["source"]: (report["rm"], report["ppo"]) for report in data.report}["two"] == (
@@ -279,7 +279,7 @@ def test_sft_only_keeps_a_source_from_the_other_stages(tmp_path: Path) -> None:
     )
     assert data.report[1]["skipped"]["prompt is used by another stage"] > 50
     # the same file twice: for all stages as if it were there once
-    both = load_sources(config(two=Source(str(one), sft_only=True), one=one))
+    both = load_sources(config(two=Source(path=str(one), sft_only=True), one=one))
     assert parts(both) == parts(load_sources(config(one=one)))
 
 
@@ -318,9 +318,9 @@ def test_texts_are_for_the_pretraining_loss_only(tmp_path: Path) -> None:
     ):
         load_sources(config(corpus=texts))
     held_out = saved(tmp_path / "set", train=[{"text": "a"}], test=[{"text": "b"}])
-    assert load_sources(config(pairs=pairs, corpus=Source(str(held_out), eval_split="test"))).texts[
-        "text"
-    ] == ["a"]
+    assert load_sources(
+        config(pairs=pairs, corpus=Source(path=str(held_out), eval_split="test"))
+    ).texts["text"] == ["a"]
 
 
 def written(path: Path, records: list[Record]) -> Path:
@@ -401,7 +401,9 @@ def test_a_csv_file_is_text(tmp_path: Path) -> None:
         + "".join(f"What is {i}?,1,2,{i}.5,50\n" for i in range(100))
     )
     columns = {"score_b": "votes"}
-    data = load_sources(config(mine=Source(str(scores), Format.scored_answers, columns)))
+    data = load_sources(
+        config(mine=Source(path=str(scores), format=Format.scored_answers, columns=columns))
+    )
     assert {
         (int(text.split()[-1][:-1]) > 49, r["chosen"])
         for r, text in zip(data.rm, questions_of(data.rm))
@@ -415,7 +417,9 @@ def test_columns_of_other_names_mix_with_the_usual_ones(tmp_path: Path) -> None:
     ]
     columns = {"prompt": "q.text", "chosen": "good.0.t", "rejected": "bad"}
     data = load_sources(
-        config(one=one, two=Source(str(jsonl(tmp_path / "two.jsonl", others)), columns=columns))
+        config(
+            one=one, two=Source(path=str(jsonl(tmp_path / "two.jsonl", others)), columns=columns)
+        )
     )
     assert {text.split()[0] for text in questions_of(data.rm)} == {"question", "else"}
     assert data.rm.column_names == ["prompt", "chosen", "rejected"]
@@ -520,12 +524,15 @@ def test_columns_that_are_missing_are_named_with_those_there_are(tmp_path: Path)
             rf"there are query"
         ),
     ):
-        load_sources(config(mine=Source(str(file), Format.chosen_rejected)))
+        load_sources(config(mine=Source(path=str(file), format=Format.chosen_rejected)))
 
 
 def test_a_split_that_is_not_there_is_named_with_those_there_are(tmp_path: Path) -> None:
     directory = saved(tmp_path / "set", train=rows(1), validation=rows(2))
-    for source in (Source(str(directory), split="test"), Source(str(directory), eval_split="test")):
+    for source in (
+        Source(path=str(directory), split="test"),
+        Source(path=str(directory), eval_split="test"),
+    ):
         with pytest.raises(
             UserError,
             match=rf"data.sources.mine: {directory} has no split test; it has train, validation",
@@ -533,7 +540,7 @@ def test_a_split_that_is_not_there_is_named_with_those_there_are(tmp_path: Path)
             load_sources(config(mine=source))
     written(tmp_path / "one.saved", rows(1, 2))
     with pytest.raises(UserError, match="has no split test; it has train"):
-        load_sources(config(mine=Source(str(tmp_path / "one.saved"), eval_split="test")))
+        load_sources(config(mine=Source(path=str(tmp_path / "one.saved"), eval_split="test")))
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="other: not a directory written by save_to_disk"):
         load_sources(config(mine=tmp_path / "other"))
@@ -615,7 +622,10 @@ def test_hub_sets_that_are_programs_are_read_as_files(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert load_sources(config(mine=Source("a/b", config="c", split="dev"))).report[0]["rows"] == 50
+    assert (
+        load_sources(config(mine=Source(path="a/b", config="c", split="dev"))).report[0]["rows"]
+        == 50
+    )
     assert called[1] == (("a/b", "c"), {"split": "dev", "revision": "refs/convert/parquet"})
 
 
@@ -634,7 +644,7 @@ def test_the_hubs_own_splits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             r"'test'\]"
         ),
     ):
-        load_sources(config(mine=Source("a/b", split="dev")))
+        load_sources(config(mine=Source(path="a/b", split="dev")))
 
 
 # --- for the stages
@@ -792,7 +802,7 @@ def test_the_cache_holds_for_the_same_and_for_nothing_else(
     def prepare(limit: int = 99, tokenizer: Any = tokenizer, seed: int = 1, **settings: Any) -> int:
         """Prepare the data; returns how many files of the cache are new. None is rewritten."""
         before = files(cache)
-        cfg = config(mine=Source(str(file), **settings))
+        cfg = config(mine=Source(path=str(file), **settings))
         cfg.seed = seed
         tokenized.demonstrations(tokenizer, load_sources(cfg).sft, limit, 99)
         after = files(cache)
