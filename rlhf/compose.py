@@ -111,7 +111,7 @@ def parse(arg: str) -> Override:
 def user_folders(config_dir: str | None, overrides: Sequence[str]) -> list[Path]:
     """The user's folders with option files: --config-dir and hydra.searchpath=[file://DIR].
 
-    Raises: UserError when one is no folder.
+    Raises: UserError when one is not a folder.
     """
     folders = [Path(config_dir)] if config_dir else []
     for arg in overrides:

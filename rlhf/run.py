@@ -172,7 +172,7 @@ def wait_until_finished(directory: Path) -> None:
 
 
 def is_finished(stage: str, directory: Path, inputs: Inputs) -> bool:
-    """Whether a run is done. Raises: UserError when its parent runs are other ones now."""
+    """Whether a run is done. Raises: UserError when its parent runs have changed."""
     summary = read_summary(directory)
     if summary is None:
         return False

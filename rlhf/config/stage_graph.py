@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from rlhf.config.choices import Advantage
+from rlhf.config.choices import NEEDS_CRITIC, PER_TOKEN
 from rlhf.config.presets import preset_names
 from rlhf.config.schema import Config, Model
 from rlhf.config.stage_nodes import Dpo, Eval, Optim, RewardSource, Rl, Rm, Sft
@@ -49,14 +49,14 @@ def unused_keys(cfg: Config) -> list[str]:
     unused = []
     if not has_critic(cfg.rl):
         unused += ["rl.critic", "rl.gae_lambda"]
-    if cfg.rl.advantage not in (Advantage["gae"], Advantage["return"]):
+    if cfg.rl.advantage not in PER_TOKEN:
         unused += ["rl.gamma", "rl.whiten_rewards"]
     return unused
 
 
 def has_critic(rl: Rl) -> bool:
     """Whether advantages need the values of a critic."""
-    return rl.advantage == Advantage["gae"]
+    return rl.advantage in NEEDS_CRITIC
 
 
 def parent_stages(cfg: Config, stage: str) -> dict[str, str | None]:

@@ -157,7 +157,7 @@ class Rl(Optim):
         hashed=False,
     )
     advantage: Advantage = key("how advantages are estimated")
-    normalize: Normalize = key("what advantages are divided by")
+    normalize: Normalize = key("how advantages are normalised")
     policy_loss: PolicyLoss = key("surrogate objective")
     importance: Importance = key("what the ratio pi / pi_old is taken over")
     batch_size: int = key(

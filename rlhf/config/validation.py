@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from rlhf.config.choices import (
-    Advantage,
+    COMPARES_RESPONSES,
     Device,
     DpoLoss,
     Format,
@@ -145,11 +145,11 @@ def check_rl(cfg: Config) -> Iterator[str]:
                 f"rl.kl.horizon={kl.horizon:g}: the coefficient could fall to 0 in one rollout of "
                 f"{rl.batch_size} responses; give at least {rl.batch_size}"
             )
-    grouped = rl.advantage in (Advantage["group"], Advantage["leave_one_out"])
-    if rl.normalize == Normalize.group and not grouped:
+    if rl.normalize == Normalize.group and rl.advantage not in COMPARES_RESPONSES:
+        fitting = " and ".join(sorted(advantage.name for advantage in COMPARES_RESPONSES))
         yield (
-            f"rl.normalize=group with rl.advantage={rl.advantage.name}: only group and "
-            "leave_one_out compare the responses to a prompt; use batch or none"
+            f"rl.normalize=group with rl.advantage={rl.advantage.name}: only {fitting} compare "
+            "the responses to a prompt; use batch or none"
         )
     if not rl.rewards:
         yield "rl.rewards is empty: nothing to train on; give a source, see conf/rl/ppo.yaml"
@@ -167,8 +167,7 @@ def check_rollouts(cfg: Config) -> Iterator[str]:
                 f"stage={stage} with rl={rl.name}: that is another algorithm; use stage={rl.name}, "
                 f"or leave out rl={rl.name}"
             )
-        grouped = rl.advantage in (Advantage["group"], Advantage["leave_one_out"])
-        if grouped and rl.responses_per_prompt == 1:
+        if rl.advantage in COMPARES_RESPONSES and rl.responses_per_prompt == 1:
             yield (
                 f"rl.responses_per_prompt=1: rl.advantage={rl.advantage.name} compares a response "
                 "with the others to its prompt, so there must be at least 2"

@@ -45,7 +45,7 @@ def _pad(
 
 
 def global_batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """Row numbers of each optimizer step, the same on every rank.
+    """Row numbers of each batch, the same on every rank. In online RL: prompts of each rollout.
 
     Each epoch is a new permutation; its last, incomplete batch is dropped.
     """

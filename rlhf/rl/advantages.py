@@ -1,6 +1,7 @@
-"""From scores to advantages, as pure functions. Shapes: B responses, R response tokens.
+"""From scores to advantages. Shapes: B responses, R response tokens.
 
-A new algorithm adds a member to config.choices.Advantage and a case to `estimate_advantages`.
+All are pure functions, except that `shape_scores` updates the running scale. A new estimator is a
+member of config.choices.Advantage, in the sets below it, and a case of `estimate_advantages`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.config.choices import Advantage, Normalize
+from rlhf.config.choices import PER_TOKEN, Normalize
 from rlhf.config.stage_nodes import Rl
 from rlhf.rl.controllers import RunningScale
 from rlhf.rl.experience import Experience
@@ -56,18 +57,21 @@ def estimate_advantages(
     Returns: advantages (B, R), and with a critic the returns it is trained on (B, R), else None.
     """
     mask, returns = experience.response_mask, None
-    if rl.advantage in (Advantage["gae"], Advantage["return"]):  # each token by itself
-        if rl.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
-        if rl.advantage == Advantage["gae"]:
+    groups = rewards.sum(1).view(-1, rl.responses_per_prompt)  # whole responses, by prompt
+    by_group = rl.normalize == Normalize.group
+    if rl.whiten_rewards and rl.advantage in PER_TOKEN:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    match rl.advantage.name:
+        case "gae":
             advantages, returns = gae(rewards, experience.values, mask, rl.gamma, rl.gae_lambda)
-        else:
+        case "return":
             advantages = discounted_returns(rewards, mask, rl.gamma)
-    else:  # all tokens of a response alike, against the other responses to its prompt
-        groups = rewards.sum(1).view(-1, rl.responses_per_prompt)
-        by_group = rl.normalize == Normalize.group
-        compare = group_relative if rl.advantage == Advantage["group"] else leave_one_out
-        advantages = compare(groups, by_group).view(-1, 1) * mask
+        case "leave_one_out":
+            advantages = leave_one_out(groups, by_group).view(-1, 1) * mask
+        case "group":
+            advantages = group_relative(groups, by_group).view(-1, 1) * mask
+        case other:
+            raise NotImplementedError(f"rl.advantage={other}")
     if rl.normalize == Normalize.batch:
         advantages = whiten(advantages, mask)
     return advantages, returns
@@ -139,7 +143,7 @@ def group_relative(rewards: Tensor, by_group: bool) -> Tensor:
 
 
 def group_std(rewards: Tensor) -> Tensor:
-    """Standard deviation per prompt (k - 1 below the line) + 1e-4, as in TRL: (N, k) -> (N, 1)."""
+    """Unbiased standard deviation per prompt, + 1e-4 as in TRL: (N, k) -> (N, 1)."""
     return rewards.std(1, keepdim=True) + 1e-4
 
 

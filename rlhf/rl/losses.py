@@ -41,7 +41,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) 
         return d
     if estimator == KlEstimator.k2:
         return 0.5 * d**2
-    return torch.exp((-d).clamp(max=MAX_LOG_RATIO)) - 1 + d
+    if estimator == KlEstimator.k3:
+        return torch.exp((-d).clamp(max=MAX_LOG_RATIO)) - 1 + d
+    raise NotImplementedError(f"rl.kl.estimator={estimator.name}")
 
 
 def token_weights(
@@ -64,7 +66,9 @@ def token_weights(
         return mask / max(tokens, 1.0)
     if aggregation == LossAggregation.constant:
         return mask / (sequences * longest)
-    return mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences
+    if aggregation == LossAggregation.sequence:
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences
+    raise NotImplementedError(f"rl.loss_aggregation={aggregation.name}")
 
 
 def policy_loss(
@@ -90,10 +94,12 @@ def policy_loss(
     if rl.policy_loss == PolicyLoss.cispo:
         loss = -bounded.detach() * advantages * logprobs * mask
         active = (bounded != ratio) * mask
-    else:
+    elif rl.policy_loss == PolicyLoss.clip:
         unclipped, clipped = -advantages * ratio, -advantages * bounded
         loss = torch.maximum(unclipped, clipped) * mask
         active = (clipped > unclipped) * mask
+    else:
+        raise NotImplementedError(f"rl.policy_loss={rl.policy_loss.name}")
     with torch.no_grad():
         sums = {
             "clipfrac_low": (active * (ratio < 1)).sum(),
@@ -117,6 +123,8 @@ def importance_ratio(log_ratio: Tensor, mask: Tensor, importance: Importance) ->
     if importance == Importance.sequence:
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
         log_ratio = mean.expand_as(log_ratio)
+    elif importance != Importance.token:
+        raise NotImplementedError(f"rl.importance={importance.name}")
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 

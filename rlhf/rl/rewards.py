@@ -127,7 +127,7 @@ def call(source: Source, turns: list[Turn], response: str) -> float:
 def needs_text(
     policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None
 ) -> bool:
-    """Whether a reward model must read responses as text, as its tokens are other ones."""
+    """Whether a reward model must read text, because its tokenizer differs from the policy's."""
     return own is not None and not template.same_tokens(policy_tokenizer, own)
 
 
@@ -194,7 +194,7 @@ def load_function(path: str, key: str) -> RewardFunction:
     if function is None:
         raise UserError(f"{key}: there is no {name} in {module}")
     if not callable(function):
-        raise UserError(f"{key}: {name} is no function")
+        raise UserError(f"{key}: {name} is not a function")
     return function
 
 

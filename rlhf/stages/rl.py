@@ -1,4 +1,4 @@
-"""Online RL (PPO, RLOO, GRPO and their variants): sample, score, advantages, update, log.
+"""Online RL (PPO, RLOO, GRPO and their variants): sample, score, estimate advantages, update, log.
 
 The presets in conf/rl differ in where a response's advantage comes from and in the loss.
 docs/ppo.md explains every step, docs/algorithms.md the differences.
@@ -48,7 +48,7 @@ SHOWN = ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/respons
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
-    """Train, evaluating before, meanwhile and after.
+    """Train the policy; evaluate it before, during and after training.
 
     Saves run_dir/model, with a critic run_dir/critic, and where configured run_dir/model_ema and
     run_dir/model_best.

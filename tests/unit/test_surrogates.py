@@ -5,18 +5,27 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers import rl_node
 from torch import Tensor
 
-from rlhf.config.choices import Advantage, Importance, Normalize, PolicyLoss
+from rlhf.config.choices import (
+    COMPARES_RESPONSES,
+    NEEDS_CRITIC,
+    PER_TOKEN,
+    Advantage,
+    Importance,
+    Normalize,
+    PolicyLoss,
+)
 from rlhf.config.stage_nodes import Rl
 from rlhf.rl.advantages import discounted_returns, estimate_advantages
 from rlhf.rl.experience import Experience
-from rlhf.rl.losses import importance_ratio, policy_loss
+from rlhf.rl.losses import importance_ratio, kl_estimate, policy_loss, token_weights
 
 F64 = torch.float64
 SEEDS = range(4)
@@ -242,6 +251,28 @@ def expected_advantages(
         mean, std = statistics.fmean(flat), math.sqrt(statistics.pvariance(flat) + 1e-8)
         rows = [[(x - mean) / std for x in row] for row in rows]
     return rows
+
+
+def test_every_advantage_is_per_token_or_compares_responses() -> None:
+    assert PER_TOKEN.isdisjoint(COMPARES_RESPONSES)
+    assert PER_TOKEN | COMPARES_RESPONSES == set(Advantage) >= NEEDS_CRITIC
+
+
+def test_what_has_no_formula_is_not_taken_for_another_one() -> None:
+    """A new member of an enum without its case: an error, not the formula of another member."""
+    new = cast(Any, SimpleNamespace(name="new"))
+    _, rewards, values, mask = batch(1)
+    experience = cast(Any, SimpleNamespace(response_mask=mask, values=values))
+    with pytest.raises(NotImplementedError, match="rl.advantage=new"):
+        estimate_advantages(rewards, experience, rl_node(advantage=new, responses_per_prompt=1))
+    with pytest.raises(NotImplementedError, match="rl.policy_loss=new"):
+        policy_loss(rewards, rewards, rewards, mask, rl_node(policy_loss=new))
+    with pytest.raises(NotImplementedError, match="rl.importance=new"):
+        importance_ratio(rewards, mask, new)
+    with pytest.raises(NotImplementedError, match="rl.kl.estimator=new"):
+        kl_estimate(rewards, rewards, new)
+    with pytest.raises(NotImplementedError, match="rl.loss_aggregation=new"):
+        token_weights(mask, new, 1.0, 1, 1)
 
 
 ALLOWED = [
