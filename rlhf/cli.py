@@ -40,6 +40,11 @@ def main() -> int:
     except WorkerError as error:
         say(f"error: {error}")
         return FAILED
+    except AssertionError as error:
+        if "Unexpected type for root" not in str(error):  # OmegaConf's, of a node that is null
+            raise
+        say(f"error: {', '.join(compose.inside_optional(sys.argv[1:]))}: this node is null here")
+        return WRONG
     except (UserError, HydraException, OmegaConfBaseException) as error:
         for line in lines_of(error):
             say(f"error: {line}")

@@ -141,6 +141,14 @@ def explain(arg: str) -> list[str]:
     return [f"{key}={c}: no such option{closest(c, options)}" for c in chosen if c not in options]
 
 
+def inside_optional(args: Sequence[str]) -> list[str]:
+    """The overrides of a key in a node that may be null, as data.sandbox is with your own data."""
+    parents = {
+        arg: keys.find_key(arg.partition("=")[0].lstrip("+~").rpartition(".")[0]) for arg in args
+    }
+    return [arg for arg, key in parents.items() if key and key.is_node and key.is_optional]
+
+
 def suggest(key: str, arg: str) -> str:
     """An unknown key with the closest match; of earlier versions' groups, what they are now."""
     value = arg.partition("=")[2]

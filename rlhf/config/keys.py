@@ -108,6 +108,10 @@ class Key:
         return dataclasses.is_dataclass(node_type(self.annotation))
 
     @property
+    def is_optional(self) -> bool:
+        return type(None) in typing.get_args(self.annotation)
+
+    @property
     def limits(self) -> dict[str, float]:
         """The range by the names of LIMITS."""
         metadata = self.field.metadata if self.field else {}
@@ -167,7 +171,7 @@ def renamed(key: str) -> str | None:
         if new := RENAMED.get(".".join(parts[:size])):
             name = ".".join([new, *parts[size:]])
             if not find_key(name):
-                return new
+                return next(iter(difflib.get_close_matches(name, list(schema()), n=1)), new)
             counts = ", which counts responses" if name == "rl.batch_size" else ""
             return name + counts
     return None

@@ -12,6 +12,7 @@ import torch
 from families import EOS, FAMILIES, PAD, save_base
 from helpers import metrics
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -145,14 +146,13 @@ def test_a_foreign_reward_model_reads_prompt_and_answer_as_text(tmp_path: Path) 
     class Reward:
         class module:
             class hf:
-                class config:
-                    max_position_embeddings = 40
+                config = AutoConfig.for_model("llama", max_position_embeddings=40)
 
     short, long = (
         [Turn("user", "Hi")],
         [Turn("user", "A question that is longer than the context of that model")],
     )
-    source = Source("other", engine=Reward, tokenizer=foreign, as_text=True)
+    source = Source("other", engine=Reward, tokenizer=foreign, reads_text=True)
     assert (
         foreign.decode(retokenize(source, short, "Hello you", True))
         == "\n\nHuman: Hi\n\nAssistant: Hello you<end>"

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import REPO, SLOW, composed, lines, metrics, running, runs_in, summary, train
+from helpers import REPO, SLOW, command, composed, lines, metrics, running, runs_in, summary, train
 from worker_runs import begin, kill_when, prepare, rows_of, same, work
 
 from rlhf.config.deployment import placement
@@ -32,7 +32,7 @@ TEN_STEPS = [
     "rm.batch_size=8",
     "checkpoint.every_steps=5",
 ]
-# all that PPO remembers: coefficient, scale, average, random streams (dropout), best policy,
+# all that PPO remembers: coefficient, scale, average, random streams, best policy,
 # warnings
 MEMORY = [
     "rl.max_steps=4",
@@ -44,7 +44,6 @@ MEMORY = [
     "rl.critic.warmup_rollouts=1",
     "rl.ptx.coef=0.1",
     "rl.evaluation.every=2",
-    "rl.dschat.dropout=0.1",
     "rollout.log_answers=2",
     "checkpoint.every_steps=2",
 ]
@@ -117,7 +116,6 @@ def test_a_killed_run_goes_on_bit_for_bit(
             "actor.lora.rank=4",
             "actor.lora.embeddings=true",
             "reward.lora.rank=4",
-            "rl.dschat.dropout=0",
         ],
         ["deploy.precision=bf16", "deploy.offload.optimizer=true"],
         ["deploy.precision=autocast", "rl.kl.controller=linear", "rl.target_kl=0.01"],
@@ -219,7 +217,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     assert (
         parent.returncode == 130
         and "stopped after step" in said
-        and "the same command goes on" in said
+        and "run the same command to resume" in said
     ), said
     step = find_checkpoints(run)[0][0][1]["step"]
     assert lines(run / "metrics.jsonl") == step < 400
@@ -336,28 +334,24 @@ def test_a_run_that_another_process_finishes_meanwhile_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look whether it is finished and the lock."""
-    from test_config import composed
+    from rlhf import run
 
-    from rlhf import cli
-
-    cfg = composed("stage=sft", f"root={tmp_path}")
-    home = run_dir_for(cfg, "sft", cfg)
+    mine = command("stage=sft", f"root={tmp_path}")
+    home = run_dir_for(mine, "sft")
     home.mkdir(parents=True)
     monkeypatch.setattr(
-        cli.plan,
+        run,
         "make_plan",
         lambda *_: write_json(home / "summary.json", {"parents": {}, "id": "theirs"}),
     )
-    monkeypatch.setattr(cli.plan, "short", str)
-    assert cli.run_stage(cfg, "sft", cfg, [], upstream=True) == home
+    monkeypatch.setattr(run, "one_line_summary", str)
+    assert run.run_stage(mine, "sft", is_parent=True) == home
     assert (
         read_summary(home) == {"parents": {}, "id": "theirs"} and not (home / "attempts").exists()
     )
 
 
 def test_placement_names_all_that_bits_depend_on() -> None:
-    from test_config import composed
-
     assert placement(composed("deploy.threads=2")) == {
         "deploy.processes_per_node": 1,
         "deploy.nodes": 1,

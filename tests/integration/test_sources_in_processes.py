@@ -46,7 +46,7 @@ from rlhf.config.choices import Template
 from rlhf.data import sources, tokenized
 from rlhf.models.loading import load_tokenizer
 settings = composed("data.eval_share=0.1", "data.eval_rows=10000").data
-settings.sandbox, settings.sources = None, {"mine": Source(sys.argv[1])}
+settings.sandbox, settings.sources = None, {"mine": Source(path=sys.argv[1])}
 data = sources.load_sources(settings)
 rows = tokenized.pairs(load_tokenizer("builtin:tiny", Template.hh), data.rm, 99, 99)
 print(len(rows), hashlib.sha256(str(list(rows)).encode()).hexdigest())

@@ -69,7 +69,7 @@ def test_all_jobs_are_checked_before_the_first_starts(tmp_path: Path) -> None:
 
 def test_jobs_with_long_overrides_keep_folders_of_their_own(tmp_path: Path) -> None:
     """Also where only deploy.* differs, which is no part of the run's name."""
-    from rlhf import cli
+    from rlhf.sweep import collect_job
 
     run = tmp_path / "outputs" / "sft-tiny-0"
     run.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_jobs_with_long_overrides_keep_folders_of_their_own(tmp_path: Path) -> N
         "deploy.offload.optimizer=false",
     ]
     for stage in (2, 3):
-        cli.collect(tmp_path / "multirun" / "deep", [*long, f"deploy.zero_stage={stage}"], run)
+        collect_job(tmp_path / "multirun" / "deep", [*long, f"deploy.zero_stage={stage}"], run)
     assert len([*(tmp_path / "multirun" / "deep").iterdir()]) == 2
 
 
