@@ -160,7 +160,7 @@ def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
     assert done.returncode == 0
     for word in (
         "bloom-1b1",
-        "dpo, eval, grpo",
+        "stage",
         "GROUP=OPTION",
         "python train.py -m",
     ):
