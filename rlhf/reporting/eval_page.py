@@ -41,7 +41,7 @@ def write_page(results: EvalResults, file: Path, title: str) -> None:
 
 
 def page(results: EvalResults, title: str) -> str:
-    """The page as HTML. Figures are made in the order in which they stand on it."""
+    """The page as HTML. Figures are made in the order of the page."""
     figures = Figures()
     return render(
         "eval.html",
