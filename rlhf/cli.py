@@ -23,9 +23,8 @@ from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130  # exit codes
-stopped_by: list[
-    Exception
-] = []  # of a command that is no sweep; Hydra would print a line of its own
+# What stopped this command (not a sweep). It is raised again outside Hydra, which would add a line.
+stopped_by: list[Exception] = []
 
 
 def main() -> int:
@@ -41,9 +40,13 @@ def main() -> int:
         say(f"error: {error}")
         return FAILED
     except AssertionError as error:
-        if "Unexpected type for root" not in str(error):  # OmegaConf's, of a node that is null
+        inside = compose.inside_optional(sys.argv[1:])
+        if not inside or "Unexpected type for root" not in str(error):  # OmegaConf's, of null
             raise
-        say(f"error: {', '.join(compose.inside_optional(sys.argv[1:]))}: this node is null here")
+        say(
+            f"error: {', '.join(inside)}: its node is null here and has no keys; remove it, or "
+            "choose an option that has this node (data.sandbox.*: data=sandbox)"
+        )
         return WRONG
     except (UserError, HydraException, OmegaConfBaseException) as error:
         for line in lines_of(error):

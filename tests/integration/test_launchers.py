@@ -167,6 +167,28 @@ def test_a_failing_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) ->
     assert not (run / "summary.json").exists()
 
 
+def test_a_bug_in_a_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) -> None:
+    """A bug is put into the worker's stage when python starts."""
+    broken = """
+import sys
+if "rlhf.worker" in sys.orig_argv:
+    from rlhf.data import tokenized
+    def demonstrations(*args, **settings):
+        raise ValueError("a bug")
+    tokenized.demonstrations = demonstrations
+"""
+    (tmp_path / "sitecustomize.py").write_text(broken)
+    path = os.pathsep.join([str(tmp_path), str(REPO)])
+    done = train("stage=sft", *SMALL, cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 1, "not the user's mistake"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert "sft failed, rank 0: ValueError: a bug" in errors[0] and "train.log" in errors[0]
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert "Traceback" in (run / "train.log").read_text()
+    assert not (run / "summary.json").exists()
+
+
 def workers_of(root: Path) -> dict[int, str]:
     """Process numbers and ranks of the workers started in `root`."""
     found = {}

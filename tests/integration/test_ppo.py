@@ -362,6 +362,8 @@ def test_dschat_is_greedy_masks_eos_and_says_so(runs: dict[str, Path]) -> None:
     first = log[log.step == 1]
     again = first.groupby("prompt").response.nunique()
     assert (again == 1).all()  # the same prompt, the same answer
+    row = metrics(runs["dschat"])[0]
+    print(row["objective/kl"], row["policy/ratio_first_minibatch"])
 
 
 def test_a_sample_of_the_rollouts_is_logged_unless_all_are_asked_for(runs: dict[str, Path]) -> None:
