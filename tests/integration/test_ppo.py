@@ -363,7 +363,9 @@ def test_dschat_is_greedy_masks_eos_and_says_so(runs: dict[str, Path]) -> None:
     again = first.groupby("prompt").response.nunique()
     assert (again == 1).all()  # the same prompt, the same answer
     row = metrics(runs["dschat"])[0]
-    print(row["objective/kl"], row["policy/ratio_first_minibatch"])
+    # no dropout: before the first update policy, reference and sampler agree
+    assert row["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert row["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_a_sample_of_the_rollouts_is_logged_unless_all_are_asked_for(runs: dict[str, Path]) -> None:
