@@ -34,7 +34,7 @@ ALWAYS = [
     "data.eval_rows=128",
     "wandb.mode=disabled",
     "deploy.threads=1",
-    "rollout.log_answers=0",
+    "rollout.log_responses=0",
 ]
 NORMALIZED_SCORE = ["rl.normalize_score=true", "rl.score_clip=null", "rl.missing_eos_penalty=1"]
 RAW_SCORE = ["rl.normalize_score=false", "rl.score_clip=5", "rl.missing_eos_penalty=0"]

@@ -11,17 +11,19 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from rlhf import compose
+from rlhf.config import presets
 from rlhf.config.schema import Config
 from rlhf.config.stage_nodes import Rl
 from rlhf.runs.command import Command
@@ -89,6 +91,10 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def found(run: Path) -> dict[str, Any]:
+    return json.loads((run / "eval.json").read_text())
+
+
 @dataclass
 class Demo:
     root: Path
@@ -119,8 +125,30 @@ def compose_once(root: str | None, *overrides: str) -> Config:
 @functools.cache
 def compose_options(root: str | None, *choices: str) -> DictConfig:
     """Choosing options takes most of Hydra's time. It sets values of keys after that; so do we."""
-    compose.register()
+    register()
     return compose.compose_alone(choices, [], hydra_too=False)
+
+
+def register(folders: Sequence[Path] = ()) -> None:
+    """compose.register, which reads conf/ only once in a test process."""
+    if folders:
+        compose.register(folders)
+    else:
+        register_own()
+        presets.config_dirs[:] = [CONF]
+
+
+@functools.cache
+def register_own() -> None:
+    compose.register()
+
+
+def some(cases: Iterable[Any], every: int) -> list[Any]:
+    """Cases for parametrize: every n-th one in the quick tests, the others in make test-all."""
+    return [
+        pytest.param(*case, marks=[] if i % every == 0 else pytest.mark.full)
+        for i, case in enumerate(case if isinstance(case, tuple) else (case,) for case in cases)
+    ]
 
 
 def rl_node(**values: Any) -> Rl:
@@ -133,7 +161,7 @@ def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
 
     Raises: UserError as the command line does.
     """
-    compose.register(folders)
+    register(folders)
     typed = [compose.allow_user_names(arg) for arg in overrides]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return compose.make_command(compose.compose_again(typed), typed)

@@ -59,6 +59,11 @@ def has_critic(rl: Rl) -> bool:
     return rl.advantage in NEEDS_CRITIC
 
 
+def prompts_per_rollout(rl: Rl) -> int:
+    """Prompts of a rollout; each gets rl.responses_per_prompt responses."""
+    return rl.batch_size // rl.responses_per_prompt
+
+
 def parent_stages(cfg: Config, stage: str) -> dict[str, str | None]:
     """The stages that `stage` is trained from, each with the trained model given instead of it.
 

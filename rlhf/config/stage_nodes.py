@@ -176,7 +176,7 @@ class Rl(Optim):
         "parts of the score, by a name of your choice; null removes one"
     )
     normalize_score: bool = key(
-        "reward models in units of their standard deviation over SFT answers, mean 0; else raw"
+        "reward models in units of their standard deviation over SFT responses, mean 0; else raw"
     )
     missing_eos_penalty: float = key(
         "subtracted from the score of a response without EOS, score units", at_least=0
@@ -243,6 +243,6 @@ class Rollout:
     )
     top_p: float = key("1 in training; for evaluations rl.evaluation.top_p, in chat --top-p")
     top_k: int = key("0 in training; for evaluations rl.evaluation.top_k, in chat --top-k")
-    log_answers: int = placement(
+    log_responses: int = placement(
         "responses per rollout written to rollouts.jsonl, token by token; -1: all", at_least=-1
     )

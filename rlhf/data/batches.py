@@ -131,15 +131,15 @@ def map_across_ranks(
     return results[[position[row] for row in range(len(lengths))]]
 
 
-def uniforms(stream: str, keys: Sequence[int], seed: int, step: int, n: int) -> Tensor:
-    """Random numbers in [0, 1) for sampling, (len(keys), n) float64.
+def uniforms(stream: str, numbers: Sequence[int], seed: int, step: int, n: int) -> Tensor:
+    """Random numbers in [0, 1) for sampling, (len(numbers), n) float64.
 
-    A row depends on (stream, seed, step, its key) only, so a sample does not change with the batch
-    or the rank that it is drawn on.
+    A row depends on (stream, seed, step, its number) only, so a sample does not change with the
+    batch or the rank that it is drawn on.
     """
     tag = int.from_bytes(stream.encode(), "big")
     return torch.from_numpy(
-        np.stack([np.random.default_rng([tag, seed, step, key]).random(n) for key in keys])
+        np.stack([np.random.default_rng([tag, seed, step, number]).random(n) for number in numbers])
     )
 
 

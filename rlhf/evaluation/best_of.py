@@ -31,10 +31,10 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
     encoded = template.encode_prompts(models.tokenizer, prompts, cfg.data.max_prompt_tokens)
     turns = [prompt for prompt in prompts for _ in range(node.best_of)]
     ids = [row for row in encoded if row is not None for _ in range(node.best_of)]
-    noise = uniforms("best of n", range(len(ids)), 0, 0, cfg.rollout.max_new_tokens)
+    random = uniforms("best of n", range(len(ids)), 0, 0, cfg.rollout.max_new_tokens)
     experience = make_experience(
         dataclasses.replace(models, ref=None),
-        Prompts(turns, ids, noise),
+        Prompts(turns, ids, random),
         Sampling(node.temperature, node.top_p, node.top_k),
         cfg.deploy.eval_micro_batch,
     )

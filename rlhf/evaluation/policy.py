@@ -39,8 +39,8 @@ def evaluate_policy(
             f"all held-out prompts are too long (data.max_prompt_tokens={max_prompt_tokens}): "
             "raise it"
         )
-    noise = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    prompts = Prompts([turns for turns, _ in kept], [ids for _, ids in kept], noise)
+    random = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
+    prompts = Prompts([turns for turns, _ in kept], [ids for _, ids in kept], random)
     experience = make_experience(replace(models, critic=None), prompts, sampling, micro_batch)
     kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
     rows = []

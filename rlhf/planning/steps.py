@@ -9,7 +9,7 @@ from rlhf.base.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT
 from rlhf.base.log import plural
 from rlhf.config.deployment import world_size
 from rlhf.config.schema import Config, Sandbox, Source
-from rlhf.config.stage_graph import is_aligned, is_rl
+from rlhf.config.stage_graph import is_aligned, is_rl, prompts_per_rollout
 from rlhf.config.stage_nodes import Dpo, Rm, Sft
 
 # preference pairs of data sets on the hub, from their cards
@@ -86,7 +86,7 @@ def schedule(cfg: Config, stage: str) -> tuple[int, int, int | None]:
     """Rows of the data per step, passes over the data, and the limit of steps."""
     if is_rl(stage):
         rl = cfg.rl
-        return rl.batch_size // rl.responses_per_prompt, rl.prompt_epochs, rl.max_steps
+        return prompts_per_rollout(rl), rl.prompt_epochs, rl.max_steps
     nodes: dict[str, Sft | Rm | Dpo] = {"sft": cfg.sft, "rm": cfg.rm, "dpo": cfg.dpo}
     node = nodes[stage]
     return node.batch_size, node.epochs, node.max_steps
@@ -120,7 +120,7 @@ def describe_batch(cfg: Config, stage: str) -> str:
     )
     if is_rl(stage):
         k = rl.responses_per_prompt
-        text += f"; {plural(rl.batch_size // k, 'prompt')} per rollout, "
+        text += f"; {plural(prompts_per_rollout(rl), 'prompt')} per rollout, "
         if k > 1:
             text += f"{k} responses per prompt, "
         text += f"{rl.epochs} x {rl.minibatches} steps on each rollout"

@@ -77,13 +77,13 @@ def margins(values: Sequence[float]) -> Figure:
 
 
 def best_of(points: Sequence[BestOfPoint]) -> Figure:
-    """Score, and gold score where it is known, of the best of n responses."""
+    """Score, and gold reward where it is known, of the best of n responses."""
     from plotly import graph_objects
 
     figure = graph_objects.Figure()
     lines = [("score", [point.score for point in points])]
     if all(point.gold is not None for point in points):
-        lines.append(("gold score, points", [point.gold or 0.0 for point in points]))
+        lines.append(("gold reward, points", [point.gold or 0.0 for point in points]))
     for name, values in lines:
         figure.add_scatter(
             x=[point.n for point in points], y=values, mode="lines+markers", name=name

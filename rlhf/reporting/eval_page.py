@@ -123,13 +123,13 @@ def scorer_tables(scorer: ScorerResults) -> list[Table]:
 
 
 def best_of_table(points: Sequence[BestOfPoint]) -> Table:
-    """A row per n; the gold score where it is known."""
+    """A row per n; the gold reward where it is known."""
     has_gold = any(point.gold is not None for point in points)
     rows = []
     for point in points:
         gold = [f"{point.gold:.3f}"] if point.gold is not None else []
         rows.append([str(point.n), f"{point.score:.3f}", *gold, f"{point.kl:.2f}"])
-    gold_column = ["gold score"] if has_gold else []
+    gold_column = ["gold reward"] if has_gold else []
     return Table(["n", "score", *gold_column, "KL at most, nats"], rows)
 
 

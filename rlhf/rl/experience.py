@@ -98,7 +98,7 @@ class Prompts:
 
     turns: Sequence[list[Turn]]
     ids: Sequence[Sequence[int]]  # the same as token ids
-    noise: Tensor  # (B, R) uniform random numbers of each response
+    random: Tensor  # (B, R) in [0, 1), a number for each token of each response
 
 
 @dataclass
@@ -174,7 +174,7 @@ def sample_responses(
             response, response_mask, logprobs = generate(
                 actor.module,
                 PromptBatch(ids, mask),
-                prompts.noise[chunk],
+                prompts.random[chunk],
                 eos_id,
                 sampling,
                 synced,
@@ -239,7 +239,7 @@ def by_length(experience: Experience, micro_batch: int) -> list[Sequence[int]]:
 def policy_logprobs(policy: LogProbModel, experience: Experience, temperature: float) -> Tensor:
     """Log-probs of the sampled tokens under a policy, (B, R)."""
     stats = policy(experience.ids, experience.full_mask, experience.target_mask, temperature)
-    return stats[0][:, -experience.response_mask.shape[1] :]
+    return stats.logprobs[:, -experience.response_mask.shape[1] :]
 
 
 def values_before(scores: Tensor, r: int) -> Tensor:

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import call
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +23,7 @@ from rlhf.rl.controllers import MovingAverage
 from rlhf.rl.experience import Experience, Models, values_before
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import kl_estimate, policy_loss, token_weights, value_loss
+from rlhf.rl.rewards import Rewards
 from rlhf.training.likelihood import response_nll_stats
 from rlhf.training.optimizer_step import optimizer_step
 from rlhf.training.schedule import learning_rate
@@ -40,36 +40,56 @@ class Learner:
     cfg: Config
     models: Models
     guards: Guards
-    steps: int  # rollouts of the run
+    rollouts: int  # of the run
     ema: MovingAverage | None = None
     texts: Texts | None = None  # of the pretraining loss
 
-    def actor_trains(self, step: int) -> bool:
+    @property
+    def rewards(self) -> Rewards:
+        """What scores responses."""
+        assert self.models.rewards is not None  # is missing only where nothing is trained with it
+        return self.models.rewards
+
+    def actor_trains(self, rollout: int) -> bool:
         """Whether the actor is trained at a rollout, or only the critic (warm-up)."""
-        return step >= self.warmup
+        return rollout >= self.warmup
 
     @property
     def warmup(self) -> int:
         """First rollouts, in which only the critic is trained."""
         return self.cfg.rl.critic.warmup_rollouts if self.models.critic is not None else 0
 
-    def actor_lr(self, step: int) -> float:
+    def actor_lr(self, rollout: int) -> float:
         """The actor's learning rate; its warm-up begins when the actor begins."""
-        return learning_rate(step - self.warmup, self.steps - self.warmup, self.cfg.rl)
+        return learning_rate(rollout - self.warmup, self.rollouts - self.warmup, self.cfg.rl)
+
+    def critic_lr(self, rollout: int) -> float:
+        """The critic's learning rate."""
+        return learning_rate(rollout, self.rollouts, self.cfg.rl.critic)
 
 
 @dataclass
 class Minibatch:
-    """The rows of one optimizer step."""
+    """The rows of one optimizer step of actor and critic, and what the step leaves behind."""
 
     experience: Experience  # of the whole rollout
-    rows: list[int]  # of all ranks
-    micro_batches: list[Sequence[int]]  # of this rank
-    tokens: float  # in the loss, over all ranks
+    rollout: int  # number of the rollout, from 0
+    epoch: int  # number of the pass over the rollout, from 0
+    number: int  # of the minibatch in its pass, from 0
+    rows: list[int]  # row numbers of the experience, those of all ranks
+    micro_batches: list[Sequence[int]]  # the same, of this rank only
+    tokens: float  # tokens in the loss, over all ranks
     kl_coef: float  # weight of the KL in the loss; 0 where it is part of the reward
-    is_first: bool  # of the rollout: the policy is still the one that sampled
-    step: int
-    stats: Stats = field(default_factory=Stats)
+    # filled in by the step
+    stats: Stats = field(default_factory=Stats)  # of this rank
+    sums: dict[str, float] = field(default_factory=dict)  # of all ranks
+    actor_grad_norm: float | None = None  # before clipping
+    critic_grad_norm: float | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the policy is still the one that sampled."""
+        return self.epoch == 0 and self.number == 0
 
     def weights(self, part: Experience, cfg: Config) -> Tensor:
         """Weight of each token of a micro-batch in the step's loss, (b, r)."""
@@ -84,12 +104,12 @@ def actor_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tenso
     """The actor's loss on some of this rank's rows, a part of the step's loss."""
     rl, part = learner.cfg.rl, batch.experience.rows(rows)
     weight, r = batch.weights(part, learner.cfg), part.response_mask.shape[1]
-    outputs = learner.models.actor(
+    stats = learner.models.actor(
         part.ids, part.full_mask, part.target_mask, learner.cfg.rollout.temperature
     )
-    logprobs, entropy = outputs[0][:, -r:], outputs[1][:, -r:]
-    if batch.is_first and learner.actor_trains(batch.step):
-        first = batch.step == learner.warmup
+    logprobs, entropy = stats.logprobs[:, -r:], stats.entropy[:, -r:]
+    if batch.is_first:
+        first = batch.rollout == learner.warmup
         learner.guards.check_ratio(logprobs.detach(), part.old_logprobs, part.response_mask, first)
     loss, sums = policy_loss(logprobs, part.old_logprobs, part.advantages, part.loss_mask, rl)
     batch.stats.maximum(ratio_max=sums.pop("ratio_max"))
@@ -100,7 +120,7 @@ def actor_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tenso
     if rl.entropy_coef:
         terms["entropy"] = -rl.entropy_coef * (weight * entropy).sum()
     if batch.kl_coef:
-        kl = kl_estimate(logprobs * part.response_mask, part.ref_logprobs, rl.kl.estimator)
+        kl = kl_estimate(logprobs, part.ref_logprobs, rl.kl.estimator)
         terms["kl"] = batch.kl_coef * (weight * kl).sum()
     batch.stats.add(**{f"loss/{name}": term.detach().double() for name, term in terms.items()})
     return sum(terms.values(), logprobs.new_zeros(()))
@@ -129,15 +149,11 @@ def ptx_loss(
     return loss
 
 
-def ptx_losses(
-    learner: Learner, texts: Texts, batch: Minibatch, key: Sequence[int]
-) -> list[Callable[[], Tensor]]:
-    """The pretraining losses of an optimizer step: as many texts as responses.
-
-    Args: key: of the random choice of texts.
-    """
+def ptx_losses(learner: Learner, batch: Minibatch, texts: Texts) -> list[Callable[[], Tensor]]:
+    """The pretraining losses of an optimizer step: as many random texts as responses."""
     size = len(batch.rows)
-    choice = np.random.default_rng(key).choice(len(texts), size, replace=len(texts) < size)
+    seed = [learner.cfg.seed, batch.rollout, batch.epoch, batch.number]
+    choice = np.random.default_rng(seed).choice(len(texts), size, replace=len(texts) < size)
     chosen = {int(i): texts[int(i)] for i in choice}
     tokens = sum(len(chosen[int(i)][1]) for i in choice)
     rank, world = collectives.rank(), collectives.world_size()
@@ -152,123 +168,125 @@ def ptx_losses(
 
 
 def update_policy(
-    learner: Learner, experience: Experience, kl_coef: float, step: int
+    learner: Learner, experience: Experience, kl_coef: float, rollout: int
 ) -> dict[str, float]:
     """Train actor and critic on a rollout.
 
     Args:
         experience: with advantages, and with a critic its returns.
         kl_coef: current KL coefficient.
-        step: number of the rollout, from 0.
+        rollout: its number, from 0.
     Returns: metrics: means over the tokens, or the optimizer steps, of all ranks.
     """
     rl, models = learner.cfg.rl, learner.models
-    trained = [models.actor] + ([models.critic] if models.critic is not None else [])
-    for engine in trained:
+    engines = [models.actor] + ([models.critic] if models.critic is not None else [])
+    for engine in engines:
         engine.train()  # no dropout is on; activation checkpointing works only in this mode
-    totals: dict[str, float] = defaultdict(float)  # sums over all optimizer steps
-    progress = Progress()
+    done: list[Minibatch] = []
     for epoch in range(rl.epochs):
-        approxkl = tokens = 0.0  # sums over this pass
-        for number, batch in enumerate(minibatches(learner, experience, kl_coef, step, epoch)):
-            train_minibatch(learner, batch, [learner.cfg.seed, step, epoch, number], progress)
-            reduced = batch.stats.reduce(models.actor.device)
-            for name, value in reduced.items():
-                totals[name] += value
-            progress.ratio_max = max(progress.ratio_max, batch.stats.maxima.get("ratio_max", 0.0))
-            approxkl += reduced.get("approxkl", 0.0)
-            tokens += batch.tokens
-            if batch.is_first and learner.actor_trains(step):
-                progress.first_ratio = reduced["ratio"] / max(batch.tokens, 1.0)
-        progress.passes += 1
-        progress.tokens += tokens
-        if rl.target_kl and approxkl > rl.target_kl * tokens:
+        batches = minibatches_of_pass(learner, experience, kl_coef, rollout, epoch)
+        for batch in batches:
+            train_minibatch(learner, batch)
+        done += batches
+        if rl.target_kl and total(batches)["approxkl"] > rl.target_kl * count_tokens(batches):
             break
-    for engine in trained:
+    for engine in engines:
         engine.eval()
-    return update_metrics(learner, totals, progress, step)
+    return update_metrics(learner, done, rollout)
 
 
-@dataclass
-class Progress:
-    """What the optimizer steps of a rollout leave behind besides sums."""
-
-    actor_norms: list[float] = field(default_factory=list)  # of gradients, before clipping
-    critic_norms: list[float] = field(default_factory=list)
-    first_ratio: float = 0.0  # mean ratio at the first minibatch
-    ratio_max: float = 0.0
-    tokens: float = 0.0
-    passes: int = 0
-
-
-def minibatches(
-    learner: Learner, experience: Experience, kl_coef: float, step: int, epoch: int
+def minibatches_of_pass(
+    learner: Learner, experience: Experience, kl_coef: float, rollout: int, epoch: int
 ) -> list[Minibatch]:
-    """The minibatches of one pass, the same on every rank."""
+    """The minibatches of one pass over the rollout, in a new order; the same on every rank."""
     cfg = learner.cfg
     in_loss = kl_coef if cfg.rl.kl.applied_to == KlAppliedTo.loss else 0.0
     lengths = experience.full_mask.sum(1).tolist()
-    order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(lengths))
+    order = np.random.default_rng([cfg.seed, rollout, epoch]).permutation(len(lengths))
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     rank, world = collectives.rank(), collectives.world_size()
-    batches = []
-    for number, rows in enumerate(np.split(order, cfg.rl.minibatches)):
-        cut = micro_batches(rows.tolist(), lengths, cfg.deploy.micro_batch, rank, world, longest)
-        tokens = float(experience.loss_mask[rows].sum())
-        is_first = epoch == number == 0
-        batches.append(Minibatch(experience, rows.tolist(), cut, tokens, in_loss, is_first, step))
-    return batches
+    return [
+        Minibatch(
+            experience,
+            rollout,
+            epoch,
+            number,
+            rows=rows.tolist(),
+            micro_batches=micro_batches(
+                rows.tolist(), lengths, cfg.deploy.micro_batch, rank, world, longest
+            ),
+            tokens=float(experience.loss_mask[rows].sum()),
+            kl_coef=in_loss,
+        )
+        for number, rows in enumerate(np.split(order, cfg.rl.minibatches))
+    ]
 
 
-def train_minibatch(
-    learner: Learner, batch: Minibatch, key: Sequence[int], progress: Progress
-) -> None:
+def train_minibatch(learner: Learner, batch: Minibatch) -> None:
     """One optimizer step of the actor, unless the critic warms up, and one of the critic."""
-    models, step = learner.models, batch.step
-    if learner.actor_trains(step):
+    models = learner.models
+    if learner.actor_trains(batch.rollout):
         losses: list[Callable[[], Tensor]] = [
             partial(actor_loss, learner, batch, rows) for rows in batch.micro_batches
         ]
         if learner.texts is not None:
-            losses += ptx_losses(learner, learner.texts, batch, key)
-        norm = optimizer_step(models.actor, losses, call, learner.actor_lr(step))
-        progress.actor_norms.append(norm)
+            losses += ptx_losses(learner, batch, learner.texts)
+        lr = learner.actor_lr(batch.rollout)
+        batch.actor_grad_norm = optimizer_step(models.actor, losses, lr)
         if learner.ema is not None:
             learner.ema.update()
     if models.critic is not None:
-        lr = learning_rate(step, learner.steps, learner.cfg.rl.critic)
-        loss_fn = partial(critic_loss, learner, batch)
-        progress.critic_norms.append(
-            optimizer_step(models.critic, batch.micro_batches, loss_fn, lr)
-        )
+        losses = [partial(critic_loss, learner, batch, rows) for rows in batch.micro_batches]
+        lr = learner.critic_lr(batch.rollout)
+        batch.critic_grad_norm = optimizer_step(models.critic, losses, lr)
+    batch.sums = batch.stats.reduce(models.actor.device)
 
 
-def update_metrics(
-    learner: Learner, totals: dict[str, float], progress: Progress, step: int
-) -> dict[str, float]:
-    """Means over tokens, and of losses over optimizer steps."""
-    rl, models = learner.cfg.rl, learner.models
-    # DeepSpeed-Chat's masks may leave no token
-    mean = {name: value / max(progress.tokens, 1.0) for name, value in totals.items()}
+# ------------------------------------------------------------------------------------- metrics
+
+
+def total(batches: Sequence[Minibatch]) -> dict[str, float]:
+    """The sums of all minibatches; 0 for a name that none has."""
+    totals: dict[str, float] = defaultdict(float)
+    for batch in batches:
+        for name, value in batch.sums.items():
+            totals[name] += value
+    return totals
+
+
+def count_tokens(batches: Sequence[Minibatch]) -> float:
+    """Tokens in the loss; at least 1, as DeepSpeed-Chat's masks may leave none."""
+    return max(sum(batch.tokens for batch in batches), 1.0)
+
+
+def update_metrics(learner: Learner, done: list[Minibatch], rollout: int) -> dict[str, float]:
+    """Means over tokens, and of losses and gradient norms over optimizer steps.
+
+    Args: done: the minibatches of all passes over the rollout.
+    """
+    totals, tokens = total(done), count_tokens(done)
+    mean = {name: value / tokens for name, value in totals.items()}
     loss = {
-        name.removeprefix("loss/"): value / (progress.passes * rl.minibatches)
+        name.removeprefix("loss/"): value / len(done)
         for name, value in totals.items()
         if name.startswith("loss/")
     }
-    actor_trains = learner.actor_trains(step)
+    critic_norms = [b.critic_grad_norm for b in done if b.critic_grad_norm is not None]
+    actor_norms = [b.actor_grad_norm for b in done if b.actor_grad_norm is not None]
     metrics: dict[str, float] = {
-        "lr": learner.actor_lr(step) if actor_trains else 0.0,
-        "policy/epochs": progress.passes,
+        "lr": learner.actor_lr(rollout) if actor_norms else 0.0,
+        "policy/epochs": done[-1].epoch + 1,
     }
-    if models.critic is not None:
+    if critic_norms:
         metrics |= {
-            "lr_critic": learning_rate(step, learner.steps, rl.critic),
+            "lr_critic": learner.critic_lr(rollout),
             "loss/value_avg": loss["value"],
             "val/clipfrac_avg": mean["value_clipfrac"],
-            "val/grad_norm": float(np.mean(progress.critic_norms)),
+            "val/grad_norm": float(np.mean(critic_norms)),
         }
-    if not actor_trains:
+    if not actor_norms:
         return metrics
+    ratio_max = max(batch.stats.maxima.get("ratio_max", 0.0) for batch in done)
     metrics |= {f"loss/{name}_avg": loss[name] for name in TERMS if name in loss}
     metrics |= {
         "loss/total_avg": sum(loss.get(name, 0.0) for name in TERMS),
@@ -276,11 +294,11 @@ def update_metrics(
         "policy/clipfrac_avg": mean["clipfrac_low"] + mean["clipfrac_high"],
         "policy/clipfrac_low_avg": mean["clipfrac_low"],
         "policy/entropy_avg": mean["entropy"],
-        "policy/ratio_max": collectives.all_reduce_max(progress.ratio_max, models.actor.device),
-        "policy/grad_norm": float(np.mean(progress.actor_norms)),
+        "policy/ratio_max": collectives.all_reduce_max(ratio_max, learner.models.actor.device),
+        "policy/grad_norm": float(np.mean(actor_norms)),
         "val/ratio": mean["ratio"],
         "val/ratio_var": max(0.0, mean["ratio_sq"] - mean["ratio"] ** 2),
     }
-    if progress.first_ratio:
-        metrics["policy/ratio_first_minibatch"] = progress.first_ratio
+    if done[0].tokens:
+        metrics["policy/ratio_first_minibatch"] = done[0].sums["ratio"] / done[0].tokens
     return metrics

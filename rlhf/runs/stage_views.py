@@ -63,7 +63,7 @@ POLICY_METRICS = (
 )
 POLICY_PRIMARY = tuple(map(PrimaryMetric, ("eval/gold", "eval/score", "eval/accuracy")))
 POLICY_ROWS = (
-    ResultRow("gold score", "gold", before="gold_before"),
+    ResultRow("gold reward", "gold", before="gold_before"),
     ResultRow("  best possible", "gold_best"),
     ResultRow("KL, nats per response", "kl"),
     ResultRow("length, tokens", "length", ".1f", before="length_before"),
@@ -75,7 +75,7 @@ SFT = StageView(
     rows=(
         ResultRow("held-out perplexity", "perplexity", ".3f"),
         ResultRow("finished responses (EOS rate)", "eos_rate", ".1%"),
-        ResultRow("gold score", "gold"),
+        ResultRow("gold reward", "gold"),
     ),
     panels=(
         Panel("Loss", ("loss",), "nats per token"),
@@ -164,7 +164,7 @@ EVAL = StageView(
 EVALUATED_METRICS = (  # of each policy that stage=eval measures
     ResultRow("perplexity", "perplexity", ".3f"),
     ResultRow("score", "score", ".3f"),
-    ResultRow("gold score", "gold", ".3f"),
+    ResultRow("gold reward", "gold", ".3f"),
     ResultRow("KL, nats per response", "kl"),
     ResultRow("length, tokens", "length", ".1f"),
     ResultRow("finished responses (EOS rate)", "eos_rate", ".1%"),

@@ -15,7 +15,7 @@ from rlhf.sampling.token_choice import Sampling, choose_token, scale_by_temperat
 def hf_generate(
     policy: Policy,
     prompts: PromptBatch,
-    uniform_noise: Tensor,
+    random: Tensor,
     eos_id: int,
     sampling: Sampling,
     synced: bool = False,
@@ -27,15 +27,15 @@ def hf_generate(
     """
     from transformers import GenerationConfig
 
-    hf, P, (B, R) = policy.hf, prompts.ids.shape[1], uniform_noise.shape
+    hf, P, (B, R) = policy.hf, prompts.ids.shape[1], random.shape
     logprobs = torch.zeros((B, R), device=prompts.ids.device)
-    uniform_noise = uniform_noise.to(prompts.ids.device)
+    random = random.to(prompts.ids.device)
 
     def leave_chosen_token(ids: Tensor, logits: Tensor) -> Tensor:
         """Logits (B, V) in which only the token that `sample` chooses is possible."""
         t = ids.shape[1] - P
         probabilities = scale_by_temperature(logits, sampling).softmax(-1)
-        token = choose_token(probabilities, uniform_noise[:, t : t + 1], sampling)
+        token = choose_token(probabilities, random[:, t : t + 1], sampling)
         logprobs[:, t] = probabilities.gather(1, token)[:, 0].log()
         return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
 

@@ -22,7 +22,7 @@ from rlhf.sampling.token_choice import Sampling, choose_token, scale_by_temperat
 def sample(
     policy: Policy,
     prompts: PromptBatch,
-    uniform_noise: Tensor,
+    random: Tensor,
     eos_id: int,
     sampling: Sampling,
     synced: bool = False,
@@ -30,12 +30,12 @@ def sample(
     """Sample a response to each prompt, by inverse transform sampling from given random numbers.
 
     Args:
-        uniform_noise: (B, R) uniform in [0, 1), one number per token that may be sampled.
+        random: (B, R) uniform in [0, 1), one number per token that may be sampled.
         synced: every rank runs as many forwards as the slowest one. ZeRO-3 needs this: ranks
             communicate in every forward, also where no weight has to be fetched.
     """
-    device, (B, R) = prompts.ids.device, uniform_noise.shape
-    uniform_noise = uniform_noise.to(device)
+    device, (B, R) = prompts.ids.device, random.shape
+    random = random.to(device)
     ids = torch.full((B, R), eos_id, device=device)
     mask, logprobs = (torch.zeros((B, R), device=device) for _ in range(2))
     state = DecodeState.before_prompts(policy, prompts, R)
@@ -45,7 +45,7 @@ def sample(
         logits = read_prompts(policy.hf, prompts, state)
         for t in range(R):
             probabilities = scale_by_temperature(logits, sampling).softmax(-1)
-            token = choose_token(probabilities, uniform_noise[state.rows, t : t + 1], sampling)
+            token = choose_token(probabilities, random[state.rows, t : t + 1], sampling)
             if not finished:
                 ids[state.rows, t], mask[state.rows, t] = token[:, 0], 1.0
                 logprobs[state.rows, t] = probabilities.gather(1, token)[:, 0].log()

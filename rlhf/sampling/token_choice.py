@@ -28,12 +28,12 @@ def scale_by_temperature(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
 
 
-def choose_token(probabilities: Tensor, uniform_noise: Tensor, sampling: Sampling) -> Tensor:
+def choose_token(probabilities: Tensor, random: Tensor, sampling: Sampling) -> Tensor:
     """One token from each row, (B, 1), by inverse transform sampling.
 
     Args:
         probabilities: (B, V), each row sums to 1.
-        uniform_noise: (B, 1) in [0, 1).
+        random: (B, 1) in [0, 1).
     """
     if sampling.greedy:
         return probabilities.argmax(-1, keepdim=True)
@@ -49,5 +49,5 @@ def choose_token(probabilities: Tensor, uniform_noise: Tensor, sampling: Samplin
         probabilities = torch.zeros_like(descending).scatter(1, order, descending * kept)
         last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    targets = uniform_noise * cumulative[:, -1:]
+    targets = random * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True).minimum(last)

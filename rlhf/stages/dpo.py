@@ -144,7 +144,7 @@ def train_step(
     actor.train()  # nothing drops out, but activation checkpointing works in this mode only
     stats = Stats()
     loss_fn = partial(dpo_loss, actor=actor, dpo=dpo, pad_id=pad_id, stats=stats)
-    grad_norm = optimizer_step(actor, micros, loss_fn, lr)
+    grad_norm = optimizer_step(actor, [partial(loss_fn, micro) for micro in micros], lr)
     actor.eval()
     losses, chosen, rejected, chosen_ratio, rejected_ratio = stats.gather("pairs").unbind(1)
     return {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.base.log import log
 from rlhf.config.schema import Config, Data
+from rlhf.config.stage_graph import prompts_per_rollout
 from rlhf.data.inspection.leakage import leakage
 from rlhf.data.inspection.measuring import (
     Effect,
@@ -161,7 +162,7 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
     rows_per_step = {
         "sft": ("sft.batch_size", cfg.sft.batch_size, cfg.sft.batch_size),
         "rm": ("rm.batch_size", cfg.rm.batch_size, cfg.rm.batch_size),
-        "ppo": ("rl.batch_size", rl.batch_size, rl.batch_size // rl.responses_per_prompt),
+        "ppo": ("rl.batch_size", rl.batch_size, prompts_per_rollout(rl)),
     }
     for name, (key, batch_size, needed) in rows_per_step.items():
         numbers = stages[name]

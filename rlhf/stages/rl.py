@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from rlhf.rl.monitor import Monitor
 from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models, load_functions
 from rlhf.rl.update import Learner, Texts, update_policy
 from rlhf.sampling.token_choice import Sampling
-from rlhf.training.checkpoint import Checkpoints
+from rlhf.training.checkpoint import Checkpoints, Stateful
 from rlhf.training.setup import build_actor_and_reference, open_inputs
 from rlhf.training.tracker import Tracker
 
@@ -63,7 +63,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")
-    steps = count_rollouts(cfg, data, len(prompts))
+    rollouts = count_rollouts(cfg, data, len(prompts))
 
     # 2. models: policy and reference, what scores responses, and the critic
     models = load_models(cfg, data, tokenizer, functions, run_dir)
@@ -72,35 +72,36 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # 3. what is remembered from rollout to rollout, and resumed
     ema = MovingAverage(models.actor, cfg.rl.ema) if cfg.rl.ema else None
-    learner = Learner(cfg, models, guards, steps, ema, texts)
+    learner = Learner(cfg, models, guards, rollouts, ema, texts)
+    tracker = Tracker(cfg, run_dir, rollouts, SHOWN)
     state = State(
-        KlCoefficient(cfg.rl.kl, steps - learner.warmup),
-        RunningScale(),
-        tracker := Tracker(cfg, run_dir, steps, SHOWN),
-        Monitor(tracker.alert),
-        Evaluations(cfg, data, models, run_dir),
+        kl=KlCoefficient(cfg.rl.kl, rollouts - learner.warmup),
+        scale=RunningScale(),
+        tracker=tracker,
+        monitor=Monitor(tracker.alert),
+        evaluations=Evaluations(cfg, data, models, run_dir),
     )
     engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
-    stateful = vars(state) | ({"ema": ema} if ema else {})
-    checkpoints = Checkpoints(cfg, run_dir, steps, engines, stateful)
+    remembered = state.parts() | ({"ema": ema} if ema else {})
+    checkpoints = Checkpoints(cfg, run_dir, rollouts, engines, remembered)
     done = checkpoints.resume()
     if not done:
         state.evaluations.remember_start()
 
     # 4. rollouts
-    per_rollout = cfg.rl.batch_size // cfg.rl.responses_per_prompt
+    per_rollout = stage_graph.prompts_per_rollout(cfg.rl)
     batches = global_batches(len(prompts), per_rollout, cfg.rl.prompt_epochs, cfg.seed)
-    for step, batch in islice(enumerate(batches), done, steps):
-        metrics = train_on_rollout(learner, state, prompts, batch, step)
-        state.tracker.log(step + 1, metrics)
+    for rollout, batch in islice(enumerate(batches), done, rollouts):
+        metrics = train_on_rollout(learner, state, prompts, batch, rollout)
+        tracker.log(rollout + 1, metrics)
         state.monitor.check(metrics)
-        checkpoints.after(step + 1)
+        checkpoints.after(rollout + 1)
 
     # 5. evaluation, and the models that the run leaves
-    metrics, compared = state.evaluations.compare(steps)
-    state.tracker.samples(steps, compared)
+    metrics, compared = state.evaluations.compare(rollouts)
+    tracker.samples(rollouts, compared)
     save_models(learner, run_dir)
-    state.tracker.close(metrics)
+    tracker.close(metrics)
     return metrics
 
 
@@ -125,38 +126,46 @@ class State:
     monitor: Monitor
     evaluations: Evaluations
 
+    def parts(self) -> dict[str, Stateful]:
+        """The fields by name, as a checkpoint stores them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
 
 # ----------------------------------------------------------------------------------- one rollout
 
 
 def train_on_rollout(
-    learner: Learner, state: State, prompts: PromptRows, batch: Sequence[int], step: int
+    learner: Learner, state: State, prompts: PromptRows, batch: Sequence[int], rollout: int
 ) -> dict[str, float]:
-    """One rollout and the update on it. Args: batch: numbers of its prompts. Returns: metrics."""
+    """One rollout and the update on it.
+
+    Args:
+        batch: row numbers of its prompts.
+        rollout: its number, from 0.
+    Returns: metrics.
+    """
     cfg, models, guards = learner.cfg, learner.models, learner.guards
     # 1. sample responses, and measure them
     started = time.time()
-    asked = prompts_of_rollout(cfg, prompts, batch, step)
+    asked = prompts_of_rollout(cfg, prompts, batch, rollout)
     sampling = Sampling(cfg.rollout.temperature, greedy=cfg.rl.dschat.greedy)
     experience = make_experience(
         models,
         asked,
         sampling,
         cfg.deploy.eval_micro_batch,
-        rescore=step == 0,
+        rescore=rollout == 0,
         pad_is_eos=cfg.rl.dschat.pad_is_eos,
     )
     sampled = time.time()
-    guards.check_rollout(experience, models.tokenizer.eos_token_id, first=step == 0)
-    if step == 0:
+    guards.check_rollout(experience, models.tokenizer.eos_token_id, first=rollout == 0)
+    if rollout == 0:
         guards.check_start(experience)
         pad_id = models.tokenizer.pad_token_id
         guards.check_padding(models.actor, experience, cfg.rollout.temperature, pad_id)
 
     # 2. from scores to the reward of each token
-    rewards = models.rewards
-    assert rewards is not None
-    scored = score_rollout(rewards, experience, cfg, state)
+    scored = score_rollout(learner, state, experience)
 
     # 3. advantages
     advantages, returns = estimate_advantages(scored.token_rewards, experience, cfg.rl)
@@ -165,28 +174,25 @@ def train_on_rollout(
         experience.returns = returns
 
     # 4. update
-    updated = update_policy(learner, experience, state.kl.value, step)
+    updated = update_policy(learner, experience, state.kl.value, rollout)
     seconds = time.time() - started
-    if step == learner.warmup:
+    if rollout == learner.warmup:
         guards.report()
 
     # 5. metrics, and the controller that reads them
-    metrics = log_rollout(learner, state, experience, scored, asked, step)
+    metrics = log_rollout(learner, state, experience, scored, asked, rollout)
     size = len(asked.ids)
-    if learner.actor_trains(step):  # before, the policy is the reference and has no KL
+    if learner.actor_trains(rollout):  # before, the policy is the reference and has no KL
         state.kl.update(metrics["objective/kl"], size)
-    metrics |= evaluate_when_due(state, step + 1, learner.steps)
-    return (
-        metrics
-        | updated
-        | {
-            "episode": (step + 1) * size,
-            "responses_per_second": size / seconds,
-            "timing_s/rollout": sampled - started,
-            "timing_s/update": started + seconds - sampled,
-            "timing_s/step": seconds,
-        }
-    )
+    metrics |= evaluate_when_due(state, rollout + 1, learner.rollouts)
+    progress = {
+        "episode": (rollout + 1) * size,
+        "responses_per_second": size / seconds,
+        "timing_s/rollout": sampled - started,
+        "timing_s/update": started + seconds - sampled,
+        "timing_s/step": seconds,
+    }
+    return metrics | updated | progress
 
 
 def log_rollout(
@@ -195,44 +201,44 @@ def log_rollout(
     experience: Experience,
     scored: Scored,
     asked: Prompts,
-    step: int,
+    rollout: int,
 ) -> dict[str, float]:
     """Metrics of a rollout; some of its responses go to rollouts.jsonl, token by token."""
-    rewards = learner.models.rewards
-    assert rewards is not None
+    rewards = learner.rewards
     metrics = rollout_metrics(experience, scored, state.kl.value)
     metrics |= state.evaluations.gold_metrics(experience, asked.turns)
     metrics |= source_metrics(rewards.names, experience.scores)
-    count = learner.cfg.rollout.log_answers
-    state.tracker.answers(step + 1, response_rows(experience, scored, rewards, count))
+    count = learner.cfg.rollout.log_responses
+    state.tracker.responses(rollout + 1, response_rows(experience, scored, rewards, count))
     return metrics
 
 
-def evaluate_when_due(state: State, step: int, steps: int) -> dict[str, float]:
-    """Metrics of an evaluation after rollout `step`, where one is due."""
-    if not state.evaluations.is_due(step, steps):
+def evaluate_when_due(state: State, done: int, rollouts: int) -> dict[str, float]:
+    """Metrics of an evaluation after `done` of all `rollouts`, where one is due."""
+    if not state.evaluations.is_due(done, rollouts):
         return {}
-    measured, samples = state.evaluations.evaluate(step)
-    state.tracker.samples(step, samples)
+    measured, samples = state.evaluations.evaluate(done)
+    state.tracker.samples(done, samples)
     return {f"eval/{name}": value for name, value in measured.items()}
 
 
 def prompts_of_rollout(
-    cfg: Config, prompts: PromptRows, batch: Sequence[int], step: int
+    cfg: Config, prompts: PromptRows, batch: Sequence[int], rollout: int
 ) -> Prompts:
     """The prompts of a rollout, each as often as it gets a response, with their random numbers."""
     k = cfg.rl.responses_per_prompt
-    keys = [i + j * len(prompts) for i in batch for j in range(k)]
-    noise = uniforms("rollout", keys, cfg.seed, step, cfg.rollout.max_new_tokens)
+    # response j to prompt i has a number of its own, whatever else is in the rollout
+    numbers = [i + j * len(prompts) for i in batch for j in range(k)]
+    random = uniforms("rollout", numbers, cfg.seed, rollout, cfg.rollout.max_new_tokens)
     turns, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(k)))
-    return Prompts(turns, ids, noise)
+    return Prompts(turns, ids, random)
 
 
-def score_rollout(rewards: Rewards, experience: Experience, cfg: Config, state: State) -> Scored:
+def score_rollout(learner: Learner, state: State, experience: Experience) -> Scored:
     """Scores as they are, as they count, and as the reward of each token."""
-    kl = cfg.rl.kl
-    raw = rewards.total(experience.scores)
-    score = shape_scores(raw, experience, cfg.rl, state.scale)
+    rl, kl = learner.cfg.rl, learner.cfg.rl.kl
+    raw = learner.rewards.total(experience.scores)
+    score = shape_scores(raw, experience, rl, state.scale)
     coef = state.kl.value if kl.applied_to == KlAppliedTo.reward else 0.0
     estimate = kl_estimate(experience.old_logprobs, experience.ref_logprobs, kl.estimator)
     penalty: Tensor = coef * estimate
@@ -250,20 +256,20 @@ def count_rollouts(cfg: Config, data: Dataset, prompts: int) -> int:
         raise UserError(
             "rl.evaluation.best_by=gold: these data have no ground truth; use score or objective"
         )
-    per_rollout = rl.batch_size // rl.responses_per_prompt
-    steps = prompts // per_rollout * rl.prompt_epochs
-    if not steps:
+    per_rollout = stage_graph.prompts_per_rollout(rl)
+    rollouts = prompts // per_rollout * rl.prompt_epochs
+    if not rollouts:
         raise UserError(
             f"rl.batch_size={rl.batch_size}: a rollout needs {per_rollout} prompts, there are "
             f"{prompts}; lower it, or add data"
         )
-    steps = min(steps, rl.max_steps or steps)
-    if stage_graph.has_critic(rl) and rl.critic.warmup_rollouts >= steps:
+    rollouts = min(rollouts, rl.max_steps or rollouts)
+    if stage_graph.has_critic(rl) and rl.critic.warmup_rollouts >= rollouts:
         raise UserError(
-            f"rl.critic.warmup_rollouts={rl.critic.warmup_rollouts}: there are only {steps} "
+            f"rl.critic.warmup_rollouts={rl.critic.warmup_rollouts}: there are only {rollouts} "
             "rollouts, so the policy would not be trained; lower it"
         )
-    return steps
+    return rollouts
 
 
 def load_models(
@@ -274,7 +280,6 @@ def load_models(
     run_dir: Path,
 ) -> Models:
     """The policy and its reference, what scores responses, and with rl.advantage=gae the critic."""
-    cfg.reward.lora.dropout = 0.0  # of the critic: values are not noise
     actor, ref = build_actor_and_reference(cfg, tokenizer, run_dir)
     rewards = build_rewards(cfg, data, functions, tokenizer, run_dir)
     critic = None
@@ -290,7 +295,7 @@ def build_critic(
 ) -> Engine[Scorer]:
     """The critic. It starts from the reward model of this configuration where that reads the same
     tokens, else from the SFT policy with a new head."""
-    teachers = [
+    reward_models = [
         source
         for source in rewards.sources
         if source.engine
@@ -298,22 +303,22 @@ def build_critic(
         and not stage_graph.score_sources(cfg, cfg.rl.name)[source.name].path
         and source.weight
     ]
-    teacher = teachers[0] if teachers else None
-    if teacher is None:
+    start = reward_models[0] if reward_models else None
+    if start is None:
         log.info(
             "critic: no reward model of this configuration shares the policy's tokenizer, so it "
             "starts from the SFT policy"
         )
-    path = cfg.inputs["rm" if teacher else "sft"]
+    path = cfg.inputs["rm" if start else "sft"]
+    precision, adapter = cfg.deploy.precision, replace(cfg.reward.lora, dropout=0.0)
 
     def load_critic() -> Scorer:
-        precision, adapter = cfg.deploy.precision, cfg.reward.lora
-        is_new = teacher is None
+        is_new = start is None
         critic = load_scorer(path, tokenizer, precision, zero_head=is_new, adapter=adapter)
-        if teacher and teacher.engine:  # values have the unit of the scores as they count
-            unit = teacher.engine.module.hf.config
+        if start and start.engine:  # values have the unit of the scores as they count
+            unit = start.engine.module.hf.config
             critic.hf.config.score_mean = unit.score_mean
-            critic.hf.config.score_std = unit.score_std / teacher.weight
+            critic.hf.config.score_std = unit.score_std / start.weight
         return critic
 
     return build_engine(load_critic, cfg, "critic", run_dir)

@@ -117,8 +117,8 @@ def train_step(
     loss_fn = partial(
         rm_loss, engine=engine, tokenizer=tokenizer, loss=cfg.rm.loss, step_pairs=n, stats=stats
     )
-    work = [[examples[i] for i in micro] for micro in micros]
-    grad_norm = optimizer_step(engine, work, loss_fn, lr)
+    losses = [partial(loss_fn, [examples[i] for i in micro]) for micro in micros]
+    grad_norm = optimizer_step(engine, losses, lr)
     scores = stats.gather("scores")
     chosen, rejected = scores[:, 0], scores[:, 1]
     return {

@@ -122,8 +122,8 @@ def train_step(
         step_tokens=tokens,
         stats=stats,
     )
-    work = [[examples[i] for i in micro] for micro in micros]
-    grad_norm = optimizer_step(engine, work, loss_fn, lr)
+    losses = [partial(loss_fn, [examples[i] for i in micro]) for micro in micros]
+    grad_norm = optimizer_step(engine, losses, lr)
     sums = stats.reduce(engine.device)
     nll = sums["nll"] / tokens
     return {

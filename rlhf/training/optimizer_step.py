@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +12,15 @@ from torch import Tensor, nn
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine
 
-MicroBatch = TypeVar("MicroBatch")
-
 
 def optimizer_step(
-    engine: Engine[nn.Module],
-    micro_batches: Sequence[MicroBatch],
-    loss_fn: Callable[[MicroBatch], Tensor],
-    lr: float,
+    engine: Engine[nn.Module], losses: Sequence[Callable[[], Tensor]], lr: float
 ) -> float:
     """One optimizer step over all micro-batches of this rank. All ranks need as many of them.
 
     Args:
-        loss_fn: the summed loss of a micro-batch, already divided by the count over the whole step
-            and all ranks.
+        losses: for each micro-batch a function that computes its share of the step's loss: a sum
+            that is already divided by the count over the whole step and all ranks.
         lr: learning rate of this step.
     Returns: the norm of the gradient before clipping.
     Raises: RuntimeError when the loss or the gradient is not finite; it names the first tensor
@@ -35,11 +29,11 @@ def optimizer_step(
     engine.gradient_notes.clear()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    for i, micro_batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-        loss = loss_fn(micro_batch)
+    for i, compute_loss in enumerate(losses):
+        engine.set_gradient_accumulation_boundary(i == len(losses) - 1)
+        loss = compute_loss()
         if not torch.isfinite(loss):
-            where = first_nonfinite_output(engine, functools.partial(loss_fn, micro_batch))
+            where = first_nonfinite_output(engine, compute_loss)
             raise RuntimeError(
                 f"the loss is {loss.item()}{where}: lower the learning rate, "
                 "or look at the last samples in samples.jsonl"

@@ -93,7 +93,7 @@ class Tracker:
 
         self.send_to_wandb(send)
 
-    def answers(self, step: int, rows: list[dict[str, Any]]) -> None:
+    def responses(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append responses of a rollout, token by token, to rollouts.jsonl.
 
         pandas.read_json(..., lines=True) reads it.

@@ -180,7 +180,7 @@ def test_the_table_and_where_things_lie(demo: Demo) -> None:
         "held-out perplexity",
         "held-out accuracy",
         "│ score ",
-        "gold score",
+        "gold reward",
         "KL, nats per response",
         "length, tokens",
     ):

@@ -23,7 +23,7 @@ MORE = [
     "rl.evaluation.every=1",
     "rl.batch_size=16",
     "rl.responses_per_prompt=2",
-    "rollout.log_answers=-1",
+    "rollout.log_responses=-1",
 ]
 NO, OPTIMIZER, FROZEN, ALL = (
     {},
@@ -102,7 +102,8 @@ def test_a_deployment_changes_no_result(
         compare(plain[stage], run, f"{name} x {processes}, {stage}")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
 def test_transformers_loop_changes_no_result(
     plain: dict[str, Path], tmp_path: Path, processes: int
 ) -> None:
@@ -182,6 +183,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.full
 def test_a_wrong_gradient_is_found(plain: dict[str, Path], tmp_path: Path) -> None:
     """One wrong micro-batch is outside the bounds, also when only the last step has it."""
     inputs = {"sft": str(plain["sft"] / "model"), "rm": str(plain["rm"] / "model")}

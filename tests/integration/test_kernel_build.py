@@ -48,6 +48,7 @@ def said(process: subprocess.Popen[str]) -> list[str]:
     return lines
 
 
+@pytest.mark.full
 def test_compiled_once_by_processes_that_start_together(tmp_path: Path) -> None:
     texts = sorted(map(said, [load_elsewhere(tmp_path) for _ in range(2)]), key=len)
     (library,) = (tmp_path / "rlhf").glob("*.so")

@@ -74,7 +74,7 @@ def logits(module: Policy | Scorer) -> Tensor:
 def update(engine: Any, steps: int = 2) -> None:
     engine.train()
     for _ in range(steps):
-        optimizer_step(engine, [0], lambda _: (output(engine).float() ** 2).sum(), 1e-2)
+        optimizer_step(engine, [lambda: (output(engine).float() ** 2).sum()], 1e-2)
     engine.eval()
 
 

@@ -22,14 +22,14 @@ from rlhf.config.stage_nodes import DsChat
 
 GOLD = "+rl.rewards={gold: {function: 'rlhf.data.sandbox:gold', weight: 0.5}}"
 CASES: dict[str, list[str]] = {
-    "plain": ["rl.clip_low=0.2", "rl.critic.value_clip=0.2", "rollout.log_answers=-1"],
+    "plain": ["rl.clip_low=0.2", "rl.critic.value_clip=0.2", "rollout.log_responses=-1"],
     "loss_k2": [
         "rl.kl.applied_to=loss",
         "rl.kl.estimator=k2",
         "rl.kl.coef=0.3",
-        "rollout.log_answers=-1",
+        "rollout.log_responses=-1",
     ],
-    "reward_k3": ["rl.kl.estimator=k3", "rl.max_steps=3", "rollout.log_answers=-1"],
+    "reward_k3": ["rl.kl.estimator=k3", "rl.max_steps=3", "rollout.log_responses=-1"],
     "linear": ["rl.kl.controller=linear", "rl.kl.final_coef=0.01", "rl.max_steps=3"],
     "adaptive": [
         "rl.kl.controller=adaptive",
@@ -47,7 +47,7 @@ CASES: dict[str, list[str]] = {
         "rl.length_penalty=0.1",
         "rl.missing_eos_penalty=2",
         "rl.score_clip=1.5",
-        "rollout.log_answers=-1",
+        "rollout.log_responses=-1",
     ],
     "everything_kept": [
         "rl.ema=0.5",
@@ -55,9 +55,13 @@ CASES: dict[str, list[str]] = {
         "rl.evaluation.best_by=gold",
         "rl.max_steps=3",
     ],
-    "several_answers": ["rl.responses_per_prompt=4", "rl.batch_size=32", "rollout.log_answers=-1"],
+    "several_responses": [
+        "rl.responses_per_prompt=4",
+        "rl.batch_size=32",
+        "rollout.log_responses=-1",
+    ],
     "ptx": ["rl.ptx.coef=0.2"],
-    "two_sources": [GOLD, "rollout.log_answers=-1"],
+    "two_sources": [GOLD, "rollout.log_responses=-1"],
     "raw": ["rl.normalize_score=false"],
     "critic_optim": [
         "rl.critic.schedule=constant",
@@ -65,7 +69,7 @@ CASES: dict[str, list[str]] = {
         "rl.warmup_ratio=0",
         "rl.max_steps=3",
     ],
-    "dschat": ["rl=dschat", "rollout.log_answers=-1", "deploy.micro_batch=4"],
+    "dschat": ["rl=dschat", "rollout.log_responses=-1", "deploy.micro_batch=4"],
 }
 
 
@@ -116,7 +120,7 @@ def test_every_option_trains_actor_and_critic(runs: dict[str, Path], name: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "reward_k3", "loss_k2", "penalties", "two_sources", "several_answers"]
+    "name", ["plain", "reward_k3", "loss_k2", "penalties", "two_sources", "several_responses"]
 )
 def test_logged_metrics_equal_what_the_logged_answers_say(runs: dict[str, Path], name: str) -> None:
     """DeepSpeed-Chat logged losses of other tensors than it trained on (T18)."""
@@ -293,13 +297,13 @@ def test_an_average_and_the_best_policy_are_kept(runs: dict[str, Path]) -> None:
     )
 
 
-def test_several_answers_to_a_prompt_differ(runs: dict[str, Path]) -> None:
-    log = answers(runs["several_answers"])
+def test_several_responses_to_a_prompt_differ(runs: dict[str, Path]) -> None:
+    log = answers(runs["several_responses"])
     first = log[log.step == 1]
     assert len(first) == 32 and first.prompt.nunique() == 8
     for _, group in first.groupby("prompt", sort=False):
         assert len(group) == 4 and group.response.nunique() > 1
-    assert metrics(runs["several_answers"])[-1]["episode"] == 64
+    assert metrics(runs["several_responses"])[-1]["episode"] == 64
 
 
 def test_the_pretraining_loss_is_a_mean_over_tokens_times_its_weight(runs: dict[str, Path]) -> None:
@@ -338,7 +342,7 @@ def test_raw_scores_are_those_of_the_model_before_its_unit(runs: dict[str, Path]
 def test_answers_per_second_are_counted_answers_over_the_step_s_time(runs: dict[str, Path]) -> None:
     """DeepSpeed-Chat's samples per second divide a constant 2 by it, because of the precedence of
     operators."""
-    for row in metrics(runs["several_answers"]):
+    for row in metrics(runs["several_responses"]):
         assert row["responses_per_second"] == pytest.approx(32 / row["timing_s/step"])
         assert row["timing_s/rollout"] + row["timing_s/update"] == pytest.approx(
             row["timing_s/step"]

@@ -1,8 +1,7 @@
-"""Runs compared: numbers by hand, statuses, the page in a real browser where one is installed."""
+"""Runs compared: numbers by hand, and the page in a real browser where one is installed."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -11,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Demo, command
+from helpers import Demo
 from scipy import stats
+from written_runs import HOSTILE, write_run
 
-from rlhf.base.errors import UserError
-from rlhf.config.loading import save_config
 from rlhf.reporting import curves, eval_page, report_page, tables
 from rlhf.reporting.comparison import (
     SeedGroup,
@@ -34,68 +32,7 @@ from rlhf.reporting.eval_results import (
     ScorerResults,
     WinRate,
 )
-from rlhf.runs.directory import config_for_stage, write_json
-from rlhf.runs.history import Run, find_runs, read_lines, run_status
-from rlhf.runs.identity import run_name
-from rlhf.runs.locks import lock_run
-from rlhf.runs.stage_views import KINDS, ONLINE_RL, view_of
-
-HOSTILE = "</script><script>document.title='run'</script>"
-
-
-def write_run(
-    root: Path, *overrides: str, gold: float = 1.0, steps: int = 12, finished: bool = True
-) -> Path:
-    """A PPO run directory: a score that rises to `gold`, responses, and a summary if finished."""
-    own = command("stage=ppo", *overrides)
-    own.cfg.root = str(root)
-    run = root / "outputs" / run_name(own, "ppo")
-    run.mkdir(parents=True)
-    save_config(config_for_stage(own.cfg, "ppo", {}), run / "config.yaml")
-    rows = [
-        {
-            "step": i + 1,
-            "objective/scores": gold * i / steps,
-            "reward/gold/mean": gold * i / steps,
-            "objective/kl": 0.2 * i,
-        }
-        | {"loss/policy_avg": -0.1, "loss/value_avg": 1 / (i + 1), "tokens/response_mean": 20.0}
-        for i in range(steps)
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = [
-        {
-            "step": steps,
-            "prompt": f"p{i}",
-            "before": "b",
-            "after": f"{HOSTILE} {gold}",
-            "score_before": 0.0,
-            "score_after": 1.0,
-        }
-        for i in range(3)
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    write_json(run / "parents.json", {"sft": "abc"})
-    if finished:
-        final = {
-            "eval/gold": gold,
-            "eval/gold_before": 0.0,
-            "eval/score": gold / 2,
-            "eval/kl": 2.0,
-            "eval/length": 20.0,
-            "eval/eos_rate": 1.0,
-        }
-        write_json(
-            run / "summary.json",
-            {
-                "id": run.name[-8:],
-                "stage": "ppo",
-                "status": "finished",
-                "parents": {"sft": "abc"},
-                "metrics": final,
-            },
-        )
-    return run
+from rlhf.runs.history import Run, find_runs
 
 
 @pytest.fixture
@@ -160,31 +97,6 @@ def test_a_sweep_is_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> 
     assert primary_metric(good) == ("eval/gold", True)
     (failed,) = [run for run in found if not run.stage]
     assert failed.status == "failed: ppo failed, rank 0: it is broken"
-
-
-def test_every_status_is_told(tmp_path: Path) -> None:
-    done, left, broken, held = (
-        write_run(tmp_path, f"seed={i}", finished=i == 1) for i in range(1, 5)
-    )
-    whole = left / "checkpoints" / "step-8"
-    whole.mkdir(parents=True)
-    (whole / "a.pt").write_text("xyz")
-    write_json(whole / "checkpoint.json", {"step": 8, "placement": {}, "files": {"a.pt": 3}})
-    torn = left / "checkpoints" / "step-10"
-    torn.mkdir()
-    write_json(torn / "checkpoint.json", {"step": 10, "placement": {}, "files": {"a.pt": 3}})
-    (broken / "error-rank0.txt").write_text("rank 0: ValueError: no data\n\nTraceback")
-    with lock_run(held):
-        statuses = [run_status(run) for run in (done, left, broken, held)]
-        with pytest.raises(UserError, match="being trained by another process"), lock_run(held):
-            pass
-    assert statuses == [
-        "finished",
-        "stopped, resumes after step 8",
-        "failed: ValueError: no data",
-        "running",
-    ]
-    assert run_status(held) == "stopped"
 
 
 def test_the_command_prints_tables_and_writes_one_page(sweep: Path, tmp_path: Path) -> None:
@@ -295,35 +207,6 @@ def test_a_browser_draws_the_page(sweep: Path, tmp_path: Path) -> None:
     assert pixels.shape[:2] == (2600, 1500) and blue > 500, "lines in the first run's colour"
 
 
-def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
-    """An old configuration has other keys; its seed is unknown, so it is in no group of seeds.
-
-    The stage of an attempt is read from its files.
-    """
-    new, *old = (write_run(tmp_path, f"seed={seed}") for seed in (1, 2, 3))
-    for run in old:
-        config_file = run / "config.yaml"
-        config_file.write_text(config_file.read_text().replace("checkpoint:", "of_old:"))
-    attempt = new / "attempts" / "1"
-    attempt.mkdir(parents=True)
-    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
-        shutil.copy(new / name, attempt / name)
-    found = find_runs([tmp_path, attempt])
-    assert [run.stage for run in found] == ["ppo"] * 4 and found[
-        -1
-    ].name == f"{new.name}/attempts/1"
-    assert [bool(run.settings) for run in found] == [True, False, False, True]
-    assert sorted(len(cell.runs) for cell in seed_groups(found)) == [1, 1, 2]
-    report_page.page(found, "old and new")
-
-
-def test_answers_with_line_ends_of_their_own_are_read_whole(tmp_path: Path) -> None:
-    rows = [{"prompt": "a\u2028b\u0085c", "after": "d\x1ce"}, {"prompt": "f"}]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "samples.jsonl").write_text(text + '{"prompt": "torn')
-    assert read_lines(tmp_path / "samples.jsonl") == rows
-
-
 def test_jobs_that_differ_in_where_they_ran_keep_their_rows(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     for zero, steps in ((0, 3), (2, 5)):
@@ -340,45 +223,6 @@ def test_jobs_that_differ_in_where_they_ran_keep_their_rows(tmp_path: Path) -> N
         "deploy.zero_stage=0",
         "deploy.zero_stage=2",
     ]
-
-
-def test_a_run_of_an_earlier_version_is_shown_and_named_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its keys were ppo.*: results and curves are shown, settings are not compared."""
-    new = write_run(tmp_path)
-    old = tmp_path / "outputs" / "ppo-tiny-tiny+ppo.max_steps-4-ea611aa4"
-    old.mkdir()
-    (old / "config.yaml").write_text(
-        "stage: {name: ppo, runs: [ppo]}\nppo: {lam: 0.95, clip: 0.2}\n"
-    )
-    (old / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 0.1, "objective/scores": 0}\n')
-    assert find_runs([old])[0].status_text == "stopped, made by an earlier version"
-    settings = {"ppo.lam": 0.95, "ppo.kl.place": "reward", "sft.lr": 0.001, "seed": 1}
-    final = {"eval/gold": 2.0, "eval/score": 1.0}
-    about = {"id": "ea611aa4", "stage": "ppo", "parents": {"sft": "x"}, "metrics": final}
-    write_json(old / "summary.json", {**about, "settings": settings})
-    runs = find_runs([tmp_path])
-    assert {run.name: run.earlier_version for run in runs} == {new.name: False, old.name: True}
-    tables.print_list(runs)
-    tables.print_comparison(runs)
-    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert printed.count("made by an earlier version") == 2 and "best by eval/gold: ppo-" in printed
-    page = report_page.page(runs, "old and new")
-    assert "finished, made by an earlier version" in page and old.name in page
-
-
-def test_every_name_that_is_no_other_stage_is_an_online_rl_preset() -> None:
-    assert view_of("ppo") is view_of("dr_grpo") is view_of("my_own") is ONLINE_RL
-    assert view_of("dpo").kind == "policy" and "MY_OWN" in view_of("my_own").card_text("my_own")
-    for stage in ("sft", "rm", "ppo", "dpo", "eval"):
-        view = view_of(stage)
-        assert (
-            view.rows
-            and view.primary
-            and {metric.name for metric in view.primary} <= {*view.metrics}
-        )
-    assert {view_of(stage).kind for stage in ("sft", "rm", "ppo", "dpo", "eval")} == {*KINDS}
 
 
 def test_the_page_of_an_evaluation_escapes_all_texts() -> None:

@@ -199,7 +199,7 @@ def test_answers_are_kept_token_by_token(alone: Path) -> None:
         1,
         2,
         2,
-    ]  # rollout.log_answers of each of rl.max_steps rollouts
+    ]  # rollout.log_responses of each of rl.max_steps rollouts
     for row in rows:
         lists = [
             row[key] for key in ("tokens", "logp", "kl", "value", "reward", "advantage", "return")

@@ -74,6 +74,7 @@ def test_a_run_that_is_killed_goes_on_in_the_same_wandb_run(server: Server, tmp_
     assert loss == pytest.approx({row["step"]: row["loss"] for row in metrics(run)})
 
 
+@pytest.mark.full
 def test_dead_at_the_start_it_is_written_down_and_sent_later(tmp_path: Path) -> None:
     dead = Server().start()
     dead.stop()  # a port where nobody listens

@@ -23,7 +23,7 @@ def learn(demo: Demo, root: Path, *overrides: str) -> tuple[list[dict], dict[str
         f"rl.actor={demo.sft}",
         "wandb.mode=disabled",
         "deploy.threads=1",
-        "rollout.log_answers=0",
+        "rollout.log_responses=0",
         "data.eval_rows=128",
     ]
     done = train(*given, f"root={root}", *overrides, cwd=REPO / "tests")  # where my_rewards.py lies

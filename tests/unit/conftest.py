@@ -1,7 +1,8 @@
-"""Shared by the quick tests: a policy in one process, and a rollout of it."""
+"""Shared by the quick tests: a policy in one process, a rollout of it, settings, and a cache."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers import composed
 
 from rlhf.config.choices import Precision
+from rlhf.config.schema import Config
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Turn
 from rlhf.distributed.engine import build_engine
@@ -46,3 +48,20 @@ def experience(actor: Any, tokenizer: Any) -> Experience:
     e.response_mask, e.loss_mask = e.response_mask.clone(), e.loss_mask.clone()
     e.response_mask[1, 3:] = e.loss_mask[1, 3:] = 0.0
     return e
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    """PPO with one step per rollout, at a large and constant rate."""
+    rates = ["rl.lr=1e-3", "rl.critic.lr=1e-3", "rl.schedule=constant", "rl.warmup_steps=0"]
+    few = ["rl.epochs=1", "rl.minibatches=1", "rl.kl.coef=0.1"]
+    return composed("stage=ppo", *few, *rates)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rlhf"

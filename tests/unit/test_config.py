@@ -18,13 +18,13 @@ from rlhf.config.schema import Checkpoint, Config, Deploy, Offload
 from rlhf.config.stage_nodes import Optim
 from rlhf.config.validation import check_config
 
-# actors, rewards and recipes: test_recipes.py; presets of rl: test_command_line.py
+# actors, rewards and recipes: test_recipes.py; presets of rl: integration/test_command_line.py
 COMBINED = ("data", "deploy", "experiment", "sft", "rm", "rollout")
 OPTIONS = [(g, path.stem) for g in COMBINED for path in sorted((CONF / g).glob("*.yaml"))]
 
 
 # Each option with one of the stages; with every stage in make test-all.
-# The options of data: test_formats.py.
+# The options of data: test_public_sets.py.
 COMPOSED = [
     pytest.param(
         group,
@@ -176,7 +176,7 @@ def test_fields_without_effect_on_results() -> None:
         "Evaluation.best_by",
         "Dpo.eval_every",
         "Rollout.engine",
-        "Rollout.log_answers",
+        "Rollout.log_responses",
         *(f"Wandb.{name}" for name in ("mode", "project", "entity", "tags", "notes")),
     }
 

@@ -2,7 +2,8 @@
 
 It has one line per (overrides, processes, stage, role).
 
-After a change that is meant: python tests/test_ds.py writes it anew; read the difference.
+After a change that is meant: PYTHONPATH=tests python tests/unit/test_ds.py
+writes it anew; read the difference.
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ CASES: list[tuple[str, int, list[str]]] = [
 ]
 
 
-def configurations() -> list[str]:
+QUICK = CASES[:1] + CASES[3:5]
+
+
+def configurations(cases: list[tuple[str, int, list[str]]] = CASES) -> list[str]:
     lines = []
-    for overrides, world, stages in CASES:
+    for overrides, world, stages in cases:
         for stage in stages:
             cfg = composed(f"stage={stage}", *overrides.split())
             for role in ROLES[stage]:
@@ -51,8 +55,13 @@ def configurations() -> list[str]:
     return lines
 
 
-def test_configurations_are_as_pinned() -> None:
+@pytest.mark.full
+def test_all_configurations_are_as_pinned() -> None:
     assert configurations() == PINNED.read_text().splitlines()
+
+
+def test_some_configurations_are_as_pinned() -> None:
+    assert set(configurations(QUICK)) < set(PINNED.read_text().splitlines())
 
 
 def test_deepspeed_knows_every_key() -> None:
@@ -77,7 +86,7 @@ def test_deepspeed_knows_every_key() -> None:
         "gradient_clipping",
         "optimizer",
     }
-    for line in configurations():
+    for line in PINNED.read_text().splitlines():
         built = json.loads(line.rsplit(" | ", 1)[1])
         assert set(built) <= known
         zero = DeepSpeedZeroConfig(**built["zero_optimization"])

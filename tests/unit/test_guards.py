@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf.config.choices import Precision
 from rlhf.config.stage_nodes import DsChat
 from rlhf.models.loading import load_policy
+from rlhf.models.wrappers import TokenStats
 from rlhf.rl.experience import Experience, Models
 from rlhf.rl.guards import Guards
 from rlhf.rl.monitor import Monitor, warnings_of
@@ -108,9 +109,7 @@ class Deaf:
     def __init__(self, engine: Any):
         self.engine = engine
 
-    def __call__(
-        self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float
-    ) -> tuple[Tensor, ...]:
+    def __call__(self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float) -> TokenStats:
         with torch.no_grad():
             return self.engine(ids, torch.ones_like(mask), wanted, temperature)
 
@@ -118,12 +117,11 @@ class Deaf:
 class Gossip(Deaf):
     """A policy that hears its mask, and also the row above its own."""
 
-    def __call__(
-        self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float
-    ) -> tuple[Tensor, ...]:
+    def __call__(self, ids: Tensor, mask: Tensor, wanted: Tensor, temperature: float) -> TokenStats:
         with torch.no_grad():
             logp, *others = self.engine(ids, mask, wanted, temperature)
-            return logp + 0.01 * (logp.roll(1, 0) - logp) * wanted, *others
+            mixed = logp + 0.01 * (logp.roll(1, 0) - logp) * wanted
+            return TokenStats(mixed, *others)
 
 
 @pytest.mark.parametrize("broken", [Deaf, Gossip])
@@ -281,8 +279,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(actor: Any) -> None:
     with pytest.raises(
         RuntimeError, match="the norm of the gradient is (inf|nan), though the loss is finite"
     ):
-        optimizer_step(
-            actor, [0], lambda _: (weight[0, 0] - weight[0, 0].detach()).abs().sqrt(), 0.0
-        )
+        optimizer_step(actor, [lambda: (weight[0, 0] - weight[0, 0].detach()).abs().sqrt()], 0.0)
     with pytest.raises(RuntimeError, match="the loss is nan"):
-        optimizer_step(actor, [0], lambda _: weight[0, 0] * math.nan, 0.0)
+        optimizer_step(actor, [lambda: weight[0, 0] * math.nan], 0.0)

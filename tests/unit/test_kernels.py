@@ -64,9 +64,10 @@ def test_by_hand() -> None:
     ],
 )
 def test_linear_is_exact(rows: int, inputs: int, outputs: int, bias: bool) -> None:
-    """The error is at most twice that of torch.
+    """The error is at most that of adding the products one by one, on every processor.
 
-    Some shapes fill vectors, blocks of columns and partial sums; others do not.
+    Torch's own error is no bound: it is smaller where vectors are longer. Some shapes fill vectors,
+    blocks of columns and partial sums; others do not.
     """
     torch.manual_seed(0)
     x, w, b = (
@@ -75,9 +76,14 @@ def test_linear_is_exact(rows: int, inputs: int, outputs: int, bias: bool) -> No
         torch.randn(outputs) if bias else None,
     )
     exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+    one_by_one = torch.zeros(rows, outputs)
+    for i in range(inputs):
+        one_by_one += x[:, i : i + 1] * w[:, i]
+    one_by_one += 0 if b is None else b
     found = kernels.linear(x, w, b)
-    error, theirs = ((y - exact).square().mean().sqrt() for y in (found, F.linear(x, w, b)))
-    assert found.dtype == torch.float32 and error <= 2 * theirs + 1e-7 * float(exact.abs().mean())
+    error, bound = ((y - exact).square().mean().sqrt() for y in (found, one_by_one))
+    assert found.dtype == torch.float32
+    assert error <= 1.2 * bound + 1e-7 * float(exact.abs().mean())
     assert torch.equal(kernels.linear(x.view(rows, 1, inputs), w, b), found.view(rows, 1, outputs))
     assert torch.equal(kernels.linear(x.t().contiguous().t(), w, b), found), (
         "rows that do not lie one behind the other"

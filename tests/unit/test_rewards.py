@@ -97,7 +97,7 @@ def test_functions_are_found_in_the_package_and_where_the_command_is_run(
     assert found.keys() == {"gold", "short"} and found["short"]([], "abc") == -3
     for function, said in (
         ("my_own_rewards:long", "there is no long in my_own_rewards"),
-        ("my_own_rewards:number", "number is no function"),
+        ("my_own_rewards:number", "number is not a function"),
         ("broken_rewards:f", "cannot import broken_rewards: ModuleNotFoundError"),
     ):
         with pytest.raises(ValueError, match=f"rl.rewards.mine.function={function}: {said}"):

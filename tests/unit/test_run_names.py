@@ -51,7 +51,7 @@ def test_stages_are_shared_where_nothing_they_read_differs() -> None:
 
 
 def test_what_does_not_change_the_policy_does_not_change_the_name() -> None:
-    for free in ("rl.evaluation.every=4", "rl.evaluation.best_by=gold", "rollout.log_answers=-1"):
+    for free in ("rl.evaluation.every=4", "rl.evaluation.best_by=gold", "rollout.log_responses=-1"):
         assert name("ppo", free) == name("ppo"), free
     for key in (
         "rl.evaluation.top_k=4",
@@ -117,6 +117,7 @@ def test_the_name_of_a_preset_is_the_stage_of_its_runs(preset: str) -> None:
     assert "rl.advantage" in keys and not {"rl.name", "rl.variant_of"} & set(keys)
 
 
+@pytest.mark.full
 def test_an_evaluation_of_several_algorithms_has_the_settings_of_each() -> None:
     policies = "eval.policies=[sft,ppo,grpo,rloo]"
     several = command("stage=eval", policies, "rl.lr=2e-4")

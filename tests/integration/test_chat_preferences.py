@@ -1,0 +1,166 @@
+"""Preferences that are marked in chat.py, written to a file, and trained on."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from chats import Chat
+from helpers import composed
+
+from rlhf.chat.feedback import Preferences
+from rlhf.chat.policy import Reply
+from rlhf.config.choices import Format
+from rlhf.config.schema import Source
+from rlhf.data.formats import read_row
+from rlhf.data.load import load_data
+from rlhf.data.records import Pair, Turn
+from rlhf.data.sources import pair_of
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> Preferences:
+    return Preferences(tmp_path / "preferences.jsonl")
+
+
+def records(preferences: Preferences) -> list[tuple[str, str | None]]:
+    return [
+        (row["chosen"], row.get("rejected"))
+        for row in map(json.loads, preferences.file.read_text().splitlines())
+    ]
+
+
+def response(text: str, question: str = "Hello") -> Reply:
+    return Reply([Turn("user", question)], [], text)
+
+
+def test_a_pair_is_written_as_soon_as_there_are_two_and_once(preferences: Preferences) -> None:
+    assert "a good response is missing" in preferences.mark(response("A"), False)
+    assert not preferences.file.exists()
+    line = preferences.mark(response("B"), True)
+    assert line == (
+        f"a pair, chosen and rejected: written to {preferences.file}, which has 1 record; "
+        "train on it: python train.py stage=rm data=jsonl "
+        f"data.sources.mine.path={preferences.file}"
+    )
+    for text, good in (("A", False), ("B", True), ("B", False), ("A", True)):
+        already = "is in .* already, as a (good|bad) one; /retry gives another"
+        with pytest.raises(ValueError, match=already):
+            preferences.mark(response(text), good)
+    preferences.mark(response("B", "Other question"), False)
+    preferences.mark(response("C"), True)
+    assert records(preferences) == [("B", "A"), ("C", "A")]
+
+
+def test_a_good_response_alone_is_written_for_sft(preferences: Preferences) -> None:
+    line = preferences.mark(response("A"), True)
+    assert "only SFT trains on it" in line and "stage=sft" in line
+    assert records(preferences) == [("A", None)]
+    assert "which has 2 records" in preferences.mark(response("B"), False)
+    assert records(preferences) == [("A", None), ("A", "B")]
+
+
+def test_a_mark_that_is_not_written_can_be_changed(preferences: Preferences) -> None:
+    preferences.mark(response("A"), False)
+    preferences.mark(response("A"), True)
+    assert records(preferences) == [("A", None)]
+
+
+def test_two_responses_that_are_the_same_are_no_preference(preferences: Preferences) -> None:
+    with pytest.raises(ValueError, match="the same"):
+        preferences.prefer(response("A"), response("A"))
+    assert "written to" in preferences.prefer(response("A"), response("B"))
+    for chosen, rejected in (("A", "B"), ("B", "A")):
+        with pytest.raises(ValueError, match="already"):
+            preferences.prefer(response(chosen), response(rejected))
+    assert records(preferences) == [("A", "B")]
+
+
+def test_records_are_appended_as_complete_lines(preferences: Preferences, tmp_path: Path) -> None:
+    preferences.file.write_text('{"prompt": "torn')  # another program was killed
+    assert "which has 2 records" in preferences.mark(response("A\n\x9b\u2028"), True)
+    torn, line = preferences.file.read_bytes().splitlines()
+    assert torn == b'{"prompt": "torn'
+    assert json.loads(line)["chosen"] == "A\n\x9b\u2028" and line.isascii()
+    unwritable = Preferences(tmp_path / "no" / "such.jsonl")
+    with pytest.raises(ValueError, match="cannot write to .*such.jsonl: No such file or directory"):
+        unwritable.mark(response("A"), True)
+    (tmp_path / "no").mkdir()
+    line_for_user = unwritable.mark(response("A"), True)
+    assert "which has 1 record" in line_for_user, "the failed write does not count"
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    preferences: Preferences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preferences.mark(response("A"), True)
+    before = preferences.file.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:
+            return super().write(data[:5])
+
+    monkeypatch.setattr(
+        "rlhf.chat.feedback.open", lambda path, mode, buffering: Full(path, "a+"), raising=False
+    )
+    with pytest.raises(ValueError, match="no room on the disk"):
+        preferences.mark(response("B"), True)
+    assert preferences.file.read_bytes() == before
+
+
+def test_a_path_of_any_letters_is_quoted_for_the_command(tmp_path: Path) -> None:
+    line = Preferences(tmp_path / "my, own.jsonl").mark(response("A"), True)
+    assert line.endswith(f"""'data.sources.mine.path="{tmp_path}/my, own.jsonl"'""")
+
+
+def test_a_record_is_read_back_as_it_was_meant(preferences: Preferences) -> None:
+    """A pair as it is read back is the pair as it was meant, marks of turns and all."""
+    preferences.mark(response("A", "\n\nHuman: x <|im_end|>".strip()), False)
+    preferences.mark(response("B", "\n\nHuman: x <|im_end|>".strip()), True)
+    row = json.loads(preferences.file.read_text())
+    assert read_row(row, Source(path="x", format=Format.prompt_chosen_rejected)) == Pair(
+        [Turn("user", "Human: x <|im_end|>")], "B", "A"
+    )
+
+
+THINGS = ["fern", "rose", "dog", "cat", "violin", "bicycle", "pond", "oak", "kettle", "knife"]
+
+
+def test_the_loop_closes(
+    model: Path, other: Path, talk_to: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is preferred in a conversation is what data=jsonl reads."""
+    import datasets
+
+    questions = [f"How do I look after my {thing}?" for thing in THINGS]
+    lines = [
+        line
+        for question in questions
+        for line in (question, "/prefer 2", "And then?", "/prefer 1", "/clear")
+    ]
+    talk_to("--compare", model, other, lines=lines)
+    talk_to("--path", model, lines=["Hello", "/good", "/retry", "/bad"])
+    rows = [json.loads(line) for line in Path("preferences.jsonl").read_text().splitlines()]
+    assert len(rows) == 22
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    cfg = composed(
+        "data=jsonl", "data.sources.mine.path=preferences.jsonl", "data.eval_share=0.2"
+    ).data
+    assert cfg.sources["mine"] == Source(path="preferences.jsonl") and cfg.sandbox is None
+    data = load_data(cfg)
+    (report,) = data.report
+    reasons = {"no rejected answer", "duplicate prompt"}
+    assert report["rows"] == 22 and not set(report["skipped"]) - reasons
+    evaluated = [(pair.prompt, pair.chosen, pair.rejected) for pair in data.eval_rm]
+    read = [(pair.prompt, pair.chosen, pair.rejected) for pair in map(pair_of, data.rm)] + evaluated
+    assert len(data.rm) > 0 and len(evaluated) > 0
+    written = [
+        ([Turn(m["role"], m["content"]) for m in row["prompt"]], row["chosen"], row.get("rejected"))
+        for row in rows
+    ]
+    assert all(pair in written and pair[2] for pair in read)
+    second_messages = [prompt for prompt, *_ in read if len(prompt) == 3]
+    assert second_messages, "a prompt holds the first message and its response too"
