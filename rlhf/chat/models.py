@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN, is_directory, model_directory
+from rlhf.base.model_files import broken_file
 from rlhf.config.stage_graph import is_policy
 from rlhf.runs.directory import read_summary
 
@@ -67,7 +68,10 @@ def find_model(path: str, option: str) -> str:
             "run is not finished"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{option} {path}: cannot read {config_file}: {error}") from None
+        problem = broken_file(directory) or f"cannot read {config_file}: {error}"
+        raise UserError(f"{option} {path}: {problem}") from None
+    if problem := broken_file(directory):
+        raise UserError(f"{option} {path}: {problem}")
     check_role(path, architectures, option)
     return str(directory)
 
@@ -117,6 +121,8 @@ def load_model(
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
+    from rlhf.models.weights import load_weights
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if device == "cuda" and not torch.cuda.is_available():
@@ -128,12 +134,10 @@ def load_model(
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_role(path, config.architectures, option)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = auto_class.from_pretrained(
-            path,
-            dtype=torch.float32 if device == "cpu" else "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        dtype = torch.float32 if device == "cpu" else config.dtype or torch.float32
+        model = load_weights(auto_class, path, config, dtype, use_safetensors=True)
+    except UserError:
+        raise
     except Exception as error:  # transformers, the hub and safetensors raise many kinds
         where = "" if is_directory(path) else "not a directory here, and as a hub id: "
         reason = " ".join(str(error).split())[:300] or repr(error)

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
-from rlhf.base.locations import ASSETS, BUILTIN
+from rlhf.base.locations import ASSETS, BUILTIN, is_directory
+from rlhf.base.model_files import score_heads, weight_names
 from rlhf.config.choices import Precision, Template
 from rlhf.config.schema import Lora
 from rlhf.data import template
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, HfModule, gather_parameters, without_zero3_init
 from rlhf.models import lora
+from rlhf.models.weights import load_weights
 from rlhf.models.wrappers import Policy, Scorer
 
 if TYPE_CHECKING:
@@ -117,13 +119,19 @@ def load_scorer(
     d the hidden size (Stiennon 2020, arXiv:2009.01325).
 
     Args: zero_head: set the head to zero.  adapter: as in load_policy.
+    Raises: UserError for a family whose models give scores in another way.
     """
     from transformers import AutoModelForSequenceClassification
 
     new_head = not is_reward_model(path)
     hf = _load_pretrained(
-        AutoModelForSequenceClassification, path, tokenizer, precision, num_labels=1
+        AutoModelForSequenceClassification, path, tokenizer, precision, new_head, num_labels=1
     )
+    if not hasattr(hf, "score"):
+        raise UserError(
+            f"{path}: {type(hf).__name__} has no linear layer `score`: choose a reward model that "
+            "is a causal language model with a head"
+        )
     if new_head or zero_head:
         # a stream of its own: torch's depends on what loading has drawn
         generator = torch.Generator().manual_seed(torch.initial_seed())
@@ -138,11 +146,13 @@ def load_scorer(
 
 
 def is_reward_model(path: str) -> bool:
-    """Whether a model has a head that gives scores."""
+    """Whether a model has a head that gives scores, whatever its name."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(location(path))
-    return "ForSequenceClassification" in str(config.architectures)
+    config = AutoConfig.from_pretrained(location(path), trust_remote_code=False)
+    if "ForSequenceClassification" in str(config.architectures):
+        return True
+    return is_directory(path) and bool(score_heads(weight_names(Path(location(path)))))
 
 
 def _load_pretrained(
@@ -150,8 +160,10 @@ def _load_pretrained(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     precision: Precision,
+    new_head: bool = False,
     **options: int,
 ) -> PreTrainedModel:
+    """Args: new_head: a head that gives scores may be missing.  options: of the configuration."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location(path), trust_remote_code=False, **options)
@@ -165,9 +177,7 @@ def _load_pretrained(
         with without_zero3_init():  # random weights must not depend on the number of ranks
             hf = auto_class.from_config(config, dtype=dtype)
     else:
-        hf = auto_class.from_pretrained(
-            location(path), config=config, dtype=dtype, trust_remote_code=False
-        )
+        hf = load_weights(auto_class, location(path), config, dtype, new_head)
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
         hf.resize_token_embeddings(len(tokenizer))  # never shrink: many models have spare rows
     # other programs pad and stop by these

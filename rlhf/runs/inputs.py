@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rlhf.base.errors import UserError
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
+from rlhf.base.model_files import broken_file, score_heads, weight_names
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import (
     BASE,
@@ -78,12 +79,22 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
         return
     if not is_directory(path):
         return
-    config_file = model_directory(path) / "config.json"
+    directory = model_directory(path)
+    config_file = directory / "config.json"
     if not config_file.exists():
         where = f"no {config_file}"
         yield f"{key}={path}: no model there ({where}); give a run, a model directory or a hub id"
         return
-    architectures = json.loads(config_file.read_text()).get("architectures") or []
+    if problem := broken_file(directory):
+        yield f"{key}={path}: {problem}"
+        return
+    try:
+        architectures = json.loads(config_file.read_text()).get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        yield f"{key}={path}: {config_file} is no configuration of a model ({error})"
+        return
+    if kind == SCORER and score_heads(weight_names(directory)):
+        return  # whatever its name
     if kind and not any(kind in name for name in architectures):
         expected = "a causal language model" if kind == POLICY else "a reward model"
         actual = ", ".join(architectures) or "of unknown kind"

@@ -290,6 +290,27 @@ def test_a_model_that_looks_across_a_border_is_padded(
     assert not policy.supports_packing()
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_trained_models_large_rounding_is_not_taken_for_a_difference(
+    base: Any, tokenizer: Any, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained models have dimensions with large values, which in bf16 round much.
+
+    Here rounding alone moves the logits by half of what other tokens do.
+    """
+    policy = load_policy(base("qwen2"), tokenizer, Precision.bf16)
+    with torch.no_grad():
+        policy.hf.get_input_embeddings().weight[:, 0] = 10
+        policy.hf.get_output_embeddings().weight[:, 0] *= 100
+    if broken:  # it sees one long sequence
+        monkeypatch.setattr(
+            packing,
+            "packed_inputs",
+            lambda packed, dtype: {"input_ids": packed.ids, "position_ids": packed.position_ids},
+        )
+    assert policy.supports_packing() is not broken
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt2"])  # the others' positions are relative
 def test_a_model_whose_positions_go_on_is_padded(base: Any, tokenizer: Any, family: str) -> None:
     policy = load_policy(base(family), tokenizer, Precision.fp32)
@@ -303,7 +324,7 @@ def test_a_model_whose_positions_go_on_is_padded(base: Any, tokenizer: Any, fami
 
 
 def test_a_model_that_changes_its_logits_afterwards_is_used_as_it_is(
-    base: Any, tokenizer: Any
+    base: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Some scale or cap their logits behind the output layer: the product alone would be wrong."""
     policy = load_policy(base("llama"), tokenizer, Precision.fp32)
@@ -315,7 +336,9 @@ def test_a_model_that_changes_its_logits_afterwards_is_used_as_it_is(
         return out
 
     policy.hf.forward = forward
-    assert not policy.supports_packing()
+    with caplog.at_level("INFO", "rlhf"):
+        assert not policy.supports_packing()
+    assert "LlamaForCausalLM: packed batches give other results" in caplog.text
     assert_same(policy)
 
 
