@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN, is_directory, model_directory
-from rlhf.base.model_files import broken_file
+from rlhf.base.model_files import broken_file, score_heads, weight_names
 from rlhf.config.stage_graph import is_policy
 from rlhf.runs.directory import read_summary
 
@@ -59,6 +59,8 @@ def find_model(path: str, option: str) -> str:
     directory = model_directory(path)
     if not directory.is_dir():
         raise UserError(f"{option} {path}: there is no such directory")
+    if broken := broken_file(directory):
+        raise UserError(f"{option} {path}: {broken}")
     config_file = directory / "config.json"
     try:
         architectures = json.loads(config_file.read_text()).get("architectures")
@@ -68,10 +70,7 @@ def find_model(path: str, option: str) -> str:
             "run is not finished"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
-        problem = broken_file(directory) or f"cannot read {config_file}: {error}"
-        raise UserError(f"{option} {path}: {problem}") from None
-    if problem := broken_file(directory):
-        raise UserError(f"{option} {path}: {problem}")
+        raise UserError(f"{option} {path}: cannot read {config_file}: {error}") from None
     check_role(path, architectures, option)
     return str(directory)
 
@@ -81,6 +80,8 @@ def check_role(path: str, architectures: list[str] | None, option: str) -> None:
     known = architectures if isinstance(architectures, list) else []
     names = ", ".join(map(str, known)) or "of unknown kind"
     is_scorer = "ForSequenceClassification" in names
+    if is_directory(path) and not is_scorer:  # its head may have another name
+        is_scorer = option == "--reward" and bool(score_heads(weight_names(model_directory(path))))
     if option == "--reward" and not is_scorer:
         kind = "a reward model (*ForSequenceClassification)"
         raise UserError(f"{option} {path}: this is {names}, not {kind}, so it gives no scores")
@@ -131,7 +132,8 @@ def load_model(
     kind = "SequenceClassification" if option == "--reward" else "CausalLM"
     auto_class = getattr(transformers, f"AutoModelFor{kind}")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        labels = {"num_labels": 1} if option == "--reward" else {}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **labels)
         check_role(path, config.architectures, option)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         dtype = torch.float32 if device == "cpu" else config.dtype or torch.float32

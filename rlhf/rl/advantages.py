@@ -125,7 +125,7 @@ def leave_one_out(rewards: Tensor, by_group: bool = False) -> Tensor:
     Returns: (N, k).
     """
     k = rewards.shape[1]
-    advantages = (rewards - rewards.mean(1, keepdim=True)) * k / (k - 1)
+    advantages = centred(rewards) * k / (k - 1)
     return advantages / group_std(rewards) if by_group else advantages
 
 
@@ -138,8 +138,18 @@ def group_relative(rewards: Tensor, by_group: bool) -> Tensor:
     Args: rewards (N, k): N prompts, k >= 2 responses each, score units.  by_group: divide.
     Returns: (N, k), score units or standard deviations.
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / group_std(rewards) if by_group else centred
+    advantages = centred(rewards)
+    return advantages / group_std(rewards) if by_group else advantages
+
+
+def centred(rewards: Tensor) -> Tensor:
+    """Rewards minus their mean per prompt; exactly 0 where all are equal, (N, k).
+
+    The mean of seven times 1000.1 is not 1000.1 in float32, and dividing by a standard deviation of
+    1e-4 would make a gradient of the difference.
+    """
+    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return (rewards - rewards.mean(1, keepdim=True)).masked_fill(all_equal, 0.0)
 
 
 def group_std(rewards: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) 
     if estimator == KlEstimator.k2:
         return 0.5 * d**2
     if estimator == KlEstimator.k3:
-        return torch.exp((-d).clamp(max=MAX_LOG_RATIO)) - 1 + d
+        d = d.clamp(min=-MAX_LOG_RATIO)  # both terms, else the gradient changes its sign there
+        return torch.exp(-d) - 1 + d
     raise NotImplementedError(f"rl.kl.estimator={estimator.name}")
 
 

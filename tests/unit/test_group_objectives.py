@@ -80,6 +80,15 @@ def test_rloo_is_grpo_without_its_deviation_up_to_a_factor(k: int) -> None:
     )
 
 
+@pytest.mark.parametrize("by_group", [False, True])
+def test_equal_rewards_give_no_advantage_whatever_their_rounding(by_group: bool) -> None:
+    """The mean of 7 times 1000.1 is another number in float32."""
+    rewards = torch.tensor([[1000.1] * 7, [0.1] * 6 + [0.2]])
+    assert float((rewards - rewards.mean(1, keepdim=True))[0].abs().max()) > 0
+    for advantages in (group_relative(rewards, by_group), leave_one_out(rewards, by_group)):
+        assert advantages[0].tolist() == [0.0] * 7 and float(advantages[1].abs().min()) > 0
+
+
 def test_a_constant_added_to_all_answers_of_a_prompt_changes_nothing() -> None:
     rewards, shift = numbers(1, 4, 5), torch.tensor([[3.0], [-7.0], [0.5], [100.0]])
     for advantage in (

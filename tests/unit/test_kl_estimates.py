@@ -66,6 +66,16 @@ def test_kl_estimates_by_hand() -> None:
     )
 
 
+def test_k3_has_no_gradient_where_a_policy_is_hopelessly_far_away() -> None:
+    """At 20 nats below the reference the estimate stops growing; its gradient never turns round."""
+    logp = torch.tensor([[-20.1, -19.9, -0.5, 20.1]], requires_grad=True)
+    kl_estimate(logp, torch.zeros(1, 4), KlEstimator.k3).sum().backward()
+    assert logp.grad is not None
+    far, near, close, above = logp.grad[0].tolist()
+    assert far == 0 and near == pytest.approx(1 - math.exp(19.9), rel=1e-5)
+    assert close == pytest.approx(1 - math.exp(0.5)) and above == pytest.approx(1)
+
+
 def test_k2_and_k3_are_never_negative_and_k1_has_both_signs() -> None:
     logp, ref = (normal(torch.Generator().manual_seed(seed), 50, 50, scale=2) for seed in (1, 2))
     k1, k2, k3 = (
