@@ -25,7 +25,7 @@ class RolloutEngine(Enum):
 
 
 class Format(Enum):
-    """How a row of a source becomes a prompt and answers: rlhf/data/formats.py."""
+    """How a row of a source becomes a prompt and answers: rlhf/data/formats."""
 
     sandbox = "sandbox"
     prompt_chosen_rejected = "prompt_chosen_rejected"  # without `rejected` for SFT only
@@ -33,6 +33,7 @@ class Format(Enum):
     scored_answers = "scored_answers"  # a prompt and two answers with a score each
     instruction = "instruction"  # instruction, optional input, output; for SFT only
     messages = "messages"  # a conversation whose last turn is the answer; for SFT only
+    prompts = "prompts"  # prompts without answers, for online RL only
     text = "text"  # plain text, for the pretraining loss of online RL
 
 

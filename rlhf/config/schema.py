@@ -88,7 +88,8 @@ class Source:
     config: Optional[str] = key("configuration of a hub data set that has several", default=None)
     split: str = key("split of a hub data set or directory; a file has one", default="train")
     eval_split: Optional[str] = key(
-        "its own held-out split; null, and for a file: data.eval_share of the prompts", default=None
+        "its own held-out split, for a file another file; null: data.eval_share of the prompts",
+        default=None,
     )
     weight: float = key(
         "of its rows in the mix: 0.5 = every second one, 2 = each twice", above=0, default=1.0
@@ -110,7 +111,7 @@ class Sandbox:
 @dataclass(kw_only=True)
 class Data:
     seed: int = key("makes the sandbox's world and decides splits; not covered by seed", at_least=0)
-    shares: list[int] = key("parts of the prompts for SFT, reward model, online RL", above=0)
+    shares: list[int] = key("parts of the prompts for SFT, reward model, online RL", at_least=0)
     eval_share: float = key("share of the prompts held out from all three", above=0, at_most=0.5)
     eval_rows: int = key("held-out rows to evaluate on, at most", above=0)
     max_prompt_tokens: int = key("longer prompts lose their first turns, or are dropped", above=0)

@@ -77,8 +77,8 @@ def check_models(cfg: Config) -> Iterator[str]:
 
 def check_data(cfg: Config) -> Iterator[str]:
     sources, sandbox = cfg.data.sources, cfg.data.sandbox
-    if len(cfg.data.shares) != 3:
-        yield f"data.shares={cfg.data.shares}: give three parts above 0, for sft, rm, online RL"
+    if len(cfg.data.shares) != 3 or not any(cfg.data.shares):
+        yield f"data.shares={cfg.data.shares}: give three parts, for sft, rm, online RL, not all 0"
     if not sources:
         yield "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format"
     for name, source in sources.items():

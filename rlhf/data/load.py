@@ -122,6 +122,11 @@ def summarize(data: Dataset) -> str:
             reasons = [f"{count:,} {reason}" for reason, count in report["skipped"].items()]
             line += f"; skipped: {', '.join(reasons)}"
         lines.append(line)
+        if unread := report.get("unread"):
+            lines.append(f"  columns that are not read: {', '.join(unread)}")
         if "first_unreadable" in report:
             lines.append(f"  first unreadable row: {report['first_unreadable']}")
+        unreadable = report.get("unreadable", {})
+        if len(unreadable) > 1:
+            lines += [f"  {count:,} unreadable: {reason}" for reason, count in unreadable.items()]
     return "\n".join(lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,15 +19,18 @@ from rlhf.config.schema import Data, Source
 from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest
 from rlhf.data.files import RawTable, open_source
+from rlhf.data.formats import fields
+from rlhf.data.formats.rows import Skip, read_row, read_text
 from rlhf.data.records import Pair, SourceReport
 
 if TYPE_CHECKING:
     import datasets
 
+FIRST_ROWS = 1000  # are looked at for columns that no format reads
 UNREADABLE = "unreadable: "  # begins the problem of a row that cannot be read
 KNOWN_COLUMNS = (
     "prompt, chosen, rejected; chosen, rejected; messages; instruction, output; prompt, response;"
-    " text"
+    " prompt; text"
 )
 
 
@@ -38,6 +43,7 @@ class SourceSplit(NamedTuple):
     prompt_hash: np.ndarray  # uint64, one per row
     row_hash: np.ndarray  # uint64
     is_pair: np.ndarray  # bool
+    has_answer: np.ndarray  # bool; False: a prompt for online RL only
 
 
 def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
@@ -52,9 +58,12 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     if source.rows is not None:
         first_rows = raw.table.select(range(min(source.rows, len(raw.table))))
         raw = RawTable(first_rows, raw.by_line)
-    source = with_format(name, source, _first_row(name, source, raw))
+    first = _first_rows(name, source, raw)
+    source = with_format(name, source, first[0])
     table = _convert(name, source, raw, cfg)
     report = SourceReport(source=name, split=split, rows=len(table), skipped={})
+    if unread := fields.unread_columns(first, source):
+        report["unread"] = unread
     readable = _readable_rows(table, report, source.path, raw.by_line, cfg.on_bad_row)
     report["content"] = _content(table, readable)  # a resumed run must find the same
     if source.format == Format.text:
@@ -67,6 +76,9 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         prompt_hash=_column(table, "prompt_hash", readable),
         row_hash=_column(table, "row_hash", readable),
         is_pair=has_rejected & (not source.sft_only),
+        has_answer=np.array([bool(text) for text in table.data.column("chosen").to_pylist()])[
+            readable
+        ],
     )
 
 
@@ -76,7 +88,13 @@ def with_format(name: str, source: Source, first: dict[str, Any]) -> Source:
     Raises: UserError that names the columns.
     """
     columns = list(first)
-    format = source.format or formats.detect_format([*columns, *source.columns])
+    format = source.format or fields.detect_format([*columns, *source.columns])
+    if format is None and fields.is_kto(columns):
+        raise UserError(
+            f"data.sources.{name}: {source.path} has prompt, completion, label (KTO): single"
+            " answers that are good or bad, which no stage trains on; for SFT keep the good ones"
+            " and remove the column label, or make pairs of them"
+        )
     if format is None:
         raise UserError(
             f"data.sources.{name}: {source.path} has the columns {', '.join(columns)}; give format"
@@ -84,24 +102,30 @@ def with_format(name: str, source: Source, first: dict[str, Any]) -> Source:
         )
     source = dataclasses.replace(source, format=format)
     try:
-        formats.check_columns(columns, source)
+        fields.check_columns(columns, source)
     except ValueError as error:
         raise UserError(f"data.sources.{name}: {source.path}: {error}") from None
     return source
 
 
-def _first_row(name: str, source: Source, raw: RawTable) -> dict[str, Any]:
-    """A row that shows the columns. Raises: UserError when none of the first lines is an object."""
+def _first_rows(name: str, source: Source, raw: RawTable) -> list[dict[str, Any]]:
+    """Some rows, which show the columns and what is in them.
+
+    Raises: UserError when none of the first lines is an object.
+    """
+    first = raw.table.select(range(min(FIRST_ROWS, len(raw.table))))
     if not raw.by_line:
-        return dict.fromkeys(raw.table.column_names)
-    problem = "line 1 is empty"
-    for number, line in enumerate(raw.table.select(range(min(1000, len(raw.table)))), 1):
+        return list(first)
+    rows, problem = [], "line 1 is empty"
+    for number, line in enumerate(first, 1):
         try:
-            return parse_line(line["text"])
-        except formats.Skip:
+            rows.append(parse_line(line["text"]))
+        except Skip:
             continue
         except ValueError as error:
             problem = f"line {number}: {error}" if problem == "line 1 is empty" else problem
+    if rows:
+        return rows
     raise UserError(
         f"data.sources.{name}: {source.path} has no line that is a JSON object {{...}}: {problem}"
     )
@@ -121,7 +145,8 @@ def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Da
     features |= {"problem": strings, "row_hash": hashes}
     columns = sorted(source.columns.items())
     settings = (source.format, columns, source.min_score_ratio, raw.by_line, cfg.seed)
-    code = Path(__file__).read_text(), Path(formats.__file__).read_text()
+    package = Path(formats.__file__).parent.glob("*.py")
+    code = [path.read_text() for path in [Path(__file__), *sorted(package)]]
     key = digest(raw.table._fingerprint, str(settings), *code)
     if is_text:
         convert = partial(read_texts, source=source, by_line=raw.by_line)
@@ -159,6 +184,9 @@ def _readable_rows(
             raise UserError(f"{message} (and no other row can be read)")
         skipped["unreadable"] = number
         report["first_unreadable"] = message
+        texts = problems.filter(unreadable).to_pylist()
+        counted = Counter(re.sub(r"\d+", "N", text.removeprefix(UNREADABLE)) for text in texts)
+        report["unreadable"] = dict(counted.most_common(5))
     readable = np.flatnonzero(pc.equal(problems, "").to_numpy(zero_copy_only=False))
     if not len(readable):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
@@ -176,8 +204,9 @@ def _texts(table: datasets.Dataset, readable: np.ndarray, report: SourceReport) 
         report["skipped"]["duplicate text"] = len(readable) - len(distinct)
     report["texts"] = len(distinct)
     nothing = np.array([], dtype=np.uint64)
+    none = nothing.astype(bool)
     texts = table.select_columns(["text"]).select(distinct)
-    return SourceSplit(texts, report, True, nothing, nothing, nothing.astype(bool))
+    return SourceSplit(texts, report, True, nothing, nothing, none, none)
 
 
 def _content(table: datasets.Dataset, readable: np.ndarray) -> str:
@@ -200,7 +229,7 @@ def read_rows(batch: Columns, source: Source, by_line: bool, seed: int) -> dict[
     for row in _raw_rows(batch):
         pair, prompt_hash, row_hash, problem = Pair([], "", None), 0, 0, ""
         try:
-            record = formats.read_row(parse_line(row["text"]) if by_line else row, source)
+            record = read_row(parse_line(row["text"]) if by_line else row, source)
             # case and spaces do not make another prompt
             prompt = "|".join(
                 f"{turn.role}:{' '.join(turn.text.lower().split())}" for turn in record.prompt
@@ -209,7 +238,7 @@ def read_rows(batch: Columns, source: Source, by_line: bool, seed: int) -> dict[
             content = [prompt, record.chosen, record.rejected]
             row_hash = hash_text(json.dumps(content, ensure_ascii=False))
             pair = record
-        except formats.Skip as reason:
+        except Skip as reason:
             problem = str(reason)
         except ValueError as error:  # also a text that is not valid Unicode: "\\ud83d" alone
             problem = UNREADABLE + str(error)
@@ -228,10 +257,10 @@ def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:
     for row in _raw_rows(batch):
         text, row_hash, problem = "", 0, ""
         try:
-            record = formats.read_text(parse_line(row["text"]) if by_line else row, source)
+            record = read_text(parse_line(row["text"]) if by_line else row, source)
             row_hash = hash_text(record)
             text = record
-        except formats.Skip as reason:
+        except Skip as reason:
             problem = str(reason)
         except ValueError as error:
             problem = UNREADABLE + str(error)
@@ -253,7 +282,7 @@ def parse_line(line: str) -> dict[str, Any]:
     """A line of a .jsonl file. Raises: Skip if it is empty, ValueError unless it is an object."""
     line = line.removeprefix("\ufeff")  # some editors put a byte order mark in front of a file
     if not line.strip():
-        raise formats.Skip("empty line")
+        raise Skip("empty line")
     try:
         row = json.loads(line)
     except ValueError as error:

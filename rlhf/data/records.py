@@ -42,6 +42,8 @@ class SourceReport(TypedDict):
     rows: int  # rows that were read
     skipped: dict[str, int]  # rows that no stage gets, by reason
     content: NotRequired[str]  # hash of the rows that could be read; files only
+    unread: NotRequired[list[str]]  # columns and parts of messages that the format does not read
+    unreadable: NotRequired[dict[str, int]]  # rows by reason, the most frequent ones
     first_unreadable: NotRequired[str]  # where the first unreadable row is, and what is wrong
     sft: NotRequired[int]  # rows of each part; missing for plain text
     rm: NotRequired[int]

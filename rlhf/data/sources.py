@@ -34,9 +34,9 @@ def load_sources(cfg: Data) -> Dataset:
     read: list[SourceSplit] = []
     facts: list[RowFacts] = []
     for name, source in cfg.sources.items():
-        splits = splits_of(source)
-        for split, held_out in splits:
-            one = read_split(name, source, split, cfg)
+        splits = splits_of(name, source)
+        for part, split, held_out in splits:
+            one = read_split(name, part, split, cfg)
             if one.is_text and held_out:  # plain text is not evaluated on
                 continue
             read.append(one)
@@ -62,7 +62,7 @@ def load_sources(cfg: Data) -> Dataset:
         sft=table.select(parts["sft"]),
         rm=table.select(parts["rm"]),
         ppo=table.select(parts["ppo"]),
-        eval_sft=[Demonstration(pair.prompt, pair.chosen) for pair in evaluated],
+        eval_sft=[Demonstration(pair.prompt, pair.chosen) for pair in evaluated if pair.chosen],
         eval_rm=[
             dataclasses.replace(pair_of(row), source=name)
             for row, name in zip(table.select(held_out_pairs), names)
@@ -73,11 +73,32 @@ def load_sources(cfg: Data) -> Dataset:
     )
 
 
-def splits_of(source: Source) -> list[tuple[str, bool]]:
-    """The splits to read, and whether each is held out for evaluation. A file has only one."""
-    if source.eval_split is None or Path(source.path).expanduser().is_file():
-        return [(source.split, False)]
-    return [(source.split, False), (source.eval_split, True)]
+def splits_of(name: str, source: Source) -> list[tuple[Source, str, bool]]:
+    """The splits to read, and whether each is held out for evaluation.
+
+    A file has one split only; its `eval_split` is another file.
+
+    Args: name: the source's key in `data.sources`.
+    Raises: UserError for settings that a file does not have.
+    """
+    train = (source, source.split, False)
+    is_file = Path(source.path).expanduser().is_file()
+    if is_file:
+        where = f"data.sources.{name}"
+        if source.split != "train" or source.config is not None:
+            key = "config" if source.config is not None else "split"
+            value = getattr(source, key)
+            raise UserError(f"{where}.{key}={value}: {source.path} is a file; it has none")
+        if source.eval_split and not Path(source.eval_split).expanduser().is_file():
+            raise UserError(
+                f"{where}.eval_split={source.eval_split}: no such file; {source.path} is a file, so"
+                " its eval_split is another file to evaluate on"
+            )
+    if source.eval_split is None:
+        return [train]
+    if is_file:
+        return [train, (dataclasses.replace(source, path=source.eval_split), "eval", True)]
+    return [train, (source, source.eval_split, True)]
 
 
 def pair_of(row: dict[str, Any]) -> Pair:
@@ -93,6 +114,7 @@ def _facts(
         one.prompt_hash,
         one.row_hash,
         one.is_pair,
+        one.has_answer,
         sft_only=np.full(rows, source.sft_only),
         has_eval_split=np.full(rows, has_eval_split),
         held_out=np.full(rows, held_out),

@@ -19,6 +19,7 @@ class RowFacts(NamedTuple):
     prompt_hash: np.ndarray  # uint64, of the prompt in lower case with single spaces
     row_hash: np.ndarray  # uint64, of the prompt and its answers
     is_pair: np.ndarray  # bool: it has a rejected answer too
+    has_answer: np.ndarray  # bool: it has an answer; else it is a prompt for online RL
     sft_only: np.ndarray  # bool: its source is for SFT only
     has_eval_split: np.ndarray  # bool: its source has an evaluation split of its own
     held_out: np.ndarray  # bool: it is in that evaluation split
@@ -44,8 +45,9 @@ def split_rows(rows: RowFacts, cfg: Data) -> Split:
     kept = np.ones(len(part), dtype=bool)
 
     def skip(reason: str, which: np.ndarray) -> None:
-        skipped[reason] = np.flatnonzero(which & kept)
-        kept[skipped[reason]] = False
+        now = np.flatnonzero(which & kept)
+        skipped[reason] = np.union1d(skipped.get(reason, now), now)
+        kept[now] = False
 
     evaluated = np.unique(rows.prompt_hash[part == EVAL])
     skip("prompt is held out for evaluation", (part != EVAL) & np.isin(rows.prompt_hash, evaluated))
@@ -58,6 +60,11 @@ def split_rows(rows: RowFacts, cfg: Data) -> Split:
         sft_only & (part != SFT) & np.isin(rows.prompt_hash, elsewhere),
     )
     part[sft_only] = SFT
+    trained = np.unique(rows.prompt_hash[kept & ((part == SFT) | (part == RM))])
+    skip(
+        "prompt is used by another stage",
+        ~rows.has_answer & (part == PPO) & np.isin(rows.prompt_hash, trained),
+    )
     for_ppo = np.flatnonzero(kept & (part == PPO))
     first_with_prompt = np.zeros(len(part), dtype=bool)
     first_with_prompt[for_ppo[np.unique(rows.prompt_hash[for_ppo], return_index=True)[1]]] = True
@@ -76,6 +83,7 @@ def _part_of_prompt(rows: RowFacts, cfg: Data) -> np.ndarray:
     within = np.where(place < share, place / share, (place - share) / (1 - share))
     a, b, c = cfg.shares
     part = np.select([within < a / (a + b + c), within < (a + b) / (a + b + c)], [SFT, RM], PPO)
+    part[~rows.has_answer] = PPO
     part[((place < share) & ~rows.has_eval_split) | rows.held_out] = EVAL
     return part
 

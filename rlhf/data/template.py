@@ -31,8 +31,9 @@ USER, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of the style hh
 _TEMPLATES = {
     Template.hh: (
         "{% for message in messages %}"
-        "{% if message.role == 'user' %}{{ '\n\nHuman: ' + message.content }}"
-        "{% elif message.role == 'assistant' %}{{ '\n\nAssistant: ' + message.content }}"
+        "{% if message.role == 'user' %}{{ '\n\nHuman: ' + message.content | trim }}"
+        "{% elif message.role == 'assistant' %}"
+        "{{ '\n\nAssistant: ' + (message.content if loop.last else message.content | trim) }}"
         "{% if loop.last %}{{ eos_token }}{% endif %}"
         "{% else %}{{ message.content }}{% endif %}"
         "{% endfor %}"
@@ -169,7 +170,8 @@ def encode_prompts(
 ) -> list[list[int] | None]:
     """Token ids of each prompt; None when its last turn alone has more than `max_tokens`.
 
-    A prompt that is too long loses its first turns, so that it still begins with a user's turn.
+    A prompt that is too long loses its first exchanges, so that it still begins with a user's turn.
+    The system's turn in front of them stays.
     """
     if not prompts:
         return []
@@ -185,10 +187,11 @@ def encode_prompts(
 def _shorten(
     tokenizer: PreTrainedTokenizerBase, turns: list[Turn], max_tokens: int
 ) -> list[int] | None:
-    for first in range(1, len(turns)):
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    for first in range(len(system) + 1, len(turns)):
         if turns[first].role == "user":
             ids = tokenizer(
-                render_prompt(tokenizer, turns[first:]), add_special_tokens=False
+                render_prompt(tokenizer, system + turns[first:]), add_special_tokens=False
             ).input_ids
             if len(ids) <= max_tokens:
                 return ids
@@ -203,7 +206,7 @@ def encode_responses(
         return []
     before, space = _frame(tokenizer)
     encoded = tokenizer(
-        [before + text.strip() + space for text in answers], add_special_tokens=False
+        [before + text.rstrip() + space for text in answers], add_special_tokens=False
     ).input_ids
     return [(ids + [tokenizer.eos_token_id])[:max_tokens] for ids in encoded]
 
@@ -212,8 +215,8 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, answer: str, ended: bool
     """Token ids of one sampled response, with EOS if it ended with EOS."""
     before, space = _frame(tokenizer)
     if not ended:
-        return tokenizer(before + answer.strip(), add_special_tokens=False).input_ids
-    ids = tokenizer(before + answer.strip() + space, add_special_tokens=False).input_ids
+        return tokenizer(before + answer.rstrip(), add_special_tokens=False).input_ids
+    ids = tokenizer(before + answer.rstrip() + space, add_special_tokens=False).input_ids
     return ids + [tokenizer.eos_token_id]
 
 
@@ -280,6 +283,12 @@ def encode_pairs(
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of a response, without EOS and what the template writes in front of it."""
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return text.removeprefix(_frame(tokenizer)[0].strip()).strip()
+    """The text of a response, without EOS and what the template writes in front of it.
+
+    White space in front of it stays, as in the data: code may begin with it.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True).rstrip()
+    before = _frame(tokenizer)[0]
+    if text.startswith(before):
+        return text.removeprefix(before)
+    return text.lstrip().removeprefix(before.strip()).lstrip()

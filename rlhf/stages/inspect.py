@@ -13,6 +13,7 @@ from rlhf.base.log import log
 from rlhf.config.schema import Config, Data
 from rlhf.config.stage_graph import prompts_per_rollout
 from rlhf.data.inspection.leakage import leakage
+from rlhf.data.inspection.marks import find_marks, verdicts_on_marks
 from rlhf.data.inspection.measuring import (
     Effect,
     Inspection,
@@ -26,6 +27,7 @@ from rlhf.data.inspection.measuring import (
 from rlhf.data.load import load_data, summarize, table_of
 from rlhf.data.reading import read_split
 from rlhf.data.records import Dataset, Pair
+from rlhf.data.sources import splits_of
 from rlhf.data.splits import PARTS
 from rlhf.models.loading import check_context, load_tokenizer
 from rlhf.reporting.inspect_page import name_of, page
@@ -60,8 +62,10 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
     for name, (table, answers) in tables.items():
         stages[name], lengths[name] = measure(tokenizer, table, answers, cfg.data)
     sources = reports_of_sources(data)
+    on_marks = []
     for source, table in zip(sources, tables_of_sources(data, cfg.data)):
         answers = ["text"] if "text" in table.column_names else ["chosen", "rejected"]
+        on_marks += verdicts_on_marks(name_of(source), find_marks(tokenizer, table))
         source["tokens"], lengths[name_of(source)] = measure(tokenizer, table, answers, cfg.data)
     shared, distinct = leakage(data)
     for name, count in distinct.items():
@@ -77,7 +81,7 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
         stages=stages,
         leakage=shared,
     )
-    result["verdicts"] = verdicts(result, cfg)
+    result["verdicts"] = verdicts(result, cfg) + on_marks
     samples = {name: tables[name].table for name in ("sft", "rm", "ppo")}
     (run_dir / "report.html").write_text(
         page(result, lengths, samples, tokenizer, cfg), encoding="utf-8", errors="replace"
@@ -121,9 +125,11 @@ def tables_of_sources(data: Dataset, cfg: Data) -> Iterator[datasets.Dataset]:
     if cfg.sandbox is not None:
         yield datasets.concatenate_datasets([data.sft, data.rm])
         return
-    for report in data.report:
-        name = report["source"]
-        yield read_split(name, cfg.sources[name], report["split"], cfg).table
+    for name, source in cfg.sources.items():
+        for part, split, _ in splits_of(name, source):
+            one = read_split(name, part, split, cfg)
+            if (name, split) in {(report["source"], report["split"]) for report in data.report}:
+                yield one.table
 
 
 # --- verdicts
@@ -153,6 +159,8 @@ def verdicts(result: Inspection, cfg: Config) -> list[str]:
         lines.append(bias)
     for source in result["sources"]:
         lines += _skipped_rows(source)
+        if unread := source.get("unread"):
+            lines.append(f"columns of {name_of(source)} that are not read: {', '.join(unread)}")
     return lines
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from format_rows import message, scored, source
 
-from rlhf.data.formats import read_row
+from rlhf.data.formats.rows import read_row
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
@@ -15,7 +15,6 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 @pytest.mark.parametrize(
     "format, row, expected",
     [
-        ("prompt_chosen_rejected", GOOD | {"chosen": 3}, "chosen is a number, not a string"),
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": True},
@@ -71,12 +70,17 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": [message("user", [{"type": "text"}])]},
-            "chosen.0 is a list, not a string",
+            "chosen.0.0 is a part without text",
         ),
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": [message("tool", "x")]},
-            "chosen.0: unknown role tool; known are user, human, assistant, gpt, system",
+            "chosen.0 is of or for a tool: conversations with tools are not read",
+        ),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"chosen": [message("moderator", "x")]},
+            "chosen.0: unknown role moderator; known are user, human, assistant, gpt, model",
         ),
         (
             "prompt_chosen_rejected",
@@ -104,7 +108,30 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("scored_answers", scored(1, True), "score_b is true or false, not a number"),
         ("scored_answers", scored(float("nan"), 1), "score_a is nan, not a number"),
         ("scored_answers", {"prompt": "q"}, "no field answer_a"),
-        ("scored_answers", scored(1, 2) | {"answer_b": 7}, "answer_b is a number, not a string"),
+        ("scored_answers", scored(1, 2) | {"answer_b": {}}, "answer_b is an object, not a string"),
+        (
+            "prompt_chosen_rejected",
+            {"prompt": "q 1", "chosen": [message("user", "q 2"), message("assistant", "b")]},
+            "the turns of chosen before its last answer are not the prompt",
+        ),
+        (
+            "prompt_chosen_rejected",
+            GOOD | {"chosen": [message("user", [{"type": "image_url"}])]},
+            "chosen.0.0 is image_url, not a part of type text",
+        ),
+        (
+            "instruction",
+            {"instruction": "a", "output": "b", "history": ["c"]},
+            "history.0 is not [question, answer]",
+        ),
+        (
+            "messages",
+            {
+                "system": "Be short.",
+                "messages": [message("system", "Be long."), message("user", "a")],
+            },
+            "system is not the system's turn of the conversation",
+        ),
         ("instruction", {"instruction": "a"}, "no field output"),
         (
             "instruction",
@@ -116,8 +143,8 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("messages", {"messages": []}, "messages is empty"),
         (
             "messages",
-            {"messages": [message("user", "a")]},
-            "the last message is the user's, not the assistant's",
+            {"messages": [message("user", "a"), message("system", "b")]},
+            "the last message is the system's, not the assistant's",
         ),
         ("messages", {"messages": [message("assistant", "a")]}, "the prompt has no user's turn"),
         ("text", {"text": "a"}, "format text has no prompts and answers"),

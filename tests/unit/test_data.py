@@ -106,9 +106,9 @@ def test_answers_end_with_one_eos_unless_they_are_cut() -> None:
 
 
 def test_decoding_gives_the_answer_back() -> None:
-    answers = ["Water it.", "Zwölf – ☃", " spaces around "]
+    answers = ["Water it.", "Zwölf – ☃", " spaces around ", "    return x\n"]
     for answer, ids in zip(answers, template.encode_responses(tokenizer(), answers, 500)):
-        assert template.decode_response(tokenizer(), ids) == answer.strip()
+        assert template.decode_response(tokenizer(), ids) == answer.rstrip()
 
 
 def test_encoding_nothing_gives_nothing() -> None:

@@ -11,8 +11,9 @@ from public_sets import shp
 
 from rlhf.config.choices import Format
 from rlhf.config.schema import Source
-from rlhf.data import formats
-from rlhf.data.formats import Skip, check_columns, detect_format, field, read_row, read_text
+from rlhf.data.formats import fields as formats
+from rlhf.data.formats.fields import check_columns, detect_format, field
+from rlhf.data.formats.rows import Skip, read_row, read_text
 from rlhf.data.records import Pair, Turn
 
 
@@ -76,7 +77,11 @@ def test_prompts(prompt: Any, turns: list[Turn]) -> None:
 @pytest.mark.parametrize(
     "answer, expected",
     [
-        (" yes\n", "yes"),
+        (" yes\n", " yes"),
+        ("    y = x\n    return y\n", "    y = x\n    return y"),
+        ("\n\n  a\n", "  a"),
+        (42, "42"),
+        (0.5, "0.5"),
         ("Assistant: yes", "yes"),
         ("I, the Assistant: yes", "I, the Assistant: yes"),
         ("\n\nHuman: I quote", "Human: I quote"),
@@ -85,10 +90,12 @@ def test_prompts(prompt: Any, turns: list[Turn]) -> None:
         (
             [
                 message("user", "a"),
-                message("assistant", "no"),
-                message("user", "b"),
                 message("assistant", " yes "),
             ],
+            " yes",
+        ),
+        (
+            [message("assistant", [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}])],
             "yes",
         ),
         ([message("assistant", "yes"), message("user", "thanks")], "empty answer"),
@@ -183,10 +190,10 @@ def test_marks_of_citations_go_only_where_there_are_quotes() -> None:
 
 def test_instructions() -> None:
     row = {"instruction": " Translate. ", "input": " Hallo ", "output": " Hello "}
-    assert read("instruction", row) == Pair([user("Translate.\n\nHallo")], "Hello", None)
+    assert read("instruction", row) == Pair([user("Translate.\n\nHallo")], " Hello", None)
     for nothing in ("", " ", None):
         assert read("instruction", row | {"input": nothing}) == Pair(
-            [user("Translate.")], "Hello", None
+            [user("Translate.")], " Hello", None
         )
     assert read("instruction", {"instruction": "Human: Translate.", "output": "Hello"}) == Pair(
         [user("Human: Translate.")], "Hello", None
@@ -201,7 +208,7 @@ def test_conversations() -> None:
         message("assistant", "b"),
         message("user", "c"),
     ]
-    expected = Pair([Turn("system", "Be kind."), user("a"), assistant("b"), user("c")], "d", None)
+    expected = Pair([Turn("system", "Be kind."), user("a"), assistant("b"), user("c")], " d", None)
     assert read("messages", {"messages": [*turns, message("assistant", " d ")]}) == expected
     assert read("messages", {"messages": [*turns, message("assistant", "")]}) == "empty answer"
     named = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -271,7 +278,10 @@ def test_paths_of_columns(path: str, expected: Any) -> None:
         (["instruction", "output"], "instruction"),
         (["instruction", "input", "output", "text", "prompt"], "instruction"),
         (["text", "meta"], "text"),
-        (["prompt"], None),
+        (["prompt"], "prompts"),
+        (["data_source", "prompt", "ability", "reward_model", "extra_info"], "prompts"),
+        (["question", "answer"], "prompt_chosen_rejected"),
+        (["question"], None),
         (["chosen"], None),
         (["question", "reply"], None),
         ([], None),

@@ -8,7 +8,8 @@ from public_sets import SETS
 
 from rlhf.config.schema import Source
 from rlhf.config.validation import check_config
-from rlhf.data.formats import Skip, check_columns, read_row
+from rlhf.data.formats.fields import check_columns
+from rlhf.data.formats.rows import Skip, read_row
 from rlhf.data.records import Pair
 
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))

@@ -177,8 +177,8 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
     ),
     (
         "types.json",
-        '[{"prompt": "a", "chosen": 3}]',
-        ": row 1 of {path}: chosen is a number, not a string (and no other row can",
+        '[{"prompt": "a", "chosen": {"b": "c"}}]',
+        ": row 1 of {path}: chosen is an object, not a string (and no other row can",
     ),
     (
         "same.jsonl",

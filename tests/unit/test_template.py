@@ -237,18 +237,17 @@ def test_tokenizers_whose_answers_alone_differ_are_told_apart(tmp_path: Path) ->
 
 @each_family
 @each_pair
-def test_long_prompts_lose_their_first_turns_and_long_answers_their_end(
+def test_long_prompts_lose_their_first_exchange_and_long_answers_their_end(
     saved: Callable[[str], str], family: str, style: Template
 ) -> None:
     tokenizer = load_tokenizer(saved(family), style)
-    turns = [Turn("system", "Be brief."), *LATER]
+    system = Turn("system", "Be brief.")
+    turns = [system, *LATER]
     [whole], [last] = (
         template.encode_prompts(tokenizer, [turns], 999),
-        template.encode_prompts(tokenizer, [LATER[-1:]], 999),
+        template.encode_prompts(tokenizer, [[system, LATER[-1]]], 999),
     )
-    assert template.encode_prompts(tokenizer, [turns], len(whole) - 1) == [
-        encode(tokenizer, template.render_prompt(tokenizer, LATER))
-    ]
+    assert template.encode_prompts(tokenizer, [turns], len(whole) - 1) == [last]
     assert template.encode_prompts(tokenizer, [turns], len(last)) == [last]
     assert template.encode_prompts(tokenizer, [turns], len(last) - 1) == [None]
     [ids] = template.encode_responses(tokenizer, ["Water it once a week."], 999)

@@ -75,7 +75,8 @@ from rlhf.config.validation import check_config
             "data.sandbox.label_noise=0.5: must be above 0, below 0.5",
         ),
         (["data.sandbox=null"], "data.sandbox=null: the built-in source needs its sizes"),
-        (["data.shares=[1,2]"], "data.shares=[1, 2]: give three parts above 0"),
+        (["data.shares=[1,2]"], "data.shares=[1, 2]: give three parts, for sft, rm"),
+        (["data.shares=[0,0,0]"], "data.shares=[0, 0, 0]: give three parts, for sft, rm"),
         (["data=[sandbox,rm_static]"], "data: the sandbox cannot be mixed"),
         (["data=shp", "data.sources.shp.weight=0"], "data.sources.shp.weight=0.0: must be above 0"),
         (["data=shp", "data.sources.shp.rows=-1"], "data.sources.shp.rows=-1: must be above 0"),
@@ -346,8 +347,9 @@ def test_every_element_of_a_list_is_within_the_range() -> None:
     for betas, shown in (("[0.9,1]", "[0.9, 1.0]"), ("[-0.1,0.9]", "[-0.1, 0.9]")):
         expected = [f"{node}.betas={shown}: must be at least 0, below 1" for node in both]
         assert out_of_range(composed(f"rl.betas={betas}")) == expected
-    (line,) = out_of_range(composed("data.shares=[2,0,4]"))
-    assert line == "data.shares=[2, 0, 4]: must be above 0"
+    assert out_of_range(composed("data.shares=[2,0,4]")) == []
+    (line,) = out_of_range(composed("data.shares=[2,-1,4]"))
+    assert line == "data.shares=[2, -1, 4]: must be at least 0"
 
 
 def test_null_is_within_the_range_where_the_type_allows_it() -> None:

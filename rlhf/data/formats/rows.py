@@ -1,0 +1,264 @@
+"""Read a row: its prompt as turns, and its answers.
+
+A prompt is a question, a list of messages, or a dialogue in one string:
+"\\n\\nHuman: ...\\n\\nAssistant:" as in Anthropic's HH, " Human: ... Assistant:" or
+"USER: ... ASSISTANT:". Only a string that begins with such a mark is a dialogue: a role word inside
+a question is text.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rlhf.config.choices import Format
+from rlhf.config.schema import Source
+from rlhf.data.formats.fields import Row, detect_format, field, is_there, path_of, required
+from rlhf.data.formats.messages import (
+    Json,
+    answer_text,
+    kind_of,
+    turns_of_dialogue,
+    turns_of_messages,
+)
+from rlhf.data.records import Pair, Turn
+
+
+class Skip(Exception):
+    """A row that is skipped on purpose.
+
+    Its text is the reason: short, and the same for all rows with this reason, so it can be counted.
+    """
+
+
+def read_row(row: Row, source: Source) -> Pair:
+    """The prompt and answers of a row.
+
+    `rejected` is None where it has one answer only; `chosen` is "" where it has none.
+
+    Raises: Skip for a row that is skipped on purpose; ValueError with the reason for an unreadable
+        one.
+    """
+    format = source.format or detect_format([*row, *source.columns])
+    match format:
+        case Format.prompt_chosen_rejected:
+            pair = _prompt_chosen_rejected(row, source)
+        case Format.chosen_rejected:
+            pair = _chosen_rejected(row, source)
+        case Format.scored_answers:
+            pair = _scored_answers(row, source)
+        case Format.instruction:
+            pair = _instruction(row, source)
+        case Format.messages:
+            pair = _conversation(row, source)
+        case Format.prompts:
+            return Pair(_prompt(row, source), "", None)
+        case None:
+            columns = ", ".join(row)
+            raise ValueError(f"no format fits the columns {columns}: give format and columns")
+        case _:
+            raise ValueError(f"format {format.name} has no prompts and answers")
+    if format == Format.messages and not pair.chosen:
+        return pair  # it ends with the user
+    if not pair.chosen.strip() or (pair.rejected is not None and not pair.rejected.strip()):
+        raise Skip("empty answer")
+    if pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
+        raise Skip("chosen equals rejected")
+    return pair
+
+
+def read_text(row: Row, source: Source) -> str:
+    """The text of a row of plain text. Raises: Skip if it is empty; ValueError if not a string."""
+    text = field(row, source, "text")
+    if text is None or not _string(text, "text").strip():
+        raise Skip("empty text")
+    return _string(text, "text")
+
+
+# --- values and their types
+
+
+def _string(value: Json, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {kind_of(value)}, not a string")
+    return value
+
+
+def _number(row: Row, source: Source, name: str) -> float:
+    value = required(row, source, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ValueError(f"{name} is {kind_of(value)}, not a number")
+    return value
+
+
+# --- prompts
+
+
+def _prompt(row: Row, source: Source) -> list[Turn]:
+    value = required(row, source, "prompt")
+    if isinstance(value, list):
+        turns = turns_of_messages(value, "prompt")
+    else:
+        text = _string(value, "prompt")
+        dialogue = turns_of_dialogue(text)
+        turns = [Turn("user", text.strip())] if dialogue is None else dialogue
+    return _checked_prompt(_before(row, source, turns) + turns)
+
+
+def _before(row: Row, source: Source, turns: list[Turn]) -> list[Turn]:
+    """The turns of the fields `system` and `history`, which come before the others.
+
+    Raises: ValueError where they contradict the others.
+    """
+    before: list[Turn] = []
+    system = field(row, source, "system")
+    if system is not None and (text := _string(system, "system").strip()):
+        if not any(turn.role == "system" for turn in turns):
+            before.append(Turn("system", text))
+        elif Turn("system", text) not in turns:
+            raise ValueError("system is not the system's turn of the conversation")
+    history = field(row, source, "history")
+    if history is None:
+        return before
+    if not isinstance(history, list):
+        raise ValueError(f"history is {kind_of(history)}, not a list of [question, answer]")
+    if all(isinstance(entry, dict) for entry in history):
+        return before + turns_of_messages(history, "history")
+    for i, entry in enumerate(history):
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ValueError(f"history.{i} is not [question, answer]")
+        question, answer = (_string(text, f"history.{i}").strip() for text in entry)
+        before += [Turn("user", question), Turn("assistant", answer)]
+    return before
+
+
+def _checked_prompt(turns: list[Turn]) -> list[Turn]:
+    if not any(turn.role == "user" and turn.text for turn in turns):
+        raise ValueError("the prompt has no user's turn")
+    if turns[-1].role != "user":
+        raise ValueError(f"the prompt ends with the {turns[-1].role}'s turn, not with the user's")
+    return turns
+
+
+# --- answers
+
+
+def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
+    """An answer as `answer_text` cleans it; "" where it is null, or ends with the user.
+
+    In a dialogue in one string the white space at its beginning only separates the answer from the
+    mark of the role, and goes too.
+
+    Raises: ValueError where it is missing or no text, and where it is a conversation that does not
+        begin with the prompt.
+    """
+    value = field(row, source, name)
+    if value is None:
+        path = path_of(row, source, name)
+        if is_there(row, path):
+            return ""
+        raise ValueError(f"no field {path}")
+    if isinstance(value, list):
+        turns = turns_of_messages(value, name)
+        answer = turns.pop().text if turns[-1].role == "assistant" else ""
+        if answer and turns and turns != prompt and turns != _without_system(prompt):
+            raise ValueError(f"the turns of {name} before its last answer are not the prompt")
+        return answer
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        return str(value)  # of a task whose answers are numbers
+    # answers of yitingxie/rlhf-reward-datasets begin with "Assistant:", those of the Vicuna sets
+    # end with "</s>"
+    text = answer_text(_string(value, name).rstrip().removesuffix("</s>"))
+    if text.lstrip().startswith("Assistant:"):
+        return text.lstrip().removeprefix("Assistant:").lstrip()
+    return text.lstrip() if _is_dialogue(row, source) else text
+
+
+def _without_system(turns: list[Turn]) -> list[Turn]:
+    return [turn for turn in turns if turn.role != "system"]
+
+
+def _is_dialogue(row: Row, source: Source) -> bool:
+    """Whether the prompt is a dialogue in one string."""
+    prompt = field(row, source, "prompt")
+    return isinstance(prompt, str) and turns_of_dialogue(prompt) is not None
+
+
+def _prompt_chosen_rejected(row: Row, source: Source) -> Pair:
+    prompt = _prompt(row, source)
+    rejected = None
+    if field(row, source, "rejected") is not None:
+        rejected = _answer(row, source, "rejected", prompt)
+    return Pair(prompt, _answer(row, source, "chosen", prompt), rejected)
+
+
+def _chosen_rejected(row: Row, source: Source) -> Pair:
+    prompt, chosen = _dialogue_and_answer(row, source, "chosen")
+    other_prompt, rejected = _dialogue_and_answer(row, source, "rejected")
+    if chosen and rejected and prompt != other_prompt:
+        raise ValueError("chosen and rejected differ before the last answer")
+    return Pair(prompt, chosen, rejected)
+
+
+def _instruction(row: Row, source: Source) -> Pair:
+    question = _string(required(row, source, "instruction"), "instruction").strip()
+    more = field(row, source, "input")
+    if more is not None and _string(more, "input").strip():
+        question += "\n\n" + _string(more, "input").strip()
+    turns = [Turn("user", question)]
+    prompt = _checked_prompt(_before(row, source, turns) + turns)
+    return Pair(prompt, _answer(row, source, "output", prompt), None)
+
+
+def _conversation(row: Row, source: Source) -> Pair:
+    """A conversation; it has no answer where it ends with the user."""
+    turns = turns_of_messages(required(row, source, "messages"), "messages")
+    turns = _before(row, source, turns) + turns
+    if turns[-1].role == "user":
+        return Pair(_checked_prompt(turns), "", None)
+    *prompt, last = turns
+    if last.role != "assistant":
+        raise ValueError(f"the last message is the {last.role}'s, not the assistant's")
+    if not last.text:
+        raise Skip("empty answer")
+    return Pair(_checked_prompt(prompt), last.text, None)
+
+
+def _dialogue_and_answer(row: Row, source: Source, name: str) -> tuple[list[Turn], str]:
+    """Prompt and last answer; "" for a dialogue that ends with the user."""
+    value = required(row, source, name)
+    if isinstance(value, list):
+        turns = turns_of_messages(value, name)
+    else:
+        dialogue = turns_of_dialogue(_string(value, name))
+        if dialogue is None:
+            raise ValueError(f"{name} is not a dialogue: it does not begin with Human: or USER:")
+        turns = dialogue
+    answer = turns.pop().text if turns and turns[-1].role == "assistant" else ""
+    return _checked_prompt(_before(row, source, turns) + turns), answer
+
+
+def _scored_answers(row: Row, source: Source) -> Pair:
+    """The answer with the higher score is the chosen one.
+
+    Citation marks, "[1]" and "[2, 3]", are removed from an answer that comes with quotes: they
+    point to the quotes, which the model does not see.
+    """
+    prompt = _prompt(row, source)
+    answers = {}
+    for side in "ab":
+        answer = _answer(row, source, f"answer_{side}", prompt)
+        if field(row, source, f"quotes_{side}") is not None:
+            answer = re.sub(r"\s*\[\d+(?:, ?\d+)*\]", "", answer).rstrip()
+        answers[side] = answer
+    a, b = _number(row, source, "score_a"), _number(row, source, "score_b")
+    if a == b:
+        raise Skip("tie")
+    if source.min_score_ratio > 1:
+        if min(a, b) < 0:
+            raise ValueError(
+                f"scores {a:g} and {b:g}: min_score_ratio needs scores that are not negative"
+            )
+        if max(a, b) < source.min_score_ratio * min(a, b):
+            raise Skip("scores too close")
+    chosen, rejected = ("a", "b") if a > b else ("b", "a")
+    return Pair(prompt, answers[chosen], answers[rejected])

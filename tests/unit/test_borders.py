@@ -1,0 +1,183 @@
+"""What users' data bring: nothing of it is dropped, or taken for something else, in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from format_rows import assistant, message, source, user
+from prepared_data import config
+
+from rlhf.base.errors import UserError
+from rlhf.config.schema import Source
+from rlhf.data import load
+from rlhf.data.formats.fields import unread_columns
+from rlhf.data.formats.rows import read_row
+from rlhf.data.records import Pair, Turn
+from rlhf.data.sources import load_sources
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def summary(**sources: Source) -> str:
+    return load.summarize(load_sources(config(**sources)))
+
+
+# --- what comes before the question
+
+
+def test_system_and_history_come_before_the_question() -> None:
+    row = {"instruction": "c", "output": "d", "system": " Rhyme. ", "history": [["a", "b"]]}
+    turns = [Turn("system", "Rhyme."), user("a"), assistant("b"), user("c")]
+    assert read_row(row, source()) == Pair(turns, "d", None)
+    conversation = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    read = read_row({"system": "Rhyme.", "conversations": conversation}, source())
+    assert read == Pair([Turn("system", "Rhyme."), user("a")], "b", None)
+    same = [message("system", "Rhyme."), message("user", "a")]
+    read = read_row({"system": "Rhyme.", "prompt": same, "chosen": "b"}, source())
+    assert read.prompt == [Turn("system", "Rhyme."), user("a")], "it is there only once"
+
+
+def test_a_column_that_another_field_has_is_not_read_twice() -> None:
+    row = {"history": "How?", "human_ref_A": "So."}
+    mapped = source(
+        "prompt_chosen_rejected", columns={"prompt": "history", "chosen": "human_ref_A"}
+    )
+    assert read_row(row, mapped) == Pair([user("How?")], "So.", None)
+
+
+@pytest.mark.parametrize("role, known", [("developer", "system"), ("model", "assistant")])
+def test_other_names_of_the_roles(role: str, known: str) -> None:
+    turns = [message("user", "a"), message(role, "b"), message("user", "c")]
+    read = read_row({"prompt": turns, "chosen": "d"}, source())
+    assert read.prompt == [user("a"), Turn(known, "b"), user("c")]
+
+
+# --- what is not read
+
+
+def test_columns_and_parts_of_messages_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    talk = [
+        {"role": "user", "content": "a", "name": "Ann"},
+        {"role": "assistant", "content": "b", "weight": 0, "reasoning_content": "hm"},
+    ]
+    rows = [{"id": i, "messages": talk, "tools": "[]", "score": None} for i in range(3)]
+    unread = ["id", "messages[].name", "messages[].reasoning_content", "tools"]
+    assert unread_columns(rows, source("messages")) == unread
+    talks = [
+        {
+            "system": f"No. {i}",
+            "tools": "[]",
+            "messages": [message("user", f"q {i}"), message("assistant", "a")],
+        }
+        for i in range(40)
+    ]
+    path = write(tmp_path / "talks.jsonl", talks)
+    assert "  columns that are not read: tools" in summary(mine=Source(path=path)).splitlines()
+
+
+def test_reasons_of_unreadable_rows_are_counted(tmp_path: Path) -> None:
+    good = [{"prompt": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w"}}]}
+    tools = [{"prompt": [message("user", f"t {i}"), call], "chosen": "a"} for i in range(3)]
+    other = [
+        {"prompt": f"q {i}", "chosen": [message("user", f"r {i}"), message("assistant", "a")]}
+        for i in range(2)
+    ]
+    lines = summary(
+        mine=Source(path=write(tmp_path / "a.jsonl", good + tools + other))
+    ).splitlines()
+    assert lines[0].endswith("skipped: 5 unreadable")
+    assert lines[3:] == [
+        "  3 unreadable: prompt.N is of or for a tool: conversations with tools are not read",
+        "  2 unreadable: the turns of chosen before its last answer are not the prompt",
+    ]
+
+
+def test_answers_marked_good_or_bad_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": i % 2 == 0} for i in range(4)]
+    with pytest.raises(UserError, match=r"\(KTO\).* for SFT keep the good ones and remove"):
+        load_sources(config(mine=Source(path=write(tmp_path / "kto.jsonl", rows))))
+
+
+# --- prompts without answers
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda i: {"prompt": f"q {i}"},
+        lambda i: {"messages": [message("user", f"q {i}")]},
+        lambda i: {"prompt": [message("user", f"q {i}")], "reward_model": {"ground_truth": "1"}},
+    ],
+    ids=["prompt", "messages", "verl"],
+)
+def test_prompts_without_answers_are_for_online_rl(tmp_path: Path, row: Any) -> None:
+    path = write(tmp_path / "prompts.jsonl", [row(i) for i in range(200)])
+    data = load_sources(config(mine=Source(path=path)))
+    assert (len(data.sft), len(data.rm), len(data.eval_sft), len(data.eval_rm)) == (0, 0, 0, 0)
+    assert len(data.ppo) + len(data.eval_prompts) == 200 and data.eval_prompts
+
+
+def test_a_prompt_that_another_source_answers_is_not_in_two_parts(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(200)]
+    prompts = [{"prompt": f"q {i}"} for i in range(200)]
+    data = load_sources(
+        config(
+            pairs=Source(path=write(tmp_path / "pairs.jsonl", pairs)),
+            prompts=Source(path=write(tmp_path / "prompts.jsonl", prompts)),
+        )
+    )
+    texts = [
+        {turn["text"] for row in part for turn in row["prompt"]}
+        for part in (data.sft, data.rm, data.ppo)
+    ]
+    texts.append({turns[-1].text for turns in data.eval_prompts})
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 200
+
+
+def test_a_share_may_be_0(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(200)]
+    data_config = config(mine=Source(path=write(tmp_path / "pairs.jsonl", pairs)))
+    data_config.shares = [0, 1, 0]
+    data = load_sources(data_config)
+    assert (len(data.sft), len(data.ppo)) == (0, 0) and len(data.rm) > 150
+
+
+# --- settings of a source
+
+
+def test_a_file_is_evaluated_on_another_file(tmp_path: Path) -> None:
+    train = [{"prompt": f"q {i}", "chosen": "a"} for i in range(40)]
+    held_out = [{"prompt": f"h {i}", "chosen": "a"} for i in range(5)]
+    one = Source(
+        path=write(tmp_path / "a.jsonl", train), eval_split=write(tmp_path / "b.jsonl", held_out)
+    )
+    data = load_sources(config(mine=one))
+    assert sorted(turns[-1].text for turns in data.eval_prompts) == [f"h {i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (
+            {"eval_split": "test"},
+            "eval_split=test: no such file; .* is another file to evaluate on",
+        ),
+        ({"split": "validation"}, "split=validation: .* is a file; it has none"),
+        ({"config": "en"}, "config=en: .* is a file; it has none"),
+    ],
+)
+def test_settings_that_a_file_does_not_have_are_refused(
+    tmp_path: Path, settings: dict[str, str], said: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "a"}])
+    with pytest.raises(UserError, match=rf"data\.sources\.mine\.{said}"):
+        load_sources(config(mine=Source(path=path, **settings)))
