@@ -55,6 +55,8 @@ def _check_rows(data: Dataset, cfg: Config) -> None:
         train, evaluation = data.ppo, data.eval_prompts
     where = f"data={'+'.join(cfg.data.sources)}"
     reason = "the sources are too small for data.shares"
+    if stage == "sft":
+        reason = "no source has answers, or the sources are too small for data.shares"
     if stage in ("rm", "dpo"):
         reason = "no source has rejected answers, or the sources are too small for data.shares"
     if train is not None and not len(train):

@@ -52,14 +52,16 @@ def split_rows(rows: RowFacts, cfg: Data) -> Split:
     evaluated = np.unique(rows.prompt_hash[part == EVAL])
     skip("prompt is held out for evaluation", (part != EVAL) & np.isin(rows.prompt_hash, evaluated))
     skip("duplicate row", kept & ~_first_copies(rows, kept))
-    sft_only = rows.sft_only & (part != EVAL)
-    skip("no rejected answer", (part == RM) & ~rows.is_pair & ~sft_only)
-    elsewhere = np.unique(rows.prompt_hash[kept & ~sft_only & ((part == RM) | (part == PPO))])
+    # a source without any pair has no use for the reward model's share: it goes to SFT
+    without_pairs = ~np.isin(rows.table, rows.table[rows.is_pair]) & rows.has_answer
+    for_sft = (rows.sft_only | (without_pairs & (part == RM))) & (part != EVAL)
+    skip("no rejected answer", (part == RM) & ~rows.is_pair & ~for_sft)
+    elsewhere = np.unique(rows.prompt_hash[kept & ~for_sft & ((part == RM) | (part == PPO))])
     skip(
         "prompt is used by another stage",
-        sft_only & (part != SFT) & np.isin(rows.prompt_hash, elsewhere),
+        for_sft & (part != SFT) & np.isin(rows.prompt_hash, elsewhere),
     )
-    part[sft_only] = SFT
+    part[for_sft] = SFT
     trained = np.unique(rows.prompt_hash[kept & ((part == SFT) | (part == RM))])
     skip(
         "prompt is used by another stage",

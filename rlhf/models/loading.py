@@ -139,6 +139,7 @@ def load_scorer(
             width = hf.score.weight.shape[1]
             head = torch.randn(1, width, generator=generator) * (width + 1) ** -0.5
             hf.score.weight.data.copy_(torch.zeros_like(head) if zero_head else head)
+    hf.config.problem_type = "regression"  # transformers' pipeline then gives the score itself
     scorer = Scorer(hf)
     if adapter and adapter.rank:
         lora.add_adapter(hf, adapter, "reward.lora")

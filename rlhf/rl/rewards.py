@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
+from rlhf.config.choices import Template
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, score_sources
 from rlhf.data import template
@@ -220,7 +221,8 @@ def build_rewards(
             continue
         path = cfg.inputs[f"rewards/{name}" if source.path else "rm"]
         key = f"{node_name(cfg)}.rewards.{name}"
-        own = load_tokenizer(path, cfg.data.template)
+        own = reward_tokenizer(path, cfg.data.template, key) if source.path else None
+        own = own or load_tokenizer(path, cfg.data.template)
         foreign = needs_text(tokenizer, own)
         if foreign:
             log.info(
@@ -234,6 +236,20 @@ def build_rewards(
         set_unit(engine, cfg, data, own, key)
         sources.append(Source(name, source.weight, engine, own, foreign))
     return Rewards(sources, tokenizer)
+
+
+def reward_tokenizer(path: str, style: Template, key: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a reward model from elsewhere, with its own chat template.
+
+    Returns: None where it has none, or one that cannot be used; the run says so.
+    """
+    try:
+        tokenizer = load_tokenizer(path, Template.tokenizer)
+    except UserError as problem:
+        log.info(f"{key}: asked in data.template={style.name}, not in its own ({problem})")
+        return None
+    log.info(f"{key}: the reward model is asked in its own chat template")
+    return tokenizer
 
 
 def set_unit(

@@ -143,6 +143,17 @@ def test_a_prompt_that_another_source_answers_is_not_in_two_parts(tmp_path: Path
     assert sum(map(len, texts)) == len(set.union(*texts)) == 200
 
 
+def test_demonstrations_without_pairs_leave_nothing_to_the_reward_model(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [message("user", f"q {i}"), message("assistant", "a")]} for i in range(500)
+    ]
+    data = load_sources(config(mine=Source(path=write(tmp_path / "talks.jsonl", rows))))
+    (report,) = data.report
+    assert not report["skipped"] and len(data.rm) == 0
+    # 2 + 4 of 10 parts, and 4 of 10
+    assert len(data.sft) / (len(data.sft) + len(data.ppo)) == pytest.approx(0.6, abs=0.08)
+
+
 def test_a_share_may_be_0(tmp_path: Path) -> None:
     pairs = [{"prompt": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(200)]
     data_config = config(mine=Source(path=write(tmp_path / "pairs.jsonl", pairs)))

@@ -12,11 +12,14 @@ import torch
 from helpers import command, composed, train
 
 from rlhf.base.errors import UserError
+from rlhf.config.choices import Template
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
 from rlhf.config.stage_nodes import RewardSource
 from rlhf.config.validation import check_config
+from rlhf.data import template
 from rlhf.data.records import Turn
+from rlhf.models.loading import load_tokenizer
 from rlhf.rl import rewards
 from rlhf.rl.experience import Experience
 from rlhf.rl.rewards import Rewards, Source
@@ -185,3 +188,23 @@ def test_without_the_trained_reward_model_none_is_needed() -> None:
     read = {key.rsplit(".", 1)[0] for key in keys if key.startswith("reward.")}
     assert read == {"reward.lora"}  # the critic's adapter
     assert run_name(other, "ppo").startswith("ppo-tiny+rl.rewards.g")
+
+
+def test_a_reward_model_from_elsewhere_is_asked_in_its_own_template(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [Turn("user", "Hello?")]
+    load_tokenizer("builtin:tiny", Template.chatml).save_pretrained(tmp_path / "own")
+    plain = load_tokenizer("builtin:tiny")
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "none")
+    with caplog.at_level("INFO", "rlhf"):
+        own = rewards.reward_tokenizer(str(tmp_path / "own"), Template.hh, "rl.rewards.judge")
+        none = rewards.reward_tokenizer(str(tmp_path / "none"), Template.hh, "rl.rewards.judge")
+    assert own is not None and none is None
+    assert "<|im_start|>user\nHello?" in template.render_prompt(own, turns)
+    assert rewards.needs_text(load_tokenizer("builtin:tiny"), own), "it reads responses as text"
+    first, second = caplog.messages
+    assert first == "rl.rewards.judge: the reward model is asked in its own chat template"
+    assert second.startswith("rl.rewards.judge: asked in data.template=hh, not in its own (")
+    assert "has no chat template" in second

@@ -380,6 +380,7 @@ def test_a_stage_without_rows_says_why(tmp_path: Path) -> None:
     ):
         load.open_data(stage("rm", one_answer), tmp_path)
     with pytest.raises(
-        UserError, match="data=mine: no rows.* for sft: the sources are too small for data.shares"
+        UserError,
+        match="data=mine: no rows.* for sft: no source has answers, or the sources are too small",
     ):
         load.open_data(stage("sft", jsonl(tmp_path / "b.jsonl", rows(1))), tmp_path)

@@ -107,6 +107,21 @@ def test_a_new_reward_model_has_a_new_head_and_no_output_layer(
     assert f"{plain}: not used: lm_head.weight" in caplog.text
 
 
+def test_other_programs_read_the_score_itself(plain: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """transformers' pipeline passes a single label through a sigmoid, unless told otherwise."""
+    from transformers import pipeline
+
+    scorer = load_scorer(str(plain), tokenizer, Precision.fp32)
+    with torch.no_grad():
+        scorer.hf.score.weight *= 50
+    scorer.hf.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    ids = tokenizer("Hello there", add_special_tokens=False, return_tensors="pt").input_ids
+    score = float(scorer(ids, torch.ones_like(ids))[0, -1])
+    found = pipeline("text-classification", model=str(tmp_path / "rm"))("Hello there")
+    assert found[0]["score"] == pytest.approx(score, rel=1e-4) and not 0 <= score <= 1
+
+
 @pytest.mark.parametrize(
     "name", ["v_head.summary", "value_head", "regression_head", "model.classifier"]
 )
