@@ -96,14 +96,38 @@ def load_policy(
     """A causal language model; a built-in one has random weights, from torch's current seed.
 
     Args: adapter: add a LoRA adapter, where its rank is not 0; for a policy that is trained.
+    Raises: UserError where the adapter could not learn to end responses.
     """
     from transformers import AutoModelForCausalLM
 
+    if adapter and adapter.rank:
+        check_end_token(path, tokenizer, adapter)
     hf = _load_pretrained(AutoModelForCausalLM, path, tokenizer, precision)
     policy = Policy(hf)
     if adapter and adapter.rank:
         lora.add_adapter(hf, adapter, "actor.lora")
     return policy
+
+
+def check_end_token(path: str, tokenizer: PreTrainedTokenizerBase, adapter: Lora) -> None:
+    """Refuse an end token that is new to a model, where its rows are not trained.
+
+    LoRA keeps the embedding and the output layer as they are: the probability of a new token stays
+    1 / V, so no response would end. A tied matrix that is trained in full learns both.
+
+    Raises: UserError.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(location(path), trust_remote_code=False).get_text_config()
+    learns = adapter.embeddings and config.tie_word_embeddings
+    if tokenizer.eos_token_id >= config.vocab_size and not learns:
+        fix = "actor.lora.embeddings=true, or " if config.tie_word_embeddings else ""
+        raise UserError(
+            f"actor.lora.rank={adapter.rank}: the template ends responses with "
+            f"{tokenizer.eos_token}, which is new to {path}, and LoRA does not train new tokens: "
+            f"set {fix}data.template=hh or tokenizer, or train all weights (actor.lora.rank=0)"
+        )
 
 
 def load_scorer(

@@ -23,12 +23,14 @@ from rlhf.planning.memory import gather_for_rollout
 from rlhf.rl.experience import Models
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints
-from rlhf.training.likelihood import Row, perplexity, response_nll_stats
+from rlhf.training.likelihood import Row, end_probability, perplexity, response_nll_stats
 from rlhf.training.optimizer_step import optimizer_step
 from rlhf.training.schedule import learning_rate
 from rlhf.training.setup import check_held_out, count_steps, open_inputs
 from rlhf.training.stats import Stats
 from rlhf.training.tracker import Tracker
+
+ENDS_TOO_SELDOM = 0.5  # probability of the end token after a whole response
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
@@ -76,6 +78,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     engine.eval()
     micro_batch = cfg.deploy.eval_micro_batch
     metrics = {"eval/perplexity": perplexity(engine, held_out, pad_id, micro_batch)}
+    ends = end_probability(engine, held_out, tokenizer.eos_token_id, pad_id, micro_batch)
+    metrics["eval/eos_probability"] = ends
+    if ends < ENDS_TOO_SELDOM:
+        tracker.alert(
+            "the policy does not end its responses",
+            f"after whole held-out responses {tokenizer.eos_token} has a probability of {ends:.2f};"
+            " train longer, or use a template whose end token the model knows (data.template)",
+        )
     models = Models(tokenizer, engine, gather=gather_for_rollout(cfg), engine=cfg.rollout.engine)
     measured, samples = evaluate_policy(
         models, data, max_prompt, max_response, Sampling(1.0), micro_batch

@@ -46,18 +46,43 @@ def mask_from(starts: Sequence[int], mask: Tensor) -> Tensor:
     return (torch.arange(mask.shape[1], device=mask.device) >= first) & (mask > 0)
 
 
+def rows_of_rank(rows: Sequence[Row]) -> list[Row]:
+    """This rank's rows. Some may have no response, so that every rank gets the same number."""
+    world = collectives.world_size()
+    filler: Row = (rows[0][0], [])
+    return [*rows, *[filler] * (-len(rows) % world)][collectives.rank() :: world]
+
+
 @torch.no_grad()
 def perplexity(policy: LogProbModel, rows: Sequence[Row], pad_id: int, micro_batch: int) -> float:
     """exp of the mean -log p over the response tokens of all rows, which ranks share out.
 
     Args: micro_batch: rows per forward pass.
     """
-    world = collectives.world_size()
-    filler: Row = (rows[0][0], [])  # without a response: every rank gets the same number of rows
-    mine = [*rows, *[filler] * (-len(rows) % world)][collectives.rank() :: world]
+    mine = rows_of_rank(rows)
     nll = sum(
         float(response_nll_stats(policy, part, pad_id)[0]) for part in chunks(mine, micro_batch)
     )
     tokens = sum(len(answer) for _, answer in mine)
     total, count = collectives.all_reduce_sum([nll, tokens], policy.device)
     return math.exp(min(total / count, 50.0))
+
+
+@torch.no_grad()
+def end_probability(
+    policy: LogProbModel, rows: Sequence[Row], eos_id: int, pad_id: int, micro_batch: int
+) -> float:
+    """Mean probability of the end token after the responses that end with it; 1 without any."""
+    whole = [row for row in rows if row[1] and row[1][-1] == eos_id]
+    if not whole:
+        return 1.0
+    total = 0.0
+    mine = rows_of_rank(whole)
+    for part in chunks(mine, micro_batch):
+        ids, mask = pad_right([prompt + answer for prompt, answer in part], pad_id, policy.device)
+        # the last token only; none of a row without a response
+        starts = [len(prompt) + max(0, len(answer) - 1) for prompt, answer in part]
+        logprobs = policy(ids, mask, mask_from(starts, mask)).logprobs.sum(1)
+        real = torch.tensor([bool(answer) for _, answer in part], device=policy.device)
+        total += float((logprobs.exp() * real).sum())
+    return collectives.all_reduce_sum([total], policy.device)[0] / len(whole)

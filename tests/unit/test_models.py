@@ -40,7 +40,7 @@ from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import last_token_score, model_inputs
 from rlhf.rl.rewards import score_rows
 from rlhf.stages import rm
-from rlhf.training.likelihood import perplexity, response_nll_stats
+from rlhf.training.likelihood import end_probability, perplexity, response_nll_stats
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +278,20 @@ def test_answer_sums_count_every_answer_token_with_its_eos_and_nothing_else(
     assert perplexity(engine, rows, PAD, cfg.deploy.eval_micro_batch) == pytest.approx(
         math.exp(expected_nll / 9), rel=1e-5
     )
+    # the end token after the responses that have one, here EOS or, for the sake of the test, 14
+    for end in (EOS, 14):
+        whole = [(prompt, answer) for prompt, answer in rows if answer and answer[-1] == end]
+        expected = [
+            float(
+                engine.module.hf(input_ids=torch.tensor([prompt + answer[:-1]]))
+                .logits[0, -1]
+                .softmax(-1)[end]
+            )
+            for prompt, answer in whole
+        ]
+        mean = sum(expected) / len(expected) if expected else 1.0
+        found = end_probability(engine, rows, end, PAD, cfg.deploy.eval_micro_batch)
+        assert found == pytest.approx(mean, rel=1e-5)
 
 
 def test_scores_of_pairs_and_rows_are_those_of_each_alone(
