@@ -80,12 +80,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics = {"eval/perplexity": perplexity(engine, held_out, pad_id, micro_batch)}
     ends = end_probability(engine, held_out, tokenizer.eos_token_id, pad_id, micro_batch)
     metrics["eval/eos_probability"] = ends
-    if ends < ENDS_TOO_SELDOM:
-        tracker.alert(
-            "the policy does not end its responses",
-            f"after whole held-out responses {tokenizer.eos_token} has a probability of {ends:.2f};"
-            " train longer, or use a template whose end token the model knows (data.template)",
-        )
+    warn_of_ends(tracker, tokenizer.eos_token, ends)
     models = Models(tokenizer, engine, gather=gather_for_rollout(cfg), engine=cfg.rollout.engine)
     measured, samples = evaluate_policy(
         models, data, max_prompt, max_response, Sampling(1.0), micro_batch
@@ -95,6 +90,16 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics
+
+
+def warn_of_ends(tracker: Tracker, eos_token: str, probability: float) -> None:
+    """Warn where the end token has a low probability after whole responses."""
+    if probability < ENDS_TOO_SELDOM:
+        tracker.alert(
+            "the policy does not end its responses",
+            f"after whole held-out responses {eos_token} has a probability of {probability:.2f}; "
+            "train longer, or use a template whose end token the model knows (data.template)",
+        )
 
 
 def train_step(
