@@ -173,13 +173,20 @@ def encode_prompts(
     A prompt that is too long loses its first exchanges, so that it still begins with a user's turn.
     The system's turn in front of them stays.
     """
+    return [ids for ids, _ in fit_prompts(tokenizer, prompts, max_tokens)]
+
+
+def fit_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[Turn]], max_tokens: int
+) -> list[tuple[list[int] | None, bool]]:
+    """The same, each with whether the prompt was too long."""
     if not prompts:
         return []
     encoded = tokenizer(
         [render_prompt(tokenizer, turns) for turns in prompts], add_special_tokens=False
     ).input_ids
     return [
-        ids if len(ids) <= max_tokens else _shorten(tokenizer, turns, max_tokens)
+        (ids, False) if len(ids) <= max_tokens else (_shorten(tokenizer, turns, max_tokens), True)
         for turns, ids in zip(prompts, encoded)
     ]
 

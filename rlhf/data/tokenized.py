@@ -26,6 +26,7 @@ class Rows(Sequence[Row], Generic[Row]):
 
     `lengths`: tokens of each row; of a pair, prompt and longer answer.
     `skipped`: number of rows that are not there because their prompt is too long.
+    `shortened`: number of rows whose prompt was too long and lost its first turns.
     `truncated`: number of rows with an answer that is too long; it is cut, and carries no EOS.
     """
 
@@ -41,7 +42,9 @@ class Rows(Sequence[Row], Generic[Row]):
         truncated = table.data.column("truncated").to_numpy(zero_copy_only=False)
         # an array: a list would take ten times the memory
         self.lengths: Sequence[int] = table.data.column("length").to_numpy()[kept]
+        shortened = table.data.column("shortened").to_numpy(zero_copy_only=False)
         self.skipped, self.truncated = int((~kept).sum()), int(truncated[kept].sum())
+        self.shortened = int(shortened[kept].sum())
         self.table = table if kept.all() else table.select(np.flatnonzero(kept))
         self._read = read
         self._kind, self._skipped_for = kind, skipped_for
@@ -63,6 +66,8 @@ class Rows(Sequence[Row], Generic[Row]):
         notes = []
         if self.skipped:
             notes.append(f"{self.skipped:,} skipped: {self._skipped_for}")
+        if self.shortened:
+            notes.append(f"{self.shortened:,} lost their first turns")
         if self.truncated:
             notes.append(f"{self.truncated:,} truncated")
         return f"{len(self):,} {self._kind}" + (f" ({'; '.join(notes)})" if notes else "")
@@ -138,11 +143,11 @@ def texts(
 
 
 def _facts() -> dict[str, datasets.Value]:
-    """What `Rows` needs of each row: is it kept, is an answer truncated, how many tokens has it."""
+    """What `Rows` needs of each row: is it kept, what was cut, how many tokens has it."""
     import datasets
 
     boolean, integer = datasets.Value("bool"), datasets.Value("int32")
-    return {"kept": boolean, "truncated": boolean, "length": integer}
+    return {"kept": boolean, "shortened": boolean, "truncated": boolean, "length": integer}
 
 
 def _encode(
@@ -187,6 +192,7 @@ def _encode_texts(
     return {
         "ids": [row[:max_tokens] for row in ids],
         "kept": [min(len(row), max_tokens) > 1 for row in ids],
+        "shortened": [False] * len(ids),
         "truncated": [len(row) > max_tokens for row in ids],
         "length": [min(len(row), max_tokens) for row in ids],
     }
@@ -200,7 +206,8 @@ def _encode_batch(
     max_response: int,
 ) -> dict[str, Any]:
     turns = [[Turn(**turn) for turn in prompt] for prompt in batch["prompt"]]
-    prompts = template.encode_prompts(tokenizer, turns, max_prompt)
+    fitted = template.fit_prompts(tokenizer, turns, max_prompt)
+    prompts = [ids for ids, _ in fitted]
     answers = {
         name: template.encode_responses(tokenizer, batch[name], max_response)
         for name in columns
@@ -212,6 +219,7 @@ def _encode_batch(
     encoded: dict[str, Any] = {
         "prompt": [ids or [] for ids in prompts],
         "kept": [ids is not None for ids in prompts],
+        "shortened": [too_long for _, too_long in fitted],
         "truncated": [any(ids[-1] != tokenizer.eos_token_id for ids in row) for row in rows],
         "length": [len(ids or []) + answer for ids, answer in zip(prompts, longest)],
         **answers,

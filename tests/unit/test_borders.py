@@ -12,9 +12,10 @@ from prepared_data import config
 
 from rlhf.base.errors import UserError
 from rlhf.config.schema import Source
-from rlhf.data import load
+from rlhf.data import load, tokenized
 from rlhf.data.formats.fields import unread_columns
 from rlhf.data.formats.rows import read_row
+from rlhf.data.load import table_of
 from rlhf.data.records import Pair, Turn
 from rlhf.data.sources import load_sources
 
@@ -192,3 +193,11 @@ def test_settings_that_a_file_does_not_have_are_refused(
     path = write(tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "a"}])
     with pytest.raises(UserError, match=rf"data\.sources\.mine\.{said}"):
         load_sources(config(mine=Source(path=path, **settings)))
+
+
+def test_prompts_that_lose_their_first_turns_are_counted(tokenizer: Any) -> None:
+    long = [Turn("system", "Rhyme."), user("a " * 60), assistant("b"), user("c")]
+    table = table_of([Pair(long, "d", None), Pair([user("c")], "d", None)])
+    rows = tokenized.demonstrations(tokenizer, table, 40, 10)
+    assert str(rows) == "2 demonstrations (1 lost their first turns)"
+    assert "Rhyme." in tokenizer.decode(rows[0][0]) and "a a" not in tokenizer.decode(rows[0][0])
