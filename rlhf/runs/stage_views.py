@@ -15,7 +15,7 @@ class ResultRow:
 
     label: str
     metric: str  # at the end of the run
-    format: str = ".2f"
+    format: str = "z.2f"
     before: str = ""  # the same at its start; "" = not measured there
 
 
@@ -66,15 +66,15 @@ POLICY_ROWS = (
     ResultRow("gold reward", "gold", before="gold_before"),
     ResultRow("  best possible", "gold_best"),
     ResultRow("KL, nats per response", "kl"),
-    ResultRow("length, tokens", "length", ".1f", before="length_before"),
-    ResultRow("finished responses (EOS rate)", "eos_rate", ".1%", before="eos_rate_before"),
+    ResultRow("length, tokens", "length", "z.1f", before="length_before"),
+    ResultRow("finished responses (EOS rate)", "eos_rate", "z.1%", before="eos_rate_before"),
 )
 
 SFT = StageView(
     kind="sft",
     rows=(
-        ResultRow("held-out perplexity", "perplexity", ".3f"),
-        ResultRow("finished responses (EOS rate)", "eos_rate", ".1%"),
+        ResultRow("held-out perplexity", "perplexity", "z.3f"),
+        ResultRow("finished responses (EOS rate)", "eos_rate", "z.1%"),
         ResultRow("gold reward", "gold"),
     ),
     panels=(
@@ -89,10 +89,10 @@ SFT = StageView(
 RM = StageView(
     kind="rm",
     rows=(
-        ResultRow("held-out accuracy", "accuracy", ".1%"),
-        ResultRow("  upper bound (noisy labels)", "accuracy_bayes", ".1%"),
-        ResultRow("  accuracy against gold", "accuracy_gold", ".1%"),
-        ResultRow("  prompt-sensitivity accuracy", "accuracy_prompt", ".1%"),
+        ResultRow("held-out accuracy", "accuracy", "z.1%"),
+        ResultRow("  upper bound (noisy labels)", "accuracy_bayes", "z.1%"),
+        ResultRow("  accuracy against gold", "accuracy_gold", "z.1%"),
+        ResultRow("  prompt-sensitivity accuracy", "accuracy_prompt", "z.1%"),
     ),
     panels=(
         Panel("Loss", ("loss",), "nats per pair"),
@@ -131,7 +131,7 @@ ONLINE_RL = StageView(  # whatever preset: ppo, grpo, a user's own
 )
 DPO = StageView(
     kind="policy",
-    rows=(ResultRow("held-out accuracy", "accuracy", ".1%"), *POLICY_ROWS),
+    rows=(ResultRow("held-out accuracy", "accuracy", "z.1%"), *POLICY_ROWS),
     panels=(
         Panel("Loss", ("loss",), "nats per pair"),
         Panel("Accuracy", ("rewards/accuracies",), "share of pairs"),
@@ -146,11 +146,11 @@ DPO = StageView(
 EVAL = StageView(
     kind="eval",
     rows=(
-        ResultRow("win rate", "win_rate", ".1%"),
-        ResultRow("  95 % interval from", "win_rate_low", ".1%"),
-        ResultRow("  to", "win_rate_high", ".1%"),
-        ResultRow("reward model: accuracy", "accuracy", ".1%"),
-        ResultRow("  calibration error", "ece", ".3f"),
+        ResultRow("win rate", "win_rate", "z.1%"),
+        ResultRow("  95 % interval from", "win_rate_low", "z.1%"),
+        ResultRow("  to", "win_rate_high", "z.1%"),
+        ResultRow("reward model: accuracy", "accuracy", "z.1%"),
+        ResultRow("  calibration error", "ece", "z.3f"),
     ),
     metrics=(
         "eval/win_rate",
@@ -162,13 +162,13 @@ EVAL = StageView(
     primary=(PrimaryMetric("eval/win_rate"), PrimaryMetric("eval/accuracy")),
 )
 EVALUATED_METRICS = (  # of each policy that stage=eval measures
-    ResultRow("perplexity", "perplexity", ".3f"),
-    ResultRow("score", "score", ".3f"),
-    ResultRow("gold reward", "gold", ".3f"),
+    ResultRow("perplexity", "perplexity", "z.3f"),
+    ResultRow("score", "score", "z.3f"),
+    ResultRow("gold reward", "gold", "z.3f"),
     ResultRow("KL, nats per response", "kl"),
-    ResultRow("length, tokens", "length", ".1f"),
-    ResultRow("finished responses (EOS rate)", "eos_rate", ".1%"),
-    ResultRow("repetition", "repetition", ".1%"),
+    ResultRow("length, tokens", "length", "z.1f"),
+    ResultRow("finished responses (EOS rate)", "eos_rate", "z.1%"),
+    ResultRow("repetition", "repetition", "z.1%"),
 )
 INSPECT = StageView(kind="")  # makes a page about data, and no run to compare
 

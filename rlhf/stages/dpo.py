@@ -90,6 +90,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     done = checkpoints.resume()
     if not done:
         progress["before"] = list(evaluation.measure())
+    tracker.start_clock()
     batches = enumerate(global_batches(len(pairs), dpo.batch_size, dpo.epochs, cfg.seed))
     for step, batch in islice(batches, done, steps):
         lr = learning_rate(step, steps, dpo)

@@ -87,6 +87,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     done = checkpoints.resume()
     if not done:
         state.evaluations.remember_start()
+    tracker.start_clock()
 
     # 4. rollouts
     per_rollout = stage_graph.prompts_per_rollout(cfg.rl)

@@ -55,6 +55,10 @@ class Tracker:
         self.bar = tqdm(total=total, desc=desc, unit="step", disable=None, dynamic_ncols=True)
         self.last_line = 0.0
 
+    def start_clock(self) -> None:
+        """The first step begins now: what came before does not count for the time that is left."""
+        self.start = time.time()
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of `step` (from 1; optimizer step, RL: rollout)."""
         if not self.main:
@@ -62,8 +66,10 @@ class Tracker:
         metrics = {key: float(value) for key, value in metrics.items()}
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
         self.send_to_wandb(lambda run: run.log({"step": step, **metrics}))
-        shown = {
-            key.rsplit("/", 1)[-1]: f"{metrics[key]:.3g}" for key in self.shown if key in metrics
+        shown = {  # of reward/gold/mean: gold
+            key.removesuffix("/mean").rsplit("/", 1)[-1]: f"{metrics[key]:.3g}"
+            for key in self.shown
+            if key in metrics
         }
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n if not self.bar.disable else 0)
@@ -72,10 +78,11 @@ class Tracker:
             f"{key} {value}" for key, value in shown.items()
         )
         line += f"  {elapsed:.0f} s, {elapsed / done * (self.total - step):.0f} s left"
-        log.debug(line)  # train.log has every step
         if self.bar.disable and (time.time() - self.last_line > 10 or step == self.total):
             self.last_line = time.time()
             log.info(line)
+        else:
+            log.debug(line)  # train.log has every step
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Record sampled responses: all in samples.jsonl, 32 in the W&B table `completions`."""
