@@ -58,11 +58,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     Returns: the final metrics.
     """
     # 1. data
-    dpo, max_prompt, max_response = (
-        cfg.dpo,
-        cfg.data.max_prompt_tokens,
-        cfg.data.max_response_tokens,
-    )
+    dpo = cfg.dpo
+    max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True)
     pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
     held_out = template.encode_pairs(tokenizer, data.eval_rm, max_prompt, max_response)

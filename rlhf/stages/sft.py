@@ -36,11 +36,8 @@ ENDS_TOO_SELDOM = 0.5  # probability of the end token after a whole response
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Train, evaluate, save run_dir/model. Returns the final metrics."""
     # 1. data
-    sft, max_prompt, max_response = (
-        cfg.sft,
-        cfg.data.max_prompt_tokens,
-        cfg.data.max_response_tokens,
-    )
+    sft = cfg.sft
+    max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     tokenizer, data = open_inputs(cfg, run_dir, cfg.actor.path)
     pad_id = tokenizer.pad_token_id
     rows = tokenized.demonstrations(tokenizer, data.sft, max_prompt, max_response, cfg.data.workers)
