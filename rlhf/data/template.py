@@ -206,16 +206,39 @@ def _shorten(
 
 
 def encode_responses(
-    tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[str],
+    max_tokens: int,
+    prompts: Sequence[list[Turn]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each answer and its EOS; an answer that is too long is cut and has no EOS."""
+    """Token ids of each answer and its EOS; an answer that is too long is cut and has no EOS.
+
+    Args: prompts: of the answers. A model's own template is given the whole conversation, because
+        it may write other things around an answer that has thoughts.
+    """
     if not answers:
         return []
-    before, space = _frame(tokenizer)
-    encoded = tokenizer(
-        [before + text.rstrip() + space for text in answers], add_special_tokens=False
-    ).input_ids
+    if prompts is None or tokenizer.chat_template.endswith(tuple(_TEMPLATES.values())):
+        before, space = _frame(tokenizer)
+        texts = [before + text.rstrip() + space for text in answers]
+    else:
+        texts = [_rendered_answer(tokenizer, *row) for row in zip(prompts, answers)]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
     return [(ids + [tokenizer.eos_token_id])[:max_tokens] for ids in encoded]
+
+
+def _rendered_answer(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answer: str) -> str:
+    """What the template writes after a prompt for an answer, up to its EOS.
+
+    Raises: UserError where a dialogue is not its prompt, the answer, and the usual end.
+    """
+    prompt = render_prompt(tokenizer, turns)
+    dialogue = _render(tokenizer, [*turns, Turn("assistant", answer)], False)
+    after = _around_answer(tokenizer)[1]
+    if not dialogue.startswith(prompt) or not dialogue.endswith(after):
+        shown = f"{dialogue[-200:]!r} as its prompt {prompt[-100:]!r}, the answer and {after!r}"
+        raise _unfit(tokenizer, f"does not render {shown}")
+    return dialogue[len(prompt) : len(dialogue) - len(after)] + _frame(tokenizer)[1]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, answer: str, ended: bool) -> list[int]:
@@ -274,7 +297,8 @@ def encode_demonstrations(
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of prompt and answer; a demonstration whose prompt is too long is skipped."""
     prompts = encode_prompts(tokenizer, [d.prompt for d in demonstrations], max_prompt)
-    answers = encode_responses(tokenizer, [d.response for d in demonstrations], max_response)
+    turns = [d.prompt for d in demonstrations]
+    answers = encode_responses(tokenizer, [d.response for d in demonstrations], max_response, turns)
     return [(prompt, answer) for prompt, answer in zip(prompts, answers) if prompt is not None]
 
 
@@ -284,8 +308,11 @@ def encode_pairs(
     """Token ids of prompt, chosen, rejected; skipped: prompt too long, or no rejected answer."""
     pairs = [pair for pair in pairs if pair.rejected is not None]
     prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt)
-    chosen = encode_responses(tokenizer, [pair.chosen for pair in pairs], max_response)
-    rejected = encode_responses(tokenizer, [pair.rejected or "" for pair in pairs], max_response)
+    turns = [pair.prompt for pair in pairs]
+    chosen = encode_responses(tokenizer, [pair.chosen for pair in pairs], max_response, turns)
+    rejected = encode_responses(
+        tokenizer, [pair.rejected or "" for pair in pairs], max_response, turns
+    )
     return [(prompt, c, r) for prompt, c, r in zip(prompts, chosen, rejected) if prompt is not None]
 
 

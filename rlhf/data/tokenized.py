@@ -209,7 +209,7 @@ def _encode_batch(
     fitted = template.fit_prompts(tokenizer, turns, max_prompt)
     prompts = [ids for ids, _ in fitted]
     answers = {
-        name: template.encode_responses(tokenizer, batch[name], max_response)
+        name: template.encode_responses(tokenizer, batch[name], max_response, turns)
         for name in columns
         if name != "turns"
     }

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from dialogues import (
+    ANSWERS,
+    DIALOGUES,
+    ENDS,
+    LATER,
+    USER,
+    check_dialogue,
+    each_family,
+    each_pair,
+    encode,
+)
 from families import save_base
 from tokenizer_families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config.choices import Precision, Template
 from rlhf.data import template
-from rlhf.data.records import Demonstration, Pair, Turn
+from rlhf.data.records import Pair, Turn
 from rlhf.models.loading import load_policy, load_tokenizer
-
-ANSWERS = ["Water it.", "(yes) - it's 3.14!", "First line.\n\n  Second line", "Zwölf – ☃ 日本", "a"]
-USER = Turn("user", "How do I keep a fern alive?")
-LATER = [USER, Turn("assistant", "Water it."), Turn("user", "Is that\n\nall?")]
-DIALOGUES = [
-    [USER],
-    LATER,
-    [Turn("system", "Be brief."), USER],
-    [Turn("system", "Be brief."), *LATER],
-]
-STYLES = [Template.hh, Template.chatml, Template.llama3]
-ENDS = {Template.chatml: "<|im_end|>", Template.llama3: "<|eot_id|>"}  # hh: the tokenizer's own
-each_pair = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
-each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -39,63 +35,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     for family, build in FAMILIES.items():
         build().save_pretrained(root / family)
     return lambda family: str(root / family)
-
-
-def own(directory: Path, chat_template: str, family: str = "opt") -> Any:
-    """A tokenizer with a chat template of its own, as `data.template=tokenizer` loads it."""
-    tokenizer = FAMILIES[family]()
-    tokenizer.chat_template = chat_template
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<tool>"]})
-    tokenizer.save_pretrained(directory)
-    return load_tokenizer(str(directory), Template.tokenizer)
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def messages(turns: list[Turn], *answer: str) -> list[dict[str, str]]:
-    return [
-        {"role": turn.role, "content": turn.text}
-        for turn in [*turns, *(Turn("assistant", text) for text in answer)]
-    ]
-
-
-def check_dialogue(
-    tokenizer: Any, turns: list[Turn], answer: str, separator: str, space: str = ""
-) -> tuple[list[int], list[int]]:
-    """Training, sampling, transformers and decoding agree. Returns: ids of prompt and answer."""
-    eos = tokenizer.eos_token
-    prompt = template.render_prompt(tokenizer, turns)
-    whole = tokenizer.apply_chat_template(messages(turns, answer), tokenize=False)
-    assert whole.startswith(prompt + separator + answer + space + eos)
-
-    [(prompt_ids, answer_ids)] = template.encode_demonstrations(
-        tokenizer, [Demonstration(turns, answer)], 999, 999
-    )
-    assert (
-        prompt_ids
-        == encode(tokenizer, prompt)
-        == template.encode_prompts(tokenizer, [turns], 999)[0]
-    )
-    assert prompt_ids == tokenizer.apply_chat_template(
-        messages(turns), add_generation_prompt=True, return_dict=False
-    )  # so does vLLM
-    assert (
-        answer_ids[-1] == tokenizer.eos_token_id and answer_ids.count(tokenizer.eos_token_id) == 1
-    )
-    [(prompt, chosen, rejected)] = template.encode_pairs(
-        tokenizer, [Pair(turns, answer, "no")], 999, 999
-    )
-    assert (prompt, chosen) == (prompt_ids, answer_ids) and rejected[-1] == tokenizer.eos_token_id
-
-    # a sampled answer is text for a moment, where a reward model has another tokenizer
-    text = template.decode_response(tokenizer, answer_ids)
-    assert text == template.decode_response(tokenizer, answer_ids[:-1]) == answer
-    assert template.encode_response(tokenizer, text, True) == answer_ids
-    unended = template.encode_response(tokenizer, text, False)
-    assert unended == answer_ids[: len(unended)] and tokenizer.eos_token_id not in unended
-    return prompt_ids, answer_ids
 
 
 # --- the three styles
@@ -228,13 +167,6 @@ def test_tokenizers_with_other_templates_are_told_apart(saved: Callable[[str], s
     assert not template.same_tokens(one, two)
 
 
-def test_tokenizers_whose_answers_alone_differ_are_told_apart(tmp_path: Path) -> None:
-    thinking = own(tmp_path / "thinking", QWEN)
-    plain = own(tmp_path / "plain", QWEN.replace("<think>\n\n</think>\n\n", ""))
-    assert template.render_prompt(thinking, LATER) == template.render_prompt(plain, LATER)
-    assert not template.same_tokens(thinking, plain)
-
-
 @each_family
 @each_pair
 def test_long_prompts_lose_their_first_exchange_and_long_answers_their_end(
@@ -279,115 +211,3 @@ def test_the_embedding_grows_with_the_marks(saved: Callable[[str], str], tmp_pat
     )  # two marks and the pad token
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_input_embeddings().weight
     assert torch.equal(policy.hf.get_input_embeddings().weight[:size], before)
-
-
-# --- the model's own template
-
-SMOL = (  # begins with a system's turn of its own
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
-    "'<|im_start|>system\nHelp!<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' +"
-    " '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA2 = (  # strips, has nothing to add for an answer, and a space in front of EOS
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no "
-    "system here') }}"
-    "{% elif message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() "
-    "+ ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-PHI = (  # a second end mark behind the whole dialogue
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + "
-    "'<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}"
-    "{% endif %}"
-)
-QWEN = (  # the last answer has room for thoughts
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% if loop.last and message.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{{ message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@each_family
-@pytest.mark.parametrize(
-    "chat_template, separator, space, end",
-    [
-        (SMOL, "", "", "<|im_end|>"),
-        (LLAMA2, " ", " ", None),
-        (PHI, "", "", "<|im_end|>"),
-        (QWEN, "<think>\n\n</think>\n\n", "", "<|im_end|>"),
-    ],
-    ids=["smol", "llama2", "phi", "qwen"],
-)
-def test_a_models_own_template(
-    tmp_path: Path, family: str, chat_template: str, separator: str, space: str, end: str | None
-) -> None:
-    tokenizer = own(tmp_path / "base", chat_template, family)
-    assert tokenizer.chat_template == chat_template
-    assert tokenizer.eos_token == (
-        end or FAMILIES[family]().eos_token
-    ) and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
-    for turns in DIALOGUES[: 2 if chat_template is LLAMA2 else 4]:
-        for answer in ANSWERS:
-            check_dialogue(tokenizer, turns, answer, separator, space)
-    assert template.stop_strings(tokenizer) == []
-    tokenizer.save_pretrained(tmp_path / "saved")
-    again = load_tokenizer(str(tmp_path / "saved"), Template.tokenizer)
-    assert (
-        template.same_tokens(tokenizer, again)
-        and again.special_tokens_map == tokenizer.special_tokens_map
-    )
-
-
-@pytest.mark.parametrize(
-    "chat_template, problem",
-    [
-        (None, "has no chat template"),
-        (
-            SMOL.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"),
-            "does not render a dialogue as its prompt and then",
-        ),
-        (SMOL.replace("<|im_end|>", ""), "does not end an answer with a special token"),
-        (
-            QWEN.replace("loop.last and", "loop.length > 2 and loop.last and"),
-            "the first answer of a dialogue unlike",
-        ),
-    ],
-)
-def test_a_template_that_cannot_be_trained_with_is_refused_in_one_line(
-    tmp_path: Path, chat_template: str | None, problem: str
-) -> None:
-    with pytest.raises(ValueError, match=problem) as caught:
-        own(tmp_path, chat_template)  # type: ignore[arg-type]
-    line = str(caught.value)
-    assert (
-        line.startswith("data.template=tokenizer: ")
-        and str(tmp_path) in line
-        and "choose" in line
-        and "chatml" in line
-    )
-    assert "\n" not in line
-
-
-def test_turns_that_a_template_refuses_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"refuses the turns system, user \(no system here\): choose data.template=hh",
-    ):
-        template.render_prompt(own(tmp_path, LLAMA2), DIALOGUES[2])
-
-
-def test_any_style_can_replace_a_models_own_template(tmp_path: Path) -> None:
-    own(tmp_path, SMOL).save_pretrained(tmp_path)
-    for style in STYLES:
-        tokenizer = load_tokenizer(str(tmp_path), style)
-        assert (
-            "Help!" not in template.render_prompt(tokenizer, [USER])
-            and "<tool>" in tokenizer.all_special_tokens
-        )
-        assert tokenizer.eos_token == ENDS.get(
-            style, "<|im_end|>"
-        )  # hh keeps the one that the model has
