@@ -126,6 +126,14 @@ def one_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def torch_as_it_was() -> Iterator[None]:
+    """DeepSpeed's ZeRO 3 replaces torch's linear function for as long as the process lives."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.nn.functional.linear = torch._C._nn.linear
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """That of the built-in model."""

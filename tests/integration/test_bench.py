@@ -66,7 +66,7 @@ def test_a_benchmark_runs(tmp_path: Path) -> None:
             lines.write(json.dumps(texts) + "\n")
     command = [sys.executable, str(REPO / "bench" / "run.py"), "generate", "--samples", "1"]
     command += ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
-    command += ["--new", "8", "--batch", "4", "--prompt", "32", "--threads", "1"]
+    command += ["--new", "8", "--batch", "4", "--prompt", "32", "--threads", "1", "--wait", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "| product |" in done.stdout and "| transformers |" in done.stdout

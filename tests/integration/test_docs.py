@@ -105,6 +105,11 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
         root = tmp_path if other_data else shared
         if "stage=dpo" in args:
             assert train("stage=sft", *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0
+        if "stage=ppo" in args:  # with options of its parents, which no other command trains
+            others = [arg for arg in args if not arg.startswith(("stage=", "rl="))]
+            for parent in ("sft", "rm"):
+                made = train(f"stage={parent}", *others, *small, cwd=tmp_path, RLHF_ROOT=str(root))
+                assert made.returncode == 0, made.stderr
         if "stage=eval" in args:  # it needs the runs that it evaluates
             ends = [arg for arg in args if arg.startswith("pipeline=")]
             assert train(*ends, *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0

@@ -39,7 +39,7 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_new_functio
     assert again.returncode == 0 and "ppo: finished" in again.stderr
     (tmp_path / "my_rewards.py").write_text("def length(turns, answer):\n    return len(answer)\n")
     changed = train(*SMALL_PPO, *only, cwd=tmp_path)
-    assert changed.returncode == 1 and "stands on other runs than there are now" in changed.stderr
+    assert changed.returncode == 2 and "was trained from other runs" in changed.stderr
 
 
 @pytest.mark.full
@@ -62,7 +62,7 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
     done = train("stage=ppo", *given, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
-        f"rl.rewards.other: raw scores of 256 SFT answers: mean {unit[0]:.3g}, "
+        f"rl.rewards.other: raw scores of 256 SFT responses: mean {unit[0]:.3g}, "
         f"standard deviation {unit[1]:.3g}" in done.stderr
     )
     final = summary(runs_in(tmp_path)["ppo"][0])["metrics"]
@@ -84,8 +84,8 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
         cwd=tmp_path,
     )
     assert (
-        untrained.returncode == 1
-        and "rl.rewards.other.path: builtin:tiny is no reward model" in untrained.stderr
+        untrained.returncode == 2
+        and "rl.rewards.other.path=builtin:tiny: no reward model" in untrained.stderr
     )
     long = train("stage=ppo", *given, *sizes, "rollout.max_new_tokens=500", cwd=tmp_path)
-    assert long.returncode == 1 and "rollout.max_new_tokens=500 is more than the" in long.stderr
+    assert long.returncode == 2 and "rollout.max_new_tokens=500 is more than the" in long.stderr
