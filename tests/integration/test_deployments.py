@@ -72,7 +72,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"sft": sft, "rm": rm, "ppo": ppo}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize(
     "cases",
     [
@@ -118,9 +118,8 @@ def test_transformers_loop_changes_no_result(
     compare(plain["ppo"], run, f"rollout.engine=hf x {processes}")
 
 
-@pytest.mark.parametrize(
-    "precision", [Precision.bf16, pytest.param(Precision.autocast, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.autocast])
 def test_low_precision_learns_about_the_same(
     plain: dict[str, Path], tmp_path: Path, precision: Precision
 ) -> None:
