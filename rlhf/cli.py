@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError
@@ -48,6 +49,9 @@ def main() -> int:
             "choose an option that has this node (data.sandbox.*: data=sandbox)"
         )
         return WRONG
+    except YAMLError as error:
+        say(f"error: cannot read an option file: {' '.join(str(error).split())}")
+        return WRONG
     except (UserError, HydraException, OmegaConfBaseException) as error:
         for line in lines_of(error):
             say(f"error: {line}")
@@ -56,7 +60,9 @@ def main() -> int:
 
 def dispatch(argv: Sequence[str]) -> int:
     """Understand the command line and run it. Raises: UserError when it is wrong."""
-    args = parser().parse_known_args(argv)[0]
+    args = parser().parse_known_intermixed_args(argv)[0]
+    # Hydra's own parser takes overrides only behind the options
+    argv = [arg for arg in argv if arg not in args.overrides] + args.overrides
     if "RANK" in os.environ:
         raise UserError(
             "start python train.py itself, without torchrun or deepspeed: it starts its workers, "

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+INDEX = "model.safetensors.index.json"  # of weights in several files
 GIT_LFS = b"version https://git-lfs"  # begins a file that Git LFS has not fetched
 # weights of a head that gives scores, as other programs call it: value_head.weight,
 # v_head.summary.weight, regression_head.weight, classifier.weight
@@ -27,27 +28,47 @@ def broken_file(directory: Path) -> str | None:
         with file.open("rb") as opened:
             if opened.read(len(GIT_LFS)) == GIT_LFS:
                 return f"{file} is a Git LFS pointer, not the file itself: run git lfs pull there"
-        if file.suffix != ".safetensors":
-            continue
         try:
-            with safe_open(file, "np"):
-                pass
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.match("model*.safetensors"):
+                with safe_open(file, "np"):
+                    pass
         except SafetensorError as error:
             return f"{file} is torn, or no safetensors file ({error}): fetch it again"
-    return None
+        except ValueError as error:  # also what is not UTF-8
+            return f"{file} is torn, or no JSON ({error}): fetch it again"
+    return _broken_index(directory / INDEX) if (directory / INDEX).exists() else None
+
+
+def _broken_index(index: Path) -> str | None:
+    content = json.loads(index.read_text(encoding="utf-8"))
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        return f"{index} has no weight_map: fetch it again"
+    missing = sorted({str(file) for file in files.values()} - set(_names(index.parent)))
+    return f"{index} names files that are not there: {', '.join(missing)}" if missing else None
+
+
+def _names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
 
 
 def weight_names(directory: Path) -> set[str]:
     """The names of the weights in a directory's safetensors files; empty where there are none."""
+    return set(files_of_weights(directory))
+
+
+def files_of_weights(directory: Path) -> dict[str, str]:
+    """The file of each weight."""
     from safetensors import safe_open
 
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        return set(json.loads(index.read_text())["weight_map"])
+    if (directory / INDEX).exists():
+        return json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
     if not (directory / "model.safetensors").exists():
-        return set()
+        return {}
     with safe_open(directory / "model.safetensors", "np") as opened:
-        return set(opened.keys())
+        return dict.fromkeys(opened.keys(), "model.safetensors")
 
 
 def score_heads(names: Iterable[str]) -> list[str]:

@@ -59,7 +59,7 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         first_rows = raw.table.select(range(min(source.rows, len(raw.table))))
         raw = RawTable(first_rows, raw.by_line)
     first = _first_rows(name, source, raw)
-    source = with_format(name, source, first[0])
+    source = with_format(name, source, {column: None for row in first for column in row})
     table = _convert(name, source, raw, cfg)
     report = SourceReport(source=name, split=split, rows=len(table), skipped={})
     if unread := fields.unread_columns(first, source):

@@ -54,7 +54,8 @@ def split_rows(rows: RowFacts, cfg: Data) -> Split:
     skip("duplicate row", kept & ~_first_copies(rows, kept))
     # a source without any pair has no use for the reward model's share: it goes to SFT
     without_pairs = ~np.isin(rows.table, rows.table[rows.is_pair]) & rows.has_answer
-    for_sft = (rows.sft_only | (without_pairs & (part == RM))) & (part != EVAL)
+    skip("no answer", rows.sft_only & ~rows.has_answer & (part != EVAL))
+    for_sft = (rows.sft_only | (without_pairs & (part == RM))) & rows.has_answer & (part != EVAL)
     skip("no rejected answer", (part == RM) & ~rows.is_pair & ~for_sft)
     elsewhere = np.unique(rows.prompt_hash[kept & ~for_sft & ((part == RM) | (part == PPO))])
     skip(

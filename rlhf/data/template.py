@@ -48,7 +48,8 @@ _TEMPLATES = {
     Template.llama3: (
         "{% for message in messages %}"
         "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n'"
-        " + message.content | trim + '<|eot_id|>' }}"
+        " + (message.content if message.role == 'assistant' and loop.last"
+        " else message.content | trim) + '<|eot_id|>' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"

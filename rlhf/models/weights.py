@@ -7,17 +7,21 @@ random numbers, and says so in a table that nobody reads.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.base.errors import UserError
 from rlhf.base.locations import is_directory
 from rlhf.base.log import first_line, log, plural
-from rlhf.base.model_files import broken_file, score_heads, weight_names
+from rlhf.base.model_files import broken_file, files_of_weights, score_heads, weight_names
+from rlhf.distributed.engine import without_zero3_init
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -25,6 +29,8 @@ HEAD = "score.weight"  # of transformers' sequence-classification models
 SHOWN = 3  # names in a message
 # Weights that a checkpoint may have and the model does not use: the head of a language model,
 # buffers that are computed anew, and the towers of a model that reads more than text.
+OUTPUT = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
+EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings)\.weight")
 UNUSED = re.compile(
     r"(.*\.)?(lm_head|embed_out)\.(weight|bias)"
     r"|.*(inv_freq|position_ids|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)"
@@ -59,19 +65,55 @@ def load_weights(
     if head := renamed_head(directory) if is_scorer and not new_head else None:
         log.info(f"{directory}: the reward model's head is {head}")
         options["key_mapping"] = {f"^{re.escape(head)}$": HEAD}
+    if is_directory(directory) and output_layer_differs(Path(directory), config):
+        log.info(f"{directory}: its output layer is not its embedding, so they are not tied")
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    hf = found = None
     try:
-        hf, found = auto_class.from_pretrained(
-            directory, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except OSError as error:  # there are no weights, or the hub does not answer
+        if is_deepspeed_zero3_enabled():  # whose report names missing weights only
+            with without_zero3_init():
+                _, found = auto_class.from_pretrained(directory, device_map="meta", **options)
+            check_found(directory, found, head, new_head)
+        hf, all_found = auto_class.from_pretrained(directory, **options)
+    except UserError:
+        raise
+    except Exception as error:  # no weights, a torn pickle, an unknown quantization, the hub, ...
         raise UserError(f"cannot load {directory}: {first_line(error)}") from error
+    check_found(directory, found or all_found, head, new_head)
+    return hf
+
+
+def check_found(
+    directory: str, found: Mapping[str, Collection[Any]], head: str | None, new_head: bool
+) -> None:
+    """Check what transformers reports of a loaded checkpoint. Raises: UserError."""
     missing = {name for name in found["missing_keys"] if not (new_head and name == HEAD)}
     unexpected = set(found["unexpected_keys"])
-    if head and (bias := f"{head.removesuffix('.weight')}.bias") in unexpected:
+    if (bias := f"{(head or HEAD).removesuffix('.weight')}.bias") in unexpected:
         log.info(f"{directory}: {bias} is left out; it adds the same number to every score")
         unexpected.remove(bias)
     check_weights(directory, missing, found["mismatched_keys"], unexpected)
-    return hf
+
+
+def output_layer_differs(directory: Path, config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint has an output layer of its own, though its configuration ties it."""
+    if not config.get_text_config().tie_word_embeddings:
+        return False
+    names = weight_names(directory)
+    output = [name for name in names if OUTPUT.fullmatch(name)]
+    embedding = [name for name in names if EMBEDDING.fullmatch(name)]
+    if len(output) != 1 or len(embedding) != 1:
+        return False
+    return not torch.equal(*(read_weight(directory, name) for name in (*output, *embedding)))
+
+
+def read_weight(directory: Path, name: str) -> Tensor:
+    """One weight of a directory's safetensors files."""
+    from safetensors import safe_open
+
+    with safe_open(directory / files_of_weights(directory)[name], "pt") as opened:
+        return opened.get_tensor(name)
 
 
 def renamed_head(directory: str) -> str | None:

@@ -171,5 +171,8 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     Returns: (B, R), zero outside the mask.
     """
     mean = masked_mean(x, mask)
+    tokens = x[mask > 0]
+    if tokens.numel() and tokens.max() == tokens.min():  # what is left is rounding
+        mean = tokens[0]
     white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return (white if shift_mean else white + mean) * mask

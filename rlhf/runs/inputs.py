@@ -89,7 +89,8 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
         yield f"{key}={path}: {problem}"
         return
     try:
-        architectures = json.loads(config_file.read_text()).get("architectures") or []
+        named = json.loads(config_file.read_text()).get("architectures") or []
+        architectures = [named] if isinstance(named, str) else named
     except (ValueError, AttributeError) as error:
         yield f"{key}={path}: {config_file} is no configuration of a model ({error})"
         return

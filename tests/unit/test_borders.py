@@ -61,6 +61,44 @@ def test_other_names_of_the_roles(role: str, known: str) -> None:
     assert read.prompt == [user("a"), Turn(known, "b"), user("c")]
 
 
+def test_a_whole_dialogue_beside_its_prompt_is_its_last_answer() -> None:
+    prompt = "\n\nHuman: q\n\nAssistant:"
+    row = {"prompt": prompt, "chosen": f"{prompt} a", "rejected": f"{prompt} b"}
+    assert read_row(row, source()) == Pair([user("q")], "a", "b")
+    other = row | {"chosen": "\n\nHuman: r\n\nAssistant: a"}
+    with pytest.raises(
+        ValueError, match="turns of chosen before its last answer are not the prompt"
+    ):
+        read_row(other, source())
+
+
+def test_history_is_read_only_where_the_format_has_it() -> None:
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    row = {"conversations": talk, "history": "imported 2024"}
+    assert read_row(row, source()) == Pair([user("a")], "b", None)
+    assert unread_columns([row], source("messages")) == ["history"]
+
+
+def test_two_system_turns_contradict_each_other() -> None:
+    row = {
+        "prompt": "q",
+        "system": "Short.",
+        "chosen": "a",
+        "history": [message("system", "Long."), message("user", "b"), message("assistant", "c")],
+    }
+    with pytest.raises(ValueError, match="the prompt begins with two system turns"):
+        read_row(row, source())
+
+
+def test_the_format_is_that_of_all_first_lines(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p 0"},
+        *({"prompt": f"p {i}", "chosen": "a", "rejected": "b"} for i in range(1, 200)),
+    ]
+    data = load_sources(config(mine=Source(path=write(tmp_path / "a.jsonl", rows))))
+    assert len(data.rm) > 50 and len(data.sft) > 20
+
+
 # --- what is not read
 
 
@@ -153,6 +191,17 @@ def test_demonstrations_without_pairs_leave_nothing_to_the_reward_model(tmp_path
     assert not report["skipped"] and len(data.rm) == 0
     # 2 + 4 of 10 parts, and 4 of 10
     assert len(data.sft) / (len(data.sft) + len(data.ppo)) == pytest.approx(0.6, abs=0.08)
+
+
+def test_prompts_without_an_answer_are_no_demonstrations(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [message("user", f"q {i}"), *[message("assistant", "a")] * (i % 2)]}
+        for i in range(200)
+    ]
+    one = Source(path=write(tmp_path / "talks.jsonl", rows), sft_only=True)
+    data = load_sources(config(mine=one))
+    assert set(data.sft["chosen"]) == {"a"} and len(data.ppo) == 0
+    assert data.report[0]["skipped"]["no answer"] + len(data.sft) + data.report[0]["eval"] == 200
 
 
 def test_a_share_may_be_0(tmp_path: Path) -> None:

@@ -195,6 +195,39 @@ def test_a_broken_file_is_named(
         load_policy(directory, tokenizer, Precision.fp32)
 
 
+@pytest.mark.parametrize(
+    "index, said",
+    [
+        ("{", "is torn, or no JSON"),
+        ("[]", "has no weight_map"),
+        ('{"weight_map": {"a": "model-1.safetensors"}}', "names files that are not there: model-1"),
+    ],
+)
+def test_a_broken_index_is_named(changed: Callable[..., str], index: str, said: str) -> None:
+    directory = Path(changed(lambda weights: weights))
+    file = directory / "model.safetensors.index.json"
+    file.write_text(index)
+    assert (problem := broken_file(directory)) and problem.startswith(f"{file} {said}")
+
+
+def test_an_output_layer_of_its_own_stays_though_the_configuration_ties_it(
+    changed: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether or not the template adds tokens, for which the matrices grow."""
+    directory = changed(lambda weights: weights, tie_word_embeddings=True)
+    load_tokenizer("builtin:tiny").save_pretrained(directory)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with caplog.at_level("INFO", "rlhf"):
+        plain, grown = (
+            load_policy(directory, load_tokenizer(directory, style), Precision.fp32)
+            for style in (Template.hh, Template.chatml)
+        )
+    logits = plain.hf(ids).logits
+    assert torch.equal(logits, grown.hf(ids).logits[..., : logits.shape[-1]])
+    assert not plain.hf.config.tie_word_embeddings
+    assert "its output layer is not its embedding, so they are not tied" in caplog.text
+
+
 def test_a_directory_without_weights_gets_one_line(
     changed: Callable[..., str], tokenizer: Any
 ) -> None:
@@ -210,7 +243,11 @@ def test_an_adapter_that_could_not_learn_to_end_a_response_is_refused(
     changed: Callable[..., str], tied: bool
 ) -> None:
     """chatml's end token is new to the model, and LoRA trains neither its row nor the output."""
-    directory = changed(lambda weights: weights, tie_word_embeddings=tied)
+
+    def change(weights: Weights) -> Weights:
+        return without_output(weights) if tied else weights
+
+    directory = changed(change, tie_word_embeddings=tied)
     load_tokenizer("builtin:tiny").save_pretrained(directory)
     new, known = (load_tokenizer(directory, style) for style in (Template.chatml, Template.hh))
     low_rank = composed("stage=sft", "actor.lora.rank=2").actor.lora

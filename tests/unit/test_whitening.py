@@ -84,3 +84,11 @@ def test_scaled_rewards_by_hand() -> None:
     )
     assert whiten(t([4.0]), t([1]), shift_mean=False).item() == 4.0
     assert (whiten(t([4.0, 5.0]), t([0, 0]), shift_mean=False) == 0).all()
+
+
+def test_equal_values_are_0_whatever_their_rounding() -> None:
+    """The mean of 1,024 times 1000.1 is another number in float32."""
+    x, mask = torch.full((16, 64), 1000.1), torch.ones(16, 64)
+    assert float((x - x.mean()).abs().max()) > 0
+    assert whiten(x, mask).tolist() == torch.zeros(16, 64).tolist()
+    assert torch.equal(whiten(x, mask, shift_mean=False), x)

@@ -124,7 +124,7 @@ def field(row: Row, source: Source, name: str) -> Json:
         for key in path.split("."):
             if isinstance(value, dict):
                 value = value.get(key)
-            elif isinstance(value, list) and key.isdigit():
+            elif isinstance(value, list) and key.isdecimal():
                 value = value[int(key)] if int(key) < len(value) else None
             elif value is not None:
                 raise ValueError(f"{path}: {kind_of(value)} has no {key}")

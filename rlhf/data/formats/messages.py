@@ -56,12 +56,13 @@ def turns_of_messages(value: Json, name: str) -> list[Turn]:
         where = f"{name}.{i}"
         if not isinstance(message, dict):
             raise ValueError(f"{where} is {kind_of(message)}, not a message")
-        role = message.get("role", message.get("from"))
+        role = message.get("from") if message.get("role") is None else message["role"]
         if role in TOOLS or any(message.get(key) for key in CALLS):
             raise ValueError(f"{where} is of or for a tool: {NO_TOOLS}")
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{where}: unknown role {role}; known are {', '.join(ROLES)}")
-        text = text_of(message.get("content", message.get("value")), where)
+        content = message.get("content")
+        text = text_of(message.get("value") if content is None else content, where)
         role = ROLES[role]
         turns.append(Turn(role, answer_text(text) if role == "assistant" else text.strip()))
     return turns

@@ -8,11 +8,20 @@ a question is text.
 
 from __future__ import annotations
 
+import math
 import re
 
 from rlhf.config.choices import Format
 from rlhf.config.schema import Source
-from rlhf.data.formats.fields import Row, detect_format, field, is_there, path_of, required
+from rlhf.data.formats.fields import (
+    FIELDS,
+    Row,
+    detect_format,
+    field,
+    is_there,
+    path_of,
+    required,
+)
 from rlhf.data.formats.messages import (
     Json,
     answer_text,
@@ -116,7 +125,8 @@ def _before(row: Row, source: Source, turns: list[Turn]) -> list[Turn]:
             before.append(Turn("system", text))
         elif Turn("system", text) not in turns:
             raise ValueError("system is not the system's turn of the conversation")
-    history = field(row, source, "history")
+    format = source.format or detect_format([*row, *source.columns])
+    history = field(row, source, "history") if format and "history" in FIELDS[format][1] else None
     if history is None:
         return before
     if not isinstance(history, list):
@@ -126,14 +136,16 @@ def _before(row: Row, source: Source, turns: list[Turn]) -> list[Turn]:
     for i, entry in enumerate(history):
         if not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"history.{i} is not [question, answer]")
-        question, answer = (_string(text, f"history.{i}").strip() for text in entry)
-        before += [Turn("user", question), Turn("assistant", answer)]
+        question, answer = (_string(text, f"history.{i}") for text in entry)
+        before += [Turn("user", question.strip()), Turn("assistant", answer_text(answer))]
     return before
 
 
 def _checked_prompt(turns: list[Turn]) -> list[Turn]:
     if not any(turn.role == "user" and turn.text for turn in turns):
         raise ValueError("the prompt has no user's turn")
+    if sum(turn.role == "system" for turn in turns[:2]) == 2:
+        raise ValueError("the prompt begins with two system turns")
     if turns[-1].role != "user":
         raise ValueError(f"the prompt ends with the {turns[-1].role}'s turn, not with the user's")
     return turns
@@ -157,13 +169,16 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
         if is_there(row, path):
             return ""
         raise ValueError(f"no field {path}")
-    if isinstance(value, list):
-        turns = turns_of_messages(value, name)
+    dialogue = turns_of_dialogue(value) if isinstance(value, str) else None
+    # a whole conversation; "Assistant: yes" is an answer
+    is_whole = dialogue and dialogue[0].role == "user" and _is_dialogue(row, source)
+    if isinstance(value, list) or is_whole:
+        turns = turns_of_messages(value, name) if isinstance(value, list) else dialogue or []
         answer = turns.pop().text if turns[-1].role == "assistant" else ""
         if answer and turns and turns != prompt and turns != _without_system(prompt):
             raise ValueError(f"the turns of {name} before its last answer are not the prompt")
         return answer
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)  # of a task whose answers are numbers
     # answers of yitingxie/rlhf-reward-datasets begin with "Assistant:", those of the Vicuna sets
     # end with "</s>"
@@ -200,10 +215,10 @@ def _chosen_rejected(row: Row, source: Source) -> Pair:
 
 
 def _instruction(row: Row, source: Source) -> Pair:
-    question = _string(required(row, source, "instruction"), "instruction").strip()
     more = field(row, source, "input")
-    if more is not None and _string(more, "input").strip():
-        question += "\n\n" + _string(more, "input").strip()
+    parts = [_string(required(row, source, "instruction"), "instruction").strip()]
+    parts.append("" if more is None else _string(more, "input").strip())
+    question = "\n\n".join(part for part in parts if part)
     turns = [Turn("user", question)]
     prompt = _checked_prompt(_before(row, source, turns) + turns)
     return Pair(prompt, _answer(row, source, "output", prompt), None)
