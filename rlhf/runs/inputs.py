@@ -225,7 +225,8 @@ def content_id(path: str) -> str:
         summary = read_summary(directory.parent)
     if summary:
         return str(summary["id"])
-    files = sorted(model_directory(path).glob("*.safetensors"))
+    directory = model_directory(path)
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{path}:{hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]}"
 
