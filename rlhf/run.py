@@ -177,9 +177,12 @@ def is_finished(stage: str, directory: Path, inputs: Inputs) -> bool:
     if summary is None:
         return False
     if summary["parents"] != inputs.ids:
+        old = summary["parents"]
+        changed = [name for name in {**old, **inputs.ids} if old.get(name) != inputs.ids.get(name)]
         raise UserError(
-            f"{directory} was trained from other runs than there are now ({summary['parents']} -> "
-            f"{inputs.ids}): add fresh=true to train it again; the old one is kept in its attempts/"
+            f"{directory} was trained from other runs or files than there are now (changed: "
+            f"{', '.join(changed)}): add fresh=true to train it again; the old one is kept in its "
+            "attempts/"
         )
     say(f"{stage}: finished, {directory}")
     return True

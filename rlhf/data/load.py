@@ -56,7 +56,10 @@ def _check_rows(data: Dataset, cfg: Config) -> None:
     where = f"data={'+'.join(cfg.data.sources)}"
     reason = "the sources are too small for data.shares"
     if stage == "sft":
-        reason = "no source has answers, or the sources are too small for data.shares"
+        reason = (
+            "no source has answers, or the sources are too small for data.shares; online RL on "
+            "prompts alone starts from a policy that is trained already: rl.actor=<run or model>"
+        )
     if stage in ("rm", "dpo"):
         reason = "no source has rejected answers, or the sources are too small for data.shares"
     if train is not None and not len(train):

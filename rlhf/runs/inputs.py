@@ -5,6 +5,7 @@ No torch here.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -106,12 +107,35 @@ def check_functions(cfg: Config, stage: str) -> Iterator[str]:
     """The python functions among the sources of the score."""
     node = "rl" if is_rl(stage) else stage
     for name, source in score_sources(cfg, stage).items():
-        if source.function and ":" in source.function and function_file(source.function) is None:
-            module = source.function.split(":")[0]
+        if not source.function or ":" not in source.function:
+            continue
+        module, function = source.function.split(":", 1)
+        key = f"{node}.rewards.{name}.function={source.function}"
+        file = function_file(source.function)
+        if file is None:
             yield (
-                f"{node}.rewards.{name}.function={source.function}: there is no module {module}, "
-                f"neither here ({os.getcwd()}) nor among the installed packages"
+                f"{key}: there is no module {module}, neither here ({os.getcwd()}) nor among the "
+                "installed packages"
             )
+        elif not may_define(file, function):
+            yield f"{key}: there is no {function} in {file}"
+
+
+def may_define(file: Path, name: str) -> bool:
+    """Whether a python file may have this name, found without running it."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return True  # importing it says what is wrong
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    return bool(names & {name, "*"})
 
 
 def check_prompt_files(cfg: Config) -> Iterator[str]:

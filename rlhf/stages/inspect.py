@@ -180,6 +180,8 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
             reason = "the sources are too small for data.shares"
             if name == "rm":
                 reason = f"no source has rejected answers, or {reason}"
+            if name == "sft":
+                reason = f"no source has answers, or {reason}"
             lines.append(f"no rows for {name}: {reason}")
         elif rows < needed:
             lines.append(

@@ -93,9 +93,10 @@ def warn_of_ends(tracker: Tracker, eos_token: str, probability: float) -> None:
     """Warn where the end token has a low probability after whole responses."""
     if probability < ENDS_TOO_SELDOM:
         tracker.alert(
-            "the policy does not end its responses",
-            f"after whole held-out responses {eos_token} has a probability of {probability:.2f}; "
-            "train longer, or use a template whose end token the model knows (data.template)",
+            "the policy may not end its responses",
+            f"after whole held-out answers it gives {eos_token} a probability of only "
+            f"{probability:.2f}, so responses may run on; train longer, or use a template whose "
+            "end token the model knows (data.template)",
         )
 
 

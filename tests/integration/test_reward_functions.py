@@ -39,7 +39,7 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_new_functio
     assert again.returncode == 0 and "ppo: finished" in again.stderr
     (tmp_path / "my_rewards.py").write_text("def length(turns, answer):\n    return len(answer)\n")
     changed = train(*SMALL_PPO, *only, cwd=tmp_path)
-    assert changed.returncode == 2 and "was trained from other runs" in changed.stderr
+    assert changed.returncode == 2 and "(changed: rewards/mine): add fresh=true" in changed.stderr
 
 
 @pytest.mark.full

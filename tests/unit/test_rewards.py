@@ -117,6 +117,19 @@ def test_a_module_that_is_not_there_is_told_before_anything_starts(
         "there is no module no_such_module.deep, neither here"
     )
     assert not list(check_functions(sources(gold={"function": "rlhf.data.sandbox:gold"}), "ppo"))
+
+
+def test_a_function_that_is_not_there_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read, and not run."""
+    file = tmp_path / "my_scores.py"
+    file.write_text("raise SystemExit\ndef short(turns, answer): ...\nbrief = short\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("short", "brief"):
+        assert not list(check_functions(sources(mine={"function": f"my_scores:{name}"}), "ppo"))
+    (line,) = check_functions(sources(mine={"function": "my_scores:long"}), "ppo")
+    assert line == f"rl.rewards.mine.function=my_scores:long: there is no long in {file}"
     done = train("stage=ppo", "rl.rewards.mine.function=no_such_module:f", cwd=tmp_path)
     assert (
         done.returncode == 2
