@@ -185,9 +185,7 @@ def test_a_classifier_of_other_kind_is_refused_in_one_line(model: Path, reward: 
     hf.config.num_labels = 2
     with pytest.raises(ValueError, match="--reward x: no reward model that can be read"):
         Judge(hf, tokenizer, "x")
-    with pytest.raises(
-        ValueError, match="--reward .*: this is OPTForCausalLM, not a reward model"
-    ):
+    with pytest.raises(ValueError, match="--reward .*: this is OPTForCausalLM, not a reward model"):
         load_model(str(model), "cpu", "--reward")
 
 
