@@ -235,7 +235,7 @@ def test_a_stage_whose_parent_runs_have_changed_is_refused(demo: Demo, tmp_path:
     done = train("stage=ppo", cwd=tmp_path)
     assert (
         done.returncode == 2
-        and "was trained from other runs than there are now" in done.stderr
+        and "was trained from other runs or files than there are now (changed: sft)" in done.stderr
         and "fresh=true" in done.stderr
     )
 
