@@ -46,12 +46,8 @@ def _broken_index(index: Path) -> str | None:
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict):
         return f"{index} has no weight_map: fetch it again"
-    missing = sorted({str(file) for file in files.values()} - set(_names(index.parent)))
+    missing = sorted({file for file in files.values() if not (index.parent / str(file)).exists()})
     return f"{index} names files that are not there: {', '.join(missing)}" if missing else None
-
-
-def _names(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()]
 
 
 def weight_names(directory: Path) -> set[str]:

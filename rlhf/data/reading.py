@@ -52,6 +52,8 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     Args: name: the source's key in `data.sources`.
     Raises: UserError that names the source, and the line or row.
     """
+    import pyarrow.compute as pc
+
     raw = open_source(name, source, split)
     if not len(raw.table):
         raise UserError(f"data.sources.{name}: {source.path} ({split}) is empty")
@@ -68,6 +70,7 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     report["content"] = _content(table, readable)  # a resumed run must find the same
     if source.format == Format.text:
         return _texts(table, readable, report)
+    has_answer = pc.not_equal(table.data.column("chosen"), "")
     has_rejected = ~table.data.column("rejected").is_null().to_numpy()[readable]
     return SourceSplit(
         table.select_columns(["prompt", "chosen", "rejected"]).select(readable),
@@ -76,9 +79,7 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         prompt_hash=_column(table, "prompt_hash", readable),
         row_hash=_column(table, "row_hash", readable),
         is_pair=has_rejected & (not source.sft_only),
-        has_answer=np.array([bool(text) for text in table.data.column("chosen").to_pylist()])[
-            readable
-        ],
+        has_answer=has_answer.to_numpy(zero_copy_only=False)[readable],
     )
 
 

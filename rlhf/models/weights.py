@@ -69,18 +69,19 @@ def load_weights(
         log.info(f"{directory}: its output layer is not its embedding, so they are not tied")
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    hf = found = None
+    partitioned = is_deepspeed_zero3_enabled()
     try:
-        if is_deepspeed_zero3_enabled():  # whose report names missing weights only
+        if partitioned:  # transformers then reports missing weights only: read the names first
             with without_zero3_init():
                 _, found = auto_class.from_pretrained(directory, device_map="meta", **options)
             check_found(directory, found, head, new_head)
-        hf, all_found = auto_class.from_pretrained(directory, **options)
+        hf, found = auto_class.from_pretrained(directory, **options)
+        if not partitioned:
+            check_found(directory, found, head, new_head)
     except UserError:
         raise
     except Exception as error:  # no weights, a torn pickle, an unknown quantization, the hub, ...
         raise UserError(f"cannot load {directory}: {first_line(error)}") from error
-    check_found(directory, found or all_found, head, new_head)
     return hf
 
 

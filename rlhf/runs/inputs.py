@@ -92,8 +92,8 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
     try:
         named = json.loads(config_file.read_text()).get("architectures") or []
         architectures = [named] if isinstance(named, str) else named
-    except (ValueError, AttributeError) as error:
-        yield f"{key}={path}: {config_file} is no configuration of a model ({error})"
+    except AttributeError:  # it is JSON, but not an object
+        yield f"{key}={path}: {config_file} is not the configuration of a model"
         return
     if kind == SCORER and score_heads(weight_names(directory)):
         return  # whatever its name
