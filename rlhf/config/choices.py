@@ -44,6 +44,15 @@ class Template(Enum):
     chatml = "chatml"  # <|im_start|>role ... <|im_end|>
     llama3 = "llama3"  # <|start_header_id|>role<|end_header_id|> ... <|eot_id|>
     tokenizer = "tokenizer"  # the model's own chat template
+    none = "none"  # no roles: the prompt's text and then the answer's, as they are
+
+
+class TrainOn(Enum):
+    """Which tokens of a conversation are in the loss of SFT."""
+
+    last = "last"  # the last answer
+    all = "all"  # every answer: each is a demonstration, with the turns before it as its prompt
+    everything = "everything"  # the last answer and its prompt
 
 
 class BadRow(Enum):

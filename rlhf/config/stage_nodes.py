@@ -21,6 +21,7 @@ from rlhf.config.choices import (
     RmLoss,
     RolloutEngine,
     Schedule,
+    TrainOn,
 )
 from rlhf.config.field import key, placement
 
@@ -46,7 +47,7 @@ class Optim:
 class Sft(Optim):
     epochs: int = key("passes over the demonstrations", above=0)
     batch_size: int = key("demonstrations per optimizer step, over all processes", above=0)
-    train_on_prompt: bool = key("put the prompt's tokens in the loss too")
+    train_on: TrainOn = key("the tokens in the loss: the last answer, all answers, or everything")
     max_steps: Optional[int] = key("stop after N optimizer steps; null: no limit", above=0)
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sized
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.config.schema import Config, Data
-from rlhf.data.records import Dataset, Pair, SourceReport
+from rlhf.data.records import (
+    PAIR_COLUMNS,
+    Dataset,
+    Pair,
+    Prompt,
+    SourceReport,
+    record_features,
+)
 from rlhf.data.sources import load_sources
 from rlhf.data.splits import PARTS
 from rlhf.distributed import collectives
@@ -88,7 +96,7 @@ def load_data(cfg: Data) -> Dataset:
         ppo=table_of(Pair(prompt, "", None) for prompt in world.ppo),
         eval_sft=world.eval_sft,
         eval_rm=world.eval_rm,
-        eval_prompts=world.eval_prompts,
+        eval_prompts=[Prompt(turns) for turns in world.eval_prompts],
         eval_probe=world.eval_probe,
         gold=world.gold,
         best_gold=world.best_gold,
@@ -101,17 +109,11 @@ def table_of(pairs: Iterable[Pair]) -> datasets.Dataset:
     import datasets
 
     rows = list(pairs)
-    strings = datasets.Value("string")
-    turns = datasets.List({"role": strings, "text": strings})
-    features = {"prompt": turns, "chosen": strings, "rejected": strings}
-    columns = {
-        "prompt": [
-            [{"role": turn.role, "text": turn.text} for turn in pair.prompt] for pair in rows
-        ],
-        "chosen": [pair.chosen for pair in rows],
-        "rejected": [pair.rejected for pair in rows],
+    columns: dict[str, list[Any]] = {
+        name: [getattr(pair, name) for pair in rows] for name in PAIR_COLUMNS[1:]
     }
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    columns["prompt"] = [[asdict(turn) for turn in pair.prompt] for pair in rows]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(record_features()))
 
 
 def summarize(data: Dataset) -> str:
@@ -128,7 +130,9 @@ def summarize(data: Dataset) -> str:
             line += f"; skipped: {', '.join(reasons)}"
         lines.append(line)
         if unread := report.get("unread"):
-            lines.append(f"  columns that are not read: {', '.join(unread)}")
+            lines.append(
+                f"  columns not read, unless a reward function asks for them: {', '.join(unread)}"
+            )
         if "first_unreadable" in report:
             lines.append(f"  first unreadable row: {report['first_unreadable']}")
         unreadable = report.get("unreadable", {})

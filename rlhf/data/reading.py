@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf.base.errors import UserError
-from rlhf.config.choices import BadRow, Format
+from rlhf.config.choices import BadRow, Format, Template
 from rlhf.config.schema import Data, Source
 from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest
 from rlhf.data.files import RawTable, open_source
 from rlhf.data.formats import fields
 from rlhf.data.formats.rows import Skip, read_row, read_text
-from rlhf.data.records import Pair, SourceReport
+from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, record_features
 
 if TYPE_CHECKING:
     import datasets
@@ -37,7 +38,7 @@ KNOWN_COLUMNS = (
 class SourceSplit(NamedTuple):
     """The records of one split of a source. Plain text has no hashes."""
 
-    table: datasets.Dataset  # columns prompt, chosen, rejected; or text
+    table: datasets.Dataset  # the columns of `records.Dataset`; or text
     report: SourceReport
     is_text: bool
     prompt_hash: np.ndarray  # uint64, one per row
@@ -64,16 +65,19 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     source = with_format(name, source, {column: None for row in first for column in row})
     table = _convert(name, source, raw, cfg)
     report = SourceReport(source=name, split=split, rows=len(table), skipped={})
-    if unread := fields.unread_columns(first, source):
+    if unread := fields.unread_columns(first, source, cfg.template):
         report["unread"] = unread
     readable = _readable_rows(table, report, source.path, raw.by_line, cfg.on_bad_row)
     report["content"] = _content(table, readable)  # a resumed run must find the same
     if source.format == Format.text:
         return _texts(table, readable, report)
-    has_answer = pc.not_equal(table.data.column("chosen"), "")
+    answers = pc.binary_join_element_wise(
+        table.data.column("chosen"), table.data.column("calls"), ""
+    )
+    has_answer = pc.not_equal(answers, "")
     has_rejected = ~table.data.column("rejected").is_null().to_numpy()[readable]
     return SourceSplit(
-        table.select_columns(["prompt", "chosen", "rejected"]).select(readable),
+        table.select_columns(list(record_features())).select(readable),
         report,
         is_text=False,
         prompt_hash=_column(table, "prompt_hash", readable),
@@ -138,21 +142,19 @@ def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Da
 
     strings, hashes = datasets.Value("string"), datasets.Value("uint64")
     is_text = source.format == Format.text
-    if is_text:
-        features = {"text": strings}
-    else:
-        turns = datasets.List({"role": strings, "text": strings})
-        features = {"prompt": turns, "chosen": strings, "rejected": strings, "prompt_hash": hashes}
+    features = {"text": strings} if is_text else {**record_features(), "prompt_hash": hashes}
     features |= {"problem": strings, "row_hash": hashes}
     columns = sorted(source.columns.items())
-    settings = (source.format, columns, source.min_score_ratio, raw.by_line, cfg.seed)
+    settings = (source.format, columns, source.min_score_ratio, raw.by_line, cfg.seed, cfg.template)
     package = Path(formats.__file__).parent.glob("*.py")
     code = [path.read_text() for path in [Path(__file__), *sorted(package)]]
     key = digest(raw.table._fingerprint, str(settings), *code)
     if is_text:
         convert = partial(read_texts, source=source, by_line=raw.by_line)
     else:
-        convert = partial(read_rows, source=source, by_line=raw.by_line, seed=cfg.seed)
+        convert = partial(
+            read_rows, source=source, by_line=raw.by_line, seed=cfg.seed, style=cfg.template
+        )
     features = datasets.Features(features)
     return cached_map(raw.table, convert, features, key, f"reading {name}", cfg.workers)
 
@@ -212,7 +214,11 @@ def _texts(table: datasets.Dataset, readable: np.ndarray, report: SourceReport) 
 
 def _content(table: datasets.Dataset, readable: np.ndarray) -> str:
     """A hash of all rows that could be read, 16 hexadecimal digits."""
-    return hashlib.sha256(_column(table, "row_hash", readable).tobytes()).hexdigest()[:16]
+    content = hashlib.sha256(_column(table, "row_hash", readable).tobytes())
+    if "columns" in table.column_names:  # a reference that changes makes other rewards
+        for batch in table.select_columns(["columns"]).iter(1000):
+            content.update("\0".join(batch["columns"]).encode())
+    return content.hexdigest()[:16]
 
 
 def _column(table: datasets.Dataset, name: str, rows: np.ndarray) -> np.ndarray:
@@ -222,30 +228,31 @@ def _column(table: datasets.Dataset, name: str, rows: np.ndarray) -> np.ndarray:
 # --- from a batch of raw rows to records; worker processes run this
 
 
-def read_rows(batch: Columns, source: Source, by_line: bool, seed: int) -> dict[str, Any]:
+def read_rows(
+    batch: Columns, source: Source, by_line: bool, seed: int, style: Template
+) -> dict[str, Any]:
     """A batch of raw rows as records; `problem` is "" where a row is fine."""
-    columns: Columns = {
-        key: [] for key in ("prompt", "chosen", "rejected", "prompt_hash", "problem", "row_hash")
-    }
+    columns: Columns = {key: [] for key in (*PAIR_COLUMNS, "prompt_hash", "problem", "row_hash")}
     for row in _raw_rows(batch):
         pair, prompt_hash, row_hash, problem = Pair([], "", None), 0, 0, ""
         try:
-            record = read_row(parse_line(row["text"]) if by_line else row, source)
+            record = read_row(parse_line(row["text"]) if by_line else row, source, style)
             # case and spaces do not make another prompt
             prompt = "|".join(
-                f"{turn.role}:{' '.join(turn.text.lower().split())}" for turn in record.prompt
+                f"{turn.role}:{' '.join(turn.text.lower().split())}{turn.more}"
+                for turn in record.prompt
             )
             prompt_hash = hash_text(f"{seed}|{prompt}")
-            content = [prompt, record.chosen, record.rejected]
+            content = [prompt, record.chosen + record.calls, record.rejected]
             row_hash = hash_text(json.dumps(content, ensure_ascii=False))
             pair = record
         except Skip as reason:
             problem = str(reason)
         except ValueError as error:  # also a text that is not valid Unicode: "\\ud83d" alone
             problem = UNREADABLE + str(error)
-        columns["prompt"].append([{"role": turn.role, "text": turn.text} for turn in pair.prompt])
-        columns["chosen"].append(pair.chosen)
-        columns["rejected"].append(pair.rejected)
+        columns["prompt"].append([asdict(turn) for turn in pair.prompt])
+        for name in PAIR_COLUMNS[1:]:
+            columns[name].append(getattr(pair, name))
         columns["prompt_hash"].append(prompt_hash)
         columns["row_hash"].append(row_hash)
         columns["problem"].append(problem)

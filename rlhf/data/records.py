@@ -5,9 +5,9 @@ Records are plain text; only `template` renders them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import datasets
@@ -15,14 +15,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Turn:
-    role: str  # "user", "assistant" or "system"
-    text: str
+    role: str  # user, assistant, system; with tools also tool, and tools for their definitions
+    text: str  # of tools: JSON
+    more: str = ""  # other keys of the message that a model's own template reads, as JSON
+
+
+def uses_tools(turns: Sequence[Turn]) -> bool:
+    """Whether some turns are of, or for, a tool."""
+    return any(turn.role in ("tool", "tools") or "tool_calls" in turn.more for turn in turns)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy responds to in online RL and evaluation."""
+
+    turns: list[Turn]
+    columns: str = ""  # the row's other columns, for reward functions, as JSON
 
 
 @dataclass(frozen=True)
 class Demonstration:
     prompt: list[Turn]
     response: str
+    calls: str = ""  # `Turn.more` of the response
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,20 @@ class Pair:
     rejected: str | None  # None where a source has no second answer
     gold_margin: float | None = None  # gold reward of chosen minus rejected, where it is known
     source: str = ""  # name of its source, where pairs are evaluated
+    calls: str = ""  # `Turn.more` of the chosen answer, which may be a call of a tool
+    columns: str = ""  # as in Prompt
+
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "calls", "columns")  # those of the tables
+
+
+def record_features() -> dict[str, Any]:
+    """The columns of a table of records, with their types."""
+    import datasets
+
+    strings = datasets.Value("string")
+    turns = datasets.List({"role": strings, "text": strings, "more": strings})
+    return {"prompt": turns} | dict.fromkeys(PAIR_COLUMNS[1:], strings)
 
 
 class SourceReport(TypedDict):
@@ -57,8 +86,8 @@ class SourceReport(TypedDict):
 class Dataset:
     """The data of all stages. No prompt is in two of sft, rm, ppo and eval_*.
 
-    The training data are tables on disk with the columns prompt (turns), chosen and rejected; the
-    evaluation data are small lists in memory.
+    The training data are tables on disk with PAIR_COLUMNS; the evaluation data are small lists in
+    memory.
     """
 
     sft: datasets.Dataset
@@ -66,7 +95,7 @@ class Dataset:
     ppo: datasets.Dataset  # each prompt once
     eval_sft: list[Demonstration]
     eval_rm: list[Pair]
-    eval_prompts: list[list[Turn]]
+    eval_prompts: list[Prompt]
     # pairs whose chosen answer fits its prompt, and whose rejected answer fits the opposite one
     eval_probe: list[Pair] = field(default_factory=list)
     gold: Callable[[list[Turn], str], float] | None = None  # gold reward of an answer, if known

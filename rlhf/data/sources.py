@@ -15,7 +15,15 @@ import numpy as np
 from rlhf.base.errors import UserError
 from rlhf.config.schema import Data, Source
 from rlhf.data.reading import SourceSplit, read_split
-from rlhf.data.records import Dataset, Demonstration, Pair, SourceReport, Turn
+from rlhf.data.records import (
+    PAIR_COLUMNS,
+    Dataset,
+    Demonstration,
+    Pair,
+    Prompt,
+    SourceReport,
+    Turn,
+)
 from rlhf.data.splits import PARTS, Part, RowFacts, split_rows
 
 
@@ -62,12 +70,18 @@ def load_sources(cfg: Data) -> Dataset:
         sft=table.select(parts["sft"]),
         rm=table.select(parts["rm"]),
         ppo=table.select(parts["ppo"]),
-        eval_sft=[Demonstration(pair.prompt, pair.chosen) for pair in evaluated if pair.chosen],
+        eval_sft=[
+            Demonstration(pair.prompt, pair.chosen, pair.calls)
+            for pair in evaluated
+            if pair.chosen or pair.calls
+        ],
         eval_rm=[
             dataclasses.replace(pair_of(row), source=name)
             for row, name in zip(table.select(held_out_pairs), names)
         ],
-        eval_prompts=list({str(pair.prompt): pair.prompt for pair in evaluated}.values()),
+        eval_prompts=list(
+            {str(pair.prompt): Prompt(pair.prompt, pair.columns) for pair in evaluated}.values()
+        ),
         texts=datasets.concatenate_datasets(texts) if texts else None,
         report=[one.report for one in read],
     )
@@ -103,7 +117,8 @@ def splits_of(name: str, source: Source) -> list[tuple[Source, str, bool]]:
 
 def pair_of(row: dict[str, Any]) -> Pair:
     """A row of a table as an object."""
-    return Pair([Turn(**turn) for turn in row["prompt"]], row["chosen"], row["rejected"])
+    prompt = [Turn(**turn) for turn in row["prompt"]]
+    return Pair(prompt, **{name: row[name] for name in PAIR_COLUMNS[1:]})
 
 
 def _facts(

@@ -1,6 +1,6 @@
 """Render turns as text and token ids: chat templates, roles, the end token (EOS), stop strings.
 
-No other module does. `data.template` chooses one of four styles, which is saved as the tokenizer's
+No other module does. `data.template` chooses one of five styles, which is saved as the tokenizer's
 chat template: transformers, vLLM and chat.py then render a prompt as training did.
 
     hh         "\\n\\nHuman: {question}\\n\\nAssistant:", then " {answer}" and the tokenizer's own
@@ -9,6 +9,7 @@ chat template: transformers, vLLM and chat.py then render a prompt as training d
                "{answer}<|im_end|>"
     llama3     BOS, then the same with <|start_header_id|>user<|end_header_id|>\\n\\n, <|eot_id|>
     tokenizer  the template that the model brings
+    none       "{question}{answer}" and EOS: raw text, for prompts that need no roles
 
 Prompt and answer are tokenized separately, so no token crosses the boundary, and a response that is
 sampled after a prompt consists of tokens that training showed there.
@@ -16,16 +17,18 @@ sampled after a prompt consists of tokens that training showed there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
-from rlhf.data.records import Demonstration, Pair, Turn
+from rlhf.data.records import Demonstration, Pair, Turn, uses_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BREAK = "\n"
 USER, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of the style hh
 
 _TEMPLATES = {
@@ -40,10 +43,12 @@ _TEMPLATES = {
         "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
     ),
     Template.chatml: (
+        # the line break begins a turn, so a dialogue ends with its EOS: where scores are read
         "{% for message in messages %}"
-        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{{ ('' if loop.first else '\n') + '<|im_start|>' + message.role + '\n' + message.content"
+        " + '<|im_end|>' }}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
     ),
     Template.llama3: (
         "{% for message in messages %}"
@@ -53,6 +58,12 @@ _TEMPLATES = {
         "{% endfor %}"
         "{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    Template.none: (
+        "{% for message in messages %}"
+        "{{ message.content }}"
+        "{% if loop.last and message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
     ),
 }
 _MARKS = {  # special tokens; the last one ends a turn
@@ -103,19 +114,34 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
     return _render(tokenizer, turns, True)
 
 
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
+    """The text of a whole conversation. Raises: as render_prompt."""
+    return _render(tokenizer, turns, False)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], for_answer: bool) -> str:
     from jinja2 import TemplateError
 
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    messages = [message_of(turn) for turn in turns if turn.role != "tools"]
+    tools = [json.loads(turn.text) for turn in turns if turn.role == "tools"]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=for_answer
+            messages,
+            tools=tools[0] if tools else None,
+            tokenize=False,
+            add_generation_prompt=for_answer,
         )
     except TemplateError as error:  # it has no system turn, or wants roles to alternate, ...
         roles = ", ".join(turn.role for turn in turns)
         raise _unfit(
             tokenizer, f"refuses the turns {roles} ({' '.join(str(error).split())})"
         ) from None
+
+
+def message_of(turn: Turn) -> dict[str, Any]:
+    """A turn as transformers' chat templates take it."""
+    more = json.loads(turn.more) if turn.more else {}
+    return {"role": turn.role, "content": turn.text, **more}
 
 
 def _unfit(tokenizer: PreTrainedTokenizerBase, problem: str) -> UserError:
@@ -169,10 +195,11 @@ def _end_token_of_model(tokenizer: PreTrainedTokenizerBase) -> str:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[Turn]], max_tokens: int
 ) -> list[list[int] | None]:
-    """Token ids of each prompt; None when its last turn alone has more than `max_tokens`.
+    """Token ids of each prompt; None when its last turn alone has more than `max_tokens`, or the
+    template cannot express its tools.
 
     A prompt that is too long loses its first exchanges, so that it still begins with a user's turn.
-    The system's turn in front of them stays.
+    The system's turn and the definitions of tools in front of them stay.
     """
     return [ids for ids, _ in fit_prompts(tokenizer, prompts, max_tokens)]
 
@@ -183,23 +210,28 @@ def fit_prompts(
     """The same, each with whether the prompt was too long."""
     if not prompts:
         return []
+    can_write = [not problem_of_tools(tokenizer, turns) for turns in prompts]
     encoded = tokenizer(
-        [render_prompt(tokenizer, turns) for turns in prompts], add_special_tokens=False
+        [render_prompt(tokenizer, turns) if ok else "" for turns, ok in zip(prompts, can_write)],
+        add_special_tokens=False,
     ).input_ids
-    return [
-        (ids, False) if len(ids) <= max_tokens else (_shorten(tokenizer, turns, max_tokens), True)
-        for turns, ids in zip(prompts, encoded)
-    ]
+    fitted: list[tuple[list[int] | None, bool]] = []
+    for turns, ids, ok in zip(prompts, encoded, can_write):
+        if len(ids) <= max_tokens:
+            fitted.append((ids if ok else None, False))
+        else:
+            fitted.append((_shorten(tokenizer, turns, max_tokens), True))
+    return fitted
 
 
 def _shorten(
     tokenizer: PreTrainedTokenizerBase, turns: list[Turn], max_tokens: int
 ) -> list[int] | None:
-    system = [turn for turn in turns[:1] if turn.role == "system"]
-    for first in range(len(system) + 1, len(turns)):
+    kept = [turn for turn in turns[:2] if turn.role in ("tools", "system")]
+    for first in range(len(kept) + 1, len(turns)):
         if turns[first].role == "user":
             ids = tokenizer(
-                render_prompt(tokenizer, system + turns[first:]), add_special_tokens=False
+                render_prompt(tokenizer, kept + turns[first:]), add_special_tokens=False
             ).input_ids
             if len(ids) <= max_tokens:
                 return ids
@@ -211,30 +243,67 @@ def encode_responses(
     answers: Sequence[str],
     max_tokens: int,
     prompts: Sequence[list[Turn]] | None = None,
+    calls: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Token ids of each answer and its EOS; an answer that is too long is cut and has no EOS.
 
-    Args: prompts: of the answers. A model's own template is given the whole conversation, because
-        it may write other things around an answer that has thoughts.
+    Args:
+        prompts: of the answers. A model's own template is given the whole conversation, because it
+            may write other things around an answer that has thoughts.
+        calls: of tools, in the answers (`Turn.more`); with prompts.
     """
     if not answers:
         return []
-    if prompts is None or tokenizer.chat_template.endswith(tuple(_TEMPLATES.values())):
+    if tokenizer.chat_template.endswith(_TEMPLATES[Template.none]):
+        texts = list(answers)  # with the white space at their ends
+    elif prompts is None or tokenizer.chat_template.endswith(tuple(_TEMPLATES.values())):
         before, space = _frame(tokenizer)
         texts = [before + text.rstrip() + space for text in answers]
     else:
-        texts = [_rendered_answer(tokenizer, *row) for row in zip(prompts, answers)]
-    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+        rows = zip(prompts, answers, calls or [""] * len(answers))
+        texts = [
+            _rendered_answer(tokenizer, turns, Turn("assistant", text, more))
+            for turns, text, more in rows
+        ]
+    encoded = encode_continuations(tokenizer, texts)
     return [(ids + [tokenizer.eos_token_id])[:max_tokens] for ids in encoded]
 
 
-def _rendered_answer(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answer: str) -> str:
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of texts that follow other text.
+
+    SentencePiece tokenizers (Llama 2) put a space in front of what they take for the beginning of a
+    text; here there is none.
+    """
+    encoded = tokenizer(list(texts), add_special_tokens=False).input_ids
+    if not puts_space_in_front(tokenizer):
+        return encoded
+    before = tokenizer(BREAK, add_special_tokens=False).input_ids
+    longer = tokenizer([BREAK + text for text in texts], add_special_tokens=False).input_ids
+    # as it is where a token would cross the border
+    return [
+        after[len(before) :] if after[: len(before)] == before else ids
+        for ids, after in zip(encoded, longer)
+    ]
+
+
+def puts_space_in_front(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the beginning of a text is tokenized as if a space were in front of it."""
+    alone, before, after = (
+        tokenizer(text, add_special_tokens=False).input_ids for text in ("a", BREAK, BREAK + "a")
+    )
+    return after != before + alone
+
+
+def _rendered_answer(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answer: Turn) -> str:
     """What the template writes after a prompt for an answer, up to its EOS.
 
     Raises: UserError where a dialogue is not its prompt, the answer, and the usual end.
     """
     prompt = render_prompt(tokenizer, turns)
-    dialogue = _render(tokenizer, [*turns, Turn("assistant", answer)], False)
+    dialogue = _render(tokenizer, [*turns, answer], False)
     after = _around_answer(tokenizer)[1]
     if not dialogue.startswith(prompt) or not dialogue.endswith(after):
         shown = f"{dialogue[-200:]!r} as its prompt {prompt[-100:]!r}, the answer and {after!r}"
@@ -242,19 +311,63 @@ def _rendered_answer(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answ
     return dialogue[len(prompt) : len(dialogue) - len(after)] + _frame(tokenizer)[1]
 
 
+def problem_of_tools(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
+    """Why the template cannot express the tools of a conversation; "" where it can, or has none.
+
+    A template that does not know tools either refuses them, or writes nothing of them.
+    """
+    if not uses_tools(turns):
+        return ""
+    try:
+        *prompt, last = turns
+        if last.role == "assistant":
+            rendered = render_prompt(tokenizer, prompt) + _rendered_answer(tokenizer, prompt, last)
+        else:
+            rendered = render_prompt(tokenizer, turns)
+    except UserError:
+        return "the chat template refuses messages of tools"
+    needed = [turn.text for turn in turns if turn.role == "tool"]
+    for turn in turns:
+        parts = json.loads(turn.text) if turn.role == "tools" else []
+        parts += message_of(turn).get("tool_calls", [])
+        needed += [part.get("function", part).get("name", "") for part in parts]
+    # a template may write a text as JSON
+    if all(text in rendered or json.dumps(text)[1:-1] in rendered for text in needed):
+        return ""
+    return "the chat template does not write messages of tools"
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, answer: str, ended: bool) -> list[int]:
     """Token ids of one sampled response, with EOS if it ended with EOS."""
     before, space = _frame(tokenizer)
-    if not ended:
-        return tokenizer(before + answer.rstrip(), add_special_tokens=False).input_ids
-    ids = tokenizer(before + answer.rstrip() + space, add_special_tokens=False).input_ids
-    return ids + [tokenizer.eos_token_id]
+    text = before + answer.rstrip() + (space if ended else "")
+    [ids] = encode_continuations(tokenizer, [text])
+    return [*ids, tokenizer.eos_token_id] if ended else ids
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The text between prompt and answer, and that between answer and EOS."""
     before, after = _around_answer(tokenizer)
     return before, after.partition(tokenizer.eos_token)[0]
+
+
+def after_eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what the template writes after the EOS of a dialogue's last answer."""
+    text = _around_answer(tokenizer)[1].partition(tokenizer.eos_token)[2]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def end_at_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the template end a dialogue with its EOS, where our reward models are read.
+
+    Other programs read a score at the last token of what the template writes.
+    """
+    text = _around_answer(tokenizer)[1].partition(tokenizer.eos_token)[2]
+    if text and not text.strip():
+        tokenizer.chat_template = (
+            "{% set dialogue %}" + tokenizer.chat_template + "{% endset %}"
+            "{{ dialogue if add_generation_prompt else dialogue.rstrip() }}"
+        )
 
 
 def content(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -296,18 +409,34 @@ def encode_demonstrations(
     max_prompt: int,
     max_response: int,
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompt and answer; a demonstration whose prompt is too long is skipped."""
+    """Token ids of prompt and answer.
+
+    Skipped: prompt too long, or with tools that the template cannot express.
+    """
+    demonstrations = [
+        d
+        for d in demonstrations
+        if not problem_of_tools(tokenizer, [*d.prompt, Turn("assistant", d.response, d.calls)])
+    ]
     prompts = encode_prompts(tokenizer, [d.prompt for d in demonstrations], max_prompt)
     turns = [d.prompt for d in demonstrations]
-    answers = encode_responses(tokenizer, [d.response for d in demonstrations], max_response, turns)
+    texts, calls = [d.response for d in demonstrations], [d.calls for d in demonstrations]
+    answers = encode_responses(tokenizer, texts, max_response, turns, calls)
     return [(prompt, answer) for prompt, answer in zip(prompts, answers) if prompt is not None]
 
 
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_prompt: int, max_response: int
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """Token ids of prompt, chosen, rejected; skipped: prompt too long, or no rejected answer."""
-    pairs = [pair for pair in pairs if pair.rejected is not None]
+    """Token ids of prompt, chosen, rejected.
+
+    Skipped: prompt too long, no rejected answer, or tools that the template cannot express.
+    """
+    pairs = [
+        pair
+        for pair in pairs
+        if pair.rejected is not None and not problem_of_tools(tokenizer, pair.prompt)
+    ]
     prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt)
     turns = [pair.prompt for pair in pairs]
     chosen = encode_responses(tokenizer, [pair.chosen for pair in pairs], max_response, turns)
@@ -322,7 +451,12 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
     White space in front of it stays, as in the data: code may begin with it.
     """
-    text = tokenizer.decode(ids, skip_special_tokens=True).rstrip()
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if puts_space_in_front(tokenizer):  # and takes one away
+        before_ids = tokenizer(BREAK, add_special_tokens=False).input_ids
+        longer = tokenizer.decode(before_ids + ids, skip_special_tokens=True)
+        text = longer.removeprefix(tokenizer.decode(before_ids))
+    text = text.rstrip()
     before = _frame(tokenizer)[0]
     if text.startswith(before):
         return text.removeprefix(before)

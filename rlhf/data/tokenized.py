@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf.data import template
 from rlhf.data.cache import Columns, cached_map, digest
-from rlhf.data.records import Turn
+from rlhf.data.records import PAIR_COLUMNS, Pair, Prompt, Turn, record_features
 
 if TYPE_CHECKING:
     import datasets
@@ -25,29 +25,27 @@ class Rows(Sequence[Row], Generic[Row]):
     """Token ids of a part of the data, read from disk row by row.
 
     `lengths`: tokens of each row; of a pair, prompt and longer answer.
-    `skipped`: number of rows that are not there because their prompt is too long.
+    `skipped`: number of rows that are not there; `reasons`: the same by reason.
     `shortened`: number of rows whose prompt was too long and lost its first turns.
     `truncated`: number of rows with an answer that is too long; it is cut, and carries no EOS.
     """
 
-    def __init__(
-        self,
-        table: datasets.Dataset,
-        read: Callable[[dict[str, Any]], Row],
-        kind: str,
-        skipped_for: str = "prompt too long",
-    ):
+    def __init__(self, table: datasets.Dataset, read: Callable[[dict[str, Any]], Row], kind: str):
         """Args: read: from a row of the table to what `rows[i]` gives.  kind: what a row is."""
-        kept = table.data.column("kept").to_numpy(zero_copy_only=False)
+        problems = table.data.column("problem")
+        counts = {count["values"]: count["counts"] for count in problems.value_counts().to_pylist()}
+        self.reasons: dict[str, int] = {why: n for why, n in counts.items() if why}
+        self.skipped = sum(self.reasons.values())
+        kept = problems.to_numpy() == ""
         truncated = table.data.column("truncated").to_numpy(zero_copy_only=False)
         # an array: a list would take ten times the memory
         self.lengths: Sequence[int] = table.data.column("length").to_numpy()[kept]
         shortened = table.data.column("shortened").to_numpy(zero_copy_only=False)
-        self.skipped, self.truncated = int((~kept).sum()), int(truncated[kept].sum())
+        self.truncated = int(truncated[kept].sum())
         self.shortened = int(shortened[kept].sum())
         self.table = table if kept.all() else table.select(np.flatnonzero(kept))
         self._read = read
-        self._kind, self._skipped_for = kind, skipped_for
+        self._kind = kind
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -63,9 +61,7 @@ class Rows(Sequence[Row], Generic[Row]):
 
     def __str__(self) -> str:
         """For instance '277 demonstrations (2 skipped: prompt too long; 120 truncated)'."""
-        notes = []
-        if self.skipped:
-            notes.append(f"{self.skipped:,} skipped: {self._skipped_for}")
+        notes = [f"{count:,} skipped: {why}" for why, count in self.reasons.items()]
         if self.shortened:
             notes.append(f"{self.shortened:,} lost their first turns")
         if self.truncated:
@@ -79,12 +75,22 @@ def demonstrations(
     max_prompt: int,
     max_response: int,
     workers: int | None = None,
+    every_answer: bool = False,
 ) -> Rows[tuple[Ids, Ids]]:
     """Token ids of prompt and chosen answer.
 
-    Args: max_prompt, max_response: in tokens. A demonstration whose prompt is too long is skipped;
-        a longer answer is truncated.
+    Args:
+        max_prompt, max_response: in tokens. A demonstration whose prompt is too long is skipped; a
+            longer answer is truncated.
+        every_answer: each earlier answer of a conversation is a demonstration too, with the turns
+            before it as its prompt: what the policy sees when it answers there.
     """
+    import datasets
+
+    if every_answer:
+        key = digest(table._fingerprint, "every answer", Path(__file__).read_text())
+        features = datasets.Features(record_features())
+        table = cached_map(table, _every_answer, features, key, "splitting conversations", workers)
     encoded = _encode(tokenizer, table, ["chosen"], max_prompt, max_response, workers)
     return Rows(encoded, lambda row: (row["prompt"], row["chosen"]), "demonstrations")
 
@@ -107,13 +113,14 @@ def prompts(
     table: datasets.Dataset,
     max_prompt: int,
     workers: int | None = None,
-) -> Rows[tuple[list[Turn], Ids]]:
-    """Turns and token ids of each prompt that is not too long."""
+) -> Rows[tuple[Prompt, Ids]]:
+    """Each prompt that is not too long, with its token ids."""
 
-    def read(row: dict[str, Any]) -> tuple[list[Turn], Ids]:
-        return [Turn(**turn) for turn in row["turns"]], row["prompt"]
+    def read(row: dict[str, Any]) -> tuple[Prompt, Ids]:
+        turns = [Turn(**turn) for turn in row["turns"]]
+        return Prompt(turns, row["columns"]), row["prompt"]
 
-    return Rows(_encode(tokenizer, table, ["turns"], max_prompt, 0, workers), read, "prompts")
+    return Rows(_encode(tokenizer, table, [], max_prompt, 0, workers), read, "prompts")
 
 
 def texts(
@@ -137,17 +144,16 @@ def texts(
     )
     function = partial(_encode_texts, tokenizer=tokenizer, max_tokens=max_tokens)
     encoded = cached_map(table, function, features, key, "tokenizing", workers)
-    return Rows(
-        encoded, lambda row: (row["ids"][:1], row["ids"][1:]), "texts", "shorter than 2 tokens"
-    )
+    return Rows(encoded, lambda row: (row["ids"][:1], row["ids"][1:]), "texts")
 
 
 def _facts() -> dict[str, datasets.Value]:
-    """What `Rows` needs of each row: is it kept, what was cut, how many tokens has it."""
+    """What `Rows` needs of each row: why it is skipped, what was cut, how many tokens it has."""
     import datasets
 
     boolean, integer = datasets.Value("bool"), datasets.Value("int32")
-    return {"kept": boolean, "shortened": boolean, "truncated": boolean, "length": integer}
+    problem = datasets.Value("string")
+    return {"problem": problem, "shortened": boolean, "truncated": boolean, "length": integer}
 
 
 def _encode(
@@ -158,16 +164,17 @@ def _encode(
     max_response: int,
     workers: int | None,
 ) -> datasets.Dataset:
-    """A table with the token ids of the prompts and of some columns; cached.
+    """A table with the token ids of the prompts and of their answers; cached.
 
-    Args: columns: of answers; `turns` keeps the prompts as text, too.
+    Args: columns: of answers; without any, the prompts are kept as text, too.
     """
     import datasets
 
-    ids, strings = datasets.List(datasets.Value("int32")), datasets.Value("string")
-    turns = datasets.List({"role": strings, "text": strings})
-    features = {"prompt": ids, **_facts()}
-    features |= {name: turns if name == "turns" else ids for name in columns}
+    ids = datasets.List(datasets.Value("int32"))
+    features = {"prompt": ids, **_facts(), **dict.fromkeys(columns, ids)}
+    if not columns:
+        record = record_features()
+        features |= {"turns": record["prompt"], "columns": record["columns"]}
     key = digest(
         table._fingerprint,
         template.content(tokenizer),
@@ -191,7 +198,9 @@ def _encode_texts(
     ids = tokenizer(batch["text"], add_special_tokens=False).input_ids
     return {
         "ids": [row[:max_tokens] for row in ids],
-        "kept": [min(len(row), max_tokens) > 1 for row in ids],
+        "problem": [
+            "" if min(len(row), max_tokens) > 1 else "shorter than 2 tokens" for row in ids
+        ],
         "shortened": [False] * len(ids),
         "truncated": [len(row) > max_tokens for row in ids],
         "length": [min(len(row), max_tokens) for row in ids],
@@ -206,22 +215,56 @@ def _encode_batch(
     max_response: int,
 ) -> dict[str, Any]:
     turns = [[Turn(**turn) for turn in prompt] for prompt in batch["prompt"]]
+    problems = [
+        _problem_of_tools(tokenizer, prompt, *answer)
+        for prompt, *answer in zip(turns, batch["chosen"], batch["calls"])
+    ]
+    # these rows are skipped, so any turns will do
+    turns = [[Turn("user", "")] if problem else row for row, problem in zip(turns, problems)]
+    calls = ["" if problem else more for more, problem in zip(batch["calls"], problems)]
     fitted = template.fit_prompts(tokenizer, turns, max_prompt)
     prompts = [ids for ids, _ in fitted]
     answers = {
-        name: template.encode_responses(tokenizer, batch[name], max_response, turns)
+        name: template.encode_responses(
+            tokenizer, batch[name], max_response, turns, calls if name == "chosen" else None
+        )
         for name in columns
-        if name != "turns"
     }
     # of each row its answers: none for a table of prompts
     rows: list[tuple[Ids, ...]] = list(zip(*answers.values())) if answers else [()] * len(turns)
     longest = [max((len(ids) for ids in row), default=0) for row in rows]
     encoded: dict[str, Any] = {
         "prompt": [ids or [] for ids in prompts],
-        "kept": [ids is not None for ids in prompts],
+        "problem": [
+            problem or ("prompt too long" if ids is None else "")
+            for ids, problem in zip(prompts, problems)
+        ],
         "shortened": [too_long for _, too_long in fitted],
         "truncated": [any(ids[-1] != tokenizer.eos_token_id for ids in row) for row in rows],
         "length": [len(ids or []) + answer for ids, answer in zip(prompts, longest)],
         **answers,
     }
-    return encoded | ({"turns": batch["prompt"]} if "turns" in columns else {})
+    return encoded | ({} if columns else {"turns": batch["prompt"], "columns": batch["columns"]})
+
+
+def _problem_of_tools(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Turn], answer: str, calls: str
+) -> str:
+    """Why a conversation with tools cannot be written; "" where it can, or has none."""
+    turns = [*prompt, Turn("assistant", answer, calls)] if answer or calls else prompt
+    return template.problem_of_tools(tokenizer, turns)
+
+
+def _every_answer(batch: Columns) -> dict[str, Any]:
+    """A row for each answer of the conversations, with the turns before it as its prompt."""
+    columns: Columns = {name: [] for name in PAIR_COLUMNS}
+    for prompt, chosen, calls in zip(batch["prompt"], batch["chosen"], batch["calls"]):
+        last = {"role": "assistant", "text": chosen, "more": calls}
+        turns = [*prompt, last]
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant" and i and (turn["text"] or turn["more"]):
+                row = Pair([], turn["text"], None, calls=turn["more"])
+                columns["prompt"].append(turns[:i])
+                for name in PAIR_COLUMNS[1:]:
+                    columns[name].append(getattr(row, name))
+    return columns

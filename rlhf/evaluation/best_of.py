@@ -28,13 +28,14 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
     if not node.best_of or models.rewards is None:
         return []
     prompts = data.eval_prompts[: node.best_of_prompts]
-    encoded = template.encode_prompts(models.tokenizer, prompts, cfg.data.max_prompt_tokens)
-    turns = [prompt for prompt in prompts for _ in range(node.best_of)]
+    turns = [prompt.turns for prompt in prompts]
+    encoded = template.encode_prompts(models.tokenizer, turns, cfg.data.max_prompt_tokens)
+    asked = [prompt for prompt in prompts for _ in range(node.best_of)]
     ids = [row for row in encoded if row is not None for _ in range(node.best_of)]
     random = uniforms("best of n", range(len(ids)), 0, 0, cfg.rollout.max_new_tokens)
     experience = make_experience(
         dataclasses.replace(models, ref=None),
-        Prompts(turns, ids, random),
+        Prompts(asked, ids, random),
         Sampling(node.temperature, node.top_p, node.top_k),
         cfg.deploy.eval_micro_batch,
     )
@@ -42,8 +43,8 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
     scores = experience.scores[:, 0].view(shape).cpu()
     gold = None
     if data.gold:
-        texts = [experience.text(i, models.tokenizer) for i in range(len(turns))]
-        gold = torch.tensor([data.gold(*row) for row in zip(turns, texts)]).view(shape)
+        texts = [experience.text(i, models.tokenizer) for i in range(len(asked))]
+        gold = torch.tensor([data.gold(p.turns, text) for p, text in zip(asked, texts)]).view(shape)
     return [
         BestOfPoint(
             n,

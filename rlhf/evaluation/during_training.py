@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf.base.log import log
 from rlhf.config.schema import Config
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset, Prompt
 from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_policy
 from rlhf.models.loading import save_engine
 from rlhf.rl.experience import Experience, Models
@@ -62,12 +62,12 @@ class Evaluations:
         """Evaluate after training, and put it beside the start."""
         return before_and_after((self.start, self.start_samples), self.evaluate(step))
 
-    def gold_metrics(self, experience: Experience, turns: Sequence[list[Turn]]) -> dict[str, float]:
+    def gold_metrics(self, experience: Experience, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Gold rewards of a rollout, where the ground truth is known."""
         if not self.data.gold:
             return {}
-        texts = [experience.text(row, self.models.tokenizer) for row in range(len(turns))]
-        gold = [self.data.gold(prompt, text) for prompt, text in zip(turns, texts)]
+        texts = [experience.text(row, self.models.tokenizer) for row in range(len(prompts))]
+        gold = [self.data.gold(prompt.turns, text) for prompt, text in zip(prompts, texts)]
         return {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,26 +32,27 @@ def evaluate_policy(
     sources, `kl` (nats per response: the sum over tokens of log pi - log ref).
     Raises: UserError where all prompts are too long.
     """
-    encoded = template.encode_prompts(models.tokenizer, data.eval_prompts, max_prompt_tokens)
-    kept = [(turns, ids) for turns, ids in zip(data.eval_prompts, encoded) if ids is not None]
+    turns = [prompt.turns for prompt in data.eval_prompts]
+    encoded = template.encode_prompts(models.tokenizer, turns, max_prompt_tokens)
+    kept = [(prompt, ids) for prompt, ids in zip(data.eval_prompts, encoded) if ids is not None]
     if not kept:
         raise UserError(
             f"all held-out prompts are too long (data.max_prompt_tokens={max_prompt_tokens}): "
             "raise it"
         )
     random = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    prompts = Prompts([turns for turns, _ in kept], [ids for _, ids in kept], random)
+    prompts = Prompts([prompt for prompt, _ in kept], [ids for _, ids in kept], random)
     experience = make_experience(replace(models, critic=None), prompts, sampling, micro_batch)
     kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
     rows = []
-    for i, turns in enumerate(prompts.turns):
-        row = response_row(models, experience, i, turns)
+    for i, prompt in enumerate(prompts.rows):
+        row = response_row(models, experience, i, prompt.turns)
         if models.ref is not None:
             row["kl"] = float(kl[i])
         if data.gold:
-            row["gold"] = data.gold(turns, row["completion"])
+            row["gold"] = data.gold(prompt.turns, row["completion"])
         if data.best_gold:
-            row["gold_best"] = data.best_gold(turns)
+            row["gold_best"] = data.best_gold(prompt.turns)
         rows.append(row)
     metrics = [key for key in rows[0] if key not in ("prompt", "completion")]
     return {key: sum(row[key] for row in rows) / len(rows) for key in metrics}, rows

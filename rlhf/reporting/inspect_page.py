@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from rlhf.config.choices import TrainOn
 from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.batches import first_loss_token
@@ -259,8 +260,9 @@ def samples(
             kinds = ["context"] * len(prompt)
             shown.append(sample(tokenizer, "the policy answers this prompt", prompt, [], kinds))
         for name in {"sft": ["chosen"], "rm": ["chosen", "rejected"], "ppo": []}[stage]:
+            calls = [row["calls"]] if name == "chosen" else None
             [answer] = template.encode_responses(
-                tokenizer, [row[name]], cfg.data.max_response_tokens
+                tokenizer, [row[name]], cfg.data.max_response_tokens, [turns], calls
             )
             finished = answer[-1] == tokenizer.eos_token_id
             title = name if finished else f"{name}, truncated"
@@ -276,7 +278,7 @@ def samples(
 def _kinds(stage: str, prompt: list[int], answer: list[int], cfg: Config) -> list[str]:
     """What each token of prompt and answer is for the stage: CSS classes."""
     if stage == "sft":
-        first = first_loss_token(prompt, cfg.sft.train_on_prompt)
+        first = first_loss_token(prompt, cfg.sft.train_on is TrainOn.everything)
         return ["context"] * first + ["loss"] * (len(prompt) + len(answer) - first)
     kinds = ["context"] * len(prompt) + ["answer"] * len(answer)
     kinds[-1] += " scored"

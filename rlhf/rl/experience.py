@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config.choices import RolloutEngine
 from rlhf.data import template
 from rlhf.data.batches import chunks, pad_left
-from rlhf.data.records import Turn
+from rlhf.data.records import Prompt
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, autocast, computes_in_fp32, gather_parameters
 from rlhf.models.wrappers import LogProbModel, Policy, Scorer
@@ -96,7 +96,7 @@ class Experience:
 class Prompts:
     """What to respond to. Several entries may be the same prompt."""
 
-    turns: Sequence[list[Turn]]
+    rows: Sequence[Prompt]
     ids: Sequence[Sequence[int]]  # the same as token ids
     random: Tensor  # (B, R) in [0, 1), a number for each token of each response
 
@@ -145,8 +145,8 @@ def make_experience(
         models, experience, micro_batch, sampling.temperature, rescore or pad_is_eos or not exact
     )
     if models.rewards is not None:
-        turns = [prompts.turns[i] for i in mine]
-        experience.scores = score(models.rewards, experience, turns, micro_batch)
+        asked = [prompts.rows[i] for i in mine]
+        experience.scores = score(models.rewards, experience, asked, micro_batch)
     gathered = [collectives.all_gather_rows(getattr(experience, name)) for name in sampled_fields()]
     place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
     return Experience(*gathered).rows([place[i] for i in range(len(prompts.ids))])
@@ -218,13 +218,13 @@ def measure(
 
 @torch.no_grad()
 def score(
-    rewards: Rewards, experience: Experience, turns: Sequence[list[Turn]], micro_batch: int
+    rewards: Rewards, experience: Experience, prompts: Sequence[Prompt], micro_batch: int
 ) -> Tensor:
     """Scores of this rank's responses, (b, sources)."""
     index: list[int] = []
     parts = []
     for chunk in by_length(experience, micro_batch):
-        parts.append(rewards(experience.rows(chunk), [turns[row] for row in chunk]))
+        parts.append(rewards(experience.rows(chunk), [prompts[row] for row in chunk]))
         index += chunk
     return torch.cat(parts)[torch.tensor(index).argsort()]
 

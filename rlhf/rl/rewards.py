@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import json
 import math
 import os
 import statistics
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, score_sources
 from rlhf.data import template
 from rlhf.data.batches import map_across_ranks, pad_right
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.models.loading import (
     check_context,
@@ -35,7 +38,8 @@ from rlhf.models.loading import (
 from rlhf.models.wrappers import Scorer, sequence_scores
 from rlhf.rl.experience import Experience
 
-RewardFunction = Callable[[list[Turn], str], float]
+# of the prompt's turns and a response; further parameters get the row's columns of their names
+RewardFunction = Callable[..., float]
 NO_LIMIT = 10**9  # tokens
 
 
@@ -47,7 +51,8 @@ class Source:
     weight: float = 1.0
     engine: Engine[Scorer] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None  # the reward model's own
-    reads_text: bool = False  # its tokenizer is not the policy's, so responses are tokenized again
+    # its tokenizer or template is not the policy's, so responses are tokenized again
+    reads_text: bool = False
     function: RewardFunction | None = None
 
 
@@ -70,30 +75,31 @@ class Rewards:
     def for_policy(self, tokenizer: PreTrainedTokenizerBase) -> Rewards:
         """The same sources for the responses of a policy with this tokenizer."""
         sources = [
-            replace(s, reads_text=needs_text(tokenizer, s.tokenizer)) if s.engine else s
+            replace(s, reads_text=needs_text(tokenizer, s.tokenizer)) if s.tokenizer else s
             for s in self.sources
         ]
         return Rewards(sources, tokenizer)
 
     @torch.no_grad()
-    def __call__(self, part: Experience, turns: Sequence[list[Turn]]) -> Tensor:
+    def __call__(self, part: Experience, prompts: Sequence[Prompt]) -> Tensor:
         """Scores of the responses of some rows, (b, sources).
 
-        Args: turns: the prompts of these rows.
+        Args: prompts: of these rows.
         Raises: UserError where a function fails, or returns no finite number.
         """
         texts = []
         if any(source.function or source.reads_text for source in self.sources):
-            texts = [part.text(i, self.tokenizer) for i in range(len(turns))]
-        columns = []
+            texts = [part.text(i, self.tokenizer) for i in range(len(prompts))]
+        scores = []
         for source in self.sources:
             if source.function:
-                values = [call(source, *row) for row in zip(turns, texts)]
+                values = [call(source, *row) for row in zip(prompts, texts)]
                 device = part.response_mask.device
-                columns.append(torch.tensor(values, dtype=torch.float32, device=device))
+                scores.append(torch.tensor(values, dtype=torch.float32, device=device))
             else:
-                columns.append(self.model_scores(source, part, turns, texts))
-        return torch.stack(columns, 1)
+                turns = [prompt.turns for prompt in prompts]
+                scores.append(self.model_scores(source, part, turns, texts))
+        return torch.stack(scores, 1)
 
     def model_scores(
         self, source: Source, part: Experience, turns: Sequence[list[Turn]], texts: Sequence[str]
@@ -111,12 +117,13 @@ class Rewards:
         return sequence_scores(source.engine, ids, mask, source.tokenizer.eos_token_id)
 
 
-def call(source: Source, turns: list[Turn], response: str) -> float:
+def call(source: Source, prompt: Prompt, response: str) -> float:
     """The score of a function. Raises: UserError naming source and response."""
     assert source.function
     where = f"rewards.{source.name}: the function"
+    columns = columns_for(source.function, prompt, where)
     try:
-        value = float(source.function(turns, response))
+        value = float(source.function(prompt.turns, response, **columns))
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{where} failed on the response {response[:80]!r}: {what}") from error
@@ -125,11 +132,34 @@ def call(source: Source, turns: list[Turn], response: str) -> float:
     return value
 
 
-def needs_text(
-    policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None
-) -> bool:
-    """Whether a reward model must read text, because its tokenizer differs from the policy's."""
-    return own is not None and not template.same_tokens(policy_tokenizer, own)
+def columns_for(function: RewardFunction, prompt: Prompt, where: str) -> dict[str, Any]:
+    """The columns of a prompt's row that a function has parameters for, after its first two.
+
+    Args: where: begins the message.
+    Raises: UserError naming a column that it needs and the row does not have.
+    """
+    _, _, *parameters = inspect.signature(function).parameters.values()
+    if not parameters:
+        return {}
+    columns: dict[str, Any] = json.loads(prompt.columns or "{}")
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        wanted = columns
+    else:
+        wanted = {one.name: columns[one.name] for one in parameters if one.name in columns}
+    needed = {one.name for one in parameters if one.default is one.empty and one.kind < 4}
+    if missing := sorted(needed - wanted.keys()):
+        there = ", ".join(columns) or "none"
+        raise UserError(
+            f"{where} has a parameter {missing[0]}, and a row has no such column (it has {there}): "
+            "give it a default value, or add the column to the data"
+        )
+    return wanted
+
+
+def needs_text(policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> bool:
+    """Whether a reward model must read text: its tokenizer differs from the policy's, or its
+    template writes something after the EOS, where its score is read."""
+    return bool(template.after_eos(own)) or not template.same_tokens(policy_tokenizer, own)
 
 
 def retokenize(source: Source, turns: list[Turn], response: str, finished: bool) -> list[int]:
@@ -140,6 +170,7 @@ def retokenize(source: Source, turns: list[Turn], response: str, finished: bool)
     assert source.engine is not None
     prompt = template.encode_prompts(source.tokenizer, [turns], NO_LIMIT)[0] or []
     ids = prompt + template.encode_response(source.tokenizer, response, finished)
+    ids += template.after_eos(source.tokenizer) if finished else []
     return ids[-readable_tokens(source.engine) :]
 
 
@@ -226,7 +257,8 @@ def build_rewards(
         foreign = needs_text(tokenizer, own)
         if foreign:
             log.info(
-                f"{key}: the reward model has another tokenizer, so it reads responses as text"
+                f"{key}: the reward model has another tokenizer or template than the policy, so it "
+                "reads responses as text"
             )
         else:
             max_prompt, max_new = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
@@ -274,7 +306,13 @@ def set_unit(
             f"{node_name(cfg)}.normalize_score=true: there are no SFT responses to measure {key} "
             "on; set it to false"
         )
-    rows = [(prompt + answer)[-readable_tokens(engine) :] for prompt, answer in encoded]
+    end = template.after_eos(tokenizer)
+    rows = [
+        (prompt + answer + (end if answer[-1] == tokenizer.eos_token_id else []))[
+            -readable_tokens(engine) :
+        ]
+        for prompt, answer in encoded
+    ]
     mean, std = score_mean_std(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
     settings.score_mean, settings.score_std = mean, max(std, 1e-6)
     unit = f"mean {mean:.3g}, standard deviation {std:.3g}"

@@ -24,7 +24,7 @@ from rlhf.config.stage_graph import policy_labels
 from rlhf.config.stage_nodes import Eval
 from rlhf.data import template
 from rlhf.data.load import open_data
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, release_engine
 from rlhf.evaluation.best_of import best_of
@@ -67,7 +67,7 @@ class Setup:
     scorers: list[str]  # paths of the reward models
     tokenizers: dict[str, PreTrainedTokenizerBase]  # of each policy
     data: Dataset  # its eval_prompts fit all policies
-    fixed_prompts: list[list[Turn]]  # of eval.prompts; they fit all models
+    fixed_prompts: list[Prompt]  # of eval.prompts; they fit all models
     max_fixed_prompt: int  # tokens
 
     @property
@@ -148,7 +148,7 @@ def prepare(cfg: Config, run_dir: Path) -> Setup:
         warn_of_template(name, path, tokenizers[name], cfg)
     data = open_data(cfg, run_dir)
     files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
-    fixed = [[Turn("user", line)] for file in files for line in read_prompt_lines(file)]
+    fixed = [Prompt([Turn("user", line)]) for file in files for line in read_prompt_lines(file)]
     contexts = [context for path in models if (context := context_length(path))]
     max_fixed_prompt = min(contexts, default=NO_LIMIT) - max_new
     held_out = fitting(data.eval_prompts, tokenizers.values(), max_prompt)
@@ -192,10 +192,11 @@ def warn_of_template(name: str, path: str, tokenizer: PreTrainedTokenizerBase, c
 
 
 def fitting(
-    prompts: Sequence[list[Turn]], tokenizers: Iterable[PreTrainedTokenizerBase], max_prompt: int
-) -> list[list[Turn]]:
+    prompts: Sequence[Prompt], tokenizers: Iterable[PreTrainedTokenizerBase], max_prompt: int
+) -> list[Prompt]:
     """The prompts of at most `max_prompt` tokens for all policies: all get the same prompts."""
-    encoded = [template.encode_prompts(tokenizer, prompts, max_prompt) for tokenizer in tokenizers]
+    turns = [prompt.turns for prompt in prompts]
+    encoded = [template.encode_prompts(tokenizer, turns, max_prompt) for tokenizer in tokenizers]
     return [prompt for prompt, *ids in zip(prompts, *encoded) if None not in ids]
 
 

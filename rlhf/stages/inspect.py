@@ -160,7 +160,10 @@ def verdicts(result: Inspection, cfg: Config) -> list[str]:
     for source in result["sources"]:
         lines += _skipped_rows(source)
         if unread := source.get("unread"):
-            lines.append(f"columns of {name_of(source)} that are not read: {', '.join(unread)}")
+            lines.append(
+                f"columns of {name_of(source)} that are not read, unless a reward function asks "
+                f"for them: {', '.join(unread)}"
+            )
     return lines
 
 

@@ -23,7 +23,7 @@ from rlhf.config.choices import BestBy, KlAppliedTo
 from rlhf.config.schema import Config
 from rlhf.data import tokenized
 from rlhf.data.batches import global_batches, uniforms
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset, Prompt
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.during_training import Evaluations
 from rlhf.models.loading import check_context, load_scorer, save_engine
@@ -43,7 +43,7 @@ from rlhf.training.checkpoint import Checkpoints, Stateful
 from rlhf.training.setup import build_actor_and_reference, open_inputs
 from rlhf.training.tracker import Tracker
 
-PromptRows = tokenized.Rows[tuple[list[Turn], list[int]]]
+PromptRows = tokenized.Rows[tuple[Prompt, list[int]]]
 SHOWN = ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"]
 
 
@@ -207,7 +207,7 @@ def log_rollout(
     """Metrics of a rollout; some of its responses go to rollouts.jsonl, token by token."""
     rewards = learner.rewards
     metrics = rollout_metrics(experience, scored, state.kl.value)
-    metrics |= state.evaluations.gold_metrics(experience, asked.turns)
+    metrics |= state.evaluations.gold_metrics(experience, asked.rows)
     metrics |= source_metrics(rewards.names, experience.scores)
     count = learner.cfg.rollout.log_responses
     state.tracker.responses(rollout + 1, response_rows(experience, scored, rewards, count))
@@ -231,8 +231,8 @@ def prompts_of_rollout(
     # response j to prompt i has a number of its own, whatever else is in the rollout
     numbers = [i + j * len(prompts) for i in batch for j in range(k)]
     random = uniforms("rollout", numbers, cfg.seed, rollout, cfg.rollout.max_new_tokens)
-    turns, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(k)))
-    return Prompts(turns, ids, random)
+    rows, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(k)))
+    return Prompts(rows, ids, random)
 
 
 def score_rollout(learner: Learner, state: State, experience: Experience) -> Scored:

@@ -20,6 +20,7 @@ from rlhf.config.schema import Config
 from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, micro_batches, pad_right
 from rlhf.data.records import Demonstration, Pair
+from rlhf.data.template_check import check_template
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.reward_model import accuracy_gold, pairwise_accuracy, score_pairs
@@ -48,6 +49,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 1. data
     rm, max_prompt, max_response = cfg.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     tokenizer, data = open_inputs(cfg, run_dir, cfg.reward.path)
+    check_template(tokenizer, data.rm, data.report, "rm", ["chosen", "rejected"])
     pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
     encoded = template.encode_prompts(tokenizer, [pair.prompt for pair in data.eval_rm], max_prompt)
     held_out = [pair for pair, ids in zip(data.eval_rm, encoded) if ids is not None]
@@ -87,6 +89,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics, samples = evaluate(engine, held_out, data.eval_probe, tokenizer, cfg)
     tracker.samples(steps, samples)
     metrics |= set_score_unit(engine, data.eval_sft, tokenizer, cfg)
+    template.end_at_eos(tokenizer)
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: demonstrations -> policy. The loss is on the answer and its EOS only."""
+"""Supervised fine-tuning: demonstrations -> policy. The loss is on the answers and their EOS."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from rlhf.base.log import log
+from rlhf.config.choices import TrainOn
 from rlhf.config.schema import Config
 from rlhf.data import template, tokenized
 from rlhf.data.batches import first_loss_token, global_batches, micro_batches
+from rlhf.data.template_check import check_template
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.policy import evaluate_policy
@@ -40,7 +42,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     tokenizer, data = open_inputs(cfg, run_dir, cfg.actor.path)
     pad_id = tokenizer.pad_token_id
-    rows = tokenized.demonstrations(tokenizer, data.sft, max_prompt, max_response, cfg.data.workers)
+    every_answer = sft.train_on is TrainOn.all
+    rows = tokenized.demonstrations(
+        tokenizer, data.sft, max_prompt, max_response, cfg.data.workers, every_answer
+    )
+    check_template(tokenizer, data.sft, data.report, "sft")
     held_out = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
     log.info(f"SFT: {rows}, {len(held_out)} held out")
     steps = count_steps(rows, sft.batch_size, sft.epochs, sft.max_steps, "sft.batch_size")
@@ -113,7 +119,7 @@ def train_step(
     Returns: its metrics; `num_tokens` is the number of tokens in the loss.
     """
     examples = {i: rows[i] for i in batch}
-    on_prompt = cfg.sft.train_on_prompt
+    on_prompt = cfg.sft.train_on is TrainOn.everything
     tokens = sum(
         len(prompt) + len(answer) - first_loss_token(prompt, on_prompt)
         for prompt, answer in examples.values()

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from rlhf.config.choices import Format
+from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Source
-from rlhf.data.formats.messages import READ, Json, kind_of
+from rlhf.data.formats.messages import MORE, READ, Json, kind_of
 
 Row = dict[str, Json]
+TOOLS_IN = Template.tokenizer  # the one style that can write what is about tools
 
-BEFORE = ["system", "history"]  # optional fields of all prompts: what comes before the question
+# optional fields of prompts: what comes before the question. Tools are for a model's own template.
+BEFORE = ["system", "history", "tools"]
 FIELDS: dict[Format, tuple[list[str], list[str]]] = {  # required and optional fields
     Format.sandbox: ([], []),
     Format.prompt_chosen_rejected: (["prompt", "chosen"], ["rejected", *BEFORE]),
-    Format.chosen_rejected: (["chosen", "rejected"], ["system"]),
+    Format.chosen_rejected: (["chosen", "rejected"], ["system", "tools"]),
     Format.scored_answers: (
         ["prompt", "answer_a", "answer_b", "score_a", "score_b"],
         ["quotes_a", "quotes_b", *BEFORE],
     ),
     Format.instruction: (["instruction", "output"], ["input", *BEFORE]),
-    Format.messages: (["messages"], ["system"]),
+    Format.messages: (["messages"], ["system", "tools"]),
     Format.prompts: (["prompt"], BEFORE),
     Format.text: (["text"], []),
 }
@@ -86,26 +88,37 @@ def check_columns(columns: Collection[str], source: Source) -> None:
         )
 
 
-def unread_columns(rows: Iterable[Row], source: Source) -> list[str]:
+def columns_read(row: Row, source: Source, style: Template) -> set[str]:
+    """The columns of a row that its format reads, and the paths into them."""
+    assert source.format is not None
+    required, optional = FIELDS[source.format]
+    fields = [name for name in required + optional if name != "tools" or style is TOOLS_IN]
+    paths = {path_of(row, source, name) for name in fields}
+    return paths | {path.split(".")[0] for path in paths}
+
+
+def unread_columns(rows: Iterable[Row], source: Source, style: Template) -> list[str]:
     """Columns, and parts of messages, that these rows have and that their format does not read.
 
     Parts of messages are named messages[].NAME. Empty ones do not count.
+
+    Args: style: data.template; only a model's own template reads what is about tools.
     """
-    assert source.format is not None
     unread: dict[str, None] = {}
+    has_tools = style is TOOLS_IN
     for row in rows:
-        fields = [*FIELDS[source.format][0], *FIELDS[source.format][1]]
-        read = {path_of(row, source, field).split(".")[0] for field in fields}
-        read |= {path_of(row, source, field) for field in fields}
+        read = columns_read(row, source, style)
         for column, value in row.items():
             if value in (None, "", []):
                 continue
             if column not in read:
                 unread[column] = None
             elif isinstance(value, list):
+                # of a pair's answers only the text is read
+                known = READ | MORE if has_tools and column not in ("chosen", "rejected") else READ
                 messages = [part for part in value if isinstance(part, dict) and part.keys() & READ]
                 parts = {key for message in messages for key in message if message[key]}
-                unread |= dict.fromkeys(f"{column}[].{key}" for key in sorted(parts - READ))
+                unread |= dict.fromkeys(f"{column}[].{key}" for key in sorted(parts - known))
     return list(unread)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TypeAlias
 
@@ -17,11 +18,15 @@ ROLES = {
     "model": "assistant",
     "system": "system",
     "developer": "system",
+    "tool": "tool",  # what a tool returns
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function_call": "assistant",  # in ShareGPT's layout its text is the call
 }
-TOOLS = ("tool", "function", "observation", "ipython")  # roles of what a tool returns
-CALLS = ("tool_calls", "function_call")  # keys of a message that calls one
-NO_TOOLS = "conversations with tools are not read"
 READ = {"role", "from", "content", "value"}  # keys of a message
+# keys that only a model's own template reads (`Turn.more`); function_call becomes tool_calls
+MORE = {"tool_calls", "function_call", "tool_call_id", "name", "reasoning_content"}
 MARKS = [("Human:", "Assistant:"), ("USER:", "ASSISTANT:")]
 
 
@@ -43,7 +48,7 @@ def kind_of(value: Json) -> str:
 
 
 def turns_of_messages(value: Json, name: str) -> list[Turn]:
-    """Turns of [{role, content}, ...] or [{from, value}, ...].
+    """Turns of [{role, content}, ...] or [{from, value}, ...], with calls of tools.
 
     Texts are stripped; those of the assistant keep the indentation of their first line.
 
@@ -57,15 +62,64 @@ def turns_of_messages(value: Json, name: str) -> list[Turn]:
         if not isinstance(message, dict):
             raise ValueError(f"{where} is {kind_of(message)}, not a message")
         role = message.get("from") if message.get("role") is None else message["role"]
-        if role in TOOLS or any(message.get(key) for key in CALLS):
-            raise ValueError(f"{where} is of or for a tool: {NO_TOOLS}")
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{where}: unknown role {role}; known are {', '.join(ROLES)}")
         content = message.get("content")
-        text = text_of(message.get("value") if content is None else content, where)
-        role = ROLES[role]
-        turns.append(Turn(role, answer_text(text) if role == "assistant" else text.strip()))
+        content = message.get("value") if content is None else content
+        more = {key: message[key] for key in sorted(MORE) if message.get(key)}
+        if role == "function_call":
+            more["function_call"], content = content, ""
+        if "function_call" in more:
+            more["tool_calls"] = [{"type": "function", "function": more.pop("function_call")}]
+        if "tool_calls" in more:
+            more["tool_calls"] = _calls(more["tool_calls"], where)
+            content = "" if content is None else content
+        text, role = text_of(content, where), ROLES[role]
+        text = answer_text(text) if role == "assistant" else text.strip()
+        turns.append(Turn(role, text, json.dumps(more, ensure_ascii=False) if more else ""))
     return turns
+
+
+def _calls(calls: Json, where: str) -> Json:
+    """Calls of tools as templates expect them: [{type, function: {name, arguments: {...}}}].
+
+    The arguments, and in ShareGPT's layout the whole call, may be JSON in a string.
+    """
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}: tool_calls is {kind_of(calls)}, not a list")
+    read: list[Json] = []
+    for call in calls:
+        given = call.get("function", call) if isinstance(call, dict) else call
+        function = _parsed(given)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: a call of a tool needs the name of a function")
+        function = function | {"arguments": _parsed(function.get("arguments", {}))}
+        others = call if isinstance(call, dict) and "function" in call else {"type": "function"}
+        read.append(others | {"function": function})
+    return read
+
+
+def _parsed(value: Json) -> Json:
+    """The value of a string that is JSON; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def turn_of_tools(value: Json) -> Turn | None:
+    """The definitions of tools as a turn of their own; None where there are none.
+
+    Args: value: a list of objects, which may be JSON in a string.  Raises: ValueError.
+    """
+    tools = _parsed(value)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"tools is {kind_of(tools)}, not a list of objects")
+    return Turn("tools", json.dumps(tools, ensure_ascii=False))
 
 
 def answer_text(text: str) -> str:

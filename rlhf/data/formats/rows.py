@@ -8,14 +8,19 @@ a question is text.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from dataclasses import replace
 
-from rlhf.config.choices import Format
+from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Source
 from rlhf.data.formats.fields import (
+    BEFORE,
     FIELDS,
+    TOOLS_IN,
     Row,
+    columns_read,
     detect_format,
     field,
     is_there,
@@ -26,10 +31,11 @@ from rlhf.data.formats.messages import (
     Json,
     answer_text,
     kind_of,
+    turn_of_tools,
     turns_of_dialogue,
     turns_of_messages,
 )
-from rlhf.data.records import Pair, Turn
+from rlhf.data.records import Pair, Turn, uses_tools
 
 
 class Skip(Exception):
@@ -39,16 +45,37 @@ class Skip(Exception):
     """
 
 
-def read_row(row: Row, source: Source) -> Pair:
-    """The prompt and answers of a row.
+RAW = (Format.prompt_chosen_rejected, Format.prompts)  # formats that data.template=none reads
 
-    `rejected` is None where it has one answer only; `chosen` is "" where it has none.
 
+def read_row(row: Row, source: Source, style: Template = Template.hh) -> Pair:
+    """The prompt and answers of a row, and its other columns.
+
+    `rejected` is None where it has one answer only; `chosen` is "" where it has none, or where it
+    only calls a tool.
+
+    Args: style: data.template. With `none` texts are kept as they are; only a model's own template
+        reads what is about tools.
     Raises: Skip for a row that is skipped on purpose; ValueError with the reason for an unreadable
         one.
     """
-    format = source.format or detect_format([*row, *source.columns])
-    match format:
+    source = replace(source, format=source.format or detect_format([*row, *source.columns]))
+    if style is Template.none:
+        pair = _checked_answers(_raw(row, source))
+    else:
+        pair = _read(row, source)
+        if style is TOOLS_IN:
+            tools = turn_of_tools(field(row, source, "tools"))
+            pair = replace(pair, prompt=[tools, *pair.prompt]) if tools else pair
+        elif uses_tools([*pair.prompt, Turn("assistant", pair.chosen, pair.calls)]):
+            raise ValueError("messages of or for tools need data.template=tokenizer")
+        else:
+            pair = replace(pair, prompt=[Turn(t.role, t.text) for t in pair.prompt], calls="")
+    return replace(pair, columns=_other_columns(row, source, style))
+
+
+def _read(row: Row, source: Source) -> Pair:
+    match source.format:
         case Format.prompt_chosen_rejected:
             pair = _prompt_chosen_rejected(row, source)
         case Format.chosen_rejected:
@@ -60,14 +87,19 @@ def read_row(row: Row, source: Source) -> Pair:
         case Format.messages:
             pair = _conversation(row, source)
         case Format.prompts:
-            return Pair(_prompt(row, source), "", None)
+            pair = Pair(_prompt(row, source), "", None)
         case None:
             columns = ", ".join(row)
             raise ValueError(f"no format fits the columns {columns}: give format and columns")
-        case _:
+        case format:
             raise ValueError(f"format {format.name} has no prompts and answers")
-    if format == Format.messages and not pair.chosen:
-        return pair  # it ends with the user
+    if source.format in (Format.prompts, Format.messages) and not pair.chosen:
+        return pair  # a conversation may end with the user, or with the call of a tool
+    return _checked_answers(pair)
+
+
+def _checked_answers(pair: Pair) -> Pair:
+    """Raises: Skip."""
     if not pair.chosen.strip() or (pair.rejected is not None and not pair.rejected.strip()):
         raise Skip("empty answer")
     if pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
@@ -81,6 +113,35 @@ def read_text(row: Row, source: Source) -> str:
     if text is None or not _string(text, "text").strip():
         raise Skip("empty text")
     return _string(text, "text")
+
+
+def _raw(row: Row, source: Source) -> Pair:
+    """Prompt and answers as they are, white space too, for data.template=none."""
+    assert source.format
+    if source.format not in RAW:
+        known = " or ".join(format.name for format in RAW)
+        raise ValueError(f"data.template=none reads format {known}, not {source.format.name}")
+    for name in BEFORE:
+        if field(row, source, name):
+            raise ValueError(f"data.template=none has no roles, so nowhere to write {name}")
+    prompt = [Turn("user", _string(required(row, source, "prompt"), "prompt"))]
+    if source.format == Format.prompts:
+        return Pair(prompt, "", None)
+    rejected = field(row, source, "rejected")
+    chosen = _string(required(row, source, "chosen"), "chosen")
+    return Pair(prompt, chosen, None if rejected is None else _string(rejected, "rejected"))
+
+
+def _other_columns(row: Row, source: Source, style: Template) -> str:
+    """The columns that are no part of the conversation, as JSON, for reward functions.
+
+    The only answer of a row is one of them: it may be the reference that a function compares with.
+    """
+    read = columns_read(row, source, style)
+    if field(row, source, "rejected") is None:
+        read -= {path_of(row, source, name) for name in ("chosen", "output")}
+    columns = {name: value for name, value in row.items() if name not in read}
+    return json.dumps(columns, default=str) if columns else ""
 
 
 # --- values and their types
@@ -146,7 +207,7 @@ def _checked_prompt(turns: list[Turn]) -> list[Turn]:
         raise ValueError("the prompt has no user's turn")
     if sum(turn.role == "system" for turn in turns[:2]) == 2:
         raise ValueError("the prompt begins with two system turns")
-    if turns[-1].role != "user":
+    if turns[-1].role not in ("user", "tool"):
         raise ValueError(f"the prompt ends with the {turns[-1].role}'s turn, not with the user's")
     return turns
 
@@ -174,7 +235,7 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
     is_whole = dialogue and dialogue[0].role == "user" and _is_dialogue(row, source)
     if isinstance(value, list) or is_whole:
         turns = turns_of_messages(value, name) if isinstance(value, list) else dialogue or []
-        answer = turns.pop().text if turns[-1].role == "assistant" else ""
+        answer = _last_answer(turns, name)
         if answer and turns and turns != prompt and turns != _without_system(prompt):
             raise ValueError(f"the turns of {name} before its last answer are not the prompt")
         return answer
@@ -186,6 +247,18 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
     if text.lstrip().startswith("Assistant:"):
         return text.lstrip().removeprefix("Assistant:").lstrip()
     return text.lstrip() if _is_dialogue(row, source) else text
+
+
+def _last_answer(turns: list[Turn], name: str) -> str:
+    """Take the answer at the end of a conversation; "" where it ends with the user.
+
+    Raises: ValueError where it is the call of a tool.
+    """
+    if not turns or turns[-1].role != "assistant":
+        return ""
+    if uses_tools(turns[-1:]):
+        raise ValueError(f"{name} ends with the call of a tool, which only `messages` may")
+    return turns.pop().text
 
 
 def _without_system(turns: list[Turn]) -> list[Turn]:
@@ -228,14 +301,14 @@ def _conversation(row: Row, source: Source) -> Pair:
     """A conversation; it has no answer where it ends with the user."""
     turns = turns_of_messages(required(row, source, "messages"), "messages")
     turns = _before(row, source, turns) + turns
-    if turns[-1].role == "user":
+    if turns[-1].role in ("user", "tool"):
         return Pair(_checked_prompt(turns), "", None)
     *prompt, last = turns
     if last.role != "assistant":
         raise ValueError(f"the last message is the {last.role}'s, not the assistant's")
-    if not last.text:
+    if not last.text and not uses_tools([last]):
         raise Skip("empty answer")
-    return Pair(_checked_prompt(prompt), last.text, None)
+    return Pair(_checked_prompt(prompt), last.text, None, calls=last.more)
 
 
 def _dialogue_and_answer(row: Row, source: Source, name: str) -> tuple[list[Turn], str]:
@@ -248,7 +321,7 @@ def _dialogue_and_answer(row: Row, source: Source, name: str) -> tuple[list[Turn
         if dialogue is None:
             raise ValueError(f"{name} is not a dialogue: it does not begin with Human: or USER:")
         turns = dialogue
-    answer = turns.pop().text if turns and turns[-1].role == "assistant" else ""
+    answer = _last_answer(turns, name)
     return _checked_prompt(_before(row, source, turns) + turns), answer
 
 

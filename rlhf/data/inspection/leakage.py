@@ -29,7 +29,7 @@ def leakage(data: Dataset) -> tuple[dict[str, int], dict[str, int]]:
     }
     evaluated = [d.prompt for d in data.eval_sft]
     evaluated += [pair.prompt for pair in data.eval_rm + data.eval_probe]
-    evaluated += data.eval_prompts
+    evaluated += [prompt.turns for prompt in data.eval_prompts]
     hashes["eval"] = np.unique(
         np.array(
             [_hash_of((turn.role, turn.text) for turn in prompt) for prompt in evaluated],
