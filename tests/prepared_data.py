@@ -10,7 +10,7 @@ from helpers import composed
 
 from rlhf.config.choices import BadRow
 from rlhf.config.schema import Data, Source
-from rlhf.data.records import Dataset
+from rlhf.data.records import Dataset, Prompt
 
 
 def config(on_bad_row: BadRow = BadRow.skip, workers: int | None = None, **of_sources: Any) -> Data:
@@ -42,7 +42,7 @@ def saved(path: Path, **splits: list[Record]) -> Path:
 def questions_of(table: Any) -> list[str]:
     """The questions of a table, or of a list of prompts, in one spelling."""
     prompts = (
-        r if isinstance(r, list) else r["prompt"] if isinstance(r, dict) else r.prompt
+        r.turns if isinstance(r, Prompt) else r["prompt"] if isinstance(r, dict) else r.prompt
         for r in table
     )
     return [

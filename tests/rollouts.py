@@ -14,7 +14,7 @@ from rlhf.config.choices import Precision
 from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.batches import pad_left
-from rlhf.data.records import Turn
+from rlhf.data.records import Prompt, Turn
 from rlhf.distributed.engine import build_engine
 from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
 from rlhf.models.wrappers import Policy
@@ -111,7 +111,7 @@ class Engines:
         **switches: bool,
     ) -> experience.Experience:
         asked = [
-            [Turn("user", f"{i}")] for i in range(len(prompts))
+            Prompt([Turn("user", f"{i}")]) for i in range(len(prompts))
         ]  # a reward model with the policy's tokenizer reads ids
         return experience_module.make_experience(
             self.models,

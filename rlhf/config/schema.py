@@ -116,7 +116,9 @@ class Data:
     eval_rows: int = key("held-out rows to evaluate on, at most", above=0)
     max_prompt_tokens: int = key("longer prompts lose their first turns, or are dropped", above=0)
     max_response_tokens: int = key("longer answers are truncated, and then have no EOS", above=0)
-    template: Template = key("how turns are written; saved with the model")
+    template: Template = key(
+        "how turns are written, saved with the model; tokenizer: the model's own; none: raw text"
+    )
     on_bad_row: BadRow = key("what happens to rows that cannot be read")
     workers: Optional[int] = placement(
         "processes that prepare the data; null: one per core, at most 8", above=0

@@ -48,7 +48,7 @@ class Pair:
     gold_margin: float | None = None  # gold reward of chosen minus rejected, where it is known
     source: str = ""  # name of its source, where pairs are evaluated
     calls: str = ""  # `Turn.more` of the chosen answer, which may be a call of a tool
-    columns: str = ""  # as in Prompt
+    columns: str = field(default="", compare=False)  # as in Prompt
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "calls", "columns")  # those of the tables

@@ -138,7 +138,10 @@ def columns_for(function: RewardFunction, prompt: Prompt, where: str) -> dict[st
     Args: where: begins the message.
     Raises: UserError naming a column that it needs and the row does not have.
     """
-    _, _, *parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except ValueError:  # written in C
+        parameters = []
     if not parameters:
         return {}
     columns: dict[str, Any] = json.loads(prompt.columns or "{}")
@@ -146,7 +149,8 @@ def columns_for(function: RewardFunction, prompt: Prompt, where: str) -> dict[st
         wanted = columns
     else:
         wanted = {one.name: columns[one.name] for one in parameters if one.name in columns}
-    needed = {one.name for one in parameters if one.default is one.empty and one.kind < 4}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = {one.name for one in parameters if one.default is one.empty and one.kind in by_name}
     if missing := sorted(needed - wanted.keys()):
         there = ", ".join(columns) or "none"
         raise UserError(

@@ -24,6 +24,7 @@ from rlhf.data import template, tokenized
 from rlhf.data.batches import global_batches, map_across_ranks, micro_batches
 from rlhf.data.cache import cache_folder, digest
 from rlhf.data.records import Dataset
+from rlhf.data.template_check import check_template
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, gather_parameters
 from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_policy
@@ -61,6 +62,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     dpo = cfg.dpo
     max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True)
+    check_template(tokenizer, data.rm, data.report, "rm", ["chosen", "rejected"])
     pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
     held_out = template.encode_pairs(tokenizer, data.eval_rm, max_prompt, max_response)
     log.info(f"DPO: {pairs}, {len(held_out)} held out")

@@ -204,9 +204,10 @@ def test_spread_takes_values_that_are_there() -> None:
 # --- the page
 
 
-@pytest.mark.parametrize("train_on_prompt", [False, True])
-def test_samples_of_sft_show_the_tokens_in_the_loss(train_on_prompt: bool) -> None:
-    cfg = composed(f"sft.train_on_prompt={str(train_on_prompt).lower()}")
+@pytest.mark.parametrize("train_on", ["last", "everything"])
+def test_samples_of_sft_show_the_tokens_in_the_loss(train_on: str) -> None:
+    train_on_prompt = train_on == "everything"
+    cfg = composed(f"sft.train_on={train_on}")
     tokenizer = load_tokenizer("builtin:tiny")
     question = [Turn("user", "What does my pan need?")]
     table = table_of([Pair(question, "A café ☃ <b>.", None)])

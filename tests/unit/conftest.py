@@ -12,7 +12,7 @@ from helpers import composed
 from rlhf.config.choices import Precision
 from rlhf.config.schema import Config
 from rlhf.data.batches import uniforms
-from rlhf.data.records import Turn
+from rlhf.data.records import Prompt, Turn
 from rlhf.distributed.engine import build_engine
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rl.experience import Experience, Models, Prompts, make_experience
@@ -40,7 +40,7 @@ def actor(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def experience(actor: Any, tokenizer: Any) -> Experience:
     """A rollout in which one response ends, measured as the first one of a run."""
-    noise, turns = uniforms("rollout", range(4), 0, 0, 6), [[Turn("user", "Hi")]] * 4
+    noise, turns = uniforms("rollout", range(4), 0, 0, 6), [Prompt([Turn("user", "Hi")])] * 4
     prompts = Prompts(turns, PROMPTS, noise)
     e = make_experience(Models(tokenizer, actor, actor), prompts, Sampling(), 4, rescore=True)
     e.scores = torch.zeros(4, 1)

@@ -75,7 +75,7 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": [message("tool", "x")]},
-            "chosen.0 is of or for a tool: conversations with tools are not read",
+            "chosen ends with a tool or the call of one; only `messages` may",
         ),
         (
             "prompt_chosen_rejected",

@@ -119,13 +119,15 @@ def test_columns_and_parts_of_messages_that_nobody_reads_are_named(tmp_path: Pat
         for i in range(40)
     ]
     path = write(tmp_path / "talks.jsonl", talks)
-    assert "  columns that are not read: tools" in summary(mine=Source(path=path)).splitlines()
+    line = "  columns not read, unless a reward function asks for them: tools"
+    assert line in summary(mine=Source(path=path)).splitlines()
 
 
 def test_reasons_of_unreadable_rows_are_counted(tmp_path: Path) -> None:
     good = [{"prompt": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(40)]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w"}}]}
-    tools = [{"prompt": [message("user", f"t {i}"), call], "chosen": "a"} for i in range(3)]
+    back = message("tool", "7")
+    tools = [{"prompt": [message("user", f"t {i}"), call, back], "chosen": "a"} for i in range(3)]
     other = [
         {"prompt": f"q {i}", "chosen": [message("user", f"r {i}"), message("assistant", "a")]}
         for i in range(2)
@@ -135,7 +137,7 @@ def test_reasons_of_unreadable_rows_are_counted(tmp_path: Path) -> None:
     ).splitlines()
     assert lines[0].endswith("skipped: 5 unreadable")
     assert lines[3:] == [
-        "  3 unreadable: prompt.N is of or for a tool: conversations with tools are not read",
+        "  3 unreadable: messages of or for tools need data.template=tokenizer",
         "  2 unreadable: the turns of chosen before its last answer are not the prompt",
     ]
 
@@ -178,7 +180,7 @@ def test_a_prompt_that_another_source_answers_is_not_in_two_parts(tmp_path: Path
         {turn["text"] for row in part for turn in row["prompt"]}
         for part in (data.sft, data.rm, data.ppo)
     ]
-    texts.append({turns[-1].text for turns in data.eval_prompts})
+    texts.append({prompt.turns[-1].text for prompt in data.eval_prompts})
     assert sum(map(len, texts)) == len(set.union(*texts)) == 200
 
 
@@ -222,7 +224,8 @@ def test_a_file_is_evaluated_on_another_file(tmp_path: Path) -> None:
         path=write(tmp_path / "a.jsonl", train), eval_split=write(tmp_path / "b.jsonl", held_out)
     )
     data = load_sources(config(mine=one))
-    assert sorted(turns[-1].text for turns in data.eval_prompts) == [f"h {i}" for i in range(5)]
+    asked = sorted(prompt.turns[-1].text for prompt in data.eval_prompts)
+    assert asked == [f"h {i}" for i in range(5)]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rlhf.config.choices import Template
 from rlhf.config.schema import Source
 from rlhf.data import load, reading, template, tokenized
 from rlhf.data.reading import hash_text
-from rlhf.data.records import Dataset, Demonstration, Pair, Turn
+from rlhf.data.records import Dataset, Demonstration, Pair, Prompt, Turn
 from rlhf.data.sources import load_sources, pair_of
 from rlhf.models.loading import load_tokenizer
 
@@ -82,7 +82,7 @@ def test_rows_on_disk_are_what_the_template_makes_of_the_records(
     prompts = tokenized.prompts(tokenizer, data.ppo, limits[0])
     turns = [pair.prompt for pair in map(pair_of, data.ppo)]
     encoded = template.encode_prompts(tokenizer, turns, limits[0])
-    assert list(prompts) == [(t, ids) for t, ids in zip(turns, encoded) if ids is not None]
+    assert list(prompts) == [(Prompt(t), ids) for t, ids in zip(turns, encoded) if ids is not None]
     assert list(prompts.lengths) == [len(ids) for _, ids in prompts] and prompts.truncated == 0
 
 

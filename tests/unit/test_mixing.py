@@ -11,6 +11,7 @@ from prepared_data import assert_apart, assert_counts_add_up, config, parts, que
 from rlhf.base.errors import UserError
 from rlhf.config.schema import Source
 from rlhf.data import load
+from rlhf.data.records import PAIR_COLUMNS
 from rlhf.data.sources import load_sources
 from rlhf.data.splits import PARTS
 
@@ -116,4 +117,4 @@ def test_columns_of_other_names_mix_with_the_usual_ones(tmp_path: Path) -> None:
         )
     )
     assert {text.split()[0] for text in questions_of(data.rm)} == {"question", "else"}
-    assert data.rm.column_names == ["prompt", "chosen", "rejected"]
+    assert data.rm.column_names == list(PAIR_COLUMNS)

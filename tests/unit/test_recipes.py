@@ -12,7 +12,7 @@ import pytest
 from helpers import CONF, MODELS, PRESETS, STAGES, composed, some
 from omegaconf import OmegaConf
 
-from rlhf.config.choices import KlController, Normalize, RmLoss, Schedule
+from rlhf.config.choices import KlController, Normalize, RmLoss, Schedule, TrainOn
 from rlhf.config.keys import lookup
 from rlhf.config.stage_nodes import DsChat
 from rlhf.config.validation import check_config
@@ -172,7 +172,7 @@ def test_no_recipe_sets_what_the_dschat_options_set() -> None:
         "rl.dschat.greedy",
         "rl.epochs",
         "rm.loss",
-        "sft.train_on_prompt",
+        "sft.train_on",
     } <= taken
     for group in ("recipe", "reward_recipe"):
         for path in (CONF / group).glob("*.yaml"):
@@ -191,7 +191,7 @@ def test_the_dschat_options_hold_with_every_recipe(actor: str, deploy: str) -> N
     plain, cfg = composed(*chosen), composed(*chosen, *DSCHAT)
     assert check_config(cfg) == []
     assert cfg.rl.dschat == DsChat(greedy=True, pad_is_eos=True)
-    assert (cfg.sft.train_on_prompt, cfg.rm.loss) == (True, RmLoss.per_token)
+    assert (cfg.sft.train_on, cfg.rm.loss) == (TrainOn.everything, RmLoss.per_token)
     rl = cfg.rl
     assert (rl.kl.coef, rl.score_clip, rl.clip_low, rl.clip_high, rl.critic.value_clip) == (
         0.1,

@@ -18,7 +18,7 @@ from rlhf.config.stage_graph import parent_stages
 from rlhf.config.stage_nodes import RewardSource
 from rlhf.config.validation import check_config
 from rlhf.data import template
-from rlhf.data.records import Turn
+from rlhf.data.records import Prompt, Turn
 from rlhf.models.loading import load_tokenizer
 from rlhf.rl import rewards
 from rlhf.rl.experience import Experience
@@ -26,7 +26,7 @@ from rlhf.rl.rewards import Rewards, Source
 from rlhf.runs.identity import run_identity, run_name
 from rlhf.runs.inputs import check_functions
 
-ASKED = [[Turn("user", text)] for text in ("a", "b", "c", "d")]
+ASKED = [Prompt([Turn("user", text)]) for text in ("a", "b", "c", "d")]
 
 
 def sources(**settings: dict[str, Any]) -> Config:
@@ -49,7 +49,7 @@ def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokeni
         [Source("length", function=function), Source("one", 2.0, function=lambda t, a: True)],
         tokenizer,
     )(experience, ASKED)
-    assert seen == [(ASKED[i], experience.text(i, tokenizer)) for i in range(4)]
+    assert seen == [(ASKED[i].turns, experience.text(i, tokenizer)) for i in range(4)]
     assert (
         scores.dtype == torch.float32
         and scores[:, 0].tolist() == [len(answer) for _, answer in seen]

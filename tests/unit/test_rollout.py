@@ -27,7 +27,7 @@ from rlhf.config.choices import KlEstimator, RolloutEngine
 from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.batches import pad_right, uniforms
-from rlhf.data.records import Dataset, Turn
+from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.evaluation.policy import evaluate_policy
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import last_token_score, model_inputs
@@ -133,17 +133,17 @@ def test_every_answer_is_scored_with_its_own_prompt(
 ) -> None:
     m = models_of_ppo
     prompts, answers, draws = some_rollout(m)
-    asked = [[Turn("user", text)] for text in QUESTIONS]
+    asked = [Prompt([Turn("user", text)]) for text in QUESTIONS]
     calls: list[int] = []
 
-    def rewards(part: experience_module.Experience, turns: Sequence[list[Turn]]) -> Tensor:
-        calls.append(len(turns))
-        assert len(part.response_mask) == len(turns) <= micro_batch
-        texts = [part.text(i, m.tokenizer) for i in range(len(turns))]
+    def rewards(part: experience_module.Experience, prompts: Sequence[Prompt]) -> Tensor:
+        calls.append(len(prompts))
+        assert len(part.response_mask) == len(prompts) <= micro_batch
+        texts = [part.text(i, m.tokenizer) for i in range(len(prompts))]
         return torch.tensor(
             [
-                [QUESTIONS.index(turn[-1].text), (ANSWERS + texts).index(text)]
-                for turn, text in zip(turns, texts)
+                [QUESTIONS.index(prompt.turns[-1].text), (ANSWERS + texts).index(text)]
+                for prompt, text in zip(prompts, texts)
             ]
         ).float()
 
@@ -198,7 +198,7 @@ def test_transformers_loop_makes_the_same_experience(
 ) -> None:
     m = models_of_ppo
     prompts, _, draws = some_rollout(m)
-    asked = [[Turn("user", f"{i}")] for i in range(len(prompts))]
+    asked = [Prompt([Turn("user", f"{i}")]) for i in range(len(prompts))]
     native, hf = (
         experience_module.make_experience(
             dataclasses.replace(m.models, engine=engine),
@@ -215,7 +215,7 @@ def test_transformers_loop_makes_the_same_experience(
 def test_what_has_no_engine_stays_zero(models_of_ppo: Engines) -> None:
     m = models_of_ppo
     asked, draws = (
-        [[Turn("user", "a")], [Turn("user", "b")]],
+        [Prompt([Turn("user", "a")]), Prompt([Turn("user", "b")])],
         uniforms("rollout", range(2), 0, 0, 3),
     )
     e = experience_module.make_experience(
@@ -297,11 +297,8 @@ def test_masks_guessed_from_ids_hide_every_eos_but_the_answers_end_where_they_di
 
 def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_ppo: Engines) -> None:
     m = models_of_ppo
-    prompts = [
-        [Turn("user", "What does my cat need?")],
-        [Turn("user", "far too long " * 30)],
-        [Turn("user", "Hi")],
-    ]
+    texts = ["What does my cat need?", "far too long " * 30, "Hi"]
+    prompts = [Prompt([Turn("user", text)]) for text in texts]
     data = Dataset(
         [],
         [],
@@ -329,9 +326,8 @@ def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(
     models_of_ppo: Engines,
 ) -> None:
     m = models_of_ppo
-    data = Dataset(
-        [], [], [], [], [], [[Turn("user", "What does my cat need?")], [Turn("user", "Hi")]]
-    )
+    texts = ["What does my cat need?", "Hi"]
+    data = Dataset([], [], [], [], [], [Prompt([Turn("user", text)]) for text in texts])
     sources = [
         Source("model", 1.0, m.reward),
         Source("long", -0.5, function=lambda turns, answer: float(len(turns[-1].text + answer))),
@@ -349,7 +345,7 @@ def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(
 
 def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
     m = models_of_ppo
-    data = Dataset([], [], [], [], [], [[Turn("user", text)] for text in QUESTIONS])
+    data = Dataset([], [], [], [], [], [Prompt([Turn("user", text)]) for text in QUESTIONS])
     told = [
         Sampling(greedy=True),
         Sampling(top_k=1),

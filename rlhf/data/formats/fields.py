@@ -97,7 +97,7 @@ def columns_read(row: Row, source: Source, style: Template) -> set[str]:
     return paths | {path.split(".")[0] for path in paths}
 
 
-def unread_columns(rows: Iterable[Row], source: Source, style: Template) -> list[str]:
+def unread_columns(rows: Iterable[Row], source: Source, style: Template = Template.hh) -> list[str]:
     """Columns, and parts of messages, that these rows have and that their format does not read.
 
     Parts of messages are named messages[].NAME. Empty ones do not count.

@@ -252,12 +252,12 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
 def _last_answer(turns: list[Turn], name: str) -> str:
     """Take the answer at the end of a conversation; "" where it ends with the user.
 
-    Raises: ValueError where it is the call of a tool.
+    Raises: ValueError where it is the call of a tool, or a tool's.
     """
+    if uses_tools(turns[-1:]):
+        raise ValueError(f"{name} ends with a tool or the call of one; only `messages` may")
     if not turns or turns[-1].role != "assistant":
         return ""
-    if uses_tools(turns[-1:]):
-        raise ValueError(f"{name} ends with the call of a tool, which only `messages` may")
     return turns.pop().text
 
 
