@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.base.locations import BUILTIN, is_directory
+from rlhf.base.adapter_files import base_of, chain_of
+from rlhf.base.locations import BUILTIN, is_directory, model_directory
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
 from rlhf.runs.stage_views import view_of
@@ -18,7 +19,10 @@ def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
     """
     stage = summary["stage"]
     path = base_model(cfg, stage)
-    parents = [f"- {role}: run `{id}`" for role, id in summary["parents"].items()]
+    parents = [
+        f"- {role}: run `{id}`" + (f", in `{cfg.inputs[role]}`" if role in cfg.inputs else "")
+        for role, id in summary["parents"].items()
+    ]
     settings = [f"{key}: {value}" for key, value in sorted(summary["settings"].items())]
     versions = ", ".join(f"{name} {v}" for name, v in summary["versions"].items() if v)
     template = f"Dialogue template: `{cfg.data.template.name}`, saved with the tokenizer."
@@ -27,7 +31,7 @@ def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
     lines = [
         *front_matter(path, stage),
         *("", f"# {directory.name}", "", view_of(stage).card_text(stage), ""),
-        *(f"Base model: `{path}`. {template}", ""),
+        *(f"Base model: {described(path)}. {template}", ""),
         *("## Metrics", "", "| metric | value |", "|---|---|", *metrics, ""),
         *("## Data", "", "| source | split | rows |", "|---|---|---|", *data, ""),
         *("## Parent runs", "", *(parents or ["- none, only the base model"]), ""),
@@ -45,8 +49,16 @@ def base_model(cfg: Config, stage: str) -> str:
     return parent_stages(cfg, stage).get("sft") or cfg.actor.path
 
 
+def described(path: str) -> str:
+    """A base model for the text: the whole path of a directory; the base of an adapter too."""
+    models = [str(model_directory(p).resolve()) if is_directory(p) else p for p in chain_of(path)]
+    adapter = "the adapter " if len(models) > 1 else ""
+    return adapter + ", merged into ".join(f"`{model}`" for model in models)
+
+
 def front_matter(path: str, stage: str) -> list[str]:
     """The YAML head that the hub reads; it names the base model where that is a hub id."""
+    path = base_of(path)
     is_local = path.startswith(BUILTIN) or is_directory(path)
     base = [] if is_local else [f"base_model: {path}"]
     return ["---", "library_name: transformers", f"tags: [rlhf, {stage}]", *base, "---"]
