@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,14 @@ def merge(hf: PreTrainedModel, path: str) -> PreTrainedModel:
     is_tied = output is not None and output.weight is tied
     base = adapter_settings(path)[BASE_KEY]
     try:
-        with torch.random.fork_rng(devices=[]):  # peft draws weights before it loads them
-            model = peft.PeftModel(hf, settings_for(hf, path))
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # of tied matrices, which are handled here
+            model = peft.PeftModel(hf, settings_for(hf, path))  # draws weights, then loads them
             found = model.load_adapter(model_directory(path), "default", torch_device="cpu")
-        check_found(path, found, output, is_tied)
-        if is_tied:
-            separate(hf, tied)
-        hf = model.merge_and_unload(safe_merge=True)
+            check_found(path, found, output, is_tied)
+            if is_tied:
+                separate(hf, tied)
+            hf = model.merge_and_unload(safe_merge=True)
     except UserError:
         raise
     except KeyError as error:  # of a module that is saved in full

@@ -19,10 +19,7 @@ def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
     """
     stage = summary["stage"]
     path = base_model(cfg, stage)
-    parents = [
-        f"- {role}: run `{id}`" + (f", in `{cfg.inputs[role]}`" if role in cfg.inputs else "")
-        for role, id in summary["parents"].items()
-    ]
+    parents = [parent_line(role, id, cfg) for role, id in summary["parents"].items()]
     settings = [f"{key}: {value}" for key, value in sorted(summary["settings"].items())]
     versions = ", ".join(f"{name} {v}" for name, v in summary["versions"].items() if v)
     template = f"Dialogue template: `{cfg.data.template.name}`, saved with the tokenizer."
@@ -40,6 +37,15 @@ def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
         *(f"Run `{summary['id']}`. Made with {versions}.", ""),
     ]
     (directory / "model" / "README.md").write_text("\n".join(lines))
+
+
+def parent_line(role: str, id: str, cfg: Config) -> str:
+    """Where a parent is: a run, another directory, a hub id, or a function of the user."""
+    where = cfg.inputs.get(role)
+    if where is None:
+        return f"- {role}: a python function, its file has the hash `{id}`"
+    is_run = ":" not in id and is_directory(where)  # else it is a path and a hash, or a hub id
+    return f"- {role}: " + (f"run `{id}` in `{where}`" if is_run else f"`{where}`")
 
 
 def base_model(cfg: Config, stage: str) -> str:
