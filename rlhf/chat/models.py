@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from rlhf.base.adapter_files import is_adapter, tokenizer_of
+from rlhf.base.adapter_files import has_adapter, is_adapter, tokenizer_of
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN, is_directory, model_directory
 from rlhf.base.model_files import broken_file, score_heads, weight_names
@@ -61,7 +61,7 @@ def find_model(path: str, option: str) -> str:
     directory = model_directory(path)
     if not directory.is_dir():
         raise UserError(f"{option} {path}: there is no such directory")
-    if is_adapter(path):
+    if has_adapter(path):
         for problem in check_adapter(path, SCORER if option == "--reward" else POLICY):
             raise UserError(f"{option} {path}: {problem}")
         return str(directory)

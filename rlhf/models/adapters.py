@@ -38,6 +38,7 @@ MATRIX = re.compile(
     r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)"
     r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight"
 )
+IN_FULL = ".modules_to_save."
 ROWS = re.compile(r".*\.token_adapter\.trainable_tokens_delta")  # those that are trained
 
 
@@ -155,13 +156,17 @@ def check_found(path: str, found: Any, output: nn.Module | None, is_tied: bool) 
     """Check what peft reports of a loaded adapter. Raises: UserError.
 
     Args: found: missing_keys and unexpected_keys.  output: the output layer; without one the
-        adapter's is not used.  is_tied: to the embeddings, of whose rows an adapter has two copies.
+        adapter's is not used.  is_tied: it is to the embeddings.
     """
     base, missing = adapter_settings(path)[BASE_KEY], found.missing_keys
     if missing:
         lacks = f"{path} lacks {plural(len(missing), 'weight')} of its adapter"
         raise UserError(f"{lacks}: {some_of(missing)}: fetch or save it again")
-    unexpected = {name for name in found.unexpected_keys if not (is_tied and ROWS.fullmatch(name))}
+    # peft writes some weights twice: rows of tied matrices, and modules in full after a resize
+    saved = shapes_of_weights(path)
+    in_full = {name for name in saved if IN_FULL in name and name.replace(IN_FULL, ".") in saved}
+    rows = {name for name in saved if is_tied and ROWS.fullmatch(name)}
+    unexpected = set(found.unexpected_keys) - in_full - rows
     unused = {name for name in unexpected if output is None and OUTPUT.fullmatch(name)}
     if unknown := unexpected - unused:
         raise UserError(

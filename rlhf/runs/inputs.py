@@ -25,6 +25,7 @@ from rlhf.base.adapter_files import (
     base_of,
     has_adapter,
     has_score_head,
+    has_weights,
     is_adapter,
 )
 from rlhf.base.errors import UserError
@@ -93,14 +94,8 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
     if not is_directory(path):
         return
     directory = model_directory(path)
-    if is_adapter(path):
-        yield from (f"{key}={path}: {problem}" for problem in check_adapter(path, kind))
-        return
     if has_adapter(path):
-        yield (
-            f"{key}={path}: it has a whole model and {CONFIG}: move one of them to another "
-            "directory, and give the one you mean"
-        )
+        yield from (f"{key}={path}: {problem}" for problem in check_adapter(path, kind))
         return
     config_file = directory / "config.json"
     if not config_file.exists():
@@ -126,6 +121,9 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
 
 def check_adapter(path: str, kind: str) -> Iterator[str]:
     """What is wrong with an adapter or its base, for a model of this kind. Args: as check_model."""
+    if has_weights(path):
+        yield f"a whole model and {CONFIG} are there: move one of them to another directory"
+        return
     if problem := broken_file(model_directory(path)) or adapter_problem(path):
         yield problem
         return
