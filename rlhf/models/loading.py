@@ -246,6 +246,7 @@ def load_model(
         new_head = is_scorer and not is_reward_model(base)
         with without_zero3_init(), adapters.seed_of_base(path):
             hf = load_model(auto_class, base, config, dtype, new_head, use_safetensors)
+        with without_zero3_init():  # loading a base that is built in has ended the one above
             return adapters.merge(hf, path)
     if path.startswith(BUILTIN):
         with without_zero3_init():  # random weights must not depend on the number of ranks
