@@ -8,24 +8,39 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+UMASK = os.umask(0)  # which can only be read by setting it
+os.umask(UMASK)
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, it is renamed to `path`.
 
     The block writes a file or makes a directory there. After an exception the temporary path is
-    deleted and `path` is as it was. An existing directory at `path` is replaced.
+    deleted and `path` is as it was. An existing directory at `path` is replaced. Files get the
+    permissions that the umask gives new files.
     """
     temporary = path.with_name(path.name + ".tmp")
     remove(temporary)
     try:
         yield temporary
+        allow_others(temporary)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException:
         remove(temporary)
         raise
+
+
+def allow_others(path: Path) -> None:
+    """Give a file, or all files of a directory, the permissions that the umask gives new files.
+
+    safetensors writes through a temporary file, which only its owner may read.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode | (0o666 & ~UMASK))
 
 
 def remove(path: Path) -> None:

@@ -31,7 +31,7 @@ def broken_file(directory: Path) -> str | None:
         try:
             if file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
-            elif file.match("model*.safetensors"):
+            elif file.match("model*.safetensors") or file.match("adapter_model*.safetensors"):
                 with safe_open(file, "np"):
                     pass
         except SafetensorError as error:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
+from rlhf.base.adapter_files import has_adapter, is_adapter, tokenizer_of
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN, is_directory, model_directory
 from rlhf.base.model_files import broken_file, score_heads, weight_names
 from rlhf.config.stage_graph import is_policy
 from rlhf.runs.directory import read_summary
+from rlhf.runs.inputs import POLICY, SCORER, check_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +61,10 @@ def find_model(path: str, option: str) -> str:
     directory = model_directory(path)
     if not directory.is_dir():
         raise UserError(f"{option} {path}: there is no such directory")
+    if has_adapter(path):
+        for problem in check_adapter(path, SCORER if option == "--reward" else POLICY):
+            raise UserError(f"{option} {path}: {problem}")
+        return str(directory)
     if broken := broken_file(directory):
         raise UserError(f"{option} {path}: {broken}")
     config_file = directory / "config.json"
@@ -95,7 +101,7 @@ def find_reference(model: str) -> str:
     Args: model: the policy's model directory.
     Raises: UserError when none is known.
     """
-    directory = Path(model)
+    directory = Path(model).parent if is_adapter(model) else Path(model)  # of a run: model/adapter
     file = (directory.parent if directory.name == "model" else directory) / "config.yaml"
     sft = None
     with contextlib.suppress(Exception):  # a hub id, or a directory of another program
@@ -115,14 +121,16 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, in float32 on the CPU and as saved on the GPU.
 
+    An adapter is merged into its base.
+
     Args: device: auto, cpu or cuda.  option: as in find_model.
     Raises: UserError with one line that says what failed.
     """
     import torch
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from rlhf.models.weights import load_weights
+    from rlhf.models import loading
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -133,11 +141,13 @@ def load_model(
     auto_class = getattr(transformers, f"AutoModelFor{kind}")
     try:
         labels = {"num_labels": 1} if option == "--reward" else {}
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **labels)
-        check_role(path, config.architectures, option)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        config = loading.load_config(path, **labels)
+        if not is_adapter(path):
+            check_role(path, config.architectures, option)
+        where = loading.location(tokenizer_of(path))
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         dtype = torch.float32 if device == "cpu" else config.dtype or torch.float32
-        model = load_weights(auto_class, path, config, dtype, use_safetensors=True)
+        model = loading.load_model(auto_class, path, config, dtype, use_safetensors=True)
     except UserError:
         raise
     except Exception as error:  # transformers, the hub and safetensors raise many kinds

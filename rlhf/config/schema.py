@@ -64,7 +64,9 @@ class Pairing:
 @dataclass(kw_only=True)
 class Model:
     name: str = key("short name, used in run names")
-    path: str = key("base model: hub id, directory, or builtin:NAME (random weights)")
+    path: str = key(
+        "base model: hub id, directory (also of an adapter), or builtin:NAME (random weights)"
+    )
     lora: Lora = key("low-rank adapter")
     arch: Optional[Arch] = placement(
         "shape, for plan=true; read from config.json where path is local"

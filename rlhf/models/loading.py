@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rlhf.base.adapter_files import (
+    BASE_KEY,
+    CONFIG,
+    adapter_settings,
+    base_of,
+    has_score_head,
+    is_adapter,
+    tokenizer_of,
+)
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
-from rlhf.base.locations import ASSETS, BUILTIN, is_directory
+from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
 from rlhf.base.model_files import score_heads, weight_names
 from rlhf.config.choices import Precision, Template
 from rlhf.config.schema import Lora
 from rlhf.data import template
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, HfModule, gather_parameters, without_zero3_init
-from rlhf.models import lora
+from rlhf.models import adapters, lora
 from rlhf.models.weights import load_weights
 from rlhf.models.wrappers import Policy, Scorer
 
@@ -35,10 +43,18 @@ DTYPES = {  # of the weights
 
 
 def location(path: str) -> str:
-    """What transformers loads: a built-in model's directory, an expanded directory, or a hub id."""
+    """What transformers loads: a directory (of a run, the model in it), or a hub id."""
     if path.startswith(BUILTIN):
         return str(ASSETS / path.removeprefix(BUILTIN))
-    return os.path.expanduser(path)
+    return str(model_directory(path)) if is_directory(path) else path
+
+
+def load_config(path: str, **options: int) -> PreTrainedConfig:
+    """A model's configuration, of an adapter that of its base. Args: options: to change."""
+    from transformers import AutoConfig
+
+    where = location(base_of(path))
+    return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
 
 
 def check_context(
@@ -62,9 +78,7 @@ def context_length(model: str | PreTrainedConfig) -> int | None:
 
     Args: model: its path, of which only the configuration is loaded, or its configuration.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(location(model)) if isinstance(model, str) else model
+    config = load_config(model) if isinstance(model, str) else model
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -75,7 +89,8 @@ def load_tokenizer(path: str, style: Template = Template.hh) -> PreTrainedTokeni
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False)
+    where = location(tokenizer_of(path))
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     template.install_chat_template(tokenizer, style)
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -117,11 +132,10 @@ def check_end_token(path: str, tokenizer: PreTrainedTokenizerBase, adapter: Lora
 
     Raises: UserError.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(location(path), trust_remote_code=False).get_text_config()
+    config = load_config(path).get_text_config()
     learns = adapter.embeddings and config.tie_word_embeddings
-    if tokenizer.eos_token_id >= config.vocab_size and not learns:
+    known = adapters.rows_for(path, config.vocab_size)
+    if tokenizer.eos_token_id >= known and not learns:
         fix = "actor.lora.embeddings=true, or " if config.tie_word_embeddings else ""
         raise UserError(
             f"actor.lora.rank={adapter.rank}: the template ends responses with "
@@ -172,9 +186,9 @@ def load_scorer(
 
 def is_reward_model(path: str) -> bool:
     """Whether a model has a head that gives scores, whatever its name."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(location(path), trust_remote_code=False)
+    if is_adapter(path):
+        return has_score_head(path) or is_reward_model(adapter_settings(path)[BASE_KEY])
+    config = load_config(path)
     if "ForSequenceClassification" in str(config.architectures):
         return True
     return is_directory(path) and bool(score_heads(weight_names(Path(location(path)))))
@@ -189,20 +203,15 @@ def _load_pretrained(
     **options: int,
 ) -> PreTrainedModel:
     """Args: new_head: a head that gives scores may be missing.  options: of the configuration."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(location(path), trust_remote_code=False, **options)
+    config = load_config(path, **options)
     for key, value in config.to_dict().items():
         # dropout, attn_pdrop, layerdrop, hidden_dropout, ...: an update must see the log-probs of
         # the rollout
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
-    dtype = DTYPES[precision]
-    if path.startswith(BUILTIN):
-        with without_zero3_init():  # random weights must not depend on the number of ranks
-            hf = auto_class.from_config(config, dtype=dtype)
-    else:
-        hf = load_weights(auto_class, location(path), config, dtype, new_head)
+    hf = load_model(auto_class, path, config, DTYPES[precision], new_head)
+    # an adapter that is added to it names its base by this
+    hf.config._name_or_path = str(model_directory(path).resolve()) if is_directory(path) else path
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
         hf.resize_token_embeddings(len(tokenizer))  # never shrink: many models have spare rows
     # other programs pad and stop by these
@@ -211,6 +220,38 @@ def _load_pretrained(
             settings.pad_token_id = tokenizer.pad_token_id
             settings.eos_token_id = tokenizer.eos_token_id
     return hf
+
+
+def load_model(
+    auto_class: type[_BaseAutoModelClass],
+    path: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    new_head: bool = False,
+    use_safetensors: bool | None = None,
+) -> PreTrainedModel:
+    """A model, whatever its path means; an adapter is merged into its base.
+
+    With ZeRO 3 every rank holds a whole copy in host memory of a model that is built in or has an
+    adapter, until its engine partitions it.
+
+    Args: config: of the base (`load_config`).  new_head, use_safetensors: as in load_weights.
+    Raises: UserError as load_weights and adapters.merge.
+    """
+    if is_adapter(path):
+        if getattr(config, "quantization_config", None):
+            raise UserError(f"{path}: its base is quantized: name one in {CONFIG} that is not")
+        base = adapter_settings(path)[BASE_KEY]
+        is_scorer = "SequenceClassification" in auto_class.__name__
+        new_head = is_scorer and not is_reward_model(base)
+        with without_zero3_init(), adapters.seed_of_base(path):
+            hf = load_model(auto_class, base, config, dtype, new_head, use_safetensors)
+        with without_zero3_init():  # loading a base that is built in has ended the one above
+            return adapters.merge(hf, path)
+    if path.startswith(BUILTIN):
+        with without_zero3_init():  # random weights must not depend on the number of ranks
+            return auto_class.from_config(config, dtype=dtype)
+    return load_weights(auto_class, location(path), config, dtype, new_head, use_safetensors)
 
 
 def save_engine(
@@ -228,6 +269,7 @@ def save_engine(
             tokenizer.save_pretrained(temporary)
             if adapter:
                 lora.write_adapter(hf, adapter, temporary / "adapter")
+                tokenizer.save_pretrained(temporary / "adapter")
     collectives.barrier()
 
 

@@ -6,6 +6,8 @@ The model keeps its class and its names. Beside each chosen linear layer W x com
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlhf.base.adapter_files import SEED, WEIGHTS
 from rlhf.base.errors import UserError
+from rlhf.base.locations import BUILTIN
 from rlhf.config.schema import Lora
 from rlhf.distributed.engine import Engine
 from rlhf.models.wrappers import Policy, TokenStats
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
+SCORE_SETTINGS_FILE = "score.json"  # beside a reward model's adapter: these of its configuration
+SCORE_SETTINGS = ("score_mean", "score_std", "score_before_eos")
 HEAD = "score"  # of a sequence-classification model; always trained, in full
 
 
@@ -44,6 +50,7 @@ def add_adapter(hf: PreTrainedModel, settings: Lora, key: str) -> None:
                 f"{key}.targets={target}: {hf.config.model_type} has no linear layer of that name; "
                 f"choose from {', '.join(endings)}"
             )
+    base = hf.config._name_or_path
     adapter = peft.LoraConfig(
         task_type="SEQ_CLS" if hasattr(hf, HEAD) else "CAUSAL_LM",
         r=settings.rank,
@@ -52,7 +59,9 @@ def add_adapter(hf: PreTrainedModel, settings: Lora, key: str) -> None:
         target_modules=list(settings.targets or endings),
         # GPT-2 keeps its matrices transposed
         fan_in_fan_out=any(isinstance(hf.get_submodule(name), Conv1D) for name in layers),
-        base_model_name_or_path=hf.config._name_or_path,
+        base_model_name_or_path=base,
+        # the random weights of a built-in model are those of a seed
+        revision=f"{SEED}{torch.initial_seed()}" if base.startswith(BUILTIN) else None,
     )
     # A must not depend on what was drawn before, and be the same on every rank
     with torch.random.fork_rng(devices=[]):
@@ -138,19 +147,24 @@ def write_adapter(hf: PreTrainedModel, weights: dict[str, Tensor], directory: Pa
     """
     from safetensors.torch import save_file
 
-    adapter = hf.peft_config["default"]
+    adapter = copy.copy(hf.peft_config["default"])
     embeddings, output = hf.get_input_embeddings(), output_layer(hf)
     is_tied = output is not None and output.weight is embeddings.weight
     if is_tied and embeddings.weight.requires_grad:  # peft does not know tied weights
         names = {module: name for name, module in hf.named_modules()}
-        copy = weights[f"{names[embeddings]}.weight"].clone()
-        weights = weights | {f"{names[output]}.weight": copy}
+        rows = weights[f"{names[embeddings]}.weight"].clone()
+        weights = weights | {f"{names[output]}.weight": rows}
     full = {name.rsplit(".", 2)[-2] for name in weights if ".lora_" not in name}
     adapter.modules_to_save = sorted(full) or None
+    adapter.target_modules = sorted(adapter.target_modules)  # peft keeps a set, of random order
+    adapter.inference_mode = True
     directory.mkdir(parents=True)
     adapter.save_pretrained(directory)
     renamed = {
         "base_model.model." + name.replace(".default.", "."): weight
         for name, weight in weights.items()
     }
-    save_file(renamed, directory / "adapter_model.safetensors")
+    save_file(renamed, directory / WEIGHTS)
+    score = {name: getattr(hf.config, name) for name in SCORE_SETTINGS if hasattr(hf.config, name)}
+    if score:
+        (directory / SCORE_SETTINGS_FILE).write_text(json.dumps(score, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rlhf.base.adapter_files import base_of
 from rlhf.base.errors import UserError
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
 from rlhf.config.schema import Arch, Lora
@@ -120,10 +121,12 @@ def is_adapted(layer: str, lora: Lora) -> bool:
 def arch_of(path: str, given: Arch | None) -> Arch | None:
     """The shape of a model.
 
-    Args: path: read from config.json where this is a directory or built in.  given: else this.
+    Args: path: read from config.json where this, or the base of an adapter, is a directory or built
+        in.  given: else this.
     Returns: None where the shape is unknown.
     Raises: UserError for a family that there is no formula for.
     """
+    path = base_of(path)
     if path.startswith(BUILTIN):
         file = ASSETS / path.removeprefix(BUILTIN) / "config.json"
     elif is_directory(path):

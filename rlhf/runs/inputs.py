@@ -15,6 +15,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf.base.adapter_files import (
+    BASE_KEY,
+    CAUSAL_LM,
+    CONFIG,
+    SEQ_CLS,
+    adapter_problem,
+    adapter_settings,
+    base_of,
+    has_adapter,
+    has_score_head,
+    has_weights,
+    is_adapter,
+)
 from rlhf.base.errors import UserError
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
 from rlhf.base.model_files import broken_file, score_heads, weight_names
@@ -81,6 +94,9 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
     if not is_directory(path):
         return
     directory = model_directory(path)
+    if has_adapter(path):
+        yield from (f"{key}={path}: {problem}" for problem in check_adapter(path, kind))
+        return
     config_file = directory / "config.json"
     if not config_file.exists():
         where = f"no {config_file}"
@@ -101,6 +117,43 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
         expected = "a causal language model" if kind == POLICY else "a reward model"
         actual = ", ".join(architectures) or "of unknown kind"
         yield f"{key}={path}: this is {actual}, not {expected} (*{kind})"
+
+
+def check_adapter(path: str, kind: str) -> Iterator[str]:
+    """What is wrong with an adapter or its base, for a model of this kind. Args: as check_model."""
+    if has_weights(path):
+        yield f"a whole model and {CONFIG} are there: move one of them to another directory"
+        return
+    if problem := broken_file(model_directory(path)) or adapter_problem(path):
+        yield problem
+        return
+    try:
+        whole = base_of(path)
+    except UserError as loop:
+        yield str(loop)
+        return
+    settings, head = adapter_settings(path), has_score_head(path)
+    base, task = settings[BASE_KEY], settings.get("task_type")
+    if task not in (None, CAUSAL_LM, SEQ_CLS):
+        yield f"task_type={task}: give an adapter of {CAUSAL_LM} or {SEQ_CLS}"
+    elif kind == POLICY and (head or task == SEQ_CLS):
+        yield f"this adapter makes a reward model (task_type={task}), not a causal language model"
+    elif kind == SCORER and not head and task == CAUSAL_LM:
+        yield f"this adapter makes a causal language model (task_type={task}), not a reward model"
+    elif quantization := quantization_of(whole):
+        yield f"its base {whole} is quantized ({quantization}): name one in {CONFIG} that is not"
+    else:
+        yield from check_model(BASE_KEY, base, "" if kind == SCORER and head else kind)
+
+
+def quantization_of(path: str) -> str | None:
+    """How the weights of a model in a directory are quantized; None where they are not."""
+    file = model_directory(path) / "config.json"
+    if not is_directory(path) or not file.exists() or broken_file(file.parent):
+        return None
+    config = json.loads(file.read_text())
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return str(found.get("quant_method", "of unknown kind")) if isinstance(found, dict) else None
 
 
 def check_functions(cfg: Config, stage: str) -> Iterator[str]:
@@ -239,7 +292,8 @@ def how_to_make(command: Command, stage: str, parent: str, directory: Path) -> s
 def content_id(path: str) -> str:
     """What distinguishes a trained model from another one at the same place later.
 
-    The id of its run, else a hash of its weights' sizes and times; a hub id as it is.
+    The id of its run, else a hash of its weights' sizes and times; a hub id as it is. An adapter's
+    has its configuration in it, and what distinguishes its base.
     """
     if not is_directory(path):
         return path
@@ -251,7 +305,12 @@ def content_id(path: str) -> str:
         return str(summary["id"])
     directory = model_directory(path)
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    weights: list[object] = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files
+    ]
+    if is_adapter(path):
+        settings = adapter_settings(path)
+        weights += [settings, content_id(settings[BASE_KEY])]
     return f"{path}:{hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]}"
 
 

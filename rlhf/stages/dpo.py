@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf.base.files import allow_others
 from rlhf.base.log import log
 from rlhf.config.schema import Config, Dpo
 from rlhf.data import template, tokenized
@@ -254,6 +255,7 @@ def cached_reference_logprobs(
         # not atomic_path: several runs may write this file at the same time
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         save_file({"logp": computed}, temporary)
+        allow_others(temporary)
         os.replace(temporary, file)
     return computed
 

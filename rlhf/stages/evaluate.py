@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf.base.adapter_files import tokenizer_of
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.config.choices import Decoding
@@ -183,7 +184,8 @@ def location_of(cfg: Config, policy: str) -> str:
 
 def warn_of_template(name: str, path: str, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> None:
     """Warn where the template of all prompts is not the one that a model was saved with."""
-    saved = AutoTokenizer.from_pretrained(location(path), trust_remote_code=False).chat_template
+    where = location(tokenizer_of(path))
+    saved = AutoTokenizer.from_pretrained(where, trust_remote_code=False).chat_template
     if saved and saved != tokenizer.chat_template:
         log.warning(
             f"{name}: prompted with data.template={cfg.data.template.name}; "
