@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory
-from rlhf.base.log import log
+from rlhf.base.log import log, plural
 from rlhf.base.model_files import score_heads, weight_names
 from rlhf.config.choices import Precision, Template
 from rlhf.config.schema import Lora
@@ -117,8 +117,8 @@ def _add_adapter(
     if any(True for _ in layers_with_rows(hf)):
         names = [str(name) for name in tokenizer.convert_ids_to_tokens(new)]
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        rows = "1 new token" if len(names) == 1 else f"{len(names)} new tokens"
-        log.info(f"{key}: LoRA trains the rows of {rows}: {', '.join(names[:8])}{more}")
+        shown = f"{', '.join(names[:8])}{more}"
+        log.info(f"{key}: LoRA trains the rows of {plural(len(names), 'new token')}: {shown}")
 
 
 def new_tokens(hf: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
