@@ -18,6 +18,7 @@ sampled after a prompt consists of tokens that training showed there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +188,45 @@ def _end_token_of_model(tokenizer: PreTrainedTokenizerBase) -> str:
             tokenizer, f"does not end an answer with a special token (but with {after[:40]!r})"
         )
     return max(ends, key=len)
+
+
+def written_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the special tokens that the template writes around texts, the EOS among them."""
+    dialogue = _render(tokenizer, [*_PROBE, Turn("assistant", _PROBE_ANSWER)], False)
+    ids = set(tokenizer(dialogue, add_special_tokens=False).input_ids)
+    added = tokenizer.added_tokens_decoder
+    return sorted(token for token in ids if token in added and added[token].special)
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, own_eos: str | None) -> None:
+    """Give a tokenizer a pad token that its template never writes; one that is good stays.
+
+    The vocabulary keeps its size where it has an unused special token: one named so, the unknown
+    token, the end of a text where the template ends answers with another token, or a reserved one.
+    Else <|pad|> is added.
+
+    Args: own_eos: the EOS before the template was installed.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    written = tokenizer.convert_ids_to_tokens(written_tokens(tokenizer))
+    # a model's own template may write others, around a tool's output or a thought
+    free = {
+        token
+        for token in special
+        if token != tokenizer.eos_token
+        and token not in written
+        and token not in tokenizer.chat_template
+    }
+    pad = tokenizer.pad_token
+    if pad is not None and (pad in free or pad not in special):
+        return
+    named = [token for token in special if "pad" in token.lower()]
+    reserved = [
+        token for token in special if re.search("reserved|unused|dummy|extra", token.lower())
+    ]
+    candidates = [*named, tokenizer.unk_token, own_eos, *reserved]
+    chosen = next((token for token in candidates if token in free), "<|pad|>")
+    tokenizer.add_special_tokens({"pad_token": chosen})
 
 
 # --- the tokens

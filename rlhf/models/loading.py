@@ -20,6 +20,7 @@ from rlhf.base.adapter_files import (
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
+from rlhf.base.log import log, plural
 from rlhf.base.model_files import score_heads, weight_names
 from rlhf.config.choices import Precision, Template
 from rlhf.config.schema import Lora
@@ -27,6 +28,7 @@ from rlhf.data import template
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, HfModule, gather_parameters, without_zero3_init
 from rlhf.models import adapters, lora
+from rlhf.models.token_rows import layers_with_rows, merge_rows, near_zero_rows
 from rlhf.models.weights import load_weights
 from rlhf.models.wrappers import Policy, Scorer
 
@@ -83,7 +85,7 @@ def context_length(model: str | PreTrainedConfig) -> int | None:
 
 
 def load_tokenizer(path: str, style: Template = Template.hh) -> PreTrainedTokenizerBase:
-    """A model's tokenizer with the chat template of `style`, and a pad token that is not its EOS.
+    """A model's tokenizer with the chat template of `style`, and a pad token that is never written.
 
     Raises: UserError when it has no EOS, or with style=tokenizer no chat template to train with.
     """
@@ -91,14 +93,14 @@ def load_tokenizer(path: str, style: Template = Template.hh) -> PreTrainedTokeni
 
     where = location(tokenizer_of(path))
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    own_eos = tokenizer.eos_token
     template.install_chat_template(tokenizer, style)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {path} has no EOS token, so responses could not end: "
             "choose another model"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    template.choose_pad_token(tokenizer, own_eos)
     return tokenizer
 
 
@@ -111,37 +113,47 @@ def load_policy(
     """A causal language model; a built-in one has random weights, from torch's current seed.
 
     Args: adapter: add a LoRA adapter, where its rank is not 0; for a policy that is trained.
-    Raises: UserError where the adapter could not learn to end responses.
     """
     from transformers import AutoModelForCausalLM
 
-    if adapter and adapter.rank:
-        check_end_token(path, tokenizer, adapter)
     hf = _load_pretrained(AutoModelForCausalLM, path, tokenizer, precision)
     policy = Policy(hf)
     if adapter and adapter.rank:
-        lora.add_adapter(hf, adapter, "actor.lora")
+        _add_adapter(hf, path, tokenizer, adapter, "actor.lora")
     return policy
 
 
-def check_end_token(path: str, tokenizer: PreTrainedTokenizerBase, adapter: Lora) -> None:
-    """Refuse an end token that is new to a model, where its rows are not trained.
+def _add_adapter(
+    hf: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase, adapter: Lora, key: str
+) -> None:
+    """Add an adapter that also trains the rows of new tokens, and name those."""
+    new = new_tokens(hf, path, tokenizer)
+    lora.add_adapter(hf, adapter, key, new)
+    if any(True for _ in layers_with_rows(hf)):
+        names = [str(name) for name in tokenizer.convert_ids_to_tokens(new)]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        shown = f"{', '.join(names[:8])}{more}"
+        log.info(f"{key}: LoRA trains the rows of {plural(len(names), 'new token')}: {shown}")
 
-    LoRA keeps the embedding and the output layer as they are: the probability of a new token stays
-    1 / V, so no response would end. A tied matrix that is trained in full learns both.
 
-    Raises: UserError.
+def new_tokens(hf: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that a model has not learned, in order.
+
+    These are the tokens that its vocabulary or its own tokenizer does not have, and some of those
+    that the chat template writes: the ones that its own chat template does not have either, BOS and
+    EOS aside, and those whose embedding is near zero.
     """
-    config = load_config(path).get_text_config()
-    learns = adapter.embeddings and config.tie_word_embeddings
-    known = adapters.rows_for(path, config.vocab_size)
-    if tokenizer.eos_token_id >= known and not learns:
-        fix = "actor.lora.embeddings=true, or " if config.tie_word_embeddings else ""
-        raise UserError(
-            f"actor.lora.rank={adapter.rank}: the template ends responses with "
-            f"{tokenizer.eos_token}, which is new to {path}, and LoRA does not train new tokens: "
-            f"set {fix}data.template=hh or tokenizer, or train all weights (actor.lora.rank=0)"
-        )
+    from transformers import AutoTokenizer
+
+    rows = adapters.rows_for(path, load_config(path).get_text_config().vocab_size)
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, trust_remote_code=False)
+    new = set(range(min(rows, len(own)), len(tokenizer)))
+    written = [token for token in template.written_tokens(tokenizer) if token not in new]
+    names = dict(zip(written, tokenizer.convert_ids_to_tokens(written)))
+    known = f"{own.bos_token} {own.eos_token} {own.chat_template}"
+    new |= {token for token in written if names[token] not in known}
+    new |= set(near_zero_rows(hf.get_input_embeddings().weight, written))
+    return sorted(new)
 
 
 def load_scorer(
@@ -180,7 +192,7 @@ def load_scorer(
     hf.config.problem_type = "regression"  # transformers' pipeline then gives the score itself
     scorer = Scorer(hf)
     if adapter and adapter.rank:
-        lora.add_adapter(hf, adapter, "reward.lora")
+        _add_adapter(hf, path, tokenizer, adapter, "reward.lora")
     return scorer
 
 
@@ -285,6 +297,7 @@ def full_state_dict(hf: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, T
         also without an adapter.
     """
     adapted = dict(lora.lora_layers(hf))
+    with_rows = dict(layers_with_rows(hf))
     weights: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -296,15 +309,19 @@ def full_state_dict(hf: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, T
         if not name.endswith(".base_layer.weight"):
             layer = None
         low_rank = [] if layer is None else lora.low_rank_weights(layer)
-        with gather_parameters([weight, *low_rank]) as gathered:
+        rows_of = with_rows.get(name.removesuffix(".weight"))
+        rows = [] if rows_of is None else [rows_of.trained_rows]
+        with gather_parameters([weight, *low_rank, *rows]) as gathered:
             if collectives.rank() != 0:
                 continue
             value = weight.detach()
             if layer is not None:
                 delta = layer.get_delta_weight("default").float()
                 value = (value.float() + delta).to(weight.dtype)
+            if rows_of is not None:
+                value = merge_rows(value, rows_of.trained_ids, rows_of.trained_rows)
             value = value.to("cpu", copy=gathered)
-            if ".lora_" not in name:
+            if not lora.is_adapter_weight(name):
                 weights[lora.merged_name(name)] = value
             if adapted and weight.requires_grad:
                 adapter[name] = value

@@ -19,6 +19,7 @@ from rlhf.base.constants import (
     MAX_CHUNK_TOKENS,
     MIN_CHUNK_TOKENS,
 )
+from rlhf.models.token_rows import active_rows
 
 MIN_ONEDNN_WEIGHT = 2**20  # elements
 
@@ -34,13 +35,19 @@ def attach_chunked_logprobs(head: nn.Module) -> None:
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
-        return target_logp(hidden, self.weight, self.bias, targets, temperature)
+        rows = active_rows(self)
+        return target_logp(hidden, self.weight, self.bias, targets, temperature, rows)
 
     head.forward = types.MethodType(forward, head)
 
 
 def target_logp(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float = 1.0,
+    rows: tuple[Tensor, Tensor] | tuple[()] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log softmax(hidden weight^T + bias)[target] of each token, and more of the distribution.
 
@@ -49,6 +56,7 @@ def target_logp(
         weight, bias: (V, d) and (V,).
         targets: (N,) token ids.
         temperature: divides the logits, in float32.
+        rows: token ids (k,), and rows (k, d) that replace those of the weight.
     Returns: log-probability and entropy, float32, nats, both with gradient; and 1 where the target
         is the likeliest token. (N,) each.
     """
@@ -56,8 +64,9 @@ def target_logp(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        rows = (rows[0], rows[1].to(dtype)) if rows else ()
     with torch.autocast(hidden.device.type, enabled=False):
-        return TargetLogp.apply(hidden, weight, bias, targets, temperature)
+        return TargetLogp.apply(hidden, weight, bias, targets, temperature, *rows)
 
 
 class TargetLogp(torch.autograd.Function):
@@ -69,17 +78,18 @@ class TargetLogp(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
+        *rows: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logp, entropy, is_argmax = (
             torch.empty(len(hidden), device=hidden.device) for _ in range(3)
         )
-        needs_gradient = any(ctx.needs_input_grad[:3])
+        needs_gradient = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
         size = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // len(weight)))
         kept_tokens = KEPT_PROBABILITIES // len(weight)
         for start in range(0, len(hidden), size):
             s = slice(start, start + size)
-            logits = logits_of(hidden[s], weight, bias, temperature)
+            logits = logits_of(hidden[s], weight, bias, temperature, *rows)
             # with the largest at 0, nothing is lost to rounding where all of them are large
             logits -= logits.amax(1, keepdim=True)
             p = logits.softmax(-1)
@@ -91,7 +101,7 @@ class TargetLogp(torch.autograd.Function):
             if needs_gradient and s.stop <= kept_tokens:
                 kept.append(p)
             del logits, p  # before those of the next chunk
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, *rows)
         ctx.temperature, ctx.size, ctx.kept = temperature, size, kept
         ctx.mark_non_differentiable(is_argmax)
         ctx.set_materialize_grads(False)
@@ -101,8 +111,9 @@ class TargetLogp(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, entropy, *rows = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_rows = _float32_zeros(rows[1]) if rows else None
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = _float32_zeros(weight) if needs_weight else None
         grad_bias = _float32_zeros(weight[:, 0]) if needs_bias else None
@@ -111,7 +122,7 @@ class TargetLogp(torch.autograd.Function):
             if i < len(ctx.kept):
                 p, ctx.kept[i] = ctx.kept[i], None
             else:
-                p = logits_of(hidden[s], weight, bias, ctx.temperature).softmax(-1)
+                p = logits_of(hidden[s], weight, bias, ctx.temperature, *rows).softmax(-1)
             # d log p_y / d logits = onehot_y - p;  d H / d logits = -p (log p + H)
             slope = torch.zeros_like(p[:, :1]) if grad_logp is None else -grad_logp[s, None]
             if grad_entropy is None:
@@ -125,31 +136,44 @@ class TargetLogp(torch.autograd.Function):
                 p.scatter_add_(1, targets[s, None], grad_logp[s, None])
             if ctx.temperature != 1:
                 p /= ctx.temperature
+            if grad_bias is not None:
+                grad_bias += p.sum(0)
             grad_logits = p.to(weight.dtype)
+            of_rows = grad_logits[:, rows[0]] if rows else None  # (N, k), a copy
+            if of_rows is not None:
+                grad_logits.index_fill_(1, rows[0], 0)
+                grad_rows += of_rows.t() @ hidden[s]
             if grad_hidden is not None:
                 grad_hidden[s] = grad_logits @ weight
+                if of_rows is not None:
+                    grad_hidden[s] += of_rows @ rows[1]
             if grad_weight is not None and weight.dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.t(), hidden[s])
             elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[s]
-            if grad_bias is not None:
-                grad_bias += p.sum(0)
             del p, grad_logits
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        of_token_rows = () if grad_rows is None else (None, grad_rows.to(rows[1].dtype))
+        return grad_hidden, grad_weight, grad_bias, None, None, *of_token_rows
 
 
 def _float32_zeros(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
 
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Logits of tokens (N, V), float32, divided by the temperature."""
+def logits_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, *rows: Tensor
+) -> Tensor:
+    """Logits of tokens (N, V), float32, divided by the temperature. Args: rows: as target_logp."""
     multiply = matmul_rows if uses_onednn(weight) else F.linear
     logits = multiply(hidden, weight, bias).float()
+    if rows:
+        ids, values = rows
+        replaced = F.linear(hidden, values, None if bias is None else bias[ids])
+        logits.index_copy_(1, ids, replaced.float())
     return logits.div_(temperature) if temperature != 1 else logits
 
 

@@ -20,6 +20,8 @@ from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN
 from rlhf.config.schema import Lora
 from rlhf.distributed.engine import Engine
+from rlhf.models import token_rows
+from rlhf.models.token_rows import output_layer
 from rlhf.models.wrappers import Policy, TokenStats
 
 if TYPE_CHECKING:
@@ -31,12 +33,15 @@ SCORE_SETTINGS = ("score_mean", "score_std", "score_before_eos")
 HEAD = "score"  # of a sequence-classification model; always trained, in full
 
 
-def add_adapter(hf: PreTrainedModel, settings: Lora, key: str) -> None:
+def add_adapter(
+    hf: PreTrainedModel, settings: Lora, key: str, new_tokens: list[int] | None = None
+) -> None:
     """Add an adapter to a model and freeze the rest.
 
     A scorer's head stays trainable, and with `settings.embeddings` the embeddings.
 
-    Args: key: of the settings, for the message.
+    Args: key: of the settings, for the message.  new_tokens: ids of tokens whose rows of the
+        embedding and the output layer are trained too.
     Raises: UserError naming a target that matches no linear layer.
     """
     import peft
@@ -69,6 +74,8 @@ def add_adapter(hf: PreTrainedModel, settings: Lora, key: str) -> None:
         peft.inject_adapter_in_model(adapter, hf)
     for module in fully_trained_modules(hf, settings).values():
         module.requires_grad_(True)
+    if new_tokens:
+        token_rows.train_rows(hf, new_tokens)
 
 
 def linear_layers(hf: PreTrainedModel) -> list[str]:
@@ -81,11 +88,6 @@ def linear_layers(hf: PreTrainedModel) -> list[str]:
         for name, module in hf.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module not in heads
     ]
-
-
-def output_layer(hf: PreTrainedModel) -> nn.Module | None:
-    """The layer that makes logits; a scorer has none."""
-    return hf.get_output_embeddings() if hasattr(hf, "get_output_embeddings") else None
 
 
 def fully_trained_modules(hf: PreTrainedModel, settings: Lora) -> dict[str, nn.Module]:
@@ -111,7 +113,10 @@ def low_rank_weights(layer: LoraLayer) -> list[Tensor]:
 
 
 class AdapterOff:
-    """A policy without its adapter: a reference model that needs no memory. A LogProbModel."""
+    """A policy without its adapter: a reference model that needs no memory. A LogProbModel.
+
+    New tokens have the rows that they had before training.
+    """
 
     def __init__(self, engine: Engine[Policy]):
         self.engine, self.device = engine, engine.device
@@ -133,6 +138,13 @@ class AdapterOff:
     def enable_adapter(self, on: bool) -> None:
         for _, layer in lora_layers(self.engine.module.hf):
             layer.enable_adapters(on)
+        for _, module in token_rows.layers_with_rows(self.engine.module.hf):
+            module.uses_trained_rows = on
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Whether a weight belongs to an adapter, so that the model without it does not have it."""
+    return ".lora_" in name or name.endswith(f".{token_rows.ROWS}")
 
 
 def merged_name(name: str) -> str:
@@ -142,6 +154,8 @@ def merged_name(name: str) -> str:
 
 def write_adapter(hf: PreTrainedModel, weights: dict[str, Tensor], directory: Path) -> None:
     """Write an adapter as peft loads it: `PeftModel.from_pretrained(base, directory)`.
+
+    Where it has rows of new tokens, `base` must have been resized to the tokenizer.
 
     Args: weights: adapter, head and trained embeddings, by the names of the model with adapter.
     """
@@ -154,17 +168,26 @@ def write_adapter(hf: PreTrainedModel, weights: dict[str, Tensor], directory: Pa
         names = {module: name for name, module in hf.named_modules()}
         rows = weights[f"{names[embeddings]}.weight"].clone()
         weights = weights | {f"{names[output]}.weight": rows}
-    full = {name.rsplit(".", 2)[-2] for name in weights if ".lora_" not in name}
+    full = {name.rsplit(".", 2)[-2] for name in weights if not is_adapter_weight(name)}
     adapter.modules_to_save = sorted(full) or None
+    adapter.trainable_token_indices = {
+        name.rsplit(".", 1)[-1]: layer.trained_ids.tolist()
+        for name, layer in token_rows.layers_with_rows(hf)
+        if f"{name}.{token_rows.ROWS}" in weights  # once where they are tied
+    } or None
     adapter.target_modules = sorted(adapter.target_modules)  # peft keeps a set, of random order
     adapter.inference_mode = True
     directory.mkdir(parents=True)
     adapter.save_pretrained(directory)
-    renamed = {
-        "base_model.model." + name.replace(".default.", "."): weight
-        for name, weight in weights.items()
-    }
-    save_file(renamed, directory / WEIGHTS)
+    save_file({peft_name(name): weight for name, weight in weights.items()}, directory / WEIGHTS)
     score = {name: getattr(hf.config, name) for name in SCORE_SETTINGS if hasattr(hf.config, name)}
     if score:
         (directory / SCORE_SETTINGS_FILE).write_text(json.dumps(score, indent=2) + "\n")
+
+
+def peft_name(name: str) -> str:
+    """The name of an adapter's weight in peft's files."""
+    name = name.replace(".default.", ".")
+    if name.endswith(f".{token_rows.ROWS}"):
+        name = name.removesuffix(token_rows.ROWS) + "token_adapter.trainable_tokens_delta"
+    return "base_model.model." + name

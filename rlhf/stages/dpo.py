@@ -32,6 +32,7 @@ from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_
 from rlhf.evaluation.reward_model import pairwise_accuracy
 from rlhf.models import loading, logprobs, packing, wrappers
 from rlhf.models.loading import save_engine
+from rlhf.models.lora import is_adapter_weight
 from rlhf.models.wrappers import LogProbModel, Policy
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.rl.experience import Models
@@ -277,7 +278,7 @@ def policy_hash(policy: LogProbModel) -> str:
     code = "".join(Path(module.__file__ or "").read_text() for module in modules)
     sha = hashlib.sha256(f"{policy.module.hf.config.to_json_string()}{code}".encode())
     for name, weight in policy.module.named_parameters():
-        if ".lora_" in name:
+        if is_adapter_weight(name):
             continue
         with gather_parameters([weight]):
             if collectives.rank() == 0:

@@ -9,15 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapters import IDS, MASK, build, logits, output, said, update, with_adapter
 from families import FAMILIES
 from helpers import composed, metrics
-from torch import Tensor
 from worker_runs import prepare, work
 
 from rlhf.config.choices import Precision
-from rlhf.config.schema import Config
 from rlhf.config.stage_graph import adapter_only
-from rlhf.distributed.engine import build_engine
 from rlhf.models import lora
 from rlhf.models.loading import (
     full_state_dict,
@@ -26,56 +24,8 @@ from rlhf.models.loading import (
     load_tokenizer,
     save_engine,
 )
-from rlhf.models.wrappers import Policy, Scorer, model_inputs
-from rlhf.training.optimizer_step import optimizer_step
 
-IDS = torch.tensor([[5, 6, 7, 40, 41, 42, 2], [0, 0, 8, 9, 300, 301, 2]])
-MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
-WANTED = torch.arange(7).expand(2, 7) >= 3
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def with_adapter(stage: str, *overrides: str) -> Config:
-    node = "reward" if stage == "rm" else "actor"
-    return composed(
-        f"stage={stage}",
-        f"{node}.lora.rank=3",
-        f"{node}.lora.alpha=6",
-        f"{stage}.lr=1e-2",
-        *overrides,
-    )
-
-
-def build(cfg: Config, path: str, tokenizer: Any, run_dir: Path, role: str) -> Any:
-    is_scorer = role in ("reward_trained", "critic")
-    load = load_scorer if is_scorer else load_policy
-    adapter = cfg.reward.lora if is_scorer else cfg.actor.lora
-    return build_engine(
-        lambda: load(path, tokenizer, Precision.fp32, adapter=adapter), cfg, role, run_dir
-    )
-
-
-def said(policy: Any) -> Tensor:
-    """What a policy says of the last 4 tokens: log-probability and entropy, (2, B, 4)."""
-    return torch.stack(policy(IDS, MASK, WANTED)[:2])[..., -4:]
-
-
-def output(engine: Any) -> Tensor:
-    return said(engine) if isinstance(engine.module, Policy) else engine(IDS, MASK)
-
-
-def logits(module: Policy | Scorer) -> Tensor:
-    """What the model itself computes from the padded batch: for the last 4 tokens, or the raw score
-    of each row."""
-    found = module.hf(**model_inputs(module.hf, IDS, MASK)).logits
-    return found[:, -5:-1] if isinstance(module, Policy) else found
-
-
-def update(engine: Any, steps: int = 2) -> None:
-    engine.train()
-    for _ in range(steps):
-        optimizer_step(engine, [lambda: (output(engine).float() ** 2).sum()], 1e-2)
-    engine.eval()
 
 
 @each_family

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from families import save_base
-from helpers import composed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from rlhf.base.errors import UserError
 from rlhf.base.model_files import broken_file
 from rlhf.config.choices import Precision, Template
 from rlhf.models.loading import (
-    check_end_token,
     is_reward_model,
     load_policy,
     load_scorer,
@@ -236,29 +234,3 @@ def test_a_directory_without_weights_gets_one_line(
     with pytest.raises(UserError, match=f"cannot load {directory}: ") as error:
         load_policy(directory, tokenizer, Precision.fp32)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_that_could_not_learn_to_end_a_response_is_refused(
-    changed: Callable[..., str], tied: bool
-) -> None:
-    """chatml's end token is new to the model, and LoRA trains neither its row nor the output."""
-
-    def change(weights: Weights) -> Weights:
-        return without_output(weights) if tied else weights
-
-    directory = changed(change, tie_word_embeddings=tied)
-    load_tokenizer("builtin:tiny").save_pretrained(directory)
-    new, known = (load_tokenizer(directory, style) for style in (Template.chatml, Template.hh))
-    low_rank = composed("stage=sft", "actor.lora.rank=2").actor.lora
-    said = r"actor.lora.rank=2: .* <\|im_end\|>, which is new to .* data.template=hh or tokenizer"
-    with pytest.raises(UserError, match=said) as error:
-        load_policy(directory, new, Precision.fp32, low_rank)
-    assert ("actor.lora.embeddings=true" in str(error.value)) == tied
-    low_rank.embeddings = True
-    if tied:  # the matrix is trained in full, and it is the output layer too
-        check_end_token(directory, new, low_rank)
-    else:
-        with pytest.raises(UserError, match=said):
-            check_end_token(directory, new, low_rank)
-    check_end_token(directory, known, low_rank)
