@@ -272,11 +272,11 @@ def _skipped_rows(source: MeasuredSource) -> list[str]:
             f"rows of {name} whose chosen and rejected answers are equal:"
             f" {source['same_answers']:,}; they are skipped"
         )
-    total = sum(skipped.values())
-    if source["rows"] and total > 0.2 * source["rows"]:
+    total, rows = sum(skipped.values()), source["rows"] + source.get("further", 0)
+    if rows and total > 0.2 * rows:
         reason, count = max(skipped.items(), key=lambda item: item[1])
         lines.append(
-            f"{total / source['rows']:.0%} of the rows of {name} are skipped; the main reason:"
+            f"{total / rows:.0%} of the rows of {name} are skipped; the main reason:"
             f" {reason} ({count:,})"
         )
     return lines

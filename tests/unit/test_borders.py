@@ -230,7 +230,7 @@ def test_a_file_is_evaluated_on_another_file(tmp_path: Path) -> None:
     [
         (
             {"eval_split": "test"},
-            "eval_split=test: no such file; .* is another file to evaluate on",
+            "eval_split=test: no such file; .* is another file, folder or pattern",
         ),
         ({"split": "validation"}, "split=validation: .* is a file; it has none"),
         ({"config": "en"}, "config=en: .* is a file; it has none"),

@@ -8,6 +8,7 @@ a question is text.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -47,7 +48,7 @@ def read_row(row: Row, source: Source) -> Pair:
     Raises: Skip for a row that is skipped on purpose; ValueError with the reason for an unreadable
         one.
     """
-    format = source.format or detect_format([*row, *source.columns])
+    format = _format_of(row, source)
     match format:
         case Format.prompt_chosen_rejected:
             pair = _prompt_chosen_rejected(row, source)
@@ -75,12 +76,39 @@ def read_row(row: Row, source: Source) -> Pair:
     return pair
 
 
+def read_pairs(row: Row, source: Source) -> list[Pair]:
+    """The pairs of a row: one, or of ranked responses each with each worse one.
+
+    The first pair has the best response as its chosen one.
+
+    Raises: as read_row.
+    """
+    if _format_of(row, source) != Format.ranked:
+        return [read_row(row, source)]
+    prompt = _prompt(row, source)
+    best_first = sorted(_ranked_responses(row, source, prompt), key=lambda response: response[0])
+    if len(best_first) < 2:
+        raise Skip("fewer than two responses")
+    pairs = [
+        Pair(prompt, better, worse)
+        for (place, better), (other, worse) in itertools.combinations(best_first, 2)
+        if place < other and better.strip() != worse.strip()
+    ]
+    if not pairs:
+        raise Skip("tie")
+    return pairs
+
+
 def read_text(row: Row, source: Source) -> str:
     """The text of a row of plain text. Raises: Skip if it is empty; ValueError if not a string."""
     text = field(row, source, "text")
     if text is None or not _string(text, "text").strip():
         raise Skip("empty text")
     return _string(text, "text")
+
+
+def _format_of(row: Row, source: Source) -> Format | None:
+    return source.format or detect_format([*row, *source.columns])
 
 
 # --- values and their types
@@ -92,8 +120,7 @@ def _string(value: Json, name: str) -> str:
     return value
 
 
-def _number(row: Row, source: Source, name: str) -> float:
-    value = required(row, source, name)
+def _number(value: Json, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError(f"{name} is {kind_of(value)}, not a number")
     return value
@@ -125,7 +152,7 @@ def _before(row: Row, source: Source, turns: list[Turn]) -> list[Turn]:
             before.append(Turn("system", text))
         elif Turn("system", text) not in turns:
             raise ValueError("system is not the system's turn of the conversation")
-    format = source.format or detect_format([*row, *source.columns])
+    format = _format_of(row, source)
     history = field(row, source, "history") if format and "history" in FIELDS[format][1] else None
     if history is None:
         return before
@@ -169,9 +196,14 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
         if is_there(row, path):
             return ""
         raise ValueError(f"no field {path}")
+    return _answer_of(value, name, prompt, _is_dialogue(row, source))
+
+
+def _answer_of(value: Json, name: str, prompt: list[Turn], in_dialogue: bool) -> str:
+    """As `_answer`, of its value. Args: in_dialogue: the prompt is a dialogue in one string."""
     dialogue = turns_of_dialogue(value) if isinstance(value, str) else None
     # a whole conversation; "Assistant: yes" is an answer
-    is_whole = dialogue and dialogue[0].role == "user" and _is_dialogue(row, source)
+    is_whole = dialogue and dialogue[0].role == "user" and in_dialogue
     if isinstance(value, list) or is_whole:
         turns = turns_of_messages(value, name) if isinstance(value, list) else dialogue or []
         answer = turns.pop().text if turns[-1].role == "assistant" else ""
@@ -185,7 +217,7 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
     text = answer_text(_string(value, name).rstrip().removesuffix("</s>"))
     if text.lstrip().startswith("Assistant:"):
         return text.lstrip().removeprefix("Assistant:").lstrip()
-    return text.lstrip() if _is_dialogue(row, source) else text
+    return text.lstrip() if in_dialogue else text
 
 
 def _without_system(turns: list[Turn]) -> list[Turn]:
@@ -265,7 +297,7 @@ def _scored_answers(row: Row, source: Source) -> Pair:
         if field(row, source, f"quotes_{side}") is not None:
             answer = re.sub(r"\s*\[\d+(?:, ?\d+)*\]", "", answer).rstrip()
         answers[side] = answer
-    a, b = _number(row, source, "score_a"), _number(row, source, "score_b")
+    a, b = (_number(required(row, source, key), key) for key in ("score_a", "score_b"))
     if a == b:
         raise Skip("tie")
     if source.min_score_ratio > 1:
@@ -277,3 +309,40 @@ def _scored_answers(row: Row, source: Source) -> Pair:
             raise Skip("scores too close")
     chosen, rejected = ("a", "b") if a > b else ("b", "a")
     return Pair(prompt, answers[chosen], answers[rejected])
+
+
+def _ranked_responses(row: Row, source: Source, prompt: list[Turn]) -> list[tuple[float, str]]:
+    """Place (the lower, the better) and text of each response; empty ones are left out.
+
+    Raises: ValueError where numbers are missing, or ranks and scores contradict each other.
+    """
+    values = required(row, source, "responses")
+    if not isinstance(values, list):
+        raise ValueError(f"responses is {kind_of(values)}, not a list")
+    in_dialogue = _is_dialogue(row, source)
+    texts = []
+    for i, value in enumerate(values):
+        whole: Json = [value] if isinstance(value, dict) else value  # a message {role, content}
+        texts.append(
+            "" if whole in (None, []) else _answer_of(whole, f"responses.{i}", prompt, in_dialogue)
+        )
+    ranks = _numbers(row, source, "ranks", len(texts))
+    scores = _numbers(row, source, "scores", len(texts))
+    places = ranks or [-score for score in scores]
+    if not places:
+        raise ValueError("ranks and scores are empty")
+    for (rank, score), (other_rank, other_score) in itertools.combinations(zip(ranks, scores), 2):
+        if (rank - other_rank) * (score - other_score) > 0:
+            raise ValueError("ranks (1 is the best) and scores contradict each other")
+    return [(place, text) for place, text in zip(places, texts) if text.strip()]
+
+
+def _numbers(row: Row, source: Source, name: str, count: int) -> list[float]:
+    """A list of `count` numbers, or [] where the field is missing or empty."""
+    values = field(row, source, name)
+    if values is None:
+        return []
+    if not isinstance(values, list) or len(values) != count:
+        length = len(values) if isinstance(values, list) else kind_of(values)
+        raise ValueError(f"{name}: {length} for {count} responses")
+    return [_number(value, f"{name}.{i}") for i, value in enumerate(values)]
