@@ -17,6 +17,7 @@ import numpy as np
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow, Format
 from rlhf.config.schema import Data, Source
+from rlhf.config.validation import check_used
 from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest
 from rlhf.data.files import SAVED, RawTable, kind_of_source, open_source
@@ -114,6 +115,8 @@ def with_format(name: str, source: Source, first: dict[str, Any]) -> Source:
         fields.check_columns(columns, source)
     except ValueError as error:
         raise UserError(f"data.sources.{name}: {source.path}: {error}") from None
+    if unused := list(check_used(name, source)):
+        raise UserError("\n".join(unused))
     return source
 
 

@@ -37,8 +37,6 @@ def load_sources(cfg: Data) -> Dataset:
         splits = splits_of(name, source)
         for part, split, held_out in splits:
             one = read_split(name, part, split, cfg)
-            if one.is_text and held_out:  # plain text is not evaluated on
-                continue
             read.append(one)
             if not one.is_text:
                 facts.append(_facts(one, source, len(splits) > 1, held_out, table=len(facts)))

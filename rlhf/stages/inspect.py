@@ -125,11 +125,9 @@ def tables_of_sources(data: Dataset, cfg: Data) -> Iterator[datasets.Dataset]:
     if cfg.sandbox is not None:
         yield datasets.concatenate_datasets([data.sft, data.rm])
         return
-    used = {(report["source"], report["split"]) for report in data.report}
     for name, source in cfg.sources.items():
         for part, split, _ in splits_of(name, source):
-            if (name, split) in used:
-                yield read_split(name, part, split, cfg).table
+            yield read_split(name, part, split, cfg).table
 
 
 # --- verdicts
