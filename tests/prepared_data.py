@@ -74,6 +74,5 @@ def assert_counts_add_up(data: Dataset) -> None:
         assert sum(report[part] for report in data.report if part in report) == size
     for report in data.report:
         into = sum(report[part] for part in ("sft", "rm", "ppo", "eval", "texts") if part in report)
-        assert report["rows"] + report.get("copies", 0) == into + sum(report["skipped"].values()), (
-            report
-        )
+        made = report["rows"] + report.get("further", 0) + report.get("copies", 0)
+        assert made == into + sum(report["skipped"].values()), report

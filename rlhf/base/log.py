@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 log = logging.getLogger("rlhf")
@@ -17,6 +18,12 @@ def first_line(error: BaseException) -> str:
 def plural(count: int, noun: str, ending: str = "s") -> str:
     """`1 process`, `2 processes`: a number and its noun."""
     return f"{count} {noun}{'' if count == 1 else ending}"
+
+
+def first_few(names: Sequence[str], count: int = 5) -> str:
+    """`a, b, c`; of more than `count` names the first ones, and how many others there are."""
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def is_listening(url: str) -> bool:

@@ -31,6 +31,7 @@ class Format(Enum):
     prompt_chosen_rejected = "prompt_chosen_rejected"  # without `rejected` for SFT only
     chosen_rejected = "chosen_rejected"  # two dialogues that differ in the last answer
     scored_answers = "scored_answers"  # a prompt and two answers with a score each
+    ranked = "ranked"  # a prompt and several responses with ranks or scores
     instruction = "instruction"  # instruction, optional input, output; for SFT only
     messages = "messages"  # a conversation whose last turn is the answer; for SFT only
     prompts = "prompts"  # prompts without answers, for online RL only

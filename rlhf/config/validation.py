@@ -6,6 +6,7 @@ function yields one line per problem: key=value, what is wrong, the fix. Nothing
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -85,6 +86,7 @@ def check_data(cfg: Config) -> Iterator[str]:
         if is_sandbox(source) != (source.format == Format.sandbox):
             key = f"data.sources.{name}"
             yield f"{key}: path=builtin:sandbox and format=sandbox go together, not {source.path}"
+        yield from check_used(name, source)
     builtin = any(is_sandbox(source) for source in sources.values())
     if sandbox is not None and not any(s.format == Format.sandbox for s in sources.values()):
         yield (
@@ -95,6 +97,35 @@ def check_data(cfg: Config) -> Iterator[str]:
         yield "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml"
     if builtin and len(sources) > 1:
         yield "data: the sandbox cannot be mixed: its ground truth covers its own prompts only"
+
+
+# keys of a source that rows of a format do not use
+UNUSED = {
+    Format.sandbox: [field.name for field in dataclasses.fields(Source)][2:],  # path and format are
+    Format.text: ["eval_split", "weight", "sft_only"],
+    Format.prompts: ["sft_only"],
+}
+
+
+def check_used(name: str, source: Source) -> Iterator[str]:
+    """Keys of a source that are set, and that its format does not use; none without a format."""
+    if source.format is None:
+        return
+    unused = UNUSED.get(source.format, [])
+    if source.format != Format.scored_answers:
+        unused = list(dict.fromkeys([*unused, "min_score_ratio"]))
+    plain = Source(path=source.path)
+    where, reason = f"data.sources.{name}", f"format={source.format.name} does not use it"
+    for key in unused:
+        value = getattr(source, key)
+        if value != getattr(plain, key):
+            text = str(value).lower() if isinstance(value, bool) else value
+            yield f"{where}.{key}={text}: {reason}; leave it out"
+    if source.format == Format.prompts and source.weight > 1:
+        yield (
+            f"{where}.weight={source.weight:g}: online RL takes each prompt once; leave it out, or"
+            " raise rl.prompt_epochs"
+        )
 
 
 def is_sandbox(source: Source) -> bool:

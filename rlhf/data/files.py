@@ -1,17 +1,20 @@
-"""Open a source as it is: a file, a directory of `save_to_disk`, or a data set of the hub."""
+"""Open a source as it is: files, a directory of `save_to_disk`, or a data set of the hub."""
 
 from __future__ import annotations
 
+import bisect
+import glob
 import gzip
+import itertools
 import json
 import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import first_line, is_listening
+from rlhf.base.log import first_few, first_line, is_listening
 from rlhf.config.schema import Source
-from rlhf.data.cache import show_progress
+from rlhf.data.cache import digest, show_progress
 
 if TYPE_CHECKING:
     import datasets
@@ -22,7 +25,10 @@ BUILDERS = {  # of the `datasets` library; a .jsonl file is read line by line: o
     ".parquet": "parquet",
     ".csv": "csv",
 }
+ENDINGS = f"{', '.join(BUILDERS)} (.gz too)"
 BIG_FILE = 10**8  # bytes; reading it shows a progress bar
+SAVED = "a directory of save_to_disk"
+METADATA = ("dataset_info.json", "dataset_infos.json")  # beside the data of many folders
 
 
 class RawTable(NamedTuple):
@@ -30,6 +36,22 @@ class RawTable(NamedTuple):
 
     table: datasets.Dataset
     by_line: bool  # each row is a line of a .jsonl file, in the column `text`
+    files: list[str]  # that the rows come from, in their order; else the path of the source
+    starts: list[int]  # number of the first row of each file
+    not_read: list[str]  # other files and folders beside them
+
+    def place(self, row: int) -> str:
+        """Where a row is, for messages: "line 3 of DIR/b.jsonl"."""
+        file = bisect.bisect_right(self.starts, row) - 1
+        number = row - self.starts[file] + 1
+        return f"{'line' if self.by_line else 'row'} {number} of {self.files[file]}"
+
+
+class DataFiles(NamedTuple):
+    """What a folder or a pattern holds."""
+
+    files: list[Path]  # of one kind, sorted by name
+    not_read: list[str]  # other files and folders
 
 
 def open_source(name: str, source: Source, split: str) -> RawTable:
@@ -41,39 +63,147 @@ def open_source(name: str, source: Source, split: str) -> RawTable:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
-    file = Path(source.path).expanduser()
-    suffix = Path(source.path.removesuffix(".gz")).suffix
-    if not file.exists() and suffix not in BUILDERS and source.path[:1] not in "/.~":
-        return RawTable(_open_hub(name, source, split), by_line=False)
-    if file.is_dir():
-        return RawTable(_open_directory(name, source, split, file), by_line=False)
-    where = f"data.sources.{name}.path={source.path}"
-    if not file.is_file():
-        raise UserError(f"{where}: no such file")
-    if not file.stat().st_size:
-        raise UserError(f"{where}: the file is empty")
-    if suffix not in BUILDERS:
-        raise UserError(
-            f"{where}: give a file ending in {', '.join(BUILDERS)} (.gz too), a directory written"
-            " by save_to_disk, or a hub id"
-        )
+    path = Path(source.path).expanduser()
+    if _is_hub_id(source.path):
+        return RawTable(_open_hub(name, source, split), False, [source.path], [0], [])
+    if _is_saved(path):
+        return RawTable(_open_directory(name, source, split, path), False, [source.path], [0], [])
+    key = "eval_split" if source.path == source.eval_split else "path"
     try:
-        return _open_file(file, suffix, source)
-    except Exception as error:  # the library wraps the causes in its own errors, or names none
-        raise UserError(f"{where}: {_what_is_wrong(file, suffix, error)}") from None
+        return _open_files(find_files(source.path), source)
+    except (ValueError, OSError) as error:
+        raise UserError(f"data.sources.{name}.{key}={source.path}: {error}") from None
 
 
-# --- files and directories
+# --- files
 
 
-def _open_file(file: Path, suffix: str, source: Source) -> RawTable:
+def kind_of_source(path: str) -> str:
+    """What a path names, in words; "" for a hub id, and where nothing is there."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        return "a file"
+    if file.is_dir():
+        return SAVED if _is_saved(file) else "a folder of files"
+    return "a pattern of files" if glob.has_magic(path) else ""
+
+
+def find_files(path: str) -> DataFiles:
+    """The files that a path names: one file, those in a folder, or those that match a pattern.
+
+    Raises: ValueError with what is wrong.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        if suffix_of(file) not in BUILDERS:
+            raise ValueError(
+                f"give a file ending in {ENDINGS}, a folder or pattern of such files, a directory"
+                " written by save_to_disk, or a hub id"
+            )
+        return DataFiles([file], [])
+    if file.is_dir():
+        entries = sorted(entry for entry in file.iterdir() if not entry.name.startswith("."))
+    elif glob.has_magic(path):
+        entries = sorted(Path(match) for match in glob.glob(str(file), recursive=True))
+        if not entries:
+            raise ValueError("no file matches")
+    else:
+        raise ValueError("no such file")
+    files = [
+        entry
+        for entry in entries
+        if suffix_of(entry) in BUILDERS and entry.is_file() and entry.name not in METADATA
+    ]
+    not_read = [f"{e.name}/" if e.is_dir() else e.name for e in entries if e not in set(files)]
+    if not files:
+        there = f"there are {first_few(not_read)}" if not_read else "the folder is empty"
+        raise ValueError(f"no file ends in {ENDINGS}; {there}")
+    examples = {suffix_of(file): file.name for file in reversed(files)}  # the first of each kind
+    if len(examples) > 1:
+        kinds = ", ".join(sorted(examples.values()))
+        raise ValueError(f"files of several kinds ({kinds}): give a source for each kind")
+    return DataFiles(files, not_read)
+
+
+def suffix_of(file: Path) -> str:
+    """The ending that says the kind of a file: ".jsonl" for a.jsonl and a.jsonl.gz."""
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
+def _open_files(found: DataFiles, source: Source) -> RawTable:
+    """The rows of all files, one file after the other. Raises: ValueError that names the file."""
+    builders, tables = [], []
+    for file in found.files:
+        name = f"{file}: " if len(found.files) > 1 else ""
+        if not file.stat().st_size:
+            raise ValueError(f"{name}the file is empty")
+        try:
+            builders.append(_builder(file))
+            tables.append(_open_file(file, builders[-1], source))
+        except Exception as error:  # the library wraps the causes in its own, or names none
+            raise ValueError(name + _what_is_wrong(file, suffix_of(file), error)) from None
+        if builders[-1] != builders[0]:
+            raise ValueError(
+                f"of {found.files[0]} and {file} one has a row in each line, and one a list of"
+                " rows: give a source for each kind"
+            )
+    starts = [0, *itertools.accumulate(len(table) for table in tables)][:-1]
+    files = [str(file) for file in found.files]
+    table = _concatenate(tables, found.files)
+    return RawTable(table, builders[0] == "text", files, starts, found.not_read)
+
+
+def _builder(file: Path) -> str:
+    suffix = suffix_of(file)
+    return "text" if suffix == ".json" and _holds_lines(file) else BUILDERS[suffix]
+
+
+def _open_file(file: Path, builder: str, source: Source) -> datasets.Dataset:
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the hub for each local file
     show_progress(file.stat().st_size > BIG_FILE)
-    builder = "text" if suffix == ".json" and _holds_lines(file) else BUILDERS[suffix]
     options = _csv_as_text(file, source) if builder == "csv" else {}
-    table = datasets.load_dataset(builder, data_files=str(file), split="train", **options)
-    return RawTable(table, by_line=builder == "text")
+    pattern = glob.escape(str(file))  # the library takes it for one
+    return datasets.load_dataset(builder, data_files=pattern, split="train", **options)
+
+
+def _concatenate(tables: list[datasets.Dataset], files: list[Path]) -> datasets.Dataset:
+    """One table with the columns of all; what a file does not have is null.
+
+    Raises: ValueError that names the file whose columns have other types.
+    """
+    import datasets
+    import pyarrow
+
+    if len(tables) == 1:
+        return tables[0]
+    schema = pyarrow.schema([])
+    for table, file in zip(tables, files):
+        try:
+            own = table.features.arrow_schema.remove_metadata()
+            schema = pyarrow.unify_schemas([schema, own], promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            raise ValueError(
+                f"{file} does not fit the files before it: {first_line(error)}"
+            ) from None
+    features = datasets.Features.from_arrow_schema(schema)
+    same_types = []
+    for table in tables:
+        own_features = datasets.Features({name: features[name] for name in table.column_names})
+        same_types.append(table if table.features == own_features else table.cast(own_features))
+    together = datasets.concatenate_datasets(same_types)
+    together._fingerprint = digest(*(table._fingerprint for table in tables))
+    return together
+
+
+# --- directories of save_to_disk
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote a directory, in whole or in part."""
+    marks = ("state.json", "dataset_dict.json")
+    return path.is_dir() and (any((path / m).exists() for m in marks) or any(path.glob("*.arrow")))
 
 
 def _open_directory(name: str, source: Source, split: str, directory: Path) -> datasets.Dataset:
@@ -86,7 +216,7 @@ def _open_directory(name: str, source: Source, split: str, directory: Path) -> d
             f"data.sources.{name}.path={source.path}: not a directory written by save_to_disk"
             f" ({first_line(error)})"
         ) from None
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {source.split: saved}
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if split not in splits:
         raise UserError(
             f"data.sources.{name}: {source.path} has no split {split}; it has {', '.join(splits)}"
@@ -146,6 +276,12 @@ def _what_is_wrong(file: Path, suffix: str, error: BaseException) -> str:
 
 
 # --- the hub
+
+
+def _is_hub_id(path: str) -> bool:
+    file = Path(path).expanduser()
+    is_local = file.exists() or path[:1] in "/.~" or suffix_of(file) in BUILDERS
+    return not is_local and not glob.has_magic(path)
 
 
 def _open_hub(name: str, source: Source, split: str) -> datasets.Dataset:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import log
+from rlhf.base.log import first_few, log
 from rlhf.config.schema import Config, Data
 from rlhf.data.records import (
     PAIR_COLUMNS,
@@ -122,13 +122,20 @@ def summarize(data: Dataset) -> str:
     for report in data.report:
         counts = [f"{part} {report[part]:,}" for part in PARTS if part in report]
         counts += [f"texts {report['texts']:,}"] if "texts" in report else []
-        line = f"{report['source']}/{report['split']}: {report['rows']:,} rows: {', '.join(counts)}"
+        rows = f"{report['rows']:,} rows"
+        if further := report.get("further"):
+            rows += f" and {further:,} further pairs of ranked responses"
+        line = f"{report['source']}/{report['split']}: {rows}: {', '.join(counts)}"
         if report.get("copies"):
             line += f" ({report['copies']:,} copies by weight)"
         if report["skipped"]:
             reasons = [f"{count:,} {reason}" for reason, count in report["skipped"].items()]
             line += f"; skipped: {', '.join(reasons)}"
         lines.append(line)
+        if files := report.get("files"):
+            lines.append(f"  files: {first_few(files)}")
+        if not_read := report.get("not_read"):
+            lines.append(f"  not read: {first_few(not_read)}")
         if unread := report.get("unread"):
             lines.append(
                 f"  columns not read, unless a reward function asks for them: {', '.join(unread)}"

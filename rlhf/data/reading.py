@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import asdict
@@ -17,11 +18,12 @@ import numpy as np
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow, Format, Template
 from rlhf.config.schema import Data, Source
+from rlhf.config.validation import check_used
 from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest
-from rlhf.data.files import RawTable, open_source
+from rlhf.data.files import SAVED, RawTable, kind_of_source, open_source
 from rlhf.data.formats import fields
-from rlhf.data.formats.rows import Skip, read_row, read_text
+from rlhf.data.formats.rows import Skip, read_pairs, read_text
 from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, record_features
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ FIRST_ROWS = 1000  # are looked at for columns that no format reads
 UNREADABLE = "unreadable: "  # begins the problem of a row that cannot be read
 KNOWN_COLUMNS = (
     "prompt, chosen, rejected; chosen, rejected; messages; instruction, output; prompt, response;"
-    " prompt; text"
+    " prompt, responses, ranks or scores; prompt; text"
 )
 
 
@@ -45,6 +47,7 @@ class SourceSplit(NamedTuple):
     row_hash: np.ndarray  # uint64
     is_pair: np.ndarray  # bool
     has_answer: np.ndarray  # bool; False: a prompt for online RL only
+    is_further: np.ndarray  # bool: a pair of ranked responses, but not the first of its row
 
 
 def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
@@ -60,14 +63,19 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         raise UserError(f"data.sources.{name}: {source.path} ({split}) is empty")
     if source.rows is not None:
         first_rows = raw.table.select(range(min(source.rows, len(raw.table))))
-        raw = RawTable(first_rows, raw.by_line)
+        raw = raw._replace(table=first_rows)
     first = _first_rows(name, source, raw)
     source = with_format(name, source, {column: None for row in first for column in row})
     table = _convert(name, source, raw, cfg)
-    report = SourceReport(source=name, split=split, rows=len(table), skipped={})
+    rows = int(_row_numbers(table)[-1]) + 1
+    report = SourceReport(source=name, split=split, rows=rows, skipped={})
+    if len(table) > rows:
+        report["further"] = len(table) - rows
+    if kind_of_source(source.path) not in ("", "a file", SAVED):
+        report["files"], report["not_read"] = [Path(f).name for f in raw.files], raw.not_read
     if unread := fields.unread_columns(first, source, cfg.template):
         report["unread"] = unread
-    readable = _readable_rows(table, report, source.path, raw.by_line, cfg.on_bad_row)
+    readable = _readable_rows(table, report, source.path, raw, cfg.on_bad_row)
     report["content"] = _content(table, readable)  # a resumed run must find the same
     if source.format == Format.text:
         return _texts(table, readable, report)
@@ -80,10 +88,11 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         table.select_columns(list(record_features())).select(readable),
         report,
         is_text=False,
-        prompt_hash=_column(table, "prompt_hash", readable),
-        row_hash=_column(table, "row_hash", readable),
+        prompt_hash=_column(table, "prompt_hash")[readable],
+        row_hash=_column(table, "row_hash")[readable],
         is_pair=has_rejected & (not source.sft_only),
         has_answer=has_answer.to_numpy(zero_copy_only=False)[readable],
+        is_further=_column(table, "further")[readable],
     )
 
 
@@ -110,6 +119,8 @@ def with_format(name: str, source: Source, first: dict[str, Any]) -> Source:
         fields.check_columns(columns, source)
     except ValueError as error:
         raise UserError(f"data.sources.{name}: {source.path}: {error}") from None
+    if unused := list(check_used(name, source)):
+        raise UserError("\n".join(unused))
     return source
 
 
@@ -118,22 +129,28 @@ def _first_rows(name: str, source: Source, raw: RawTable) -> list[dict[str, Any]
 
     Raises: UserError when none of the first lines is an object.
     """
-    first = raw.table.select(range(min(FIRST_ROWS, len(raw.table))))
+    of_each_file = math.ceil(FIRST_ROWS / len(raw.starts))
+    ends = [*raw.starts[1:], len(raw.table)]
+    numbers = [
+        row
+        for start, end in zip(raw.starts, ends)
+        for row in range(start, min(end, start + of_each_file, len(raw.table)))
+    ]
+    first = raw.table.select(numbers)
     if not raw.by_line:
         return list(first)
-    rows, problem = [], "line 1 is empty"
-    for number, line in enumerate(first, 1):
+    rows, problem = [], ""
+    for number, line in zip(numbers, first):
         try:
             rows.append(parse_line(line["text"]))
         except Skip:
             continue
         except ValueError as error:
-            problem = f"line {number}: {error}" if problem == "line 1 is empty" else problem
+            problem = problem or f"{raw.place(number)}: {error}"
     if rows:
         return rows
-    raise UserError(
-        f"data.sources.{name}: {source.path} has no line that is a JSON object {{...}}: {problem}"
-    )
+    problem = problem or f"{raw.place(0)} is empty"
+    raise UserError(f"data.sources.{name}: no line is a JSON object {{...}}: {problem}")
 
 
 def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Dataset:
@@ -142,7 +159,10 @@ def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Da
 
     strings, hashes = datasets.Value("string"), datasets.Value("uint64")
     is_text = source.format == Format.text
-    features = {"text": strings} if is_text else {**record_features(), "prompt_hash": hashes}
+    if is_text:
+        features = {"text": strings}
+    else:
+        features = {**record_features(), "prompt_hash": hashes, "further": datasets.Value("bool")}
     features |= {"problem": strings, "row_hash": hashes}
     columns = sorted(source.columns.items())
     settings = (source.format, columns, source.min_score_ratio, raw.by_line, cfg.seed, cfg.template)
@@ -163,11 +183,12 @@ def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Da
 
 
 def _readable_rows(
-    table: datasets.Dataset, report: SourceReport, path: str, by_line: bool, on_bad_row: BadRow
+    table: datasets.Dataset, report: SourceReport, path: str, raw: RawTable, on_bad_row: BadRow
 ) -> np.ndarray:
-    """The numbers of the rows without a problem; fills in `skipped` of the report.
+    """The numbers of the records without a problem; fills in `skipped` of the report.
 
-    Raises: UserError when no row is left, or a row is unreadable and `on_bad_row` refuses that.
+    Raises: UserError when no row is left, none of a file can be read, or a row is unreadable and
+        `on_bad_row` refuses that.
     """
     import pyarrow.compute as pc
 
@@ -177,16 +198,22 @@ def _readable_rows(
     counts = pc.value_counts(problems.filter(pc.invert(unreadable))).to_pylist()
     skipped |= {count["values"]: count["counts"] for count in counts if count["values"]}
     if number := pc.sum(unreadable).as_py():
-        first = pc.index(unreadable, True).as_py()
-        problem = problems[first].as_py().removeprefix(UNREADABLE)
-        line = f"{'line' if by_line else 'row'} {first + 1} of {path}: {problem}"
-        message = f"data.sources.{name}: {line}"
+        bad = np.flatnonzero(unreadable.to_numpy(zero_copy_only=False))
+        rows = _row_numbers(table)
+
+        def message(record: int) -> str:
+            problem = problems[int(record)].as_py().removeprefix(UNREADABLE)
+            return f"data.sources.{name}: {raw.place(int(rows[record]))}: {problem}"
+
         if on_bad_row == BadRow.refuse:
-            raise UserError(message)
-        if number == len(table):
-            raise UserError(f"{message} (and no other row can be read)")
+            raise UserError(message(bad[0]))
+        file_of = np.searchsorted(raw.starts, rows, side="right") - 1
+        all_bad = np.bincount(file_of) == np.bincount(file_of[bad], minlength=file_of[-1] + 1)
+        if (hopeless := bad[all_bad[file_of[bad]]]).size:
+            of_it = " of it" if len(raw.files) > 1 else ""
+            raise UserError(f"{message(hopeless[0])} (and no other row{of_it} can be read)")
         skipped["unreadable"] = number
-        report["first_unreadable"] = message
+        report["first_unreadable"] = message(bad[0])
         texts = problems.filter(unreadable).to_pylist()
         counted = Counter(re.sub(r"\d+", "N", text.removeprefix(UNREADABLE)) for text in texts)
         report["unreadable"] = dict(counted.most_common(5))
@@ -199,9 +226,16 @@ def _readable_rows(
     return readable
 
 
+def _row_numbers(table: datasets.Dataset) -> np.ndarray:
+    """The number of the row that each record was read from: a row may give several."""
+    if "further" not in table.column_names:
+        return np.arange(len(table))
+    return np.cumsum(~_column(table, "further")) - 1
+
+
 def _texts(table: datasets.Dataset, readable: np.ndarray, report: SourceReport) -> SourceSplit:
     """Plain text, each text once."""
-    hashes = _column(table, "row_hash", readable)
+    hashes = _column(table, "row_hash")[readable]
     distinct = readable[np.sort(np.unique(hashes, return_index=True)[1])]
     if len(distinct) < len(readable):
         report["skipped"]["duplicate text"] = len(readable) - len(distinct)
@@ -209,20 +243,20 @@ def _texts(table: datasets.Dataset, readable: np.ndarray, report: SourceReport) 
     nothing = np.array([], dtype=np.uint64)
     none = nothing.astype(bool)
     texts = table.select_columns(["text"]).select(distinct)
-    return SourceSplit(texts, report, True, nothing, nothing, none, none)
+    return SourceSplit(texts, report, True, nothing, nothing, none, none, none)
 
 
 def _content(table: datasets.Dataset, readable: np.ndarray) -> str:
     """A hash of all rows that could be read, 16 hexadecimal digits."""
-    content = hashlib.sha256(_column(table, "row_hash", readable).tobytes())
+    content = hashlib.sha256(_column(table, "row_hash")[readable].tobytes())
     if "columns" in table.column_names:  # a reference that changes makes other rewards
         for batch in table.select_columns(["columns"]).iter(1000):
             content.update("\0".join(batch["columns"]).encode())
     return content.hexdigest()[:16]
 
 
-def _column(table: datasets.Dataset, name: str, rows: np.ndarray) -> np.ndarray:
-    return table.data.column(name).to_numpy()[rows]
+def _column(table: datasets.Dataset, name: str) -> np.ndarray:
+    return table.data.column(name).to_numpy(zero_copy_only=False)
 
 
 # --- from a batch of raw rows to records; worker processes run this
@@ -231,32 +265,42 @@ def _column(table: datasets.Dataset, name: str, rows: np.ndarray) -> np.ndarray:
 def read_rows(
     batch: Columns, source: Source, by_line: bool, seed: int, style: Template
 ) -> dict[str, Any]:
-    """A batch of raw rows as records; `problem` is "" where a row is fine."""
-    columns: Columns = {key: [] for key in (*PAIR_COLUMNS, "prompt_hash", "problem", "row_hash")}
+    """A batch of raw rows as records; `problem` is "" where a row is fine.
+
+    A row of ranked responses gives several records; all but the first are `further`.
+    """
+    names = (*PAIR_COLUMNS, "prompt_hash", "problem", "row_hash", "further")
+    columns: Columns = {name: [] for name in names}
     for row in _raw_rows(batch):
-        pair, prompt_hash, row_hash, problem = Pair([], "", None), 0, 0, ""
+        pairs, prompt_hash, row_hashes, problem = [Pair([], "", None)], 0, [0], ""
         try:
-            record = read_row(parse_line(row["text"]) if by_line else row, source, style)
+            records = read_pairs(parse_line(row["text"]) if by_line else row, source, style)
             # case and spaces do not make another prompt
             prompt = "|".join(
                 f"{turn.role}:{' '.join(turn.text.lower().split())}{turn.more}"
-                for turn in record.prompt
+                for turn in records[0].prompt
             )
             prompt_hash = hash_text(f"{seed}|{prompt}")
-            content = [prompt, record.chosen + record.calls, record.rejected]
-            row_hash = hash_text(json.dumps(content, ensure_ascii=False))
-            pair = record
+            row_hashes = [hash_text(content_of(prompt, record)) for record in records]
+            pairs = records
         except Skip as reason:
             problem = str(reason)
         except ValueError as error:  # also a text that is not valid Unicode: "\\ud83d" alone
             problem = UNREADABLE + str(error)
-        columns["prompt"].append([asdict(turn) for turn in pair.prompt])
-        for name in PAIR_COLUMNS[1:]:
-            columns[name].append(getattr(pair, name))
-        columns["prompt_hash"].append(prompt_hash)
-        columns["row_hash"].append(row_hash)
-        columns["problem"].append(problem)
+        for i, pair in enumerate(pairs):
+            columns["prompt"].append([asdict(turn) for turn in pair.prompt])
+            for name in PAIR_COLUMNS[1:]:
+                columns[name].append(getattr(pair, name))
+            columns["prompt_hash"].append(prompt_hash)
+            columns["row_hash"].append(row_hashes[i] if not problem else 0)
+            columns["problem"].append(problem)
+            columns["further"].append(i > 0)
     return columns | {name: _uint64(columns[name]) for name in ("prompt_hash", "row_hash")}
+
+
+def content_of(prompt: str, record: Pair) -> str:
+    """What makes two records the same, as one string."""
+    return json.dumps([prompt, record.chosen + record.calls, record.rejected], ensure_ascii=False)
 
 
 def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:

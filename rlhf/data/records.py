@@ -71,6 +71,9 @@ class SourceReport(TypedDict):
     rows: int  # rows that were read
     skipped: dict[str, int]  # rows that no stage gets, by reason
     content: NotRequired[str]  # hash of the rows that could be read; files only
+    files: NotRequired[list[str]]  # names of those of a folder or pattern that were read
+    not_read: NotRequired[list[str]]  # other files and folders beside them
+    further: NotRequired[int]  # pairs beyond the first that ranked responses of a row give
     unread: NotRequired[list[str]]  # columns and parts of messages that the format does not read
     unreadable: NotRequired[dict[str, int]]  # rows by reason, the most frequent ones
     first_unreadable: NotRequired[str]  # where the first unreadable row is, and what is wrong

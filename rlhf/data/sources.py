@@ -7,13 +7,13 @@ under a key of content, settings and the code that read them.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.base.errors import UserError
 from rlhf.config.schema import Data, Source
+from rlhf.data.files import SAVED, kind_of_source
 from rlhf.data.reading import SourceSplit, read_split
 from rlhf.data.records import (
     PAIR_COLUMNS,
@@ -24,7 +24,7 @@ from rlhf.data.records import (
     SourceReport,
     Turn,
 )
-from rlhf.data.splits import PARTS, Part, RowFacts, split_rows
+from rlhf.data.splits import FURTHER_PAIR, PARTS, Part, RowFacts, split_rows
 
 
 def load_sources(cfg: Data) -> Dataset:
@@ -45,8 +45,6 @@ def load_sources(cfg: Data) -> Dataset:
         splits = splits_of(name, source)
         for part, split, held_out in splits:
             one = read_split(name, part, split, cfg)
-            if one.is_text and held_out:  # plain text is not evaluated on
-                continue
             read.append(one)
             if not one.is_text:
                 facts.append(_facts(one, source, len(splits) > 1, held_out, table=len(facts)))
@@ -63,7 +61,8 @@ def load_sources(cfg: Data) -> Dataset:
     table = datasets.concatenate_datasets([one.table for one in read if not one.is_text])
     # sources mixed, and in the same order whatever the order of the sources
     held_out_rows = parts["eval"][np.argsort(rows.row_hash[parts["eval"]])]
-    evaluated = [pair_of(row) for row in table.select(held_out_rows[: cfg.eval_rows])]
+    first_pairs = held_out_rows[~rows.is_further[held_out_rows]]  # with the best response
+    evaluated = [pair_of(row) for row in table.select(first_pairs[: cfg.eval_rows])]
     held_out_pairs = held_out_rows[rows.is_pair[held_out_rows]][: cfg.eval_rows]
     names = [reports[number]["source"] for number in rows.table[held_out_pairs]]
     return Dataset(
@@ -90,29 +89,28 @@ def load_sources(cfg: Data) -> Dataset:
 def splits_of(name: str, source: Source) -> list[tuple[Source, str, bool]]:
     """The splits to read, and whether each is held out for evaluation.
 
-    A file has one split only; its `eval_split` is another file.
+    Files have one split only; their `eval_split` is another file, folder or pattern.
 
     Args: name: the source's key in `data.sources`.
-    Raises: UserError for settings that a file does not have.
+    Raises: UserError for settings that files do not have.
     """
     train = (source, source.split, False)
-    is_file = Path(source.path).expanduser().is_file()
-    if is_file:
-        where = f"data.sources.{name}"
-        if source.split != "train" or source.config is not None:
-            key = "config" if source.config is not None else "split"
-            value = getattr(source, key)
-            raise UserError(f"{where}.{key}={value}: {source.path} is a file; it has none")
-        if source.eval_split and not Path(source.eval_split).expanduser().is_file():
-            raise UserError(
-                f"{where}.eval_split={source.eval_split}: no such file; {source.path} is a file, so"
-                " its eval_split is another file to evaluate on"
-            )
+    where, kind = f"data.sources.{name}", kind_of_source(source.path)
+    is_files = kind not in ("", SAVED)
+    if kind and source.config is not None:
+        raise UserError(f"{where}.config={source.config}: {source.path} is {kind}; it has none")
+    if is_files and source.split != "train":
+        raise UserError(f"{where}.split={source.split}: {source.path} is {kind}; it has none")
     if source.eval_split is None:
         return [train]
-    if is_file:
-        return [train, (dataclasses.replace(source, path=source.eval_split), "eval", True)]
-    return [train, (source, source.eval_split, True)]
+    if not is_files:
+        return [train, (source, source.eval_split, True)]
+    if kind_of_source(source.eval_split) in ("", SAVED):
+        raise UserError(
+            f"{where}.eval_split={source.eval_split}: no such file; {source.path} is {kind}, so its"
+            " eval_split is another file, folder or pattern to evaluate on"
+        )
+    return [train, (dataclasses.replace(source, path=source.eval_split), "eval", True)]
 
 
 def pair_of(row: dict[str, Any]) -> Pair:
@@ -130,6 +128,7 @@ def _facts(
         one.row_hash,
         one.is_pair,
         one.has_answer,
+        one.is_further,
         sft_only=np.full(rows, source.sft_only),
         has_eval_split=np.full(rows, has_eval_split),
         held_out=np.full(rows, held_out),
@@ -149,6 +148,9 @@ def _count_rows(
     def by_table(index: np.ndarray) -> list[int]:
         return np.bincount(rows.table[index], minlength=len(reports)).tolist()
 
+    for report, count in zip(reports, by_table(skipped.pop(FURTHER_PAIR))):
+        if "further" in report:  # those that some stage gets
+            report["further"] -= count
     for reason, index in skipped.items():
         for report, count in zip(reports, by_table(index)):
             if count:
@@ -158,4 +160,4 @@ def _count_rows(
             report[part] = count
     for report in reports:  # a row of weight 2 is in its part twice
         rows_used = sum(report[part] for part in PARTS) + sum(report["skipped"].values())
-        report["copies"] = rows_used - report["rows"]
+        report["copies"] = rows_used - report["rows"] - report.get("further", 0)

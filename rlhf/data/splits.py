@@ -11,6 +11,7 @@ from rlhf.config.schema import Data
 Part = Literal["sft", "rm", "ppo", "eval"]
 PARTS: tuple[Part, ...] = ("sft", "rm", "ppo", "eval")
 SFT, RM, PPO, EVAL = range(4)  # positions in PARTS
+FURTHER_PAIR = "further pair of ranked responses"
 
 
 class RowFacts(NamedTuple):
@@ -20,6 +21,7 @@ class RowFacts(NamedTuple):
     row_hash: np.ndarray  # uint64, of the prompt and its answers
     is_pair: np.ndarray  # bool: it has a rejected answer too
     has_answer: np.ndarray  # bool: it has an answer; else it is a prompt for online RL
+    is_further: np.ndarray  # bool: a pair of ranked responses, but not the first of its row
     sft_only: np.ndarray  # bool: its source is for SFT only
     has_eval_split: np.ndarray  # bool: its source has an evaluation split of its own
     held_out: np.ndarray  # bool: it is in that evaluation split
@@ -56,6 +58,9 @@ def split_rows(rows: RowFacts, cfg: Data) -> Split:
     without_pairs = ~np.isin(rows.table, rows.table[rows.is_pair]) & rows.has_answer
     skip("no answer", rows.sft_only & ~rows.has_answer & (part != EVAL))
     for_sft = (rows.sft_only | (without_pairs & (part == RM))) & rows.has_answer & (part != EVAL)
+    # SFT learns the best of ranked responses once; online RL takes the prompt once
+    for_pairs = ((part == RM) & ~for_sft) | (part == EVAL)
+    skip(FURTHER_PAIR, rows.is_further & ~for_pairs)
     skip("no rejected answer", (part == RM) & ~rows.is_pair & ~for_sft)
     elsewhere = np.unique(rows.prompt_hash[kept & ~for_sft & ((part == RM) | (part == PPO))])
     skip(
@@ -94,10 +99,18 @@ def _part_of_prompt(rows: RowFacts, cfg: Data) -> np.ndarray:
 def _first_copies(rows: RowFacts, kept: np.ndarray) -> np.ndarray:
     """Whether a kept row is the one that stays of its duplicates (bool, one per row).
 
-    A row of a source for all stages comes before the same row of a source for SFT only.
+    A row of a source for all stages comes before the same row of a source for SFT only, and a pair
+    with the best response of its row before the same pair without it.
     """
     candidates = np.flatnonzero(kept)
-    order = np.lexsort((candidates, rows.sft_only[candidates], rows.row_hash[candidates]))
+    order = np.lexsort(
+        (
+            candidates,
+            rows.is_further[candidates],
+            rows.sft_only[candidates],
+            rows.row_hash[candidates],
+        )
+    )
     candidates = candidates[order]
     first = np.zeros(len(kept), dtype=bool)
     first[candidates[np.unique(rows.row_hash[candidates], return_index=True)[1]]] = True

@@ -125,11 +125,9 @@ def tables_of_sources(data: Dataset, cfg: Data) -> Iterator[datasets.Dataset]:
     if cfg.sandbox is not None:
         yield datasets.concatenate_datasets([data.sft, data.rm])
         return
-    used = {(report["source"], report["split"]) for report in data.report}
     for name, source in cfg.sources.items():
         for part, split, _ in splits_of(name, source):
-            if (name, split) in used:
-                yield read_split(name, part, split, cfg).table
+            yield read_split(name, part, split, cfg).table
 
 
 # --- verdicts
@@ -275,11 +273,11 @@ def _skipped_rows(source: MeasuredSource) -> list[str]:
             f"rows of {name} whose chosen and rejected answers are equal:"
             f" {source['same_answers']:,}; they are skipped"
         )
-    total = sum(skipped.values())
-    if source["rows"] and total > 0.2 * source["rows"]:
+    total, rows = sum(skipped.values()), source["rows"] + source.get("further", 0)
+    if rows and total > 0.2 * rows:
         reason, count = max(skipped.items(), key=lambda item: item[1])
         lines.append(
-            f"{total / source['rows']:.0%} of the rows of {name} are skipped; the main reason:"
+            f"{total / rows:.0%} of the rows of {name} are skipped; the main reason:"
             f" {reason} ({count:,})"
         )
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from format_rows import assistant, message, source, user
 from prepared_data import config
 
 from rlhf.base.errors import UserError
+from rlhf.config.choices import Format
 from rlhf.config.schema import Source
+from rlhf.config.validation import check_used
 from rlhf.data import load, tokenized
 from rlhf.data.formats.fields import unread_columns
 from rlhf.data.formats.rows import read_row
@@ -233,7 +236,7 @@ def test_a_file_is_evaluated_on_another_file(tmp_path: Path) -> None:
     [
         (
             {"eval_split": "test"},
-            "eval_split=test: no such file; .* is another file to evaluate on",
+            "eval_split=test: no such file; .* is another file, folder or pattern",
         ),
         ({"split": "validation"}, "split=validation: .* is a file; it has none"),
         ({"config": "en"}, "config=en: .* is a file; it has none"),
@@ -253,3 +256,52 @@ def test_prompts_that_lose_their_first_turns_are_counted(tokenizer: Any) -> None
     rows = tokenized.demonstrations(tokenizer, table, 40, 10)
     assert str(rows) == "2 demonstrations (1 lost their first turns)"
     assert "Rhyme." in tokenizer.decode(rows[0][0]) and "a a" not in tokenizer.decode(rows[0][0])
+
+
+TEXT, PROMPT, PAIR = {"text": "t"}, {"prompt": "q"}, {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    "row, format, settings, said",
+    [
+        (PAIR, "prompt_chosen_rejected", {"min_score_ratio": 2.0}, "min_score_ratio=2.0"),
+        (TEXT, "text", {"weight": 0.5}, "weight=0.5"),
+        (TEXT, "text", {"sft_only": True}, "sft_only=true"),
+        (TEXT, "text", {"eval_split": __file__}, f"eval_split={__file__}"),
+        (PROMPT, "prompts", {"sft_only": True}, "sft_only=true"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False], ids=["given", "detected"])
+def test_keys_that_a_format_does_not_use_are_refused(
+    tmp_path: Path, row: Any, format: str, settings: dict[str, Any], said: str, given: bool
+) -> None:
+    one = Source(path=write(tmp_path / "a.jsonl", [row]), **settings)
+    line = f"data.sources.mine.{said}: format={format} does not use it; leave it out"
+    if given:
+        one.format = Format[format]
+        assert list(check_used("mine", one)) == [line]
+    with pytest.raises(UserError) as error:
+        load_sources(config(mine=one))
+    assert str(error.value) == line
+
+
+def test_every_key_of_a_source_is_used_or_refused() -> None:
+    """The built-in data have none; a weight of prompts that only repeats them has no effect."""
+    values = {
+        "columns": {"prompt": "a"},
+        "config": "en",
+        "split": "dev",
+        "eval_split": "dev",
+        "weight": 2.0,
+        "rows": 3,
+        "sft_only": True,
+        "min_score_ratio": 2.0,
+    }
+    sandbox = Source(path="builtin:sandbox", format=Format.sandbox, **values)
+    assert [line.split("=")[0].split(".")[-1] for line in check_used("s", sandbox)] == list(values)
+    assert {"path", "format", *values} == {field.name for field in dataclasses.fields(Source)}
+    used = {key: value for key, value in values.items() if key != "columns"}
+    assert not list(check_used("s", Source(path="x", format=Format.scored_answers, **used)))
+    (line,) = check_used("s", Source(path="x", format=Format.prompts, weight=2.0))
+    assert line.startswith("data.sources.s.weight=2: online RL takes each prompt once; leave it")
+    assert not list(check_used("s", Source(path="x", format=Format.prompts, weight=0.5)))

@@ -100,9 +100,9 @@ def test_texts_are_for_the_pretraining_loss_only(tmp_path: Path) -> None:
     ):
         load_sources(config(corpus=texts))
     held_out = saved(tmp_path / "set", train=[{"text": "a"}], test=[{"text": "b"}])
-    assert load_sources(
-        config(pairs=pairs, corpus=Source(path=str(held_out), eval_split="test"))
-    ).texts["text"] == ["a"]
+    assert load_sources(config(pairs=pairs, corpus=held_out)).texts["text"] == ["a"]
+    with pytest.raises(UserError, match="corpus.eval_split=test: format=text does not use it"):
+        load_sources(config(pairs=pairs, corpus=Source(path=str(held_out), eval_split="test")))
 
 
 def test_columns_of_other_names_mix_with_the_usual_ones(tmp_path: Path) -> None:

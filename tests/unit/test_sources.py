@@ -133,7 +133,7 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
     (
         "a.txt",
         "hello",
-        ".path={path}: give a file ending in .jsonl, .json, .parquet, .csv (.gz too), a directory",
+        ".path={path}: give a file ending in .jsonl, .json, .parquet, .csv (.gz too), a folder",
     ),
     (
         "a.json",
@@ -162,13 +162,12 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
     (
         "blank.jsonl",
         "\n\n  \n",
-        ": {path} has no line that is a JSON object {{...}}: line 1 is empty",
+        ": no line is a JSON object {{...}}: line 1 of {path} is empty",
     ),
     (
         "lines.jsonl",
         "{no\n{\n",
-        ": {path} has no line that is a JSON object {{...}}: line 1: not JSON (Expecting "
-        "property name",
+        ": no line is a JSON object {{...}}: line 1 of {path}: not JSON (Expecting property name",
     ),
     (
         "types.jsonl",
@@ -232,7 +231,7 @@ def test_a_split_that_is_not_there_is_named_with_those_there_are(tmp_path: Path)
     with pytest.raises(UserError, match="has no split test; it has train"):
         load_sources(config(mine=Source(path=str(tmp_path / "one.saved"), eval_split="test")))
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match="other: not a directory written by save_to_disk"):
+    with pytest.raises(UserError, match="other: no file ends in .jsonl, .*; the folder is empty"):
         load_sources(config(mine=tmp_path / "other"))
 
 

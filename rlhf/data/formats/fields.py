@@ -2,7 +2,7 @@
 
 A format has named fields (`FIELDS`). A field is the column of that name, or the path in `columns`
 of the source: dots lead into objects, `question.full_text`, numbers into lists,
-`positive_passages.0.text`.
+`positive_passages.0.text`, and `*` to all entries of a list: `completions.*.response`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FIELDS: dict[Format, tuple[list[str], list[str]]] = {  # required and optional f
         ["prompt", "answer_a", "answer_b", "score_a", "score_b"],
         ["quotes_a", "quotes_b", *BEFORE],
     ),
+    Format.ranked: (["prompt", "responses"], ["ranks", "scores", *BEFORE]),  # one of the two
     Format.instruction: (["instruction", "output"], ["input", *BEFORE]),
     Format.messages: (["messages"], ["system", "tools"]),
     Format.prompts: (["prompt"], BEFORE),
@@ -47,6 +48,8 @@ def detect_format(columns: Iterable[str]) -> Format | None:
         return Format.prompt_chosen_rejected
     if has >= {"chosen", "rejected"}:
         return Format.chosen_rejected
+    if has & {"prompt", "question"} and "responses" in has and has & {"ranks", "scores"}:
+        return Format.ranked
     if has & {"messages", "conversations"}:
         return Format.messages
     if has >= {"instruction", "output"}:
@@ -85,6 +88,11 @@ def check_columns(columns: Collection[str], source: Source) -> None:
     if missing := [path for path in paths if not is_there(columns, path)]:
         raise ValueError(
             f"format {name} needs the columns {', '.join(missing)}; there are {', '.join(columns)}"
+        )
+    orders = [path_of(columns, source, field) for field in ("ranks", "scores")]
+    if source.format == Format.ranked and not any(is_there(columns, path) for path in orders):
+        raise ValueError(
+            f"format {name} needs a column ranks or scores; there are {', '.join(columns)}"
         )
 
 
@@ -130,18 +138,23 @@ def field(row: Row, source: Source, name: str) -> Json:
     Raises: ValueError where the path leads into something that is neither an object nor a list.
     """
     path = path_of(row, source, name)
-    if path in row:  # a column may have dots in its name
-        value = row[path]
-    else:
-        value = row
-        for key in path.split("."):
-            if isinstance(value, dict):
-                value = value.get(key)
-            elif isinstance(value, list) and key.isdecimal():
-                value = value[int(key)] if int(key) < len(value) else None
-            elif value is not None:
-                raise ValueError(f"{path}: {kind_of(value)} has no {key}")
+    # a column may have dots in its name
+    value = row[path] if path in row else _follow(row, path.split("."), path)
     return None if value == [] else value
+
+
+def _follow(value: Json, keys: list[str], path: str) -> Json:
+    """Where the keys of a path lead. Raises: ValueError that names the path."""
+    for i, key in enumerate(keys):
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key == "*":
+            return [_follow(entry, keys[i + 1 :], path) for entry in value]
+        elif isinstance(value, list) and key.isdecimal():
+            value = value[int(key)] if int(key) < len(value) else None
+        elif value is not None:
+            raise ValueError(f"{path}: {kind_of(value)} has no {key}")
+    return value
 
 
 def required(row: Row, source: Source, name: str) -> Json:

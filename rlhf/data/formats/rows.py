@@ -8,6 +8,7 @@ a question is text.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -49,10 +50,16 @@ RAW = (Format.prompt_chosen_rejected, Format.prompts)  # formats that data.templ
 
 
 def read_row(row: Row, source: Source, style: Template = Template.hh) -> Pair:
-    """The prompt and answers of a row, and its other columns.
+    """The first of `read_pairs`."""
+    return read_pairs(row, source, style)[0]
 
-    `rejected` is None where it has one answer only; `chosen` is "" where it has none, or where it
-    only calls a tool.
+
+def read_pairs(row: Row, source: Source, style: Template = Template.hh) -> list[Pair]:
+    """The prompt and answers of a row, with its other columns.
+
+    One pair; of ranked responses each with each worse one, the best as chosen in the first pair.
+    `rejected` is None where a row has one answer only; `chosen` is "" where it has none, or where
+    it only calls a tool.
 
     Args: style: data.template. With `none` texts are kept as they are; only a model's own template
         reads what is about tools.
@@ -61,17 +68,20 @@ def read_row(row: Row, source: Source, style: Template = Template.hh) -> Pair:
     """
     source = replace(source, format=source.format or detect_format([*row, *source.columns]))
     if style is Template.none:
-        pair = _checked_answers(_raw(row, source))
+        pairs = [_checked_answers(_raw(row, source))]
+    elif source.format == Format.ranked:
+        pairs = _ranked_pairs(row, source)
     else:
-        pair = _read(row, source)
-        if style is TOOLS_IN:
-            tools = turn_of_tools(field(row, source, "tools"))
-            pair = replace(pair, prompt=[tools, *pair.prompt]) if tools else pair
-        elif uses_tools([*pair.prompt, Turn("assistant", pair.chosen, pair.calls)]):
-            raise ValueError("messages of or for tools need data.template=tokenizer")
-        else:
-            pair = replace(pair, prompt=[Turn(t.role, t.text) for t in pair.prompt], calls="")
-    return replace(pair, columns=_other_columns(row, source, style))
+        pairs = [_read(row, source)]
+    columns = _other_columns(row, source, style)
+    if style is TOOLS_IN:
+        tools = turn_of_tools(field(row, source, "tools"))
+        before = [tools] if tools else []
+        return [replace(pair, prompt=before + pair.prompt, columns=columns) for pair in pairs]
+    if any(uses_tools([*p.prompt, Turn("assistant", p.chosen, p.calls)]) for p in pairs):
+        raise ValueError("messages of or for tools need data.template=tokenizer")
+    prompt = [Turn(turn.role, turn.text) for turn in pairs[0].prompt]
+    return [replace(pair, prompt=prompt, calls="", columns=columns) for pair in pairs]
 
 
 def _read(row: Row, source: Source) -> Pair:
@@ -105,6 +115,21 @@ def _checked_answers(pair: Pair) -> Pair:
     if pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
         raise Skip("chosen equals rejected")
     return pair
+
+
+def _ranked_pairs(row: Row, source: Source) -> list[Pair]:
+    prompt = _prompt(row, source)
+    best_first = sorted(_ranked_responses(row, source, prompt), key=lambda response: response[0])
+    if len(best_first) < 2:
+        raise Skip("fewer than two responses")
+    pairs = [
+        Pair(prompt, better, worse)
+        for (place, better), (other, worse) in itertools.combinations(best_first, 2)
+        if place < other and better.strip() != worse.strip()
+    ]
+    if not pairs:
+        raise Skip("tie")
+    return pairs
 
 
 def read_text(row: Row, source: Source) -> str:
@@ -153,8 +178,7 @@ def _string(value: Json, name: str) -> str:
     return value
 
 
-def _number(row: Row, source: Source, name: str) -> float:
-    value = required(row, source, name)
+def _number(value: Json, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError(f"{name} is {kind_of(value)}, not a number")
     return value
@@ -186,8 +210,9 @@ def _before(row: Row, source: Source, turns: list[Turn]) -> list[Turn]:
             before.append(Turn("system", text))
         elif Turn("system", text) not in turns:
             raise ValueError("system is not the system's turn of the conversation")
-    format = source.format or detect_format([*row, *source.columns])
-    history = field(row, source, "history") if format and "history" in FIELDS[format][1] else None
+    assert source.format
+    has_history = "history" in FIELDS[source.format][1]
+    history = field(row, source, "history") if has_history else None
     if history is None:
         return before
     if not isinstance(history, list):
@@ -230,9 +255,14 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
         if is_there(row, path):
             return ""
         raise ValueError(f"no field {path}")
+    return _answer_of(value, name, prompt, _is_dialogue(row, source))
+
+
+def _answer_of(value: Json, name: str, prompt: list[Turn], in_dialogue: bool) -> str:
+    """As `_answer`, of its value. Args: in_dialogue: the prompt is a dialogue in one string."""
     dialogue = turns_of_dialogue(value) if isinstance(value, str) else None
     # a whole conversation; "Assistant: yes" is an answer
-    is_whole = dialogue and dialogue[0].role == "user" and _is_dialogue(row, source)
+    is_whole = dialogue and dialogue[0].role == "user" and in_dialogue
     if isinstance(value, list) or is_whole:
         turns = turns_of_messages(value, name) if isinstance(value, list) else dialogue or []
         answer = _last_answer(turns, name)
@@ -246,7 +276,7 @@ def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
     text = answer_text(_string(value, name).rstrip().removesuffix("</s>"))
     if text.lstrip().startswith("Assistant:"):
         return text.lstrip().removeprefix("Assistant:").lstrip()
-    return text.lstrip() if _is_dialogue(row, source) else text
+    return text.lstrip() if in_dialogue else text
 
 
 def _last_answer(turns: list[Turn], name: str) -> str:
@@ -338,7 +368,7 @@ def _scored_answers(row: Row, source: Source) -> Pair:
         if field(row, source, f"quotes_{side}") is not None:
             answer = re.sub(r"\s*\[\d+(?:, ?\d+)*\]", "", answer).rstrip()
         answers[side] = answer
-    a, b = _number(row, source, "score_a"), _number(row, source, "score_b")
+    a, b = (_number(required(row, source, key), key) for key in ("score_a", "score_b"))
     if a == b:
         raise Skip("tie")
     if source.min_score_ratio > 1:
@@ -350,3 +380,40 @@ def _scored_answers(row: Row, source: Source) -> Pair:
             raise Skip("scores too close")
     chosen, rejected = ("a", "b") if a > b else ("b", "a")
     return Pair(prompt, answers[chosen], answers[rejected])
+
+
+def _ranked_responses(row: Row, source: Source, prompt: list[Turn]) -> list[tuple[float, str]]:
+    """Place (the lower, the better) and text of each response; empty ones are left out.
+
+    Raises: ValueError where numbers are missing, or ranks and scores contradict each other.
+    """
+    values = required(row, source, "responses")
+    if not isinstance(values, list):
+        raise ValueError(f"responses is {kind_of(values)}, not a list")
+    in_dialogue = _is_dialogue(row, source)
+    texts = []
+    for i, value in enumerate(values):
+        whole: Json = [value] if isinstance(value, dict) else value  # a message {role, content}
+        texts.append(
+            "" if whole in (None, []) else _answer_of(whole, f"responses.{i}", prompt, in_dialogue)
+        )
+    ranks = _numbers(row, source, "ranks", len(texts))
+    scores = _numbers(row, source, "scores", len(texts))
+    places = ranks or [-score for score in scores]
+    if not places:
+        raise ValueError("ranks and scores are empty")
+    for (rank, score), (other_rank, other_score) in itertools.combinations(zip(ranks, scores), 2):
+        if (rank - other_rank) * (score - other_score) > 0:
+            raise ValueError("ranks (1 is the best) and scores contradict each other")
+    return [(place, text) for place, text in zip(places, texts) if text.strip()]
+
+
+def _numbers(row: Row, source: Source, name: str, count: int) -> list[float]:
+    """A list of `count` numbers, or [] where the field is missing or empty."""
+    values = field(row, source, name)
+    if values is None:
+        return []
+    if not isinstance(values, list) or len(values) != count:
+        length = len(values) if isinstance(values, list) else kind_of(values)
+        raise ValueError(f"{name}: {length} for {count} responses")
+    return [_number(value, f"{name}.{i}") for i, value in enumerate(values)]
