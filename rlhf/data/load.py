@@ -45,6 +45,12 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
             )
         write_json(file, data.report)
     _check_rows(data, cfg)
+    kept = sum(report.get("ppo", 0) for report in data.report if report.get("sft"))
+    if cfg.stage.name == "sft" and kept and not len(data.rm):
+        log.info(
+            f"{kept:,} of these prompts are kept for online RL; data.shares=[1,0,0] trains SFT on "
+            "their answers too"
+        )
     return data
 
 

@@ -402,11 +402,12 @@ def end_at_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Other programs read a score at the last token of what the template writes.
     """
-    text = _around_answer(tokenizer)[1].partition(tokenizer.eos_token)[2]
-    if text and not text.strip():
+    if after_eos(tokenizer):
         tokenizer.chat_template = (
             "{% set dialogue %}" + tokenizer.chat_template + "{% endset %}"
-            "{{ dialogue if add_generation_prompt else dialogue.rstrip() }}"
+            "{% if messages[-1]['role'] == 'assistant' %}"
+            "{{ dialogue.rpartition(eos_token)[0] + eos_token }}"
+            "{% else %}{{ dialogue }}{% endif %}"
         )
 
 

@@ -27,10 +27,12 @@ from rlhf.base.adapter_files import (
     has_score_head,
     has_weights,
     is_adapter,
+    tokenizer_of,
 )
 from rlhf.base.errors import UserError
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
 from rlhf.base.model_files import broken_file, score_heads, weight_names
+from rlhf.config.choices import Template
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import (
     BASE,
@@ -59,6 +61,8 @@ def check_inputs(cfg: Config) -> list[str]:
     """
     lines = [line for stage in cfg.stage.runs for line in check_functions(cfg, stage)]
     lines += check_prompt_files(cfg) if "eval" in cfg.stage.runs else []
+    if cfg.data.template is Template.tokenizer:
+        lines += check_chat_templates(cfg)
     return lines + [line for model in given_models(cfg) for line in check_model(*model)]
 
 
@@ -83,6 +87,35 @@ def given_models(cfg: Config) -> Iterator[tuple[str, str, str]]:
         paths = [p for p in cfg.eval.policies if p != BASE and not is_stage_name(p)]
         models += [("eval.policies", path, POLICY) for path in paths]
     return ((key, path, kind) for key, path, kind in models if path)
+
+
+def check_chat_templates(cfg: Config) -> Iterator[str]:
+    """Policies and bases of reward models without a chat template of their own."""
+    for key, path, kind in given_models(cfg):
+        if kind != SCORER and not has_chat_template(path):
+            yield (
+                f"{key}={path}: it has no chat template, which data.template=tokenizer needs: "
+                "choose data.template=hh, chatml, llama3 or none"
+            )
+
+
+def has_chat_template(path: str) -> bool:
+    """Whether a model on disk has a chat template of its own; True where that is not known."""
+    if path.startswith(BUILTIN):
+        directory = ASSETS / path.removeprefix(BUILTIN)
+    elif is_directory(path):
+        directory = model_directory(tokenizer_of(path))
+    else:
+        return True
+    settings = directory / "tokenizer_config.json"
+    if not settings.exists():
+        return True  # another check says what is missing
+    try:
+        own = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    except (ValueError, AttributeError):
+        return True
+    files = ("chat_template.jinja", "chat_template.json")
+    return bool(own) or any((directory / name).exists() for name in files)
 
 
 def check_model(key: str, path: str, kind: str) -> Iterator[str]:
