@@ -41,6 +41,7 @@ from rlhf.rl.experience import Experience
 # of the prompt's turns and a response; further parameters get the row's columns of their names
 RewardFunction = Callable[..., float]
 NO_LIMIT = 10**9  # tokens
+POSITIONAL_OR_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 @dataclass
@@ -136,21 +137,27 @@ def columns_for(function: RewardFunction, prompt: Prompt, where: str) -> dict[st
     """The columns of a prompt's row that a function has parameters for, after its first two.
 
     Args: where: begins the message.
-    Raises: UserError naming a column that it needs and the row does not have.
+    Raises: UserError naming a column that it needs and the row does not have, or one that it cannot
+        get because a parameter for the turns or the response has its name.
     """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[2:]
-    except ValueError:  # written in C
-        parameters = []
+    first, parameters = _parameters(function)
     if not parameters:
         return {}
     columns: dict[str, Any] = json.loads(prompt.columns or "{}")
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        if taken := sorted(first & columns.keys()):
+            raise UserError(
+                f"{where} has a parameter {taken[0]} for the turns or the response, and the rows "
+                "have a column of this name: rename the parameter"
+            )
         wanted = columns
     else:
         wanted = {one.name: columns[one.name] for one in parameters if one.name in columns}
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = {one.name for one in parameters if one.default is one.empty and one.kind in by_name}
+    needed = {
+        one.name
+        for one in parameters
+        if one.default is one.empty and one.kind is not one.VAR_KEYWORD
+    }
     if missing := sorted(needed - wanted.keys()):
         there = ", ".join(columns) or "none"
         raise UserError(
@@ -158,6 +165,31 @@ def columns_for(function: RewardFunction, prompt: Prompt, where: str) -> dict[st
             "give it a default value, or add the column to the data"
         )
     return wanted
+
+
+def _parameters(function: RewardFunction) -> tuple[set[str], list[inspect.Parameter]]:
+    """The names of the first two parameters as far as a keyword can reach them, and the others.
+
+    A function in C has no signature: it gets nothing but the turns and the response.
+    """
+    try:
+        every = list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return set(), []
+    by_place = [one for one in every if one.kind in (one.POSITIONAL_ONLY, POSITIONAL_OR_KEYWORD)]
+    first = by_place[:2]
+    others = [one for one in every if one not in first and one.kind is not one.VAR_POSITIONAL]
+    return {one.name for one in first if one.kind is POSITIONAL_OR_KEYWORD}, others
+
+
+def check_columns(functions: dict[str, RewardFunction], prompts: Sequence[Prompt]) -> None:
+    """Check on the first prompt that the functions get their columns, before a model is loaded.
+
+    Raises: UserError as `columns_for`.
+    """
+    for name, function in functions.items():
+        for prompt in prompts[:1]:
+            columns_for(function, prompt, f"rewards.{name}: the function")
 
 
 def needs_text(policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> bool:
