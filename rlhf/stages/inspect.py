@@ -65,7 +65,8 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
     on_marks = []
     for source, table in zip(sources, tables_of_sources(data, cfg.data)):
         answers = ["text"] if "text" in table.column_names else ["chosen", "rejected"]
-        on_marks += verdicts_on_marks(name_of(source), find_marks(tokenizer, table))
+        marks = find_marks(tokenizer, table, cfg.data.template)
+        on_marks += verdicts_on_marks(name_of(source), marks)
         source["tokens"], lengths[name_of(source)] = measure(tokenizer, table, answers, cfg.data)
     shared, distinct = leakage(data)
     for name, count in distinct.items():
@@ -91,7 +92,9 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
 
 def stage_tables(data: Dataset) -> dict[str, StageTable]:
     """The tables of the stages and of their evaluations, by name."""
-    demonstrations = table_of(Pair(d.prompt, d.response, None) for d in data.eval_sft)
+    demonstrations = table_of(
+        Pair(d.prompt, d.response, None, calls=d.calls) for d in data.eval_sft
+    )
     tables = {
         "sft": StageTable(data.sft, ["chosen"]),
         "rm": StageTable(data.rm, ["chosen", "rejected"]),
@@ -176,7 +179,8 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
     for name, (key, batch_size, needed) in rows_per_step.items():
         numbers = stages[name]
         # the rows that the limits leave of the sample, scaled to all rows
-        rows = int(numbers["rows"] * (1 - share(numbers, "dropped")))
+        lost = share(numbers, "dropped") + share(numbers, "unwritten")
+        rows = round(numbers["rows"] * (1 - lost))
         if not numbers["rows"]:
             reason = "the sources are too small for data.shares"
             if name == "rm":
@@ -184,13 +188,13 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
             if name == "sft":
                 reason = f"no source has answers, or {reason}"
             lines.append(f"no rows for {name}: {reason}")
-        elif rows < needed:
+        elif 0 < rows < needed:  # where the limits leave none, `_limits` reports it
             lines.append(
                 f"{rows:,} rows for {name} are less than one batch: lower"
                 f" {key}={batch_size}, or add data"
             )
     for name in ("sft", "rm"):
-        if not stages[f"eval {name}"]["rows"] and (name == "sft" or stages["rm"]["rows"]):
+        if not stages[f"eval {name}"]["rows"] and stages[name]["rows"]:
             lines.append(
                 f"no rows to evaluate {name} on: raise data.eval_share={cfg.data.eval_share:g}, or"
                 " add data"
@@ -217,6 +221,13 @@ LIMITS = [
 
 def _limits(stages: dict[str, Measurement], data: Data) -> list[str]:
     lines = []
+    unwritten = {name: share(numbers, "unwritten") for name, numbers in stages.items()}
+    if any(unwritten.values()):
+        shares = [f"{part:.0%} of {name}" for name, part in unwritten.items() if part]
+        lines.append(
+            f"rows skipped: the chat template cannot write their messages of tools: "
+            f"{', '.join(shares)}: choose a model with a template that can (actor.path)"
+        )
     for limit in LIMITS:
         affected = {
             name: numbers

@@ -17,7 +17,7 @@ from rlhf.data import load, template, tokenized
 from rlhf.data.inspection import measuring
 from rlhf.data.inspection.leakage import leakage
 from rlhf.data.load import table_of
-from rlhf.data.records import Dataset, Pair, Turn
+from rlhf.data.records import Dataset, Pair, Prompt, Turn
 from rlhf.models.loading import load_tokenizer
 from rlhf.reporting import inspect_page
 from rlhf.stages import inspect
@@ -152,9 +152,8 @@ def test_leakage_is_found_where_there_is_some() -> None:
         table_of(pairs("TWO ", "three", "three")),
         table_of(pairs("four")),
     )
-    data = Dataset(
-        sft, rm, ppo, [], pairs("four", "five"), [[Turn("user", "one")], [Turn("system", "three")]]
-    )
+    evaluated = [Prompt([Turn("user", "one")]), Prompt([Turn("system", "three")])]
+    data = Dataset(sft, rm, ppo, [], pairs("four", "five"), evaluated)
     shared, distinct = leakage(data)
     assert shared == {
         "sft & rm": 1,

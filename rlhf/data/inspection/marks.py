@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from rlhf.config.choices import Template
 from rlhf.data.inspection.measuring import SAMPLE
 
 if TYPE_CHECKING:
@@ -33,12 +34,18 @@ class Marks(NamedTuple):
     first_rendered: str
 
 
-def find_marks(tokenizer: PreTrainedTokenizerBase, table: datasets.Dataset) -> Marks:
-    """Look for marks in the first rows of a table."""
+def find_marks(
+    tokenizer: PreTrainedTokenizerBase, table: datasets.Dataset, style: Template
+) -> Marks:
+    """Look for marks in the first rows of a table.
+
+    Args: style: data.template. With `none` prompts may have marks: they are rendered already.
+    """
     special = [token for token in tokenizer.all_special_tokens if token.strip()]
     counts, first = {"special": 0, "rendered": 0}, {"special": "", "rendered": ""}
     for row in table.select(range(min(SAMPLE, len(table)))):
-        prompt = [turn["text"] for turn in row.get("prompt") or []]
+        turns = [] if style is Template.none else row.get("prompt") or []
+        prompt = [turn["text"] for turn in turns]
         answers = [row.get(name) or "" for name in ("chosen", "rejected", "text")]
         for name, marks, texts in (
             ("rendered", RENDERED, prompt),
@@ -64,7 +71,8 @@ def verdicts_on_marks(name: str, marks: Marks) -> list[str]:
     if marks.rendered:
         lines.append(
             f"prompts of {name} that are rendered already: {marks.rendered:,}, such as "
-            f"{marks.first_rendered}: give the messages instead, data.template renders them"
+            f"{marks.first_rendered}: give the messages instead, which data.template renders, or "
+            "choose data.template=none"
         )
     if marks.special:
         lines.append(

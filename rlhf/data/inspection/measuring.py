@@ -13,7 +13,9 @@ import numpy as np
 
 from rlhf.config.schema import Data
 from rlhf.data import template
+from rlhf.data.cache import Columns
 from rlhf.data.records import SourceReport, Turn
+from rlhf.data.tokenized import problem_of_tools
 
 if TYPE_CHECKING:
     import datasets
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 SAMPLE = 20_000  # the largest number of rows of a table that are tokenized
 NO_LIMIT = 10**9
 Lengths = dict[str, np.ndarray]  # tokens of each prompt, chosen, rejected or text before any limit
-Effect = Literal["dropped", "shortened", "truncated"]
+Effect = Literal["unwritten", "dropped", "shortened", "truncated"]
 
 
 class Spread(TypedDict):
@@ -40,6 +42,7 @@ class Measurement(TypedDict):
     measured: int  # rows of the sample
     tokens: dict[str, Spread]  # by column, before any limit
     distinct_prompts: NotRequired[int]
+    unwritten: NotRequired[int]  # rows with tools that the template cannot express
     dropped: NotRequired[int]  # rows without a place: the prompt's last turn alone is too long
     shortened: NotRequired[int]  # prompts that lose their first turns
     truncated: NotRequired[int]  # rows with an answer that is too long, which loses its EOS
@@ -87,16 +90,24 @@ def measure(
     lengths: dict[str, list[int]] = {name: [] for name in names}
     counts: Counter[str] = Counter()
     sample = _sample(table, cfg.seed)
-    for batch in sample.select_columns(names).iter(1000):
+    columns = names if "text" in names else [*dict.fromkeys([*names, "chosen", "calls"])]
+    for batch in sample.select_columns(columns).iter(1000):
         if "text" in names:
             ids = tokenizer(batch["text"], add_special_tokens=False).input_ids
             lengths["text"] += [len(row) for row in ids]
             continue
-        prompts = _measure_prompts(tokenizer, batch["prompt"], cfg.max_prompt_tokens)
+        turns, batch = _written(tokenizer, batch)
+        counts["written"] += len(turns)
+        prompts = _measure_prompts(tokenizer, turns, cfg.max_prompt_tokens)
         lengths["prompt"] += prompts.lengths
         counts["dropped"] += len(prompts.dropped)
         counts["shortened"] += prompts.shortened
-        encoded = {name: _encode_some(tokenizer, batch[name]) for name in answers}
+        encoded = {
+            name: _encode_some(
+                tokenizer, batch[name], turns, batch["calls"] if name == "chosen" else None
+            )
+            for name in answers
+        }
         for name, column in encoded.items():
             lengths[name] += [len(ids) for ids in column if ids is not None]
         for i, row in enumerate(zip(*encoded.values())):
@@ -105,6 +116,7 @@ def measure(
     tokens = {name: spread(values) for name, values in arrays.items() if len(values)}
     result = Measurement(rows=len(table), measured=len(sample), tokens=tokens)
     if "text" not in names:
+        result["unwritten"] = len(sample) - counts["written"]
         result["dropped"], result["shortened"] = counts["dropped"], counts["shortened"]
         if answers:
             result["truncated"], result["pairs"] = counts["truncated"], counts["pairs"]
@@ -143,10 +155,20 @@ def _sample(table: datasets.Dataset, seed: int) -> datasets.Dataset:
     return table.select(np.sort(rows))
 
 
+def _written(
+    tokenizer: PreTrainedTokenizerBase, batch: Columns
+) -> tuple[list[list[Turn]], Columns]:
+    """The prompts of a batch, and its columns, without rows with tools that cannot be expressed."""
+    turns = [[Turn(**turn) for turn in prompt] for prompt in batch["prompt"]]
+    rows = zip(turns, batch["chosen"], batch["calls"])
+    kept = [i for i, row in enumerate(rows) if not problem_of_tools(tokenizer, *row)]
+    columns = {name: [values[i] for i in kept] for name, values in batch.items()}
+    return [turns[i] for i in kept], columns
+
+
 def _measure_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, str]]], limit: int
+    tokenizer: PreTrainedTokenizerBase, turns: list[list[Turn]], limit: int
 ) -> _Prompts:
-    turns = [[Turn(**turn) for turn in prompt] for prompt in prompts]
     lengths = [len(ids or []) for ids in template.encode_prompts(tokenizer, turns, NO_LIMIT)]
     long = [i for i, length in enumerate(lengths) if length > limit]
     fitted = template.encode_prompts(tokenizer, [turns[i] for i in long], limit)
@@ -155,13 +177,24 @@ def _measure_prompts(
 
 
 def _encode_some(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | None]
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | None],
+    prompts: Sequence[list[Turn]],
+    calls: Sequence[str] | None,
 ) -> list[list[int] | None]:
     """Token ids of answers with their EOS; None where there is no answer."""
-    ids = iter(
-        template.encode_responses(tokenizer, [text for text in texts if text is not None], NO_LIMIT)
+    given = [i for i, text in enumerate(texts) if text or (calls and calls[i])]
+    ids = template.encode_responses(
+        tokenizer,
+        [texts[i] or "" for i in given],
+        NO_LIMIT,
+        [prompts[i] for i in given],
+        [calls[i] for i in given] if calls else None,
     )
-    return [None if text is None else next(ids) for text in texts]
+    encoded: list[list[int] | None] = [None] * len(texts)
+    for i, row in zip(given, ids):
+        encoded[i] = row
+    return encoded
 
 
 def _count_answers(
