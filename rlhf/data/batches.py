@@ -140,7 +140,7 @@ def map_across_ranks(
         if used is None or any(used[row] for part in parts for row in part[k])
     ]
     results = collectives.all_gather_rows(
-        torch.cat([work(parts[rank][k]) for k in show_progress(numbers)])
+        torch.cat([work(parts[rank][k]) for k in with_progress(numbers)])
     )
     gathered = [row for part in parts for k in numbers for row in part[k]]
     position = {row: i for i, row in enumerate(gathered)}
@@ -149,7 +149,7 @@ def map_across_ranks(
     return full
 
 
-def show_progress(items: Sequence[T]) -> Iterator[T]:
+def with_progress(items: Sequence[T]) -> Iterator[T]:
     """The items, with a bar on a terminal, elsewhere a line every 10 seconds; rank 0 only."""
     is_main, started = collectives.rank() == 0, time.time()
     bar = tqdm(items, unit="batch", delay=5, leave=False, disable=None if is_main else True)

@@ -71,7 +71,7 @@ def test_without_a_terminal_a_long_computation_logs_lines(
     now = [0.0]  # seconds
     monkeypatch.setattr(time, "time", lambda: now[0])
     with caplog.at_level(logging.INFO, "rlhf"):
-        for _ in batches.show_progress(range(100)):
+        for _ in batches.with_progress(range(100)):
             now[0] += 4.0
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "3 of 100 micro-batches, 388 s left" and len(lines) == 33
