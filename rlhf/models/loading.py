@@ -131,7 +131,10 @@ def new_tokens(hf: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBas
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(location(path), trust_remote_code=False).get_text_config()
-    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, trust_remote_code=False)
+    # the critic's directory may have learned tokens that the policy's tokenizer came without
+    has_own = not is_directory(path) or (Path(location(path)) / "tokenizer_config.json").exists()
+    source = location(path) if has_own else tokenizer.name_or_path
+    own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     new = set(range(min(config.vocab_size, len(own)), len(tokenizer)))
     written = [token for token in template.written_tokens(tokenizer) if token not in new]
     names = dict(zip(written, tokenizer.convert_ids_to_tokens(written)))
