@@ -77,20 +77,20 @@ class Model:
 @dataclass(kw_only=True)
 class Source:
     path: str = key(
-        "hub id; .jsonl, .json, .parquet or .csv file (.gz too); save_to_disk directory; "
-        "builtin:sandbox"
+        "hub id; .jsonl, .json, .parquet or .csv file (.gz too); folder or pattern (DIR/*.jsonl) "
+        "of such files; save_to_disk directory; builtin:sandbox"
     )
     format: Optional[Format] = key(
         "how a row is read; null: detected from its columns", default=None
     )
     columns: dict[str, str] = key(
-        "field of the format -> column; dots lead inside: question.full_text, answers.0",
+        "field of the format -> column; dots lead inside: question.full_text, answers.0, answers.*",
         factory=dict,
     )
     config: Optional[str] = key("configuration of a hub data set that has several", default=None)
     split: str = key("split of a hub data set or directory; a file has one", default="train")
     eval_split: Optional[str] = key(
-        "its own held-out split, for a file another file; null: data.eval_share of the prompts",
+        "its own held-out split; for files other files; null: data.eval_share of the prompts",
         default=None,
     )
     weight: float = key(

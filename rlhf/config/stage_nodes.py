@@ -93,8 +93,8 @@ class RewardSource:
         default=None,
     )
     function: Optional[str] = key(
-        '"module:name" of f(turns, response, **columns of the row) -> float; also looked for in the '
-        "current directory",
+        '"module:name" of f(turns, response, **columns of the row) -> float; also looked for '
+        "in the current directory",
         default=None,
     )
     weight: float = key("in the sum of all sources; 0: only measured and logged", default=1.0)

@@ -5,13 +5,17 @@ Masks are made here and carried along; no mask is derived from ids.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from rlhf.base.log import log
 from rlhf.distributed import collectives
 
 T = TypeVar("T")
@@ -109,7 +113,10 @@ def chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def map_across_ranks(
-    lengths: Sequence[int], micro_batch: int, work: Callable[[Sequence[int]], Tensor]
+    lengths: Sequence[int],
+    micro_batch: int,
+    work: Callable[[Sequence[int]], Tensor],
+    used: np.ndarray | None = None,
 ) -> Tensor:
     """The results of `work` for all rows, in the order of the rows, on every rank.
 
@@ -119,16 +126,40 @@ def map_across_ranks(
         lengths: tokens of each row.
         micro_batch: the largest number of rows of a call.
         work: from row numbers to a tensor with a row for each of them, (B, ...).
+        used: the rows that are needed (bool, one per row); None: all. Micro-batches without any of
+            them are skipped, and their rows are NaN. The others are as without `used`, so a result
+            does not depend on which other rows are needed.
     """
     rank, world = collectives.rank(), collectives.world_size()
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     order += order[:1] * (-len(order) % world)  # the same number of rows on every rank
+    parts = [chunks(order[r::world], micro_batch) for r in range(world)]
+    numbers = [  # of the micro-batches that some rank needs: all ranks compute those
+        k
+        for k in range(len(parts[0]))
+        if used is None or any(used[row] for part in parts for row in part[k])
+    ]
     results = collectives.all_gather_rows(
-        torch.cat([work(some) for some in chunks(order[rank::world], micro_batch)])
+        torch.cat([work(parts[rank][k]) for k in with_progress(numbers)])
     )
-    gathered = [row for r in range(world) for row in order[r::world]]
+    gathered = [row for part in parts for k in numbers for row in part[k]]
     position = {row: i for i, row in enumerate(gathered)}
-    return results[[position[row] for row in range(len(lengths))]]
+    full = results.new_full((len(lengths), *results.shape[1:]), math.nan)
+    full[list(position)] = results[list(position.values())]
+    return full
+
+
+def with_progress(items: Sequence[T]) -> Iterator[T]:
+    """The items, with a bar on a terminal, elsewhere a line every 10 seconds; rank 0 only."""
+    is_main, started = collectives.rank() == 0, time.time()
+    bar = tqdm(items, unit="batch", delay=5, leave=False, disable=None if is_main else True)
+    last_line = started
+    for done, item in enumerate(bar):
+        if is_main and bar.disable and time.time() - last_line > 10:
+            last_line = time.time()
+            left = (last_line - started) / done * (len(items) - done) if done else math.nan
+            log.info(f"{done:,} of {len(items):,} micro-batches, {left:.0f} s left")
+        yield item
 
 
 def uniforms(stream: str, numbers: Sequence[int], seed: int, step: int, n: int) -> Tensor:

@@ -109,12 +109,12 @@ def find_files(path: str) -> DataFiles:
             raise ValueError("no file matches")
     else:
         raise ValueError("no such file")
-    files = [
-        entry
-        for entry in entries
-        if suffix_of(entry) in BUILDERS and entry.is_file() and entry.name not in METADATA
-    ]
-    not_read = [f"{e.name}/" if e.is_dir() else e.name for e in entries if e not in set(files)]
+    files, not_read = [], []
+    for entry in entries:
+        if suffix_of(entry) in BUILDERS and entry.is_file() and entry.name not in METADATA:
+            files.append(entry)
+        else:
+            not_read.append(f"{entry.name}/" if entry.is_dir() else entry.name)
     if not files:
         there = f"there are {first_few(not_read)}" if not_read else "the folder is empty"
         raise ValueError(f"no file ends in {ENDINGS}; {there}")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.data import template
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset, Turn
@@ -40,6 +41,7 @@ def evaluate_policy(
             f"all held-out prompts are too long (data.max_prompt_tokens={max_prompt_tokens}): "
             "raise it"
         )
+    log.info(f"evaluation: sampling responses to {len(kept):,} held-out prompts")
     random = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
     prompts = Prompts([prompt for prompt, _ in kept], [ids for _, ids in kept], random)
     experience = make_experience(replace(models, critic=None), prompts, sampling, micro_batch)

@@ -146,7 +146,13 @@ def new_tokens(hf: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     rows = adapters.rows_for(path, load_config(path).get_text_config().vocab_size)
-    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, trust_remote_code=False)
+    # the critic's directory may have learned tokens that the policy's tokenizer came without
+    source = tokenizer_of(path)
+    has_own = (
+        not is_directory(source) or (Path(location(source)) / "tokenizer_config.json").exists()
+    )
+    source = location(source) if has_own else tokenizer.name_or_path
+    own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     new = set(range(min(rows, len(own)), len(tokenizer)))
     written = [token for token in template.written_tokens(tokenizer) if token not in new]
     names = dict(zip(written, tokenizer.convert_ids_to_tokens(written)))

@@ -34,7 +34,7 @@ from rlhf.planning.formulas import (
     role_memory,
 )
 from rlhf.planning.shapes import arch_of, lora_parameters, parameters
-from rlhf.planning.steps import count_steps
+from rlhf.planning.steps import Steps, count_steps
 
 
 @dataclass
@@ -47,9 +47,7 @@ class Plan:
     phases: dict[str, dict[str, float]]
     libraries: float
     limit: float
-    batch: str  # how a batch is cut, as text
-    steps: int | None  # optimizer steps or rollouts; None: not known before the data are read
-    tokens: int | None  # at most
+    steps: Steps
     files: float  # of the saved models
     checkpoints: float  # at most, during training: those that are kept and the one being written
     notes: list[str]
@@ -99,16 +97,14 @@ def make_plan(cfg: Config, stage: str) -> Plan:
         needs.add_online_phases()
     if stage != "eval":
         needs.add_optimizer_step()
-    batch, steps, tokens = count_steps(cfg, stage)
+    steps = count_steps(cfg, stage)
     return Plan(
         stage=stage,
         roles=needs.roles,
         phases=needs.phases,
         libraries=needs.libraries,
         limit=needs.limit,
-        batch=batch,
         steps=steps,
-        tokens=tokens,
         files=needs.files,
         checkpoints=needs.checkpoint_bytes(),
         notes=needs.all_notes(),

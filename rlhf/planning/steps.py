@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import NamedTuple
 
 from rlhf.base.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT
 from rlhf.base.log import plural
 from rlhf.config.deployment import world_size
-from rlhf.config.schema import Config, Sandbox, Source
+from rlhf.config.schema import Config, Sandbox
 from rlhf.config.stage_graph import is_aligned, is_rl, prompts_per_rollout
 from rlhf.config.stage_nodes import Dpo, Rm, Sft
-
-# preference pairs of data sets on the hub, from their cards
-HUB_ROWS = {
-    "Dahoas/rm-static": 76256,
-    "Dahoas/full-hh-rlhf": 112052,
-    "Anthropic/hh-rlhf": 160800,
-}
+from rlhf.planning.rows import estimate_rows
 
 
 def share_of(stage: str) -> str:
@@ -28,19 +22,14 @@ def share_of(stage: str) -> str:
 
 
 def rows_for_stage(cfg: Config, stage: str) -> int | None:
-    """Training rows of a stage, before any is skipped for its length.
+    """Training rows of a stage, before any is skipped: exact for the sandbox, else estimated.
 
     Returns: None where the number is unknown before the data are read.
     """
     share = share_of(stage)
     if cfg.data.sandbox:
         return sandbox_rows(cfg.data.sandbox, cfg.data.eval_rows, share)
-    counts = [count_rows(source) for source in cfg.data.sources.values()]
-    total = sum(count for count in counts if count is not None)
-    if None in counts:
-        return None
-    part = cfg.data.shares[["sft", "rm", "ppo"].index(share)] / sum(cfg.data.shares)
-    return int(total * (1 - cfg.data.eval_share) * part)
+    return estimate_rows(cfg.data, share)
 
 
 def sandbox_rows(sandbox: Sandbox, eval_rows: int, share: str) -> int:
@@ -53,33 +42,30 @@ def sandbox_rows(sandbox: Sandbox, eval_rows: int, share: str) -> int:
     return training - int(SANDBOX_SPLIT[-1] * training)
 
 
-def count_rows(source: Source) -> int | None:
-    """Rows of a data source; None where it is neither a known data set nor a local .jsonl file."""
-    if source.path in HUB_ROWS:
-        return HUB_ROWS[source.path]
-    path = Path(source.path).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
+class Steps(NamedTuple):
+    """Steps of a stage (online algorithms: rollouts)."""
+
+    batch: str  # how a batch is cut, as text
+    number: int | None  # None where it is unknown before the data are read
+    tokens: int | None  # at most; None likewise
+    certainty: str  # "", "about " or "at most ": what to say in front of the number
 
 
-def count_steps(cfg: Config, stage: str) -> tuple[str, int | None, int | None]:
-    """How a batch is cut, as text; steps (online algorithms: rollouts); tokens, at most.
-
-    Steps and tokens are None where the number of rows is unknown before the data are read.
-    """
+def count_steps(cfg: Config, stage: str) -> Steps:
+    """The steps of a stage, as far as they are known before the data are read."""
     if stage == "eval":
-        return "nothing is trained", 0, 0
+        return Steps("nothing is trained", 0, 0, "")
     online = is_rl(stage)
     rows = rows_for_stage(cfg, stage)
     per_step, epochs, max_steps = schedule(cfg, stage)
     steps = None if rows is None else rows // per_step * epochs
-    if max_steps:
-        steps = max_steps if steps is None else min(steps, max_steps)
+    certainty = "" if cfg.data.sandbox else "about "
+    if max_steps and (steps is None or steps >= max_steps):
+        steps, certainty = max_steps, "" if cfg.data.sandbox else "at most "
     response = cfg.rollout.max_new_tokens if online else cfg.data.max_response_tokens
     tokens = sequences_per_step(cfg, stage) * (cfg.data.max_prompt_tokens + response)
-    return describe_batch(cfg, stage), steps, None if steps is None else steps * tokens
+    total = None if steps is None else steps * tokens
+    return Steps(describe_batch(cfg, stage), steps, total, certainty)
 
 
 def schedule(cfg: Config, stage: str) -> tuple[int, int, int | None]:

@@ -130,9 +130,11 @@ def as_overrides(changes: Changes) -> str:
 def one_line_summary(plan: Plan) -> str:
     """Memory, steps and notes of a plan in one line."""
     unit = "rollouts" if is_rl(plan.stage) else "steps"
-    steps = f"{plan.steps:,} {unit}" if plan.steps else "nothing is trained"
-    if plan.steps is None:
-        steps = f"{unit} {UNKNOWN}"
+    steps = f"{unit} {UNKNOWN}"
+    if plan.steps.number is not None:
+        steps = f"{plan.steps.certainty}{plan.steps.number:,} {unit}"
+    if plan.stage == "eval":
+        steps = "nothing is trained"
     notes = "".join(f"; {note}" for note in plan.notes)
     warning = "" if plan.fits else "; may not fit, see plan=true"
     memory = f"{plan.peak / GIB:.1f} of {plan.limit / GIB:g} GiB per process ({plan.fullest})"
@@ -146,9 +148,11 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     console = Console(width=130, highlight=False)
     console.print(table_of_roles(plan, cfg))
     console.print(table_of_phases(plan))
-    console.print(f"  batch    {plan.batch}")
-    console.print(f"  steps    {UNKNOWN if plan.steps is None else format(plan.steps, ',')}")
-    console.print(f"  tokens   {UNKNOWN if plan.tokens is None else f'at most {plan.tokens:,}'}")
+    steps, tokens = plan.steps.number, plan.steps.tokens
+    about = "about " if plan.steps.certainty == "about " else ""
+    console.print(f"  batch    {plan.steps.batch}")
+    console.print(f"  steps    {UNKNOWN if steps is None else f'{plan.steps.certainty}{steps:,}'}")
+    console.print(f"  tokens   {UNKNOWN if tokens is None else f'at most {about}{tokens:,}'}")
     checkpoints = f"{gib(plan.checkpoints)} of checkpoints during training"
     console.print(f"  on disk  {gib(plan.files)} GiB of models, {checkpoints}")
     for note in plan.notes:

@@ -6,14 +6,16 @@ It trains on the pairs that a reward model would train on.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -71,11 +73,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     steps = count_steps(pairs, dpo.batch_size, dpo.epochs, dpo.max_steps, "dpo.batch_size")
     check_held_out(held_out, max_prompt)
 
-    # 2. models: the policy and its frozen start, whose log-probabilities are computed once
+    # 2. models: the policy and its frozen start, whose log-probabilities are computed once, of the
+    # pairs that the run uses
     actor, ref = build_actor_and_reference(cfg, tokenizer, run_dir)
     pad_id, micro_batch = tokenizer.pad_token_id, cfg.deploy.eval_micro_batch
+    compute = partial(pair_logprobs, ref, pairs, pairs.lengths, pad_id, micro_batch)
     file = cache_file(cfg, ref, pairs)
-    reference = cached_reference_logprobs(ref, pairs, pairs.lengths, pad_id, micro_batch, file)
+    used = used_pairs(dpo, len(pairs), steps, cfg.seed)
+    reference = cached_logprobs(compute, used, file, ref.device)
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
     held_out_reference = pair_logprobs(ref, held_out, lengths, pad_id, micro_batch)
     gather = gather_for_rollout(cfg)
@@ -224,46 +229,70 @@ def pair_logprobs(
     lengths: Sequence[int],
     pad_id: int,
     micro_batch: int,
+    used: np.ndarray | None = None,
 ) -> Tensor:
-    """log pi of both responses of all pairs, which ranks share out, (N, 2) on the CPU, nats."""
+    """log pi of both responses of all pairs, which ranks share out, (N, 2) on the CPU, nats.
+
+    Args: used: as in `map_across_ranks`; None: all pairs.
+    """
 
     def work(rows: Sequence[int]) -> Tensor:
         return chosen_rejected_logprobs(policy, [pairs[i] for i in rows], pad_id)
 
-    return map_across_ranks(lengths, max(1, micro_batch // 2), work).cpu()
+    return map_across_ranks(lengths, max(1, micro_batch // 2), work, used).cpu()
 
 
-def cached_reference_logprobs(
-    ref: LogProbModel,
-    pairs: Sequence[PairIds],
-    lengths: Sequence[int],
-    pad_id: int,
-    micro_batch: int,
-    file: Path,
+def used_pairs(dpo: Dpo, pairs: int, steps: int, seed: int) -> np.ndarray:
+    """Which pairs a run of `steps` optimizer steps uses (bool, one per pair)."""
+    used = np.zeros(pairs, dtype=bool)
+    for batch in islice(global_batches(pairs, dpo.batch_size, dpo.epochs, seed), steps):
+        used[batch] = True
+    return used
+
+
+def cached_logprobs(
+    compute: Callable[[np.ndarray], Tensor], used: np.ndarray, file: Path, device: torch.device
 ) -> Tensor:
-    """pair_logprobs of the reference, from `file` or else computed and written there."""
-    is_cached = collectives.rank() == 0 and file.exists()
-    if collectives.all_reduce_max(float(is_cached), ref.device):
-        cached = load_file(file)["logp"] if is_cached else torch.zeros(len(pairs), 2)
-        if collectives.world_size() > 1:  # other ranks may not see the disk of rank 0
-            flat = collectives.all_reduce_sum(cached.flatten().tolist(), ref.device)
-            cached = torch.tensor(flat, dtype=torch.float32).view(-1, 2)
-        log.info(f"reference: log-probabilities of {len(pairs):,} pairs from {file}")
-        return cached
-    log.info(f"reference: computing the log-probabilities of {len(pairs):,} pairs")
-    computed = pair_logprobs(ref, pairs, lengths, pad_id, micro_batch)
-    if collectives.rank() == 0:
+    """Log-probabilities of the pairs, (N, 2) on the CPU: NaN where neither used nor known.
+
+    They are read from `file`; those that it lacks are computed, and written there too.
+
+    Args: compute: from the pairs that are needed to the log-probabilities, NaN where not computed.
+        used (N,): bool.  device: of the collectives.
+    """
+    is_main = collectives.rank() == 0
+    known = torch.full((len(used), 2), math.nan if is_main else 0.0)
+    if is_main and file.exists():
+        known = load_file(file)["logp"]
+    if collectives.world_size() > 1:  # other ranks may not see the disk of rank 0
+        flat = collectives.all_reduce_sum(known.flatten().tolist(), device)
+        known = torch.tensor(flat, dtype=torch.float32).view(-1, 2)
+    missing = used & known.isnan().any(1).numpy()
+    if not missing.any():
+        log.info(f"reference: log-probabilities of {used.sum():,} pairs from {file}")
+        return known
+    log.info(
+        f"reference: computing the log-probabilities of {missing.sum():,} of {len(used):,} pairs"
+    )
+    computed = compute(missing)
+    known = torch.where(known.isnan(), computed, known)
+    if is_main:
         # not atomic_path: several runs may write this file at the same time
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"logp": computed}, temporary)
+        save_file({"logp": known}, temporary)
         allow_others(temporary)
         os.replace(temporary, file)
-    return computed
+    return known
 
 
 def cache_file(cfg: Config, ref: LogProbModel, pairs: tokenized.Rows[PairIds]) -> Path:
     """Where the reference's log-probabilities are kept: named by what they depend on."""
-    settings = f"{len(pairs)} {cfg.deploy.precision.name} {cfg.deploy.device.name}"
+    deploy = cfg.deploy
+    # the last two decide which pairs are computed together, and so the last bits of the results
+    settings = (
+        f"{len(pairs)} {deploy.precision.name} {deploy.device.name} {collectives.world_size()}"
+        f" {deploy.eval_micro_batch}"
+    )
     key = digest(policy_hash(ref), pairs.table._fingerprint, settings)
     return cache_folder() / f"reference-{key}.safetensors"
 

@@ -86,6 +86,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     # 4. evaluation
     engine.eval()
+    log.info(f"evaluation: scores of {len(held_out):,} held-out pairs")
     metrics, samples = evaluate(engine, held_out, data.eval_probe, tokenizer, cfg)
     tracker.samples(steps, samples)
     metrics |= set_score_unit(engine, data.eval_sft, tokenizer, cfg)

@@ -80,6 +80,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 4. evaluation
     engine.eval()
     micro_batch = cfg.deploy.eval_micro_batch
+    log.info(f"evaluation: perplexity of {len(held_out):,} held-out demonstrations")
     metrics = {"eval/perplexity": perplexity(engine, held_out, pad_id, micro_batch)}
     ends = end_probability(engine, held_out, tokenizer.eos_token_id, pad_id, micro_batch)
     metrics["eval/eos_probability"] = ends

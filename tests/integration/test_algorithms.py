@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,15 +249,21 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
             uniform = math.log(600) * wanted
             return TokenStats(-uniform, uniform, torch.zeros(ids.shape))
 
-    pairs = [([5, 6], [7, 8], [9]), ([5], [6, 7, 8], [9, 10])]
-    file = tmp_path / "reference.safetensors"
-    first = dpo.cached_reference_logprobs(Reference(0.0), pairs, [4, 4], 0, 4, file)
-    assert first.flatten().tolist() == pytest.approx(
-        [-n * math.log(600) for n in (2, 1, 3, 2)], rel=1e-5
-    ) and calls == [4]
-    assert torch.equal(
-        dpo.cached_reference_logprobs(Reference(0.0), pairs, [4, 4], 0, 4, file), first
-    ) and calls == [4], "read, not computed"
+    pairs = [([5, 6], [7, 8], [9]), ([5], [6, 7, 8], [9, 10]), ([5], [6, 7], [9, 10])]
+    file, device = tmp_path / "reference.safetensors", torch.device("cpu")
+    compute = partial(dpo.pair_logprobs, Reference(0.0), pairs, [4, 4, 3], 0, 2)
+
+    def known(*used: bool) -> list[float]:
+        return dpo.cached_logprobs(compute, np.array(used), file, device).flatten().tolist()
+
+    wanted = [-n * math.log(600) for n in (2, 1, 3, 2, 2, 2)]
+    first = known(True, False, False)
+    assert first[:2] == pytest.approx(wanted[:2], rel=1e-5) and len(calls) == 1
+    assert all(map(math.isnan, first[2:])), "what no step uses is not computed"
+    assert known(True, False, False)[:2] == first[:2] and len(calls) == 1, "read, not computed"
+    assert known(True, True, True) == pytest.approx(wanted, rel=1e-5)
+    assert len(calls) == 3, "only what was missing"
+    assert known(True, False, True)[:2] == first[:2] and len(calls) == 3
     same, other, changed = Reference(0.0), Reference(0.5), Reference(0.0)
     changed.module.hf.config.rope_theta = 7
     assert (

@@ -294,6 +294,26 @@ def test_a_source_without_second_answers(tmp_path: Path) -> None:
     )  # no section of pairs
 
 
+def test_a_folder_of_ranked_responses(tmp_path: Path) -> None:
+    """SFT has each prompt once; the pairs beyond the first of a row are not counted as skipped."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, numbers in (("a", range(100, 150)), ("b", range(150, 200))):
+        rows = [
+            {"prompt": digits(str(i)), "responses": ["1", "2", "3", "4"], "ranks": [2, 1, 3, 4]}
+            for i in numbers
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = inspect.run(config_for(folder), tmp_path)
+    (source,) = found["sources"]
+    assert source["rows"] == 100 and source["files"] == ["a.jsonl", "b.jsonl"]
+    stages = found["stages"]
+    assert stages["rm"]["rows"] == 6 * stages["rm"]["distinct_prompts"] > 60
+    assert stages["sft"]["rows"] == stages["sft"]["distinct_prompts"] > 5
+    assert stages["eval rm"]["rows"] == 6 * stages["eval sft"]["rows"] > 6
+    assert not any("skipped" in line for line in found["verdicts"])
+
+
 def test_plain_text_beside_pairs(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"text": digits(f"{i:03d}")}) + "\n" for i in range(40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
 import pytest
@@ -265,10 +266,12 @@ def test_each_change_that_is_offered_makes_it_fit_and_is_needed_whole(overrides:
 
 
 def test_a_local_file_is_counted(tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text("{}\n" * 1000)
+    pair = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
+    (tmp_path / "pairs.jsonl").write_text(f"{pair}\n" * 1000)
     cfg = composed(
         "actor=opt125m",
-        f"data.sources.rm_static.path={tmp_path}/pairs.jsonl",
+        "data=jsonl",
+        f"data.sources.mine.path={tmp_path}/pairs.jsonl",
         "data.eval_share=0.1",
     )
     assert [rows_for_stage(cfg, stage) for stage in ("sft", "rm", "ppo")] == [
@@ -276,10 +279,15 @@ def test_a_local_file_is_counted(tmp_path: Path) -> None:
         360,
         360,
     ]
-    cfg.data.sources["rm_static"].path = "somebody/unknown"
+    cfg.sft.batch_size, cfg.sft.epochs = 16, 1
+    assert ", about 11 steps" in one_line_summary(make_plan(cfg, "sft"))
+    cfg.sft.max_steps = 5
+    assert ", at most 5 steps" in one_line_summary(make_plan(cfg, "sft"))
+    cfg.sft.max_steps = None
+    cfg.data.sources["mine"].path = "somebody/unknown"
     assert rows_for_stage(cfg, "sft") is None
     p = make_plan(cfg, "sft")
-    assert p.steps is None and "known when the data are read" in one_line_summary(p)
+    assert p.steps.number is None and "known when the data are read" in one_line_summary(p)
     assert check_config(cfg) == []
 
 

@@ -1,0 +1,92 @@
+"""The rows that the plan expects are about those that the stages get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_files import Record, jsonl
+from format_rows import message
+from prepared_data import config
+
+from rlhf.config.schema import Data, Source
+from rlhf.data.sources import load_sources
+from rlhf.planning.rows import estimate_rows
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+N = 2000
+KINDS: dict[str, Callable[[int], Record]] = {
+    "pairs": lambda i: {"prompt": f"q {i}", "chosen": "a", "rejected": "b"},
+    "one answer": lambda i: {"prompt": f"q {i}", "response": "a"},
+    "half of them pairs": lambda i: {
+        "prompt": f"q {i}",
+        "chosen": "a",
+        "rejected": "b" if i % 2 else None,
+    },
+    "conversations": lambda i: {"messages": [message("user", f"q {i}"), message("assistant", "a")]},
+    "prompts": lambda i: {"prompt": f"q {i}"},
+    "ranked": lambda i: {"prompt": f"q {i}", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]},
+    "other names": lambda i: {"q": f"q {i}", "good": "a", "bad": "b"},
+    "ties": lambda i: {
+        "prompt": f"q {i}",
+        "answer_a": "a",
+        "answer_b": "b",
+        "score_a": i % 4,
+        "score_b": 0,
+    },
+}
+NAMES = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+def assert_about_right(data: Data) -> None:
+    loaded = load_sources(data)
+    for share in ("sft", "rm", "ppo"):
+        rows = len(getattr(loaded, share))
+        assert estimate_rows(data, share) == pytest.approx(rows, rel=0.12, abs=20), share
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings, shares",
+    [
+        ({}, [2, 4, 4]),
+        ({"rows": 900}, [2, 4, 4]),
+        ({"weight": 2.0}, [1, 1, 0]),
+        ({"weight": 0.5}, [1, 1, 1]),
+        ({"sft_only": True}, [2, 4, 4]),
+    ],
+)
+def test_the_estimate_is_about_what_the_stages_get(
+    tmp_path: Path, kind: str, settings: dict[str, Any], shares: list[int]
+) -> None:
+    if kind == "prompts" and (settings.get("sft_only") or settings.get("weight", 1) > 1):
+        return  # refused
+    file = jsonl(tmp_path / "a.jsonl", [KINDS[kind](i) for i in range(N)])
+    columns = NAMES if kind == "other names" else {}
+    data = config(mine=Source(path=str(file), columns=columns, **settings))
+    data.shares = shares
+    assert_about_right(data)
+
+
+def test_a_folder_an_evaluation_file_and_a_mix(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for name, start in (("a", 0), ("b", 700)):
+        rows = [KINDS["pairs"](i) for i in range(start, start + 700)]
+        jsonl(tmp_path / "parts" / f"{name}.jsonl", rows)
+    held_out = jsonl(tmp_path / "test.jsonl", [KINDS["pairs"](i) for i in range(9000, 9100)])
+    talks = jsonl(tmp_path / "talks.jsonl", [KINDS["conversations"](i) for i in range(3000, 4000)])
+    texts = jsonl(tmp_path / "texts.jsonl", [{"text": f"t {i}"} for i in range(500)])
+    folder = Source(path=f"{tmp_path}/parts", eval_split=str(held_out))
+    assert_about_right(config(mine=folder, talks=talks, texts=texts))
+
+
+def test_what_is_not_known_before_it_is_read_is_not_estimated(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for name, rows in (("a.json", [row]), ("b.jsonl", [{"query": "q"}]), ("c.jsonl", [])):
+        file = jsonl(tmp_path / name, rows)
+        assert estimate_rows(config(mine=file), "sft") is None
+    for path in (f"{tmp_path}/missing.jsonl", f"{tmp_path}/*.csv", "somebody/something"):
+        assert estimate_rows(config(mine=path), "sft") is None
