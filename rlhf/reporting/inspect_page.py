@@ -107,7 +107,7 @@ def page(
                 histogram(lengths[name], data.max_prompt_tokens, data.max_response_tokens),
             )
             for name, numbers in measured.items()
-            if numbers["rows"]
+            if numbers["tokens"]  # tools may leave no row
         ],
         samples_of_stages=[
             (name, samples(tokenizer, name, table, cfg)) for name, table in tables.items()

@@ -46,7 +46,7 @@ from rlhf.rl.rewards import (
 from rlhf.rl.update import Learner, Texts, update_policy
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints, Stateful
-from rlhf.training.setup import build_actor_and_reference, open_inputs
+from rlhf.training.setup import build_actor_and_reference, check_rows_left, open_inputs
 from rlhf.training.tracker import Tracker
 
 PromptRows = tokenized.Rows[tuple[Prompt, list[int]]]
@@ -70,6 +70,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")
+    check_rows_left(prompts)
     rollouts = count_rollouts(cfg, data, len(prompts))
 
     # 2. models: policy and reference, what scores responses, and the critic

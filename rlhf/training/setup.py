@@ -6,9 +6,11 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
-from rlhf.config.schema import Config
+from rlhf.config.schema import Config, Lora
 from rlhf.config.stage_graph import adapter_only
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset
@@ -46,10 +48,20 @@ def count_steps(rows: Sized, per_step: int, epochs: int, max_steps: int | None, 
     Args: rows: of the training data.  per_step: rows in a batch.  key: the setting of `per_step`.
     Raises: UserError when there is not one whole batch.
     """
+    check_rows_left(rows)
     steps = len(rows) // per_step * epochs
     if not steps:
         raise UserError(f"{key}={per_step}: there are only {len(rows)} rows to train on; lower it")
     return min(steps, max_steps or steps)
+
+
+def check_rows_left(rows: Sized) -> None:
+    """Refuse tokenized rows of which none is left. Raises: UserError with the reasons."""
+    if not len(rows):
+        fix = "raise data.max_prompt_tokens"
+        if "too long" not in str(rows):
+            fix = "choose a model whose chat template writes them (actor.path)"
+        raise UserError(f"no rows to train on: {rows}: {fix}")
 
 
 def check_held_out(rows: Sized, max_prompt: int) -> None:
@@ -72,15 +84,17 @@ def build_actor_and_reference(
     """
     path, precision = cfg.inputs["sft"], cfg.deploy.precision
     cfg.actor.lora.dropout = 0.0  # at the start the policy equals its reference
-    actor = build_engine(
-        lambda: load_policy(path, tokenizer, precision, adapter=cfg.actor.lora),
-        cfg,
-        "actor",
-        run_dir,
-    )
+
+    def load(adapter: Lora | None = None) -> Policy:
+        # both draw the same random weights: those of a built-in model, and of new tokens
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            return load_policy(path, tokenizer, precision, adapter)
+
+    actor = build_engine(lambda: load(cfg.actor.lora), cfg, "actor", run_dir)
     actor.eval()
     if adapter_only(cfg.actor):
         log.info("reference: the actor without its adapter, which needs no memory of its own")
         return actor, AdapterOff(actor)
-    ref = build_engine(lambda: load_policy(path, tokenizer, precision), cfg, "ref", run_dir)
+    ref = build_engine(load, cfg, "ref", run_dir)
     return actor, ref

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,12 @@ def test_a_failing_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) ->
     done = train("stage=sft", *SMALL, "data.max_prompt_tokens=1", cwd=tmp_path)
     assert done.returncode == 2, "the user's mistake"
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert errors == ["error: sft: sft.batch_size=16: there are only 0 rows to train on; lower it"]
+    [error] = errors
+    assert re.fullmatch(
+        r"error: sft: no rows to train on: 0 demonstrations \(\d+ skipped: prompt too long\): "
+        "raise data.max_prompt_tokens",
+        error,
+    )
     assert "Traceback" not in done.stderr
     (run,) = (tmp_path / "outputs").iterdir()
     assert not (run / "summary.json").exists()

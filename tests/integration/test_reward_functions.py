@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from data_files import jsonl
 from helpers import Demo, runs_in, summary, train
 
 SMALL_PPO = [
@@ -89,3 +90,35 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
     )
     long = train("stage=ppo", *given, *sizes, "rollout.max_new_tokens=500", cwd=tmp_path)
     assert long.returncode == 2 and "rollout.max_new_tokens=500 is more than the" in long.stderr
+
+
+def test_grpo_compares_with_a_column_of_the_data(tmp_path: Path) -> None:
+    """GSM8K's layout, from random weights: no stage below, no reward model."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def correct(turns, response, answer):\n"
+        "    first = turns[-1].text.split()[2]\n"
+        "    assert answer == f'It is {first}. #### {first}', (turns, answer)\n"
+        "    return float(answer.split('####')[1].strip() in response)\n\n"
+        "def needs_truth(turns, response, truth):\n"
+        "    return 0.0\n"
+    )
+    rows = [
+        {"question": f"What is {n} ?", "answer": f"It is {n}. #### {n}", "level": n}
+        for n in range(60)
+    ]
+    file = jsonl(tmp_path / "sums.jsonl", rows)
+    grpo = ["stage=grpo", "data=jsonl", f"data.sources.mine.path={file}", "data.shares=[0,0,1]"]
+    grpo += ["rl.actor=builtin:tiny", "rl.rewards.model=null", "rl.batch_size=16"]
+    grpo += ["rl.max_steps=1", *SMALL_PPO[3:]]
+    done = train(*grpo, "+rl.rewards={mine: {function: 'my_rewards:correct'}}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "  columns not read, unless a reward function asks for them: level" in done.stderr
+    (run,) = runs_in(tmp_path)["grpo"]
+    assert 0 <= summary(run)["metrics"]["eval/score"] <= 1
+    wrong = train(*grpo, "+rl.rewards={mine: {function: 'my_rewards:needs_truth'}}", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert (
+        "error: grpo: rewards.mine: the function has a parameter truth, and a row has no such "
+        "column (it has answer, level): give it a default value, or add the column to the data"
+    ) in wrong.stderr.splitlines()
+    assert "sampling responses" not in wrong.stderr, "found before a model is loaded"

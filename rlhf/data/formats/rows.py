@@ -149,7 +149,10 @@ def _raw(row: Row, source: Source) -> Pair:
     for name in BEFORE:
         if field(row, source, name):
             raise ValueError(f"data.template=none has no roles, so nowhere to write {name}")
-    prompt = [Turn("user", _string(required(row, source, "prompt"), "prompt"))]
+    text = required(row, source, "prompt")
+    if isinstance(text, list):
+        raise ValueError("prompt is a list, not a string: data.template=none has no roles")
+    prompt = [Turn("user", _string(text, "prompt"))]
     if source.format == Format.prompts:
         return Pair(prompt, "", None)
     rejected = field(row, source, "rejected")
