@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from rlhf.config.schema import Data
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.records import SourceReport, Turn
 
 if TYPE_CHECKING:
@@ -147,9 +147,9 @@ def _measure_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, str]]], limit: int
 ) -> _Prompts:
     turns = [[Turn(**turn) for turn in prompt] for prompt in prompts]
-    lengths = [len(ids or []) for ids in template.encode_prompts(tokenizer, turns, NO_LIMIT)]
+    lengths = [len(ids or []) for ids in encoding.encode_prompts(tokenizer, turns, NO_LIMIT)]
     long = [i for i, length in enumerate(lengths) if length > limit]
-    fitted = template.encode_prompts(tokenizer, [turns[i] for i in long], limit)
+    fitted = encoding.encode_prompts(tokenizer, [turns[i] for i in long], limit)
     dropped = {i for i, ids in zip(long, fitted) if ids is None}
     return _Prompts(lengths, dropped, shortened=len(long) - len(dropped))
 
@@ -159,7 +159,7 @@ def _encode_some(
 ) -> list[list[int] | None]:
     """Token ids of answers with their EOS; None where there is no answer."""
     ids = iter(
-        template.encode_responses(tokenizer, [text for text in texts if text is not None], NO_LIMIT)
+        encoding.encode_responses(tokenizer, [text for text in texts if text is not None], NO_LIMIT)
     )
     return [None if text is None else next(ids) for text in texts]
 
