@@ -9,7 +9,7 @@ import pytest
 from tokenizer_families import FAMILIES
 
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.models.loading import load_tokenizer
 
@@ -57,13 +57,13 @@ def check_dialogue(
     whole = tokenizer.apply_chat_template(messages(turns, answer), tokenize=False)
     assert whole.startswith(prompt + separator + answer + space + eos)
 
-    [(prompt_ids, answer_ids)] = template.encode_demonstrations(
+    [(prompt_ids, answer_ids)] = encoding.encode_demonstrations(
         tokenizer, [Demonstration(turns, answer)], 999, 999
     )
     assert (
         prompt_ids
         == encode(tokenizer, prompt)
-        == template.encode_prompts(tokenizer, [turns], 999)[0]
+        == encoding.encode_prompts(tokenizer, [turns], 999)[0]
     )
     assert prompt_ids == tokenizer.apply_chat_template(
         messages(turns), add_generation_prompt=True, return_dict=False
@@ -71,15 +71,15 @@ def check_dialogue(
     assert (
         answer_ids[-1] == tokenizer.eos_token_id and answer_ids.count(tokenizer.eos_token_id) == 1
     )
-    [(prompt, chosen, rejected)] = template.encode_pairs(
+    [(prompt, chosen, rejected)] = encoding.encode_pairs(
         tokenizer, [Pair(turns, answer, "no")], 999, 999
     )
     assert (prompt, chosen) == (prompt_ids, answer_ids) and rejected[-1] == tokenizer.eos_token_id
 
     # a sampled answer is text for a moment, where a reward model has another tokenizer
-    text = template.decode_response(tokenizer, answer_ids)
-    assert text == template.decode_response(tokenizer, answer_ids[:-1]) == answer
-    assert template.encode_response(tokenizer, text, True) == answer_ids
-    unended = template.encode_response(tokenizer, text, False)
+    text = encoding.decode_response(tokenizer, answer_ids)
+    assert text == encoding.decode_response(tokenizer, answer_ids[:-1]) == answer
+    assert encoding.encode_response(tokenizer, text, True) == answer_ids
+    unended = encoding.encode_response(tokenizer, text, False)
     assert unended == answer_ids[: len(unended)] and tokenizer.eos_token_id not in unended
     return prompt_ids, answer_ids

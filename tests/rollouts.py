@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.config.choices import Precision
 from rlhf.config.schema import Config
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.batches import pad_left
 from rlhf.data.records import Prompt, Turn
 from rlhf.distributed.engine import build_engine
@@ -145,12 +145,12 @@ def some_rollout(m: Engines) -> tuple[list[list[int]], list[list[int]], Tensor]:
     """
     prompts = [
         ids
-        for ids in template.encode_prompts(
+        for ids in encoding.encode_prompts(
             m.tokenizer, [[Turn("user", text)] for text in QUESTIONS], 99
         )
         if ids
     ]
-    answers = template.encode_responses(m.tokenizer, ANSWERS, 99)
+    answers = encoding.encode_responses(m.tokenizer, ANSWERS, 99)
     width = max(map(len, answers))
     answers.append([9, 8, PAD, *range(100, 100 + width - 3)])
     draws = torch.tensor(

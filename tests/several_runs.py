@@ -96,6 +96,12 @@ def main(arguments: list[str]) -> None:
 
     prepare_environment()
     os.environ["DS_ACCELERATOR"] = "cpu"
+    smooth = arguments[0] == "--smooth"
+    if smooth:
+        arguments = arguments[1:]
+        # a cache of its own: the other one has log-probabilities of the same weights with ReLU
+        first_run = Path(arguments[0].partition("=")[0])
+        os.environ["HF_DATASETS_CACHE"] = str(first_run.parent / "smooth_cache")
     import torch
 
     from rlhf.config.loading import load_config
@@ -103,10 +109,9 @@ def main(arguments: list[str]) -> None:
     from rlhf.runs.directory import write_json
     from rlhf.worker import run_stage
 
-    if arguments[0] == "--smooth":
+    if smooth:
         from transformers.activations import ACT2CLS, ACT2FN
 
-        arguments = arguments[1:]
         ACT2FN["relu"] = ACT2CLS["gelu"]
     logging.getLogger("rlhf").setLevel(logging.ERROR)
     torch.set_num_threads(1)

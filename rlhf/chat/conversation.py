@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rlhf.base.errors import UserError
 from rlhf.chat.policy import Params, Policy, Reply
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.records import Turn
 from rlhf.runs.directory import write_json
 
@@ -171,7 +171,7 @@ class Conversation:
             replies = []
             for policy, (*prompt, last) in zip(self.policies, filter(None, histories)):
                 turns, prompt_ids = policy.fit(prompt, saved.params.max_new_tokens)
-                ids = template.encode_response(policy.tokenizer, last.text, True)
+                ids = encoding.encode_response(policy.tokenizer, last.text, True)
                 replies.append(Reply(turns, prompt_ids, last.text, ids, finished=True))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load {file}: {reason(error)}") from None

@@ -16,7 +16,7 @@ from rlhf.chat.models import context_of
 from rlhf.chat.policy import Policy, Reply
 from rlhf.chat.reader import Reader
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import Turn
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ class Judge:
         from rlhf.models.wrappers import sequence_scores
 
         eos_id = self.tokenizer.eos_token_id
-        if template.same_tokens(policy.tokenizer, self.tokenizer):
+        if encoding.same_tokens(policy.tokenizer, self.tokenizer):
             ids = reply.prompt_ids + [i for i in reply.ids if i not in policy.ends]
             ids += [eos_id] if reply.finished else []
         else:
-            response = template.encode_response(self.tokenizer, reply.text, reply.finished)
+            response = encoding.encode_response(self.tokenizer, reply.text, reply.finished)
             ids = self.reader(reply.prompt) + response
         row = torch.tensor([ids[-context_of(self.scorer.hf) :]], device=self.scorer.hf.device)
         with torch.inference_mode():

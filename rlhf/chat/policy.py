@@ -11,7 +11,7 @@ from rlhf.base.errors import UserError
 from rlhf.chat.models import context_of
 from rlhf.chat.reader import Reader
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import Turn
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Policy:
         is_over = any(stop in text for stop in self.stops)
         reply.finished = is_over or reply.ids[-1] in self.ends
         if is_over:  # the next turn's mark is no part of the response
-            reply.ids = template.encode_response(self.tokenizer, reply.text, False)
+            reply.ids = encoding.encode_response(self.tokenizer, reply.text, False)
         return is_over
 
     def options(self, params: Params, prompt_tokens: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import SourceReport, Turn
 from rlhf.data.splits import Part
 
@@ -63,8 +63,8 @@ def is_same(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answer: Turn)
 
     Raises: UserError where already the texts differ.
     """
-    [prompt] = template.encode_prompts(tokenizer, [turns], NO_LIMIT)
-    [response] = template.encode_responses(
+    [prompt] = encoding.encode_prompts(tokenizer, [turns], NO_LIMIT)
+    [response] = encoding.encode_responses(
         tokenizer, [answer.text], NO_LIMIT, [turns], [answer.more]
     )
     ours = (prompt or []) + response + template.after_eos(tokenizer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.cache import Columns, cached_map, digest
 from rlhf.data.records import PAIR_COLUMNS, Pair, Prompt, Turn, record_features
 
@@ -138,7 +138,7 @@ def texts(
     features = datasets.Features({"ids": datasets.List(datasets.Value("int32")), **_facts()})
     key = digest(
         table._fingerprint,
-        template.content(tokenizer),
+        encoding.content(tokenizer),
         str(("text", max_tokens)),
         Path(__file__).read_text(),
     )
@@ -177,9 +177,9 @@ def _encode(
         features |= {"turns": record["prompt"], "columns": record["columns"]}
     key = digest(
         table._fingerprint,
-        template.content(tokenizer),
+        encoding.content(tokenizer),
         str((columns, max_prompt, max_response)),
-        Path(__file__).read_text() + Path(template.__file__).read_text(),
+        *(Path(file).read_text() for file in (__file__, template.__file__, encoding.__file__)),
     )
     function = partial(
         _encode_batch,
@@ -222,10 +222,10 @@ def _encode_batch(
     # these rows are skipped, so any turns will do
     turns = [[Turn("user", "")] if problem else row for row, problem in zip(turns, problems)]
     calls = ["" if problem else more for more, problem in zip(batch["calls"], problems)]
-    fitted = template.fit_prompts(tokenizer, turns, max_prompt)
+    fitted = encoding.fit_prompts(tokenizer, turns, max_prompt)
     prompts = [ids for ids, _ in fitted]
     answers = {
-        name: template.encode_responses(
+        name: encoding.encode_responses(
             tokenizer, batch[name], max_response, turns, calls if name == "chosen" else None
         )
         for name in columns

@@ -8,7 +8,7 @@ import math
 import torch
 
 from rlhf.config.schema import Config
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset
 from rlhf.evaluation.statistics import best_of_n
@@ -29,7 +29,7 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
         return []
     prompts = data.eval_prompts[: node.best_of_prompts]
     turns = [prompt.turns for prompt in prompts]
-    encoded = template.encode_prompts(models.tokenizer, turns, cfg.data.max_prompt_tokens)
+    encoded = encoding.encode_prompts(models.tokenizer, turns, cfg.data.max_prompt_tokens)
     asked = [prompt for prompt in prompts for _ in range(node.best_of)]
     ids = [row for row in encoded if row is not None for _ in range(node.best_of)]
     random = uniforms("best of n", range(len(ids)), 0, 0, cfg.rollout.max_new_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset, Turn
 from rlhf.evaluation.statistics import repetition
@@ -34,7 +34,7 @@ def evaluate_policy(
     Raises: UserError where all prompts are too long.
     """
     turns = [prompt.turns for prompt in data.eval_prompts]
-    encoded = template.encode_prompts(models.tokenizer, turns, max_prompt_tokens)
+    encoded = encoding.encode_prompts(models.tokenizer, turns, max_prompt_tokens)
     kept = [(prompt, ids) for prompt, ids in zip(data.eval_prompts, encoded) if ids is not None]
     if not kept:
         raise UserError(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.log import log
 from rlhf.config.schema import Config
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.records import Dataset, Pair
 from rlhf.distributed.engine import Engine
 from rlhf.models.wrappers import Scorer
@@ -36,7 +36,7 @@ def evaluate_reward_model(source: Source, data: Dataset, cfg: Config) -> ScorerR
     assert source.engine is not None and source.tokenizer is not None
     tokenizer = source.tokenizer
     max_prompt, max_response = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
-    fits = template.encode_prompts(tokenizer, [pair.prompt for pair in data.eval_rm], max_prompt)
+    fits = encoding.encode_prompts(tokenizer, [pair.prompt for pair in data.eval_rm], max_prompt)
     pairs = [pair for pair, ids in zip(data.eval_rm, fits) if ids is not None]
     if not pairs:
         log.warning(
@@ -50,7 +50,7 @@ def evaluate_reward_model(source: Source, data: Dataset, cfg: Config) -> ScorerR
     margins = (chosen - rejected) * getattr(source.engine.module.hf.config, "score_std", 1.0)
     lengths = [
         length_group(len(c), len(r))
-        for _, c, r in template.encode_pairs(tokenizer, pairs, max_prompt, max_response)
+        for _, c, r in encoding.encode_pairs(tokenizer, pairs, max_prompt, max_response)
     ]
     by_length = accuracy_by(lengths, chosen, rejected)
     ece, bins = calibration(margins)
@@ -79,7 +79,7 @@ def score_pairs(
     Args: scorer: its scores are in its own unit.  pairs: none with too long a prompt.
         max_prompt, max_response: tokens.
     """
-    encoded = template.encode_pairs(tokenizer, pairs, max_prompt, max_response)
+    encoded = encoding.encode_pairs(tokenizer, pairs, max_prompt, max_response)
     sequences = [prompt + response for prompt, *both in encoded for response in both]
     scores = score_rows(scorer, sequences, tokenizer, micro_batch)
     chosen, rejected = scores[::2], scores[1::2]

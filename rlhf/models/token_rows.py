@@ -82,7 +82,8 @@ def replace_embeddings(layer: LayerWithRows, args: tuple[Tensor], output: Tensor
         return output
     matches: Tensor = args[0][..., None] == layer.trained_ids  # (..., k)
     rows = F.embedding(matches.int().argmax(-1), layer.trained_rows)
-    rows = rows * getattr(layer, "embed_scale", 1.0)  # Gemma 3 scales in this layer
+    scale = torch.as_tensor(getattr(layer, "embed_scale", 1.0))  # Gemma 3 scales in this layer
+    rows = rows * scale.to(rows)
     return torch.where(matches.any(-1, keepdim=True), rows.to(output.dtype), output)
 
 

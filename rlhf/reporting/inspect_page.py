@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from rlhf.config.choices import TrainOn
 from rlhf.config.schema import Config
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.batches import first_loss_token
 from rlhf.data.inspection.measuring import (
     Effect,
@@ -253,7 +253,7 @@ def samples(
     for i in np.random.default_rng(cfg.data.seed).permutation(len(table))[:100].tolist():
         row = table[i]
         turns = [Turn(**turn) for turn in row["prompt"]]
-        [prompt] = template.encode_prompts(tokenizer, [turns], cfg.data.max_prompt_tokens)
+        [prompt] = encoding.encode_prompts(tokenizer, [turns], cfg.data.max_prompt_tokens)
         if prompt is None:
             continue
         if stage == "ppo":
@@ -261,7 +261,7 @@ def samples(
             shown.append(sample(tokenizer, "the policy answers this prompt", prompt, [], kinds))
         for name in {"sft": ["chosen"], "rm": ["chosen", "rejected"], "ppo": []}[stage]:
             calls = [row["calls"]] if name == "chosen" else None
-            [answer] = template.encode_responses(
+            [answer] = encoding.encode_responses(
                 tokenizer, [row[name]], cfg.data.max_response_tokens, [turns], calls
             )
             finished = answer[-1] == tokenizer.eos_token_id

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.choices import RolloutEngine
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.batches import chunks, pad_left
 from rlhf.data.records import Prompt
 from rlhf.distributed import collectives
@@ -74,7 +74,7 @@ class Experience:
     def text(self, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
         """The response of a row as text."""
         ids = self.response_ids[row][self.response_mask[row] > 0]
-        return template.decode_response(tokenizer, ids.tolist())
+        return encoding.decode_response(tokenizer, ids.tolist())
 
     @property
     def ids(self) -> Tensor:

@@ -24,7 +24,7 @@ from rlhf.base.log import log
 from rlhf.config.choices import Template
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, score_sources
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.batches import map_across_ranks, pad_right
 from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.distributed.engine import Engine, build_engine
@@ -195,7 +195,7 @@ def check_columns(functions: dict[str, RewardFunction], prompts: Sequence[Prompt
 def needs_text(policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> bool:
     """Whether a reward model must read text: its tokenizer differs from the policy's, or its
     template writes something after the EOS, where its score is read."""
-    return bool(template.after_eos(own)) or not template.same_tokens(policy_tokenizer, own)
+    return bool(template.after_eos(own)) or not encoding.same_tokens(policy_tokenizer, own)
 
 
 def retokenize(source: Source, turns: list[Turn], response: str, finished: bool) -> list[int]:
@@ -204,8 +204,8 @@ def retokenize(source: Source, turns: list[Turn], response: str, finished: bool)
     What is too long for it loses its beginning.
     """
     assert source.engine is not None
-    prompt = template.encode_prompts(source.tokenizer, [turns], NO_LIMIT)[0] or []
-    ids = prompt + template.encode_response(source.tokenizer, response, finished)
+    prompt = encoding.encode_prompts(source.tokenizer, [turns], NO_LIMIT)[0] or []
+    ids = prompt + encoding.encode_response(source.tokenizer, response, finished)
     ids += template.after_eos(source.tokenizer) if finished else []
     return ids[-readable_tokens(source.engine) :]
 
@@ -336,7 +336,7 @@ def set_unit(
     if hasattr(settings, "score_std"):
         return
     limits = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
-    encoded = template.encode_demonstrations(tokenizer, data.eval_sft, *limits)
+    encoded = encoding.encode_demonstrations(tokenizer, data.eval_sft, *limits)
     if not encoded:
         raise UserError(
             f"{node_name(cfg)}.normalize_score=true: there are no SFT responses to measure {key} "

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlhf.base.files import allow_others
 from rlhf.base.log import log
 from rlhf.config.schema import Config, Dpo
-from rlhf.data import template, tokenized
+from rlhf.data import encoding, tokenized
 from rlhf.data.batches import global_batches, map_across_ranks, micro_batches
 from rlhf.data.cache import cache_folder, digest
 from rlhf.data.records import Dataset
@@ -68,7 +68,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True)
     check_template(tokenizer, data.rm, data.report, "rm", ["chosen", "rejected"])
     pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
-    held_out = template.encode_pairs(tokenizer, data.eval_rm, max_prompt, max_response)
+    held_out = encoding.encode_pairs(tokenizer, data.eval_rm, max_prompt, max_response)
     log.info(f"DPO: {pairs}, {len(held_out)} held out")
     steps = count_steps(pairs, dpo.batch_size, dpo.epochs, dpo.max_steps, "dpo.batch_size")
     check_held_out(held_out, max_prompt)

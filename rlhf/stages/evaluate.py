@@ -23,7 +23,7 @@ from rlhf.config.choices import Decoding
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import policy_labels
 from rlhf.config.stage_nodes import Eval
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.distributed import collectives
@@ -200,7 +200,7 @@ def fitting(
 ) -> list[Prompt]:
     """The prompts of at most `max_prompt` tokens for all policies: all get the same prompts."""
     turns = [prompt.turns for prompt in prompts]
-    encoded = [template.encode_prompts(tokenizer, turns, max_prompt) for tokenizer in tokenizers]
+    encoded = [encoding.encode_prompts(tokenizer, turns, max_prompt) for tokenizer in tokenizers]
     return [prompt for prompt, *ids in zip(prompts, *encoded) if None not in ids]
 
 
@@ -248,7 +248,7 @@ def evaluate_policies(
             release(models)
         models = load_models(cfg, setup, name, rewards, run_dir)
         if reference and has_kl(cfg.eval):
-            same_tokens = template.same_tokens(models.tokenizer, reference.tokenizer)
+            same_tokens = encoding.same_tokens(models.tokenizer, reference.tokenizer)
             models.ref = reference.actor if same_tokens else None
         evaluate_one(cfg, setup, models, name, results)
         if name == setup.first:
@@ -309,7 +309,7 @@ def evaluate_one(
         models, setup.data, max_prompt, max_new, sampling, micro_batch
     )
     results.metrics[name], results.responses[name] = metrics, responses
-    demonstrations = template.encode_demonstrations(
+    demonstrations = encoding.encode_demonstrations(
         tokenizer, setup.data.eval_sft, max_prompt, cfg.data.max_response_tokens
     )
     if demonstrations:

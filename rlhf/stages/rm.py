@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf.base.log import log
 from rlhf.config.choices import RmLoss
 from rlhf.config.schema import Config
-from rlhf.data import template, tokenized
+from rlhf.data import encoding, template, tokenized
 from rlhf.data.batches import global_batches, micro_batches, pad_right
 from rlhf.data.records import Demonstration, Pair
 from rlhf.data.template_check import check_template
@@ -51,7 +51,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tokenizer, data = open_inputs(cfg, run_dir, cfg.reward.path)
     check_template(tokenizer, data.rm, data.report, "rm", ["chosen", "rejected"])
     pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
-    encoded = template.encode_prompts(tokenizer, [pair.prompt for pair in data.eval_rm], max_prompt)
+    encoded = encoding.encode_prompts(tokenizer, [pair.prompt for pair in data.eval_rm], max_prompt)
     held_out = [pair for pair, ids in zip(data.eval_rm, encoded) if ids is not None]
     log.info(f"reward model: {pairs}, {len(held_out)} held out")
     steps = count_steps(pairs, rm.batch_size, rm.epochs, rm.max_steps, "rm.batch_size")
@@ -251,7 +251,7 @@ def set_score_unit(
 
     Returns: the metrics `eval/score_mean` and `eval/score_std`, of the scores before.
     """
-    encoded = template.encode_demonstrations(
+    encoded = encoding.encode_demonstrations(
         tokenizer, demonstrations, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     )
     rows = [prompt + answer for prompt, answer in encoded]

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.base.log import log
 from rlhf.config.choices import TrainOn
 from rlhf.config.schema import Config
-from rlhf.data import template, tokenized
+from rlhf.data import encoding, tokenized
 from rlhf.data.batches import first_loss_token, global_batches, micro_batches
 from rlhf.data.template_check import check_template
 from rlhf.distributed import collectives
@@ -47,7 +47,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         tokenizer, data.sft, max_prompt, max_response, cfg.data.workers, every_answer
     )
     check_template(tokenizer, data.sft, data.report, "sft")
-    held_out = template.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
+    held_out = encoding.encode_demonstrations(tokenizer, data.eval_sft, max_prompt, max_response)
     log.info(f"SFT: {rows}, {len(held_out)} held out")
     steps = count_steps(rows, sft.batch_size, sft.epochs, sft.max_steps, "sft.batch_size")
     check_held_out(held_out, max_prompt)

@@ -23,7 +23,7 @@ from worker_runs import kill_when, prepare, same, work
 
 from rlhf.config.choices import KlAppliedTo, Precision
 from rlhf.config.loading import load_config
-from rlhf.data import load, template, tokenized
+from rlhf.data import encoding, load, tokenized
 from rlhf.models.loading import load_policy
 from rlhf.training.likelihood import response_logprobs
 
@@ -276,7 +276,7 @@ def test_a_whole_template_is_learnt_by_dpo(tokenizer: Any) -> None:
     """The answer that DPO learns carries its EOS, as the reward model reads it."""
     from rlhf.data.records import Pair, Turn
 
-    [(prompt, chosen, rejected)] = template.encode_pairs(
+    [(prompt, chosen, rejected)] = encoding.encode_pairs(
         tokenizer, [Pair([Turn("user", "Hi")], "Yes.", "No.")], 99, 99
     )
     assert (

@@ -21,7 +21,7 @@ from transformers import (
 from worker_runs import prepare, work
 
 from rlhf.config.choices import Precision
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.batches import pad_left
 from rlhf.data.records import Turn
 from rlhf.models.loading import load_scorer, load_tokenizer, location
@@ -133,11 +133,11 @@ def other_tokenizer(directory: Path) -> Any:
 def test_tokenizers_are_compared_by_content(tmp_path: Path) -> None:
     tiny = load_tokenizer("builtin:tiny")
     tiny.save_pretrained(tmp_path / "copy")
-    assert template.same_tokens(tiny, load_tokenizer(str(tmp_path / "copy")))
+    assert encoding.same_tokens(tiny, load_tokenizer(str(tmp_path / "copy")))
     more = AutoTokenizer.from_pretrained(tmp_path / "copy")
     more.add_tokens(["<more>"])
-    assert not template.same_tokens(tiny, more)
-    assert not template.same_tokens(tiny, other_tokenizer(tmp_path / "bytes"))
+    assert not encoding.same_tokens(tiny, more)
+    assert not encoding.same_tokens(tiny, other_tokenizer(tmp_path / "bytes"))
 
 
 def test_a_foreign_reward_model_reads_prompt_and_answer_as_text(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rlhf.chat.feedback import Judge, Preferences, trace
 from rlhf.chat.models import find_reference, load_model
 from rlhf.chat.policy import Policy, Reply
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.records import Turn
 from rlhf.models.loading import load_tokenizer
 
@@ -109,7 +109,7 @@ def test_a_wide_terminal_shows_two_responses_side_by_side(
     talk = conversation(model, other)
     responses = ("Water it [bold]well.\x1b[2J", "Leave it alone.")
     for one, text in zip(talk.policies, responses):
-        sampled = template.encode_response(one.tokenizer, text, True)
+        sampled = encoding.encode_response(one.tokenizer, text, True)
         monkeypatch.setattr(one.model, "generate", generates(sampled))
     console = terminal(width)
     session(talk, console).respond(lambda show: talk.ask("Hello", show))
@@ -127,7 +127,7 @@ def test_a_wide_terminal_shows_two_responses_side_by_side(
 
 def reply_of(one: Policy, question: str, response: str, finished: bool) -> Reply:
     turns, prompt_ids = one.fit([Turn("user", question)], 8)
-    ids = template.encode_response(one.tokenizer, response, finished)
+    ids = encoding.encode_response(one.tokenizer, response, finished)
     return Reply(turns, prompt_ids, response, ids, finished)
 
 

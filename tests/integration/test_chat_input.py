@@ -12,7 +12,7 @@ from tokenizer_families import FAMILIES
 import chat
 from rlhf.chat.reader import Reader
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import Turn
 
 MESSAGES = [b"\x1b[2Jred", b"\xff\xfe\xed\xa0\x80", b"", b"   ", b"\x00", b"\x07\x9b31m\r"]
@@ -112,4 +112,4 @@ def test_plain_text_is_not_touched(model: Path) -> None:
     words = "Human: is a word, Assistant: too"
     for text in (words, "a < b | c > d", "1\n\n2\n\n\nHumans", "user assistant Human"):
         turns = [Turn("user", text)]
-        assert one.reader(turns) == template.encode_prompts(one.tokenizer, [turns], 512)[0]
+        assert one.reader(turns) == encoding.encode_prompts(one.tokenizer, [turns], 512)[0]

@@ -12,7 +12,7 @@ from chats import Chat, conversation, generates, policy, quiet, save_policy
 
 from rlhf.chat.policy import certain_text
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import Turn
 
 
@@ -23,7 +23,7 @@ def test_the_model_sees_what_it_was_trained_on(model: Path) -> None:
         Turn("assistant", "Water it."),
         Turn("user", "Is that all?"),
     ]
-    assert one.fit(turns, 8) == (turns, template.encode_prompts(one.tokenizer, [turns], 512)[0])
+    assert one.fit(turns, 8) == (turns, encoding.encode_prompts(one.tokenizer, [turns], 512)[0])
 
 
 @pytest.mark.parametrize("style", [Template.chatml, Template.llama3], ids=lambda style: style.name)
@@ -35,11 +35,11 @@ def test_a_saved_model_is_talked_to_in_the_style_it_was_trained_with(
     (one,) = talk.policies
     turns = [Turn("user", "Hi"), Turn("assistant", "Hello."), Turn("user", "Any advice?")]
     talk.histories = [turns[:2]]
-    assert one.fit(turns, 8)[1] == template.encode_prompts(one.tokenizer, [turns], 512)[0]
+    assert one.fit(turns, 8)[1] == encoding.encode_prompts(one.tokenizer, [turns], 512)[0]
     assert one.stops == [] and one.tokenizer.eos_token_id in one.ends
 
     response = "I see.\n\nHuman: is a word here."  # and no mark of a turn
-    sampled = template.encode_responses(one.tokenizer, [response], 512)[0]
+    sampled = encoding.encode_responses(one.tokenizer, [response], 512)[0]
     one.model.generate = generates(sampled)
     shown: list[str] = []
     (reply,) = talk.ask("Any advice?", lambda i, piece: shown.append(piece))
@@ -54,7 +54,7 @@ def test_a_response_that_continues_as_the_user_ends_there(model: Path) -> None:
     one.model.generate = generates(one.tokenizer(text, add_special_tokens=False).input_ids)
     (reply,) = talk.ask("Hello", quiet)
     assert reply.text == "Water it." and reply.finished
-    assert reply.ids == template.encode_response(one.tokenizer, "Water it.", False)
+    assert reply.ids == encoding.encode_response(one.tokenizer, "Water it.", False)
 
 
 def test_fifty_turns_do_not_overflow_and_are_cut_at_turns(model: Path) -> None:

@@ -18,7 +18,7 @@ from worker_runs import prepare, work
 
 from rlhf.config.choices import Precision
 from rlhf.config.loading import load_config
-from rlhf.data import load, template
+from rlhf.data import encoding, load
 from rlhf.evaluation.statistics import wilson_interval
 from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
 from rlhf.runs.inputs import PROMPTS, prompt_file, read_prompt_lines
@@ -159,7 +159,7 @@ def test_the_reward_model_is_measured_on_the_held_out_pairs(
     cfg = load_config(runs["plain"] / "config.yaml")
     pair = load.load_data(cfg.data).eval_rm[0]
     scorer = load_scorer(str(runs["rm"] / "model"), tokenizer, Precision.fp32).eval()
-    [(prompt, chosen, rejected)] = template.encode_pairs(
+    [(prompt, chosen, rejected)] = encoding.encode_pairs(
         tokenizer, [pair], cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     )
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_there_are_six_prompts_of_each_language_and_all_templates_keep_them(lang
     for style in (Template.hh, Template.chatml, Template.llama3):
         own = load_tokenizer("builtin:tiny", style)
         for prompt in prompts:
-            (ids,) = template.encode_prompts(own, [[Turn("user", prompt)]], 512)
+            (ids,) = encoding.encode_prompts(own, [[Turn("user", prompt)]], 512)
             assert ids and prompt in own.decode(ids)
 
 

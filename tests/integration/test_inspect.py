@@ -13,7 +13,7 @@ import pytest
 from data_files import digits, known_file
 from helpers import composed
 
-from rlhf.data import load, template, tokenized
+from rlhf.data import encoding, load, tokenized
 from rlhf.data.inspection import measuring
 from rlhf.data.inspection.leakage import leakage
 from rlhf.data.load import table_of
@@ -211,8 +211,8 @@ def test_samples_of_sft_show_the_tokens_in_the_loss(train_on: str) -> None:
     question = [Turn("user", "What does my pan need?")]
     table = table_of([Pair(question, "A café ☃ <b>.", None)])
     (sample,) = inspect_page.samples(tokenizer, "sft", table, cfg)
-    [prompt] = template.encode_prompts(tokenizer, [question], 99)
-    [answer] = template.encode_responses(tokenizer, ["A café ☃ <b>."], 99)
+    [prompt] = encoding.encode_prompts(tokenizer, [question], 99)
+    [answer] = encoding.encode_responses(tokenizer, ["A café ☃ <b>."], 99)
     assert prompt and ids_of(sample) == prompt + answer
     assert ids_of(sample, "loss") == (prompt[1:] if train_on_prompt else []) + answer
     assert ids_of(sample, "context") == (prompt[:1] if train_on_prompt else prompt)

@@ -163,7 +163,8 @@ def test_a_policy_with_new_rows_learns_to_end_its_responses(
 
 
 FEW = ["data.template=chatml", "actor.lora.rank=4", "sft.batch_size=8"]
-PLACES = [(1, 0, False), (2, 3, True), pytest.param(2, 3, False, marks=pytest.mark.full)]
+FULL = pytest.mark.full
+PLACES = [(1, 0, False), *(pytest.param(2, 3, tied, marks=FULL) for tied in (False, True))]
 
 
 @pytest.mark.parametrize(("processes", "zero", "tied"), PLACES)

@@ -13,7 +13,7 @@ from helpers import Demo, runs_in, summary, train
 
 from rlhf.config.choices import RmLoss
 from rlhf.config.loading import load_config
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.load import load_data
 from rlhf.evaluation.reward_model import pairwise_accuracy
 from rlhf.models.loading import load_scorer, load_tokenizer
@@ -74,9 +74,9 @@ def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
         str(demo.rm / "model"), tokenizer, load_config(demo.rm / "config.yaml").deploy.precision
     )
     scorer.device = torch.device("cpu")
-    encoded = template.encode_prompts(tokenizer, prompts, 256)
+    encoded = encoding.encode_prompts(tokenizer, prompts, 256)
     own, *foreign = (
-        template.encode_responses(tokenizer, some, 256) for some in (answers, *shuffled)
+        encoding.encode_responses(tokenizer, some, 256) for some in (answers, *shuffled)
     )
     pairs = [(prompt, a, b) for others in foreign for prompt, a, b in zip(encoded, own, others)]
     with torch.no_grad():

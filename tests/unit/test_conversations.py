@@ -16,7 +16,7 @@ from helpers import composed
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Format, Precision, Template
 from rlhf.config.schema import Source
-from rlhf.data import template, tokenized
+from rlhf.data import encoding, template, tokenized
 from rlhf.data.formats.rows import read_pairs
 from rlhf.data.load import load_data
 from rlhf.data.records import Dataset, Demonstration, Pair, SourceReport, Turn
@@ -116,7 +116,7 @@ def test_a_conversation_with_tools_is_trained_on_as_its_template_writes_it(
     for n in (2, 4):  # ends with the call, and with the answer
         pair = talk(TALK[:n])
         demonstration = Demonstration(pair.prompt, pair.chosen, pair.calls)
-        [(prompt, response)] = template.encode_demonstrations(tokenizer, [demonstration], 999, 999)
+        [(prompt, response)] = encoding.encode_demonstrations(tokenizer, [demonstration], 999, 999)
         whole = tokenizer.apply_chat_template(messages[:n], tools=TOOLS, tokenize=False)
         assert tokenizer.decode(prompt + response) + "\n" == whole
         assert response[-1] == tokenizer.eos_token_id
@@ -142,16 +142,16 @@ def test_a_template_that_cannot_express_tools_skips_the_row(
     assert len(done) == (1 if why else 2) and done.reasons == ({why: 1} if why else {})
     assert str(done) == (f"1 demonstrations (1 skipped: {why})" if why else "2 demonstrations")
     prompts = [[Turn(**turn) for turn in row["prompt"]] for row in table]
-    fitted = template.encode_prompts(tokenizer, prompts, 999)
+    fitted = encoding.encode_prompts(tokenizer, prompts, 999)
     assert sum(ids is None for ids in fitted) == (1 if why else 0)
 
 
 def test_a_cut_conversation_keeps_its_tools(tokenizer_with: Callable[[str], Any]) -> None:
     tokenizer = tokenizer_with(WITH_TOOLS)
     turns = [*talk(TALK).prompt, Turn("assistant", "Yes."), Turn("user", "And in Rome?")]
-    [alone] = template.encode_prompts(tokenizer, [[turns[0], turns[-1]]], 999)
+    [alone] = encoding.encode_prompts(tokenizer, [[turns[0], turns[-1]]], 999)
     assert alone is not None
-    assert template.encode_prompts(tokenizer, [turns], len(alone) + 5) == [alone]
+    assert encoding.encode_prompts(tokenizer, [turns], len(alone) + 5) == [alone]
 
 
 def test_a_call_that_names_no_function_is_unreadable() -> None:
@@ -171,14 +171,14 @@ def test_raw_text_is_kept_as_it_is() -> None:
     [pair] = read_pairs(row, Source(path="x"), Template.none)
     assert pair == Pair([Turn("user", question)], answer, None)
     tokenizer = load_tokenizer("builtin:tiny", Template.none)
-    [(prompt, response)] = template.encode_demonstrations(
+    [(prompt, response)] = encoding.encode_demonstrations(
         tokenizer, [Demonstration(pair.prompt, pair.chosen)], 999, 999
     )
     bos = tokenizer.bos_token if prompt[0] == tokenizer.bos_token_id else ""
     assert tokenizer.decode(prompt) == bos + question
     assert tokenizer.decode(response) == answer + tokenizer.eos_token
     assert template.stop_strings(tokenizer) == []
-    assert template.decode_response(tokenizer, response) == "  a cat"
+    assert encoding.decode_response(tokenizer, response) == "  a cat"
 
 
 @pytest.mark.parametrize(
@@ -217,8 +217,8 @@ def test_the_loss_on_every_answer_is_that_of_one_pass_over_the_conversation() ->
     turns = [Turn(message["role"], message["content"]) for message in TURNS]
     rows = [
         (
-            template.encode_prompts(tokenizer, [turns[:n]], 99)[0] or [],
-            template.encode_response(tokenizer, turns[n].text, True),
+            encoding.encode_prompts(tokenizer, [turns[:n]], 99)[0] or [],
+            encoding.encode_response(tokenizer, turns[n].text, True),
         )
         for n in (1, 3)
     ]
@@ -254,12 +254,12 @@ def test_training_on_another_text_than_the_templates_is_refused(
     tokenizer = tokenizer_with(CHATML)
     data = for_sft(jsonl(tmp_path / "talks.jsonl", [{"messages": TURNS}]), "tokenizer")
     check_template(tokenizer, data.sft, data.report, "sft")
-    encode = template.encode_responses
+    encode = encoding.encode_responses
 
     def with_a_question_mark(tokenizer: Any, answers: list[str], *rest: Any) -> list[list[int]]:
         return encode(tokenizer, [text + "?" for text in answers], *rest)
 
-    monkeypatch.setattr(template, "encode_responses", with_a_question_mark)
+    monkeypatch.setattr(encoding, "encode_responses", with_a_question_mark)
     with pytest.raises(UserError) as raised:
         check_template(tokenizer, data.sft, data.report, "sft")
     line = str(raised.value)

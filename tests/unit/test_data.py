@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf.config.choices import Template
-from rlhf.data import batches, template, tokenized
+from rlhf.data import batches, encoding, template, tokenized
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.models.loading import load_tokenizer
 
@@ -69,8 +69,8 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_dialogue(
     prompt = template.render_prompt(tokenizer(), turns)
     assert whole == prompt + " " + answer + tokenizer().eos_token
     [prompt_ids], [answer_ids] = (
-        template.encode_prompts(tokenizer(), [turns], 500),
-        template.encode_responses(tokenizer(), [answer], 500),
+        encoding.encode_prompts(tokenizer(), [turns], 500),
+        encoding.encode_responses(tokenizer(), [answer], 500),
     )
     assert prompt_ids == encode(prompt)
     assert prompt_ids + answer_ids == encode(whole)
@@ -87,9 +87,9 @@ def test_a_template_starts_with_bos_only_where_the_tokenizer_adds_one() -> None:
         "<s> $A", special_tokens=[("<s>", adding.bos_token_id)]
     )
     template.install_chat_template(adding, Template.hh)
-    [ids] = template.encode_prompts(adding, [[user("Hi")]], 500)
+    [ids] = encoding.encode_prompts(adding, [[user("Hi")]], 500)
     assert ids.count(adding.bos_token_id) == 1 and ids[0] == adding.bos_token_id
-    [plain] = template.encode_prompts(tokenizer(), [[user("Hi")]], 500)
+    [plain] = encoding.encode_prompts(tokenizer(), [[user("Hi")]], 500)
     assert ids[1:] == plain
 
 
@@ -97,24 +97,24 @@ def test_answers_end_with_one_eos_unless_they_are_cut() -> None:
     """T1, D7."""
     eos = tokenizer().eos_token_id
     answer = "First, water it slowly. Next, add fresh soil."
-    [ids] = template.encode_responses(tokenizer(), [answer], 500)
+    [ids] = encoding.encode_responses(tokenizer(), [answer], 500)
     assert ids[-1] == eos and ids.count(eos) == 1
-    assert template.encode_responses(tokenizer(), [answer], len(ids)) == [ids]  # just fits
-    assert template.encode_responses(tokenizer(), [answer], len(ids) - 1) == [ids[:-1]]
-    assert template.encode_responses(tokenizer(), [answer], 3) == [ids[:3]]
-    assert template.encode_responses(tokenizer(), [""], 500)[0][-1] == eos
+    assert encoding.encode_responses(tokenizer(), [answer], len(ids)) == [ids]  # just fits
+    assert encoding.encode_responses(tokenizer(), [answer], len(ids) - 1) == [ids[:-1]]
+    assert encoding.encode_responses(tokenizer(), [answer], 3) == [ids[:3]]
+    assert encoding.encode_responses(tokenizer(), [""], 500)[0][-1] == eos
 
 
 def test_decoding_gives_the_answer_back() -> None:
     answers = ["Water it.", "Zwölf – ☃", " spaces around ", "    return x\n"]
-    for answer, ids in zip(answers, template.encode_responses(tokenizer(), answers, 500)):
-        assert template.decode_response(tokenizer(), ids) == answer.rstrip()
+    for answer, ids in zip(answers, encoding.encode_responses(tokenizer(), answers, 500)):
+        assert encoding.decode_response(tokenizer(), ids) == answer.rstrip()
 
 
 def test_encoding_nothing_gives_nothing() -> None:
     assert (
-        template.encode_prompts(tokenizer(), [], 9)
-        == template.encode_responses(tokenizer(), [], 9)
+        encoding.encode_prompts(tokenizer(), [], 9)
+        == encoding.encode_responses(tokenizer(), [], 9)
         == []
     )
 
@@ -125,27 +125,27 @@ def test_a_prompt_that_is_too_long_loses_its_first_turns_and_begins_with_a_user(
         first: encode(template.render_prompt(tokenizer(), turns[first:])) for first in (0, 2, 4)
     }
     for limit in range(len(wanted[4]), len(wanted[0]) + 1):
-        [ids] = template.encode_prompts(tokenizer(), [turns], limit)
+        [ids] = encoding.encode_prompts(tokenizer(), [turns], limit)
         first = next(i for i in (0, 2, 4) if len(wanted[i]) <= limit)  # as many turns as fit
         assert ids == wanted[first]
-    assert template.encode_prompts(tokenizer(), [turns], len(wanted[4]) - 1) == [None]
+    assert encoding.encode_prompts(tokenizer(), [turns], len(wanted[4]) - 1) == [None]
 
 
 def test_a_last_turn_that_is_too_long_alone_gives_none_and_leaves_the_others_in_place() -> None:
     short, long = [user("a")], [user("b " * 50)]
-    encoded = template.encode_prompts(tokenizer(), [short, long, short], 20)
+    encoded = encoding.encode_prompts(tokenizer(), [short, long, short], 20)
     assert encoded[1] is None and encoded[0] == encoded[2] is not None
 
 
 def test_rows_with_a_prompt_that_is_too_long_are_left_out() -> None:
     short, long = [user("a")], [user("b " * 50)]
-    rows = template.encode_demonstrations(
+    rows = encoding.encode_demonstrations(
         tokenizer(), [Demonstration(long, "x"), Demonstration(short, "y")], 20, 20
     )
     assert [tokenizer().decode(prompt + answer) for prompt, answer in rows] == [
         "\n\nHuman: a\n\nAssistant: y</s>"
     ]
-    pairs = template.encode_pairs(
+    pairs = encoding.encode_pairs(
         tokenizer(), [Pair(short, "x", "y"), Pair(long, "x", "y")], 20, 20
     )
     expected = [("\n\nHuman: a\n\nAssistant: x</s>", "\n\nHuman: a\n\nAssistant: y</s>")]

@@ -16,7 +16,7 @@ from prepared_data import config, saved
 
 from rlhf.config.choices import Template
 from rlhf.config.schema import Source
-from rlhf.data import load, reading, template, tokenized
+from rlhf.data import encoding, load, reading, tokenized
 from rlhf.data.reading import hash_text
 from rlhf.data.records import Dataset, Demonstration, Pair, Prompt, Turn
 from rlhf.data.sources import load_sources, pair_of
@@ -51,7 +51,7 @@ def test_rows_on_disk_are_what_the_template_makes_of_the_records(
     data = mixed_lengths(tmp_path)
     pairs = [pair_of(record) for record in data.rm]
     done = tokenized.pairs(tokenizer, data.rm, *limits)
-    expected = template.encode_pairs(tokenizer, pairs, *limits)
+    expected = encoding.encode_pairs(tokenizer, pairs, *limits)
     assert list(done) == done[:] == expected and len(done) == len(expected)
     assert list(done.lengths) == [
         len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in expected
@@ -63,7 +63,7 @@ def test_rows_on_disk_are_what_the_template_makes_of_the_records(
 
     shown = tokenized.demonstrations(tokenizer, data.sft, *limits)
     records = [Demonstration(pair.prompt, pair.chosen) for pair in map(pair_of, data.sft)]
-    wanted = template.encode_demonstrations(tokenizer, records, *limits)
+    wanted = encoding.encode_demonstrations(tokenizer, records, *limits)
     assert list(shown) == wanted and list(shown.lengths) == [
         len(prompt) + len(answer) for prompt, answer in wanted
     ]
@@ -81,7 +81,7 @@ def test_rows_on_disk_are_what_the_template_makes_of_the_records(
 
     prompts = tokenized.prompts(tokenizer, data.ppo, limits[0])
     turns = [pair.prompt for pair in map(pair_of, data.ppo)]
-    encoded = template.encode_prompts(tokenizer, turns, limits[0])
+    encoded = encoding.encode_prompts(tokenizer, turns, limits[0])
     assert list(prompts) == [(Prompt(t), ids) for t, ids in zip(turns, encoded) if ids is not None]
     assert list(prompts.lengths) == [len(ids) for _, ids in prompts] and prompts.truncated == 0
 
@@ -111,7 +111,7 @@ def test_records_of_the_memory_are_read_likewise(tokenizer: Any) -> None:
     table = load.table_of(pairs)
     assert [pair_of(record) for record in table] == pairs
     done = tokenized.demonstrations(tokenizer, table, 99, 99)
-    assert list(done) == template.encode_demonstrations(
+    assert list(done) == encoding.encode_demonstrations(
         tokenizer, [Demonstration(p.prompt, p.chosen) for p in pairs], 99, 99
     )
 

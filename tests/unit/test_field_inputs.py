@@ -14,7 +14,7 @@ from prepared_data import config
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
-from rlhf.data import template, tokenized
+from rlhf.data import encoding, template, tokenized
 from rlhf.data.formats.rows import Skip, read_pairs
 from rlhf.data.load import summarize
 from rlhf.data.records import Dataset, Pair, Turn
@@ -120,7 +120,7 @@ def test_a_conversation_that_ends_with_a_call(tmp_path: Path) -> None:
     assert pair.chosen == ""
     assert calls_of(pair, -1) == [{"type": "function", "function": call} for call in calls]
     tokenizer = own(tmp_path, TALKATIVE)
-    [ids] = template.encode_responses(tokenizer, [""], 999, [pair.prompt], [pair.calls])
+    [ids] = encoding.encode_responses(tokenizer, [""], 999, [pair.prompt], [pair.calls])
     written = "".join(f"<call>{json.dumps(call)}" for call in calls)
     assert tokenizer.decode(ids) == written + "<|im_end|>"
 
@@ -208,7 +208,7 @@ def test_completions_of_raw_text_keep_their_white_space() -> None:
     assert one(row, Template.none) == Pair([user(row["prompt"])], "   short\n", None)
     assert one(row).chosen == "   short", "the indentation stays in each style"
     tokenizer = load_tokenizer("builtin:tiny", Template.none)
-    [ids] = template.encode_responses(tokenizer, ["   short\n"], 99, [[user("x")]])
+    [ids] = encoding.encode_responses(tokenizer, ["   short\n"], 99, [[user("x")]])
     assert tokenizer.decode(ids) == "   short\n" + tokenizer.eos_token
 
 
@@ -283,10 +283,10 @@ def test_rows_that_contradict_themselves(row: Record, line: str) -> None:
 def test_a_very_long_system_turn_is_not_cut() -> None:
     tokenizer = load_tokenizer("builtin:tiny")
     turns = [Turn("system", "Speak French. " * 50), user("One?"), assistant("Un."), user("Two?")]
-    assert template.fit_prompts(tokenizer, [turns], 60) == [(None, True)]
-    [whole] = template.encode_prompts(tokenizer, [[turns[0], turns[-1]]], 9999)
+    assert encoding.fit_prompts(tokenizer, [turns], 60) == [(None, True)]
+    [whole] = encoding.encode_prompts(tokenizer, [[turns[0], turns[-1]]], 9999)
     assert whole is not None
-    assert template.fit_prompts(tokenizer, [turns], len(whole)) == [(whole, True)]
+    assert encoding.fit_prompts(tokenizer, [turns], len(whole)) == [(whole, True)]
 
 
 # --- files

@@ -19,7 +19,7 @@ from dialogues import (
 from tokenizer_families import FAMILIES
 
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.models.loading import load_tokenizer
 
@@ -77,7 +77,7 @@ def test_a_models_own_template(
     tokenizer.save_pretrained(tmp_path / "saved")
     again = load_tokenizer(str(tmp_path / "saved"), Template.tokenizer)
     assert (
-        template.same_tokens(tokenizer, again)
+        encoding.same_tokens(tokenizer, again)
         and again.special_tokens_map == tokenizer.special_tokens_map
     )
 
@@ -147,13 +147,13 @@ def test_a_models_own_template_writes_the_whole_row(tmp_path: Path, answer: str)
     tokenizer = own(tmp_path / "thinking", THINK)
     turns = [Turn("system", "Think."), Turn("user", "How much is 1 + 1?")]
     demonstration = [Demonstration(turns, answer)]
-    [(prompt, response)] = template.encode_demonstrations(tokenizer, demonstration, 99, 99)
+    [(prompt, response)] = encoding.encode_demonstrations(tokenizer, demonstration, 99, 99)
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     messages.append({"role": "assistant", "content": answer})
     whole = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
     assert prompt + response == tokenizer(whole, add_special_tokens=False).input_ids
     assert tokenizer.decode(prompt + response).count("<think>") == 1
-    [row] = template.encode_pairs(tokenizer, [Pair(turns, answer, "No.")], 99, 99)
+    [row] = encoding.encode_pairs(tokenizer, [Pair(turns, answer, "No.")], 99, 99)
     assert row[:2] == (prompt, response)
 
 
@@ -161,4 +161,4 @@ def test_tokenizers_whose_answers_alone_differ_are_told_apart(tmp_path: Path) ->
     thinking = own(tmp_path / "thinking", QWEN)
     plain = own(tmp_path / "plain", QWEN.replace("<think>\n\n</think>\n\n", ""))
     assert template.render_prompt(thinking, LATER) == template.render_prompt(plain, LATER)
-    assert not template.same_tokens(thinking, plain)
+    assert not encoding.same_tokens(thinking, plain)

@@ -17,7 +17,7 @@ from helpers import REPO
 
 from rlhf.config.choices import Precision
 from rlhf.config.schema import Sandbox
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.records import Pair, Turn
 from rlhf.data.sandbox import build_tiny, ground_truth, vocabulary, world
 from rlhf.data.sandbox.world import World
@@ -341,7 +341,7 @@ def test_the_tiny_model_is_tiny() -> None:
 
 def test_the_whole_sandbox_fits_its_limits_with_room_for_eos() -> None:
     limits = yaml.safe_load((REPO / "conf/data/sandbox.yaml").read_text())
-    prompts = template.encode_prompts(
+    prompts = encoding.encode_prompts(
         tokenizer(), [[Turn("user", text)] for text in ground_truth.all_prompts()], 10_000
     )
     longest = max(len(ids) for ids in prompts if ids)
@@ -350,7 +350,7 @@ def test_the_whole_sandbox_fits_its_limits_with_room_for_eos() -> None:
         text for pair in make().rm for text in (pair.chosen, pair.rejected)
     ]
     answers += [text for pair in make().eval_probe for text in (pair.chosen, pair.rejected)]
-    lengths = [len(ids) for ids in template.encode_responses(tokenizer(), answers, 10_000)]
+    lengths = [len(ids) for ids in encoding.encode_responses(tokenizer(), answers, 10_000)]
     assert max(lengths) < limits["max_response_tokens"]
     from transformers import AutoConfig
 

@@ -23,7 +23,7 @@ from tokenizer_families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config.choices import Precision, Template
-from rlhf.data import template
+from rlhf.data import encoding, template
 from rlhf.data.records import Pair, Turn
 from rlhf.models.loading import load_policy, load_tokenizer
 
@@ -144,10 +144,10 @@ def test_installing_again_and_saving_change_nothing(
             again.chat_template == tokenizer.chat_template
             and again.special_tokens_map == tokenizer.special_tokens_map
         )
-        assert template.same_tokens(tokenizer, again) and template.stop_strings(
+        assert encoding.same_tokens(tokenizer, again) and template.stop_strings(
             again
         ) == template.stop_strings(tokenizer)
-    assert template.same_tokens(
+    assert encoding.same_tokens(
         tokenizer, load_tokenizer(str(tmp_path / "once"), Template.tokenizer)
     )  # now it is its own
 
@@ -163,7 +163,7 @@ def test_tokenizers_with_other_templates_are_told_apart(saved: Callable[[str], s
     one, two = (
         load_tokenizer(saved("llama3"), style) for style in (Template.chatml, Template.llama3)
     )
-    assert not template.same_tokens(one, two)
+    assert not encoding.same_tokens(one, two)
 
 
 @each_family
@@ -175,15 +175,15 @@ def test_long_prompts_lose_their_first_exchange_and_long_answers_their_end(
     system = Turn("system", "Be brief.")
     turns = [system, *LATER]
     [whole], [last] = (
-        template.encode_prompts(tokenizer, [turns], 999),
-        template.encode_prompts(tokenizer, [[system, LATER[-1]]], 999),
+        encoding.encode_prompts(tokenizer, [turns], 999),
+        encoding.encode_prompts(tokenizer, [[system, LATER[-1]]], 999),
     )
-    assert template.encode_prompts(tokenizer, [turns], len(whole) - 1) == [last]
-    assert template.encode_prompts(tokenizer, [turns], len(last)) == [last]
-    assert template.encode_prompts(tokenizer, [turns], len(last) - 1) == [None]
-    [ids] = template.encode_responses(tokenizer, ["Water it once a week."], 999)
+    assert encoding.encode_prompts(tokenizer, [turns], len(whole) - 1) == [last]
+    assert encoding.encode_prompts(tokenizer, [turns], len(last)) == [last]
+    assert encoding.encode_prompts(tokenizer, [turns], len(last) - 1) == [None]
+    [ids] = encoding.encode_responses(tokenizer, ["Water it once a week."], 999)
     for limit in range(1, len(ids) + 1):
-        assert template.encode_responses(tokenizer, ["Water it once a week."], limit) == [
+        assert encoding.encode_responses(tokenizer, ["Water it once a week."], limit) == [
             ids[:limit]
         ]
     assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
@@ -191,7 +191,7 @@ def test_long_prompts_lose_their_first_exchange_and_long_answers_their_end(
 
 def test_pairs_without_a_second_answer_are_left_out(saved: Callable[[str], str]) -> None:
     tokenizer = load_tokenizer(saved("gpt2"), Template.chatml)
-    rows = template.encode_pairs(
+    rows = encoding.encode_pairs(
         tokenizer, [Pair([USER], "x", None), Pair([USER], "x", "y")], 99, 99
     )
     assert [

@@ -157,6 +157,26 @@ def test_the_bias_of_an_output_layer_counts(tmp_path: Path, chatml: Any) -> None
         assert torch.allclose(policy.outputs(IDS, MASK), before + head.bias, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.autocast], ids=lambda p: p.name)
+def test_in_low_precision_it_is_the_same_up_to_rounding(
+    tmp_path: Path, chatml: Any, precision: Precision
+) -> None:
+    exact = adapted(tmp_path, "llama", True, chatml)
+    policy = adapted(tmp_path, "llama", True, chatml)
+    if precision is Precision.bf16:
+        policy.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.autocast):
+        stats = policy(IDS, MASK, WANTED)
+        policy.can_pack = False
+        padded = policy(IDS, MASK, WANTED)
+    stats.logprobs.sum().backward()
+    (rows, _) = (layer.trained_rows for _, layer in layers_with_rows(policy.hf))
+    assert rows.grad is not None and rows.grad.any(1).all()
+    expected = exact(IDS, MASK, WANTED).logprobs
+    for found in (stats.logprobs, padded.logprobs):
+        assert float((found - expected).abs().max()) < 0.15
+
+
 def test_a_scorer_trains_the_rows_of_its_embedding(tmp_path: Path, chatml: Any) -> None:
     save_base(tmp_path, "llama")
     scorer = load_scorer(str(tmp_path), chatml, Precision.fp32, adapter=LORA)

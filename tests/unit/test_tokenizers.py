@@ -14,7 +14,7 @@ from tokenizer_families import byte_level
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.config.choices import Template
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.records import Turn
 from rlhf.models.loading import check_context, load_tokenizer, location
 
@@ -136,8 +136,8 @@ def test_the_pad_token_is_one_that_the_template_never_writes(tmp_path: Path, nam
     added = {"<|pad|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"}
     assert set(loaded.get_vocab()) - set(before) <= {*added, "<|eot_id|>"}
     turns = [Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?")]
-    (prompt,) = template.encode_prompts(loaded, [turns], 999)
-    (response,) = template.encode_responses(loaded, ["Four."], 999, [turns])
+    (prompt,) = encoding.encode_prompts(loaded, [turns], 999)
+    (response,) = encoding.encode_responses(loaded, ["Four."], 999, [turns])
     assert prompt and loaded.pad_token_id not in prompt + response
     loaded.save_pretrained(tmp_path / "saved")
     again = load_tokenizer(str(tmp_path / "saved"), style)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from dataclasses import replace
 
@@ -18,23 +17,31 @@ from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Source
 from rlhf.data.formats.fields import (
     BEFORE,
-    FIELDS,
     TOOLS_IN,
     Row,
     columns_read,
     detect_format,
     field,
-    is_there,
     path_of,
     required,
 )
 from rlhf.data.formats.messages import (
     Json,
-    answer_text,
     kind_of,
     turn_of_tools,
     turns_of_dialogue,
     turns_of_messages,
+)
+from rlhf.data.formats.parts import (
+    answer_of,
+    checked_prompt,
+    is_dialogue,
+    last_answer,
+    number,
+    read_answer,
+    read_prompt,
+    string,
+    turns_before,
 )
 from rlhf.data.records import Pair, Turn, uses_tools
 
@@ -97,7 +104,7 @@ def _read(row: Row, source: Source) -> Pair:
         case Format.messages:
             pair = _conversation(row, source)
         case Format.prompts:
-            pair = Pair(_prompt(row, source), "", None)
+            pair = Pair(read_prompt(row, source), "", None)
         case None:
             columns = ", ".join(row)
             raise ValueError(f"no format fits the columns {columns}: give format and columns")
@@ -118,7 +125,7 @@ def _checked_answers(pair: Pair) -> Pair:
 
 
 def _ranked_pairs(row: Row, source: Source) -> list[Pair]:
-    prompt = _prompt(row, source)
+    prompt = read_prompt(row, source)
     best_first = sorted(_ranked_responses(row, source, prompt), key=lambda response: response[0])
     if len(best_first) < 2:
         raise Skip("fewer than two responses")
@@ -135,9 +142,9 @@ def _ranked_pairs(row: Row, source: Source) -> list[Pair]:
 def read_text(row: Row, source: Source) -> str:
     """The text of a row of plain text. Raises: Skip if it is empty; ValueError if not a string."""
     text = field(row, source, "text")
-    if text is None or not _string(text, "text").strip():
+    if text is None or not string(text, "text").strip():
         raise Skip("empty text")
-    return _string(text, "text")
+    return string(text, "text")
 
 
 def _raw(row: Row, source: Source) -> Pair:
@@ -152,12 +159,12 @@ def _raw(row: Row, source: Source) -> Pair:
     text = required(row, source, "prompt")
     if isinstance(text, list):
         raise ValueError("prompt is a list, not a string: data.template=none has no roles")
-    prompt = [Turn("user", _string(text, "prompt"))]
+    prompt = [Turn("user", string(text, "prompt"))]
     if source.format == Format.prompts:
         return Pair(prompt, "", None)
     rejected = field(row, source, "rejected")
-    chosen = _string(required(row, source, "chosen"), "chosen")
-    return Pair(prompt, chosen, None if rejected is None else _string(rejected, "rejected"))
+    chosen = string(required(row, source, "chosen"), "chosen")
+    return Pair(prompt, chosen, None if rejected is None else string(rejected, "rejected"))
 
 
 def _other_columns(row: Row, source: Source, style: Template) -> str:
@@ -172,144 +179,15 @@ def _other_columns(row: Row, source: Source, style: Template) -> str:
     return json.dumps(columns, default=str) if columns else ""
 
 
-# --- values and their types
-
-
-def _string(value: Json, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {kind_of(value)}, not a string")
-    return value
-
-
-def _number(value: Json, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"{name} is {kind_of(value)}, not a number")
-    return value
-
-
-# --- prompts
-
-
-def _prompt(row: Row, source: Source) -> list[Turn]:
-    value = required(row, source, "prompt")
-    if isinstance(value, list):
-        turns = turns_of_messages(value, "prompt")
-    else:
-        text = _string(value, "prompt")
-        dialogue = turns_of_dialogue(text)
-        turns = [Turn("user", text.strip())] if dialogue is None else dialogue
-    return _checked_prompt(_before(row, source, turns) + turns)
-
-
-def _before(row: Row, source: Source, turns: list[Turn]) -> list[Turn]:
-    """The turns of the fields `system` and `history`, which come before the others.
-
-    Raises: ValueError where they contradict the others.
-    """
-    before: list[Turn] = []
-    system = field(row, source, "system")
-    if system is not None and (text := _string(system, "system").strip()):
-        if not any(turn.role == "system" for turn in turns):
-            before.append(Turn("system", text))
-        elif Turn("system", text) not in turns:
-            raise ValueError("system is not the system's turn of the conversation")
-    assert source.format
-    has_history = "history" in FIELDS[source.format][1]
-    history = field(row, source, "history") if has_history else None
-    if history is None:
-        return before
-    if not isinstance(history, list):
-        raise ValueError(f"history is {kind_of(history)}, not a list of [question, answer]")
-    if all(isinstance(entry, dict) for entry in history):
-        return before + turns_of_messages(history, "history")
-    for i, entry in enumerate(history):
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise ValueError(f"history.{i} is not [question, answer]")
-        question, answer = (_string(text, f"history.{i}") for text in entry)
-        before += [Turn("user", question.strip()), Turn("assistant", answer_text(answer))]
-    return before
-
-
-def _checked_prompt(turns: list[Turn]) -> list[Turn]:
-    if not any(turn.role == "user" and turn.text for turn in turns):
-        raise ValueError("the prompt has no user's turn")
-    if sum(turn.role == "system" for turn in turns[:2]) == 2:
-        raise ValueError("the prompt begins with two system turns")
-    if turns[-1].role not in ("user", "tool"):
-        raise ValueError(f"the prompt ends with the {turns[-1].role}'s turn, not with the user's")
-    return turns
-
-
-# --- answers
-
-
-def _answer(row: Row, source: Source, name: str, prompt: list[Turn]) -> str:
-    """An answer as `answer_text` cleans it; "" where it is null, or ends with the user.
-
-    In a dialogue in one string the white space at its beginning only separates the answer from the
-    mark of the role, and goes too.
-
-    Raises: ValueError where it is missing or no text, and where it is a conversation that does not
-        begin with the prompt.
-    """
-    value = field(row, source, name)
-    if value is None:
-        path = path_of(row, source, name)
-        if is_there(row, path):
-            return ""
-        raise ValueError(f"no field {path}")
-    return _answer_of(value, name, prompt, _is_dialogue(row, source))
-
-
-def _answer_of(value: Json, name: str, prompt: list[Turn], in_dialogue: bool) -> str:
-    """As `_answer`, of its value. Args: in_dialogue: the prompt is a dialogue in one string."""
-    dialogue = turns_of_dialogue(value) if isinstance(value, str) else None
-    # a whole conversation; "Assistant: yes" is an answer
-    is_whole = dialogue and dialogue[0].role == "user" and in_dialogue
-    if isinstance(value, list) or is_whole:
-        turns = turns_of_messages(value, name) if isinstance(value, list) else dialogue or []
-        answer = _last_answer(turns, name)
-        if answer and turns and turns != prompt and turns != _without_system(prompt):
-            raise ValueError(f"the turns of {name} before its last answer are not the prompt")
-        return answer
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)  # of a task whose answers are numbers
-    # answers of yitingxie/rlhf-reward-datasets begin with "Assistant:", those of the Vicuna sets
-    # end with "</s>"
-    text = answer_text(_string(value, name).rstrip().removesuffix("</s>"))
-    if text.lstrip().startswith("Assistant:"):
-        return text.lstrip().removeprefix("Assistant:").lstrip()
-    return text.lstrip() if in_dialogue else text
-
-
-def _last_answer(turns: list[Turn], name: str) -> str:
-    """Take the answer at the end of a conversation; "" where it ends with the user.
-
-    Raises: ValueError where it is the call of a tool, or a tool's.
-    """
-    if uses_tools(turns[-1:]):
-        raise ValueError(f"{name} ends with a tool or the call of one; only `messages` may")
-    if not turns or turns[-1].role != "assistant":
-        return ""
-    return turns.pop().text
-
-
-def _without_system(turns: list[Turn]) -> list[Turn]:
-    return [turn for turn in turns if turn.role != "system"]
-
-
-def _is_dialogue(row: Row, source: Source) -> bool:
-    """Whether the prompt is a dialogue in one string."""
-    prompt = field(row, source, "prompt")
-    return isinstance(prompt, str) and turns_of_dialogue(prompt) is not None
+# --- one function for each format
 
 
 def _prompt_chosen_rejected(row: Row, source: Source) -> Pair:
-    prompt = _prompt(row, source)
+    prompt = read_prompt(row, source)
     rejected = None
     if field(row, source, "rejected") is not None:
-        rejected = _answer(row, source, "rejected", prompt)
-    return Pair(prompt, _answer(row, source, "chosen", prompt), rejected)
+        rejected = read_answer(row, source, "rejected", prompt)
+    return Pair(prompt, read_answer(row, source, "chosen", prompt), rejected)
 
 
 def _chosen_rejected(row: Row, source: Source) -> Pair:
@@ -322,26 +200,26 @@ def _chosen_rejected(row: Row, source: Source) -> Pair:
 
 def _instruction(row: Row, source: Source) -> Pair:
     more = field(row, source, "input")
-    parts = [_string(required(row, source, "instruction"), "instruction").strip()]
-    parts.append("" if more is None else _string(more, "input").strip())
+    parts = [string(required(row, source, "instruction"), "instruction").strip()]
+    parts.append("" if more is None else string(more, "input").strip())
     question = "\n\n".join(part for part in parts if part)
     turns = [Turn("user", question)]
-    prompt = _checked_prompt(_before(row, source, turns) + turns)
-    return Pair(prompt, _answer(row, source, "output", prompt), None)
+    prompt = checked_prompt(turns_before(row, source, turns) + turns)
+    return Pair(prompt, read_answer(row, source, "output", prompt), None)
 
 
 def _conversation(row: Row, source: Source) -> Pair:
     """A conversation; it has no answer where it ends with the user."""
     turns = turns_of_messages(required(row, source, "messages"), "messages")
-    turns = _before(row, source, turns) + turns
+    turns = turns_before(row, source, turns) + turns
     if turns[-1].role in ("user", "tool"):
-        return Pair(_checked_prompt(turns), "", None)
+        return Pair(checked_prompt(turns), "", None)
     *prompt, last = turns
     if last.role != "assistant":
         raise ValueError(f"the last message is the {last.role}'s, not the assistant's")
     if not last.text and not uses_tools([last]):
         raise Skip("empty answer")
-    return Pair(_checked_prompt(prompt), last.text, None, calls=last.more)
+    return Pair(checked_prompt(prompt), last.text, None, calls=last.more)
 
 
 def _dialogue_and_answer(row: Row, source: Source, name: str) -> tuple[list[Turn], str]:
@@ -350,12 +228,12 @@ def _dialogue_and_answer(row: Row, source: Source, name: str) -> tuple[list[Turn
     if isinstance(value, list):
         turns = turns_of_messages(value, name)
     else:
-        dialogue = turns_of_dialogue(_string(value, name))
+        dialogue = turns_of_dialogue(string(value, name))
         if dialogue is None:
             raise ValueError(f"{name} is not a dialogue: it does not begin with Human: or USER:")
         turns = dialogue
-    answer = _last_answer(turns, name)
-    return _checked_prompt(_before(row, source, turns) + turns), answer
+    answer = last_answer(turns, name)
+    return checked_prompt(turns_before(row, source, turns) + turns), answer
 
 
 def _scored_answers(row: Row, source: Source) -> Pair:
@@ -364,14 +242,14 @@ def _scored_answers(row: Row, source: Source) -> Pair:
     Citation marks, "[1]" and "[2, 3]", are removed from an answer that comes with quotes: they
     point to the quotes, which the model does not see.
     """
-    prompt = _prompt(row, source)
+    prompt = read_prompt(row, source)
     answers = {}
     for side in "ab":
-        answer = _answer(row, source, f"answer_{side}", prompt)
+        answer = read_answer(row, source, f"answer_{side}", prompt)
         if field(row, source, f"quotes_{side}") is not None:
             answer = re.sub(r"\s*\[\d+(?:, ?\d+)*\]", "", answer).rstrip()
         answers[side] = answer
-    a, b = (_number(required(row, source, key), key) for key in ("score_a", "score_b"))
+    a, b = (number(required(row, source, key), key) for key in ("score_a", "score_b"))
     if a == b:
         raise Skip("tie")
     if source.min_score_ratio > 1:
@@ -393,12 +271,12 @@ def _ranked_responses(row: Row, source: Source, prompt: list[Turn]) -> list[tupl
     values = required(row, source, "responses")
     if not isinstance(values, list):
         raise ValueError(f"responses is {kind_of(values)}, not a list")
-    in_dialogue = _is_dialogue(row, source)
+    in_dialogue = is_dialogue(row, source)
     texts = []
     for i, value in enumerate(values):
         whole: Json = [value] if isinstance(value, dict) else value  # a message {role, content}
         texts.append(
-            "" if whole in (None, []) else _answer_of(whole, f"responses.{i}", prompt, in_dialogue)
+            "" if whole in (None, []) else answer_of(whole, f"responses.{i}", prompt, in_dialogue)
         )
     ranks = _numbers(row, source, "ranks", len(texts))
     scores = _numbers(row, source, "scores", len(texts))
@@ -419,4 +297,4 @@ def _numbers(row: Row, source: Source, name: str, count: int) -> list[float]:
     if not isinstance(values, list) or len(values) != count:
         length = len(values) if isinstance(values, list) else kind_of(values)
         raise ValueError(f"{name}: {length} for {count} responses")
-    return [_number(value, f"{name}.{i}") for i, value in enumerate(values)]
+    return [number(value, f"{name}.{i}") for i, value in enumerate(values)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from rlhf.config.schema import Data
-from rlhf.data import template
+from rlhf.data import encoding
 from rlhf.data.cache import Columns
 from rlhf.data.records import SourceReport, Turn
 from rlhf.data.tokenized import problem_of_tools
@@ -169,9 +169,9 @@ def _written(
 def _measure_prompts(
     tokenizer: PreTrainedTokenizerBase, turns: list[list[Turn]], limit: int
 ) -> _Prompts:
-    lengths = [len(ids or []) for ids in template.encode_prompts(tokenizer, turns, NO_LIMIT)]
+    lengths = [len(ids or []) for ids in encoding.encode_prompts(tokenizer, turns, NO_LIMIT)]
     long = [i for i, length in enumerate(lengths) if length > limit]
-    fitted = template.encode_prompts(tokenizer, [turns[i] for i in long], limit)
+    fitted = encoding.encode_prompts(tokenizer, [turns[i] for i in long], limit)
     dropped = {i for i, ids in zip(long, fitted) if ids is None}
     return _Prompts(lengths, dropped, shortened=len(long) - len(dropped))
 
@@ -184,7 +184,7 @@ def _encode_some(
 ) -> list[list[int] | None]:
     """Token ids of answers with their EOS; None where there is no answer."""
     given = [i for i, text in enumerate(texts) if text or (calls and calls[i])]
-    ids = template.encode_responses(
+    ids = encoding.encode_responses(
         tokenizer,
         [texts[i] or "" for i in given],
         NO_LIMIT,
