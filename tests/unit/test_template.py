@@ -210,3 +210,15 @@ def test_the_embedding_grows_with_the_marks(saved: Callable[[str], str], tmp_pat
     )  # two marks; the pad token is GPT-2's EOS
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_input_embeddings().weight
     assert torch.equal(policy.hf.get_input_embeddings().weight[:size], before)
+
+
+@each_pair
+def test_a_response_that_is_sent_back_begins_with_one_space_at_most(style: Template) -> None:
+    """The text of a response of hh may begin with the space that its template writes."""
+    tokenizer = load_tokenizer("builtin:tiny", style)
+    texts = {
+        template.render_prompt(tokenizer, [USER, Turn("assistant", text), USER])
+        for text in ("Water it.", " Water it.")
+    }
+    assert style is Template.chatml or len(texts) == 1
+    assert style is not Template.hh or "Assistant: Water it.\n\nHuman:" in texts.pop()

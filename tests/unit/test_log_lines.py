@@ -1,0 +1,36 @@
+"""Lines of train.log: each step once, and the time left without what came before the first step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import composed
+
+from rlhf.base.log import log
+from rlhf.training.tracker import Tracker, set_up_logging
+
+
+@pytest.fixture
+def logging_to(tmp_path: Path) -> Iterator[Path]:
+    before = log.handlers[:], log.level, log.propagate
+    set_up_logging(tmp_path)
+    yield tmp_path / "train.log"
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
+
+
+def test_each_step_is_there_once(logging_to: Path, tmp_path: Path) -> None:
+    cfg = composed("stage=sft", "wandb.mode=disabled")
+    tracker = Tracker(cfg, tmp_path, 4, ["loss"])
+    tracker.start -= 1000  # an evaluation before training
+    tracker.start_clock()
+    for step in range(1, 5):
+        tracker.log(step, {"loss": 1 / step})
+    tracker.close({})
+    text = logging_to.read_text()
+    assert re.findall(r" step (\d)/4", text) == ["1", "2", "3", "4"]
+    left = [int(seconds) for seconds in re.findall(r"(\d+) s left", text)]
+    assert len(left) == 4 and max(left) < 100
