@@ -258,6 +258,16 @@ def test_the_details_of_ppo_name_functions_and_tests_that_exist() -> None:
         assert f"def {test}(" in tests, f"{number}: {test_file}::{test}"
 
 
+def test_the_page_of_reported_cases_names_tests_that_exist() -> None:
+    page = (REPO / "docs" / "borders.md").read_text()
+    named = re.findall(r"`((?:unit|integration)/\w+\.py)::(\w+)`", page)
+    assert len(named) > 45 and page.count("::") == len(named)
+    for file, test in named:
+        assert f"def {test}(" in (REPO / "tests" / file).read_text(), f"{file}::{test}"
+    for row in re.findall(r"^\|.*\| \|$", page, re.MULTILINE):  # without a test
+        assert "not built" in row, row
+
+
 def test_the_architecture_page_names_functions_that_exist() -> None:
     page = (REPO / "docs" / "architecture.md").read_text()
     named = re.findall(r"`(?:rlhf/)?([\w/]+\.py)::(\w+)(?:\.(\w+))?`", page)

@@ -164,3 +164,8 @@ def test_columns_reach_the_prompts_of_training_and_of_evaluation(tmp_path: Path)
     for prompt in [*given, *data.eval_prompts]:
         number = int(prompt.turns[0].text.split()[0])
         assert json.loads(prompt.columns) == {"sum": number + 1}
+
+
+def test_none_is_no_score() -> None:
+    with pytest.raises(UserError, match="the function failed on the response 'x': TypeError"):
+        rewards.call(Source("mine", function=lambda turns, response: None), asked(), "x")
