@@ -146,6 +146,8 @@ def summarize(data: Dataset) -> str:
             lines.append(
                 f"  columns not read, unless a reward function asks for them: {', '.join(unread)}"
             )
+            if "tools" in unread:
+                lines.append("  tools are read with data.template=tokenizer")
         if "first_unreadable" in report:
             lines.append(f"  first unreadable row: {report['first_unreadable']}")
         unreadable = report.get("unreadable", {})

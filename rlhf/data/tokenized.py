@@ -85,12 +85,8 @@ def demonstrations(
         every_answer: each earlier answer of a conversation is a demonstration too, with the turns
             before it as its prompt: what the policy sees when it answers there.
     """
-    import datasets
-
     if every_answer:
-        key = digest(table._fingerprint, "every answer", Path(__file__).read_text())
-        features = datasets.Features(record_features())
-        table = cached_map(table, _every_answer, features, key, "splitting conversations", workers)
+        table = split_answers(table, workers)
     encoded = _encode(tokenizer, table, ["chosen"], max_prompt, max_response, workers)
     return Rows(encoded, lambda row: (row["prompt"], row["chosen"]), "demonstrations")
 
@@ -255,8 +251,16 @@ def problem_of_tools(
     return template.problem_of_tools(tokenizer, turns)
 
 
-def _every_answer(batch: Columns) -> dict[str, Any]:
+def split_answers(table: datasets.Dataset, workers: int | None = None) -> datasets.Dataset:
     """A row for each answer of the conversations, with the turns before it as its prompt."""
+    import datasets
+
+    key = digest(table._fingerprint, "every answer", Path(__file__).read_text())
+    features = datasets.Features(record_features())
+    return cached_map(table, _split_answers, features, key, "splitting conversations", workers)
+
+
+def _split_answers(batch: Columns) -> dict[str, Any]:
     columns: Columns = {name: [] for name in PAIR_COLUMNS}
     for prompt, chosen, calls in zip(batch["prompt"], batch["chosen"], batch["calls"]):
         last = {"role": "assistant", "text": chosen, "more": calls}

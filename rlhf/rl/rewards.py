@@ -183,12 +183,12 @@ def _parameters(function: RewardFunction) -> tuple[set[str], list[inspect.Parame
 
 
 def check_columns(functions: dict[str, RewardFunction], prompts: Sequence[Prompt]) -> None:
-    """Check on the first prompt that the functions get their columns, before a model is loaded.
+    """Check on held-out prompts that the functions get their columns, before a model is loaded.
 
     Raises: UserError as `columns_for`.
     """
     for name, function in functions.items():
-        for prompt in prompts[:1]:
+        for prompt in prompts:
             columns_for(function, prompt, f"rewards.{name}: the function")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.base.log import log
+from rlhf.config.choices import TrainOn
 from rlhf.config.schema import Config, Data
 from rlhf.config.stage_graph import prompts_per_rollout
 from rlhf.data.inspection.leakage import leakage
@@ -29,6 +30,7 @@ from rlhf.data.reading import read_split
 from rlhf.data.records import Dataset, Pair
 from rlhf.data.sources import splits_of
 from rlhf.data.splits import PARTS
+from rlhf.data.tokenized import split_answers
 from rlhf.models.loading import check_context, load_tokenizer
 from rlhf.reporting.inspect_page import name_of, page
 from rlhf.runs.directory import write_json
@@ -57,7 +59,7 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
 
     # 2. measure the tables of the stages, and those of the sources
     lengths: dict[str, Lengths] = {}
-    tables = stage_tables(data)
+    tables = stage_tables(data, cfg)
     stages: dict[str, Measurement] = {}
     for name, (table, answers) in tables.items():
         stages[name], lengths[name] = measure(tokenizer, table, answers, cfg.data)
@@ -90,13 +92,14 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
     return result
 
 
-def stage_tables(data: Dataset) -> dict[str, StageTable]:
+def stage_tables(data: Dataset, cfg: Config) -> dict[str, StageTable]:
     """The tables of the stages and of their evaluations, by name."""
+    every_answer = cfg.sft.train_on is TrainOn.all
     demonstrations = table_of(
         Pair(d.prompt, d.response, None, calls=d.calls) for d in data.eval_sft
     )
     tables = {
-        "sft": StageTable(data.sft, ["chosen"]),
+        "sft": StageTable(split_answers(data.sft) if every_answer else data.sft, ["chosen"]),
         "rm": StageTable(data.rm, ["chosen", "rejected"]),
         "ppo": StageTable(data.ppo, []),
         "eval sft": StageTable(demonstrations, ["chosen"]),

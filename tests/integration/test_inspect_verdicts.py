@@ -113,3 +113,16 @@ def test_rendered_prompts_belong_to_raw_text(tmp_path: Path) -> None:
     assert not [line for line in raw if "rendered" in line]
     [line] = [line for line in raw if "special tokens" in line]
     assert ": 20, such as </s> in 'a</s>b'" in line, "answers are still looked at"
+
+
+def test_every_answer_is_counted_where_sft_trains_on_it(tmp_path: Path) -> None:
+    roles = ["user", "assistant"] * 3
+    said = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+    file = tmp_path / "talks.jsonl"
+    jsonl(file, [{"messages": [{"role": "user", "content": f"{n}?"}, *said[1:]]} for n in range(9)])
+    rows = []
+    for train_on in ("last", "all"):
+        cfg = config_for(file, f"sft.train_on={train_on}", "data.shares=[1,0,0]")
+        cfg.data.max_prompt_tokens = 99
+        rows.append(inspect.run(cfg, tmp_path)["stages"]["sft"]["rows"])
+    assert rows[1] == 3 * rows[0] > 0

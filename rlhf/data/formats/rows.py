@@ -152,7 +152,10 @@ def _raw(row: Row, source: Source) -> Pair:
     assert source.format
     if source.format not in RAW:
         known = " or ".join(format.name for format in RAW)
-        raise ValueError(f"data.template=none reads format {known}, not {source.format.name}")
+        raise ValueError(
+            f"data.template=none reads format {known}, not {source.format.name}: its texts have "
+            "roles, so choose another data.template"
+        )
     for name in BEFORE:
         if field(row, source, name):
             raise ValueError(f"data.template=none has no roles, so nowhere to write {name}")
