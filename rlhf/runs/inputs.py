@@ -49,6 +49,7 @@ from rlhf.runs.identity import run_dir_for
 
 PROMPTS = ASSETS / "prompts"  # one prompt per line, of each language
 POLICY, SCORER = "ForCausalLM", "ForSequenceClassification"  # ends of transformers' class names
+GPT2 = "LMHeadModel"  # in place of ForCausalLM, in the older classes of GPT-2 and the like
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -146,7 +147,8 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
         return
     if kind == SCORER and score_heads(weight_names(directory)):
         return  # whatever its name
-    if kind and not any(kind in name for name in architectures):
+    ends = (POLICY, GPT2) if kind == POLICY else (kind,)
+    if kind and not any(end in name for name in architectures for end in ends):
         expected = "a causal language model" if kind == POLICY else "a reward model"
         actual = ", ".join(architectures) or "of unknown kind"
         yield f"{key}={path}: this is {actual}, not {expected} (*{kind})"

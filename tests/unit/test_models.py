@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EOS, PAD, VOCABULARY, save_base
+from families import EOS, FAMILIES, PAD, VOCABULARY, save_base
 from helpers import composed
 from model_outputs import (
     CPU,
@@ -39,6 +39,7 @@ from rlhf.models.loading import load_policy, load_scorer, load_tokenizer, save_e
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import last_token_score, model_inputs
 from rlhf.rl.rewards import score_rows
+from rlhf.runs.inputs import POLICY, SCORER, check_model
 from rlhf.stages import rm
 from rlhf.training.likelihood import end_probability, perplexity, response_nll_stats
 
@@ -100,6 +101,15 @@ def test_precision_is_that_of_the_weights_and_scores_and_log_probabilities_are_f
 
 
 # --------------------------------------------------------------------------------------- vocabulary
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_is_a_policy_whatever_its_class_is_called(tmp_path: Path, family: str) -> None:
+    """GPT-2's is GPT2LMHeadModel."""
+    save_base(tmp_path, family)
+    assert list(check_model("actor.path", str(tmp_path), POLICY)) == []
+    (line,) = check_model("rl.reward", str(tmp_path), SCORER)
+    assert "not a reward model" in line
 
 
 def test_spare_rows_of_the_embedding_are_kept(tmp_path: Path, tokenizer: Any) -> None:

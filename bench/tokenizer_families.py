@@ -1,4 +1,4 @@
-"""Tokenizers of four families, trained on a few sentences."""
+"""Tokenizers as model families have them, trained on a few sentences; tests use them too."""
 
 from __future__ import annotations
 
@@ -80,34 +80,83 @@ def opt() -> Any:
     )
 
 
-def llama2() -> Any:
-    """SentencePiece's BPE: a space is a letter, each text gets one in front, and unknown letters
-    fall back to bytes."""
+def sentencepiece(marks: list[str], bos: str, prefix: bool) -> Tokenizer:
+    """SentencePiece's BPE: a space is a letter, and unknown letters fall back to bytes.
+
+    Args: marks: special tokens, the first ids.  prefix: each text gets a space in front.
+    """
     learnt = Tokenizer(tokenizer_models.BPE())
-    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    scheme = "always" if prefix else "never"
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     learnt.train_from_iterator(TEXT * 3, trainers.BpeTrainer(vocab_size=300))
     state = json.loads(learnt.to_str())["model"]
-    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *state["vocab"]]
+    vocabulary = [*marks, *(f"<0x{i:02X}>" for i in range(256)), *state["vocab"]]
     merges = [tuple(pair) for pair in state["merges"]]
     ids = {token: i for i, token in enumerate(vocabulary)}
     bpe = Tokenizer(
         tokenizer_models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space = normalizers.Replace(" ", "▁")
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
+    strip = [decoders.Strip(content=" ", left=1)] if prefix else []
     bpe.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1),
-        ]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     bpe.add_special_tokens(
-        [AddedToken(mark, special=True, normalized=False) for mark in ("<unk>", "</s>")]
+        [AddedToken(mark, special=True, normalized=False) for mark in marks if mark != bos]
     )
-    begin_with(bpe, "<s>")
+    begin_with(bpe, bos)
+    return bpe
+
+
+def llama2() -> Any:
+    """SentencePiece with a space in front of each text."""
+    bpe = sentencepiece(["<unk>", "<s>", "</s>"], "<s>", prefix=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def gemma() -> Any:
+    """SentencePiece with nothing in front of a text, and marks of turns."""
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    bpe = sentencepiece(["<pad>", "<eos>", "<bos>", "<unk>", *turns], "<bos>", prefix=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )
+
+
+def qwen2() -> Any:
+    """Byte-level BPE of composed letters, with the marks of ChatML and no BOS."""
+    bpe = byte_level(LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"))
+    bpe.normalizer = normalizers.NFC()
+    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def qwen3() -> Any:
+    """The same with marks of thoughts, which are text."""
+    tokenizer = qwen2()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+def smollm2() -> Any:
+    """The marks of ChatML are BOS and EOS, EOS is the pad token, the end of a text is unknown."""
+    bpe = byte_level()
+    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
     )
 
 
