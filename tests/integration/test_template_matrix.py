@@ -78,6 +78,10 @@ def test_lora_learns_new_end_tokens(tmp_path: Path, one_process: None, family: s
     assert ids[0, -1] == tokenizer.eos_token_id
 
 
+# GPT-2's words: of the two line breaks in front of an answer, the second is apart
+GPT2_WORDS = ("opt", "gpt2", "smollm2")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("family", templates.FAMILIES)
 def test_all_templates(tmp_path: Path, one_process: None, family: str) -> None:
@@ -87,4 +91,5 @@ def test_all_templates(tmp_path: Path, one_process: None, family: str) -> None:
             refused = style == "tokenizer" and templates.FAMILIES[family].chat_template is None
             assert cell.refused == refused and bool(cell.problem) == refused, cell
             assert refused or lora or cell.ends > templates.ENOUGH, (style, cell)
-            assert refused or (cell.ids == "equal") == (style != "none"), (style, cell)
+            crosses = style == "none" or (style == "llama3" and family in GPT2_WORDS)
+            assert refused or (cell.ids != "equal") == crosses, (style, cell)
