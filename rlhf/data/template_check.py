@@ -44,8 +44,8 @@ def check_template(
             split += not is_same(tokenizer, turns, last)
     if split:
         log.info(
-            f"{split} of the first {checked} answers begin inside a token of the conversation; "
-            "they are tokenized apart from their prompts, as when the policy responds"
+            f"{split} of the first {checked} conversations have a token that would cross the "
+            "border of prompt and answer; both are tokenized apart, as when the policy responds"
         )
 
 
