@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config.choices import Format
+from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Data, Source
 from rlhf.data.files import find_files
 from rlhf.data.formats.fields import detect_format
@@ -27,23 +27,27 @@ class Rows(NamedTuple):
     """What the rows of a source have, before they are split among the stages."""
 
     answered: float  # rows with an answer: demonstrations and prompts
+    answers: float  # all answers of the conversations
     pairs: float  # of ranked responses several per row
     prompts: float  # rows without an answer
 
 
-def estimate_rows(data: Data, share: str) -> int | None:
+def estimate_rows(data: Data, share: str, every_answer: bool = False) -> int | None:
     """About how many rows of all sources a share of the data gets: "sft", "rm" or "ppo".
 
     Rows that are skipped are not known, and the hash of the prompts divides them by chance.
 
+    Args: every_answer: of "sft" count every answer of a conversation.
     Returns: None where a source is neither a known data set nor made of local .jsonl files.
     """
-    counts = [rows_of_source(source) for source in data.sources.values()]
+    counts = [rows_of_source(source, data.template) for source in data.sources.values()]
     parts = [part / sum(data.shares) for part in data.shares]
     total = 0.0
     for source, rows in zip(data.sources.values(), counts):
         if rows is None:
             return None
+        if every_answer:
+            rows = rows._replace(answered=rows.answers)
         trained = 1.0 if source.eval_split else 1 - data.eval_share
         total += trained * rows_of_share(source, rows, share, parts)
     return int(total)
@@ -61,11 +65,14 @@ def rows_of_share(source: Source, rows: Rows, share: str, parts: list[float]) ->
     return rows.answered * (1.0 if source.sft_only else part) * source.weight
 
 
-def rows_of_source(source: Source) -> Rows | None:
-    """What the rows of a source have; None where that is not known before they are read."""
+def rows_of_source(source: Source, style: Template = Template.hh) -> Rows | None:
+    """What the rows of a source have; None where that is not known before they are read.
+
+    Args: style: data.template.
+    """
     if source.path in HUB_ROWS:
         count = limited(HUB_ROWS[source.path], source)
-        return Rows(count, count, 0)
+        return Rows(count, count, count, 0)
     try:
         files = find_files(source.path).files
         if any(file.suffix != ".jsonl" for file in files):
@@ -77,25 +84,29 @@ def rows_of_source(source: Source) -> Rows | None:
     columns = dict.fromkeys(column for row in first for column in row)
     format = source.format or detect_format([*columns, *source.columns])
     if format == Format.text:
-        return Rows(0, 0, 0)
+        return Rows(0, 0, 0, 0)
     if format is None or not first:
         return None
-    return scaled(dataclasses.replace(source, format=format), first, lines)
+    return scaled(dataclasses.replace(source, format=format), style, first, lines)
 
 
-def scaled(source: Source, first: list[dict[str, Any]], lines: int) -> Rows | None:
+def scaled(source: Source, style: Template, first: list[dict[str, Any]], lines: int) -> Rows | None:
     """What all lines have, if they are like the first ones; None if none of those can be read."""
-    answered = pairs = prompts = 0
+    answered = answers = pairs = prompts = 0
     for row in first:
         try:
-            records = read_pairs(row, source)
+            records = read_pairs(row, source, style)
         except (Skip, ValueError):
             continue
-        answered += bool(records[0].chosen)
-        prompts += not records[0].chosen
+        has_answer = bool(records[0].chosen or records[0].calls)
+        answered += has_answer
+        answers += has_answer + sum(turn.role == "assistant" for turn in records[0].prompt)
+        prompts += not has_answer
         pairs += sum(record.rejected is not None for record in records)
     each = lines / len(first)
-    return Rows(answered * each, pairs * each, prompts * each) if answered or prompts else None
+    if not answered and not prompts:
+        return None
+    return Rows(answered * each, answers * each, pairs * each, prompts * each)
 
 
 def first_rows(file: Path) -> list[dict[str, Any]]:

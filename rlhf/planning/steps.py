@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rlhf.base.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT
 from rlhf.base.log import plural
+from rlhf.config.choices import TrainOn
 from rlhf.config.deployment import world_size
 from rlhf.config.schema import Config, Sandbox
 from rlhf.config.stage_graph import is_aligned, is_rl, prompts_per_rollout
@@ -29,7 +30,8 @@ def rows_for_stage(cfg: Config, stage: str) -> int | None:
     share = share_of(stage)
     if cfg.data.sandbox:
         return sandbox_rows(cfg.data.sandbox, cfg.data.eval_rows, share)
-    return estimate_rows(cfg.data, share)
+    every_answer = share == "sft" and cfg.sft.train_on is TrainOn.all
+    return estimate_rows(cfg.data, share, every_answer)
 
 
 def sandbox_rows(sandbox: Sandbox, eval_rows: int, share: str) -> int:

@@ -11,6 +11,7 @@ from data_files import Record, jsonl
 from format_rows import message
 from prepared_data import config
 
+from rlhf.config.choices import Template
 from rlhf.config.schema import Data, Source
 from rlhf.data.sources import load_sources
 from rlhf.planning.rows import estimate_rows
@@ -81,6 +82,16 @@ def test_a_folder_an_evaluation_file_and_a_mix(tmp_path: Path) -> None:
     texts = jsonl(tmp_path / "texts.jsonl", [{"text": f"t {i}"} for i in range(500)])
     folder = Source(path=f"{tmp_path}/parts", eval_split=str(held_out))
     assert_about_right(config(mine=folder, talks=talks, texts=texts))
+
+
+def test_every_answer_and_calls_of_tools_count(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w"}}]}
+    said = [message("user", "q"), call, message("tool", "7"), message("assistant", "a")]
+    rows = [{"messages": said}, {"messages": said[:2]}]
+    data = config(mine=jsonl(tmp_path / "tools.jsonl", rows * 500))
+    data.shares, data.eval_share, data.template = [1, 0, 0], 0.5, Template.tokenizer
+    assert estimate_rows(data, "sft") == 500
+    assert estimate_rows(data, "sft", every_answer=True) == 750
 
 
 def test_what_is_not_known_before_it_is_read_is_not_estimated(tmp_path: Path) -> None:
