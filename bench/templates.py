@@ -13,7 +13,7 @@ with LoRA of rank 8, in this process. A cell of the table has
     refused (N)               the line of that number below the table
     new: N                    tokens that the model had not learned; LoRA trains their rows
 
-It ends with 1 where full training ends responses with a probability below 0.9, or a run fails.
+It ends with 1 where full training ends responses with a probability below 0.8, or a run fails.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(ROOT))
 STYLES = ("hh", "chatml", "llama3", "tokenizer", "none")
-ENOUGH = 0.9  # probability of the end token after full training
+ENOUGH = 0.8  # probability of the end token after full training
 SETTINGS = [
     "stage=sft",
     "data=jsonl",
@@ -212,13 +212,13 @@ def run_cell(folder: Path, family: str, style: str, lora: bool) -> Cell:
     run_dir = folder / f"run-{family}-{style}-{'lora' if lora else 'full'}"
     given = [f"actor.path={base}", f"reward.path={base}", f"data.sources.mine.path={data}"]
     given += [f"data.template={style}", f"root={folder}", *(LORA if lora else [])]
-    prepare_run(run_dir, SETTINGS + given)
-    cfg = load_config(run_dir / "config.yaml")
-    torch.manual_seed(cfg.seed)
     try:
+        prepare_run(run_dir, SETTINGS + given)
+        cfg = load_config(run_dir / "config.yaml")
+        torch.manual_seed(cfg.seed)
         ends = run_stage(cfg, run_dir)["eval/eos_probability"]
         return Cell(compare_ids(run_dir / "model"), ends, new_rows(run_dir / "model"))
-    except UserError as error:
+    except (UserError, SystemExit) as error:
         return Cell(problem=str(error).replace(str(base), family), refused=True)
 
 

@@ -11,8 +11,9 @@ from helpers import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config.choices import Template
+from rlhf.data.encoding import encode_demonstrations
 from rlhf.data.records import Demonstration, Turn
-from rlhf.data.template import encode_demonstrations, install_chat_template
+from rlhf.data.template import install_chat_template
 
 
 def test_whole_words_are_equal_and_full_training_ends_responses(
@@ -42,8 +43,8 @@ def test_a_tokenizer_without_a_template_is_refused_in_one_line(
 ) -> None:
     cell = templates.run_cell(tmp_path, "opt", "tokenizer", lora=True)
     assert cell.refused and cell.problem == (
-        "data.template=tokenizer: opt has no chat template: choose data.template=hh, chatml or "
-        "llama3"
+        "actor.path=opt: it has no chat template, which data.template=tokenizer needs: choose "
+        "data.template=hh, chatml, llama3 or none"
     )
     assert templates.text_of(cell, cell, problems := []) == "refused (1)"
     assert problems == [cell.problem]
