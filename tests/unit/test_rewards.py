@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import command, composed, train
+from transformers import PreTrainedConfig
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
@@ -221,3 +223,25 @@ def test_a_reward_model_from_elsewhere_is_asked_in_its_own_template(
     assert first == "rl.rewards.judge: the reward model is asked in its own chat template"
     assert second.startswith("rl.rewards.judge: asked in data.template=hh, not in its own (")
     assert "has no chat template" in second
+
+
+def test_a_score_is_read_where_the_reward_models_own_template_ends(tmp_path: Path) -> None:
+    """Other programs read it at the last token of what the template writes."""
+    chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    own = load_tokenizer("builtin:tiny", Template.chatml)
+    policy = load_tokenizer("builtin:tiny", Template.chatml)
+    assert not rewards.needs_text(policy, own)
+    own.chat_template = chat_template
+    assert rewards.needs_text(policy, own), "its template writes a line break after the EOS"
+    engine = SimpleNamespace(module=SimpleNamespace(hf=SimpleNamespace(config=PreTrainedConfig())))
+    source = Source("judge", engine=engine, tokenizer=own, reads_text=True)  # type: ignore[arg-type]
+    turns = [Turn("user", "Hello?")]
+    said = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
+    whole = own(own.apply_chat_template(said, tokenize=False), add_special_tokens=False).input_ids
+    assert rewards.retokenize(source, turns, "Hi.", finished=True) == whole
+    assert own.decode(whole).endswith("Hi.<|im_end|>\n")
+    cut = rewards.retokenize(source, turns, "Hi.", finished=False)
+    assert own.decode(cut).endswith("assistant\nHi.")
