@@ -73,18 +73,16 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     steps = count_steps(pairs, dpo.batch_size, dpo.epochs, dpo.max_steps, "dpo.batch_size")
     check_held_out(held_out, max_prompt)
 
-    # 2. models: the policy and its frozen start, whose log-probabilities are computed once, of the
-    # pairs that the run uses
+    # 2. models: the policy; and its frozen start, whose log-probabilities are computed once
     actor, ref = build_actor_and_reference(cfg, tokenizer, run_dir)
     pad_id, micro_batch = tokenizer.pad_token_id, cfg.deploy.eval_micro_batch
     compute = partial(pair_logprobs, ref, pairs, pairs.lengths, pad_id, micro_batch)
-    file = cache_file(cfg, ref, pairs)
     used = used_pairs(dpo, len(pairs), steps, cfg.seed)
-    reference = cached_logprobs(compute, used, file, ref.device)
+    reference = cached_logprobs(compute, used, cache_file(cfg, ref, pairs), ref.device)
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
     held_out_reference = pair_logprobs(ref, held_out, lengths, pad_id, micro_batch)
-    gather = gather_for_rollout(cfg)
-    models = Models(tokenizer, actor, ref, gather=gather, engine=cfg.rollout.engine)
+    gather, engine = gather_for_rollout(cfg), cfg.rollout.engine
+    models = Models(tokenizer, actor, ref, gather=gather, engine=engine)
     evaluation = Evaluation(cfg, models, data, held_out, held_out_reference)
 
     # 3. training
