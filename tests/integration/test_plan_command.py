@@ -19,12 +19,12 @@ def test_steps_and_tokens(demo: Demo) -> None:
     for stage, run in (("sft", demo.sft), ("rm", demo.rm), ("ppo", demo.ppo)):
         steps = len((run / "metrics.jsonl").read_text().splitlines())
         p = make_plan(cfg, stage)
-        assert p.steps == steps and p.fits
+        assert p.steps.number == steps and p.fits
         assert (
             f"{stage}: plan " in demo.stderr
             and f"{steps:,} {'rollouts' if stage == 'ppo' else 'steps'}" in demo.stderr
         )
-    tokens = make_plan(cfg, "rm").tokens
+    tokens = make_plan(cfg, "rm").steps.tokens
     assert tokens == 1125 * 8 * 2 * (48 + 64)
 
 

@@ -61,7 +61,7 @@ def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
     rows = [json.loads(line) for line in (demo.ppo / "samples.jsonl").read_text().splitlines()]
     data = load_data(load_config(demo.rm / "config.yaml").data)
     assert data.gold is not None
-    turns = {prompt[-1].text: prompt for prompt in data.eval_prompts}
+    turns = {prompt.turns[-1].text: prompt.turns for prompt in data.eval_prompts}
     prompts = [turns[row["prompt"]] for row in rows]
     answers = [row["after"] for row in rows]
     shuffled = [random.Random(i).sample(answers, len(answers)) for i in range(4)]

@@ -155,7 +155,7 @@ def test_the_column_tools_alone_is_named_or_read(tmp_path: Path) -> None:
     ]
     file = jsonl(tmp_path / "a.jsonl", rows)
     line = "  columns not read, unless a reward function asks for them: tools"
-    assert said(file)[1:] == [line]
+    assert said(file)[1:] == [line, "  tools are read with data.template=tokenizer"]
     assert said(file, Template.tokenizer)[1:] == []
     table = loaded(file, Template.tokenizer).sft
     done = tokenized.demonstrations(own(tmp_path / "own", SILENT), table, 999, 999)
