@@ -336,12 +336,21 @@ def parse_line(line: str) -> dict[str, Any]:
     if not line.strip():
         raise Skip("empty line")
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError("JSON, but not an object {...}")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises: ValueError for a key that it has twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice} is there twice")
+    return values
 
 
 def hash_text(text: str) -> int:

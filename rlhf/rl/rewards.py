@@ -263,6 +263,15 @@ def load_function(path: str, key: str) -> RewardFunction:
         raise UserError(f"{key}: there is no {name} in {module}")
     if not callable(function):
         raise UserError(f"{key}: {name} is not a function")
+    try:
+        inspect.signature(function).bind_partial([], "")
+    except TypeError:
+        raise UserError(
+            f"{key}: {name} must take the prompt's turns and the response: "
+            f"def {name}(turns, response)"
+        ) from None
+    except ValueError:  # one in C has no signature
+        pass
     return function
 
 

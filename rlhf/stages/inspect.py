@@ -184,6 +184,8 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
         # the rows that the limits leave of the sample, scaled to all rows
         lost = share(numbers, "dropped") + share(numbers, "unwritten")
         rows = round(numbers["rows"] * (1 - lost))
+        if not numbers["rows"] and not cfg.data.shares[PARTS.index(name)]:
+            continue  # as it was asked for
         if not numbers["rows"]:
             reason = "the sources are too small for data.shares"
             if name == "rm":

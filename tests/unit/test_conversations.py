@@ -19,6 +19,7 @@ from rlhf.config.schema import Source
 from rlhf.data import encoding, template, tokenized
 from rlhf.data.formats.rows import read_pairs
 from rlhf.data.load import load_data
+from rlhf.data.reading import parse_line
 from rlhf.data.records import Dataset, Demonstration, Pair, SourceReport, Turn
 from rlhf.data.template_check import check_template, first_rows
 from rlhf.models.loading import load_policy, load_tokenizer
@@ -160,6 +161,29 @@ def test_a_call_that_names_no_function_is_unreadable() -> None:
         talk(broken)
     with pytest.raises(ValueError, match=r"messages.1: tool_calls is a string, not a list"):
         talk([TALK[0], {"role": "assistant", "tool_calls": "weather"}])
+
+
+@pytest.mark.parametrize("arguments", ["not json {", "[1, 2]", 5])
+def test_arguments_of_a_call_are_an_object(arguments: Any) -> None:
+    called = {"function": {"name": "weather", "arguments": arguments}}
+    with pytest.raises(ValueError, match=r"messages.1: the arguments of weather are no JSON obj"):
+        talk([TALK[0], {"role": "assistant", "tool_calls": [called]}])
+    for nothing in ("", "{}", None):
+        called["function"]["arguments"] = nothing
+        pair = talk([TALK[0], {"role": "assistant", "tool_calls": [called]}])
+        assert json.loads(pair.calls)["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_definitions_of_tools_are_objects() -> None:
+    row: dict[str, Any] = {"messages": [TALK[0], TALK[3]], "tools": ["hammer"]}
+    with pytest.raises(ValueError, match=r"tools.0 is a string, not an object"):
+        read_pairs(row, Source(path="x"), Template.tokenizer)
+
+
+def test_a_key_that_is_there_twice_is_unreadable() -> None:
+    assert parse_line('{"a": {"b": 1}, "c": 2}') == {"a": {"b": 1}, "c": 2}
+    with pytest.raises(ValueError, match="^the key b is there twice"):
+        parse_line('{"a": [{"b": 1, "c": 2, "b": 3}]}')
 
 
 # --- raw text

@@ -169,3 +169,12 @@ def test_columns_reach_the_prompts_of_training_and_of_evaluation(tmp_path: Path)
 def test_none_is_no_score() -> None:
     with pytest.raises(UserError, match="the function failed on the response 'x': TypeError"):
         rewards.call(Source("mine", function=lambda turns, response: None), asked(), "x")
+
+
+def test_a_function_that_cannot_take_turns_and_response_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short_rewards.py").write_text("def one(turns):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"key: one must take the prompt's turns and the response"):
+        rewards.load_function("short_rewards:one", "key")

@@ -93,7 +93,10 @@ def _calls(calls: Json, where: str) -> Json:
         function = _parsed(given)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"{where}: a call of a tool needs the name of a function")
-        function = function | {"arguments": _parsed(function.get("arguments", {}))}
+        arguments = _parsed(function.get("arguments") or {})
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{where}: the arguments of {function['name']} are no JSON object")
+        function = function | {"arguments": arguments}
         others = call if isinstance(call, dict) and "function" in call else {"type": "function"}
         read.append(others | {"function": function})
     return read
@@ -117,8 +120,11 @@ def turn_of_tools(value: Json) -> Turn | None:
     tools = _parsed(value)
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list):
         raise ValueError(f"tools is {kind_of(tools)}, not a list of objects")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise ValueError(f"tools.{i} is {kind_of(tool)}, not an object")
     return Turn("tools", json.dumps(tools, ensure_ascii=False))
 
 
