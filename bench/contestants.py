@@ -96,11 +96,11 @@ def product(spec: Spec) -> None:
 def product_rows(spec: Spec, stage: str, seed: int) -> Rows:
     """The benchmark's rows, placed so that the stage's shuffled order is that of the batches."""
     from rlhf.data.batches import global_batches
-    from rlhf.data.records import Turn
+    from rlhf.data.records import Prompt, Turn
 
     rows = list(itertools.chain(*read_batches(spec)))
     if stage == "ppo":
-        rows = [([Turn("user", "")], prompt) for prompt in rows]
+        rows = [(Prompt([Turn("user", "")]), prompt) for prompt in rows]
     order = itertools.chain(*global_batches(len(rows), spec["batch"], 1, seed))
     placed = [row for _, row in sorted(zip(order, rows), key=lambda pair: pair[0])]
     if stage == "ppo":
