@@ -266,7 +266,8 @@ def problem_of_tools(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> s
     for turn in turns:
         parts = json.loads(turn.text) if turn.role == "tools" else []
         parts += message_of(turn).get("tool_calls", [])
-        needed += [part.get("function", part).get("name", "") for part in parts]
+        functions = [part.get("function", part) for part in parts]
+        needed += [str(f.get("name", "") if isinstance(f, dict) else f) for f in functions]
     # a template may write a text as JSON
     if all(text in rendered or json.dumps(text)[1:-1] in rendered for text in needed):
         return ""

@@ -147,6 +147,15 @@ def test_a_template_that_cannot_express_tools_skips_the_row(
     assert sum(ids is None for ids in fitted) == (1 if why else 0)
 
 
+def test_a_tool_that_is_only_named_is_looked_for_by_its_name(
+    tokenizer_with: Callable[[str], Any],
+) -> None:
+    turns = [Turn("tools", json.dumps([{"function": "weather"}, {"name": 7}])), Turn("user", "?")]
+    assert template.problem_of_tools(tokenizer_with(WITH_TOOLS), turns) == ""
+    wrong = "the chat template does not write messages of tools"
+    assert template.problem_of_tools(tokenizer_with(CHATML), turns) == wrong
+
+
 def test_a_cut_conversation_keeps_its_tools(tokenizer_with: Callable[[str], Any]) -> None:
     tokenizer = tokenizer_with(WITH_TOOLS)
     turns = [*talk(TALK).prompt, Turn("assistant", "Yes."), Turn("user", "And in Rome?")]
