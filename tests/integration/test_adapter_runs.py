@@ -115,6 +115,7 @@ def run_id(model: str) -> str:
     return str(summary(Path(model).parent)["id"])
 
 
+@pytest.mark.full
 def test_dpo_and_another_reward_from_adapters_at_zero_3(root: Path) -> None:
     """In two processes, which partition the merged model."""
     two = ["deploy.processes_per_node=2", "deploy.zero_stage=3"]

@@ -164,7 +164,9 @@ def test_a_policy_with_new_rows_learns_to_end_its_responses(
 
 FEW = ["data.template=chatml", "actor.lora.rank=4", "sft.batch_size=8"]
 FULL = pytest.mark.full
-PLACES = [(1, 0, False), *(pytest.param(2, 3, tied, marks=FULL) for tied in (False, True))]
+PLACES = [
+    pytest.param(*place, marks=FULL) for place in ((1, 0, False), (2, 3, False), (2, 3, True))
+]
 
 
 @pytest.mark.parametrize(("processes", "zero", "tied"), PLACES)
