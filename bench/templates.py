@@ -13,7 +13,8 @@ with LoRA of rank 8, in this process. A cell of the table has
     refused (N)               the line of that number below the table
     new: N                    tokens that the model had not learned; LoRA trains their rows
 
-It ends with 1 where full training ends responses with a probability below 0.8, or a run fails.
+It ends with 1 where full training ends responses with a probability below 0.9 (`none`: 0.8), or a
+run fails.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(ROOT))
-STYLES = ("hh", "chatml", "llama3", "tokenizer", "none")
-ENOUGH = 0.8  # probability of the end token after full training
+# a template, and the least probability of the end token after full training: with `none` some
+# prompts stop inside a word
+ENOUGH = {"hh": 0.9, "chatml": 0.9, "llama3": 0.9, "tokenizer": 0.9, "none": 0.8}
+STYLES = tuple(ENOUGH)
 SETTINGS = [
     "stage=sft",
     "data=jsonl",
@@ -318,7 +321,8 @@ def main() -> int:
         print(f"{family} {style}: {text_of(full, lora, [])}, {took}", file=sys.stderr, flush=True)
     print(table(results))
     wrong = [
-        full.ends < ENOUGH if not full.problem else not full.refused for full, _ in results.values()
+        full.ends < ENOUGH[style] if not full.problem else not full.refused
+        for (_, style), (full, _) in results.items()
     ]
     return int(any(wrong))
 

@@ -58,11 +58,12 @@ class Judge:
 
         eos_id = self.tokenizer.eos_token_id
         if encoding.same_tokens(policy.tokenizer, self.tokenizer):
-            ids = reply.prompt_ids + [i for i in reply.ids if i not in policy.ends]
-            ids += [eos_id] if reply.finished else []
+            prompt, response = reply.prompt_ids, [i for i in reply.ids if i not in policy.ends]
+            response += [eos_id] if reply.finished else []
         else:
+            prompt = self.reader(reply.prompt)
             response = encoding.encode_response(self.tokenizer, reply.text, reply.finished)
-            ids = self.reader(reply.prompt) + response
+        ids = encoding.to_end(self.tokenizer, prompt, response)
         row = torch.tensor([ids[-context_of(self.scorer.hf) :]], device=self.scorer.hf.device)
         with torch.inference_mode():
             return float(sequence_scores(self.scorer, row, torch.ones_like(row), eos_id))

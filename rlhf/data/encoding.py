@@ -136,6 +136,15 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, answer: str, ended: bool
     return [*ids, tokenizer.eos_token_id] if ended else ids
 
 
+def to_end(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> list[int]:
+    """Token ids of prompt and response to the end of what the template writes.
+
+    There a reward model from elsewhere gives its score. Those of stage=rm end at the EOS.
+    """
+    is_finished = bool(response) and response[-1] == tokenizer.eos_token_id
+    return prompt + response + (template.after_eos(tokenizer) if is_finished else [])
+
+
 def content(tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything that decides which tokens a tokenizer makes of turns, as one text."""
     rules = (

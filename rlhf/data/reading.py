@@ -23,7 +23,7 @@ from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest
 from rlhf.data.files import SAVED, RawTable, kind_of_source, open_source
 from rlhf.data.formats import fields
-from rlhf.data.formats.rows import Skip, read_pairs, read_text
+from rlhf.data.formats.rows import Skip, parse_line, read_pairs, read_text
 from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, record_features
 
 if TYPE_CHECKING:
@@ -328,29 +328,6 @@ def _raw_rows(batch: Columns) -> list[dict[str, Any]]:
 
 def _uint64(values: list[int]) -> np.ndarray:
     return np.array(values, dtype=np.uint64)
-
-
-def parse_line(line: str) -> dict[str, Any]:
-    """A line of a .jsonl file. Raises: Skip if it is empty, ValueError unless it is an object."""
-    line = line.removeprefix("\ufeff")  # some editors put a byte order mark in front of a file
-    if not line.strip():
-        raise Skip("empty line")
-    try:
-        row = json.loads(line, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError("JSON, but not an object {...}")
-    return row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises: ValueError for a key that it has twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {twice} is there twice")
-    return values
 
 
 def hash_text(text: str) -> int:

@@ -281,7 +281,7 @@ def after_eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def end_at_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the template end a dialogue with its EOS, where our reward models are read.
+    """Make the template end a dialogue with its EOS, where stage=rm reads scores.
 
     Other programs read a score at the last token of what the template writes.
     """

@@ -212,7 +212,7 @@ def _encode_batch(
 ) -> dict[str, Any]:
     turns = [[Turn(**turn) for turn in prompt] for prompt in batch["prompt"]]
     problems = [
-        problem_of_tools(tokenizer, prompt, *answer)
+        problem_of_row(tokenizer, prompt, *answer)
         for prompt, *answer in zip(turns, batch["chosen"], batch["calls"])
     ]
     # these rows are skipped, so any turns will do
@@ -243,7 +243,7 @@ def _encode_batch(
     return encoded | ({} if columns else {"turns": batch["prompt"], "columns": batch["columns"]})
 
 
-def problem_of_tools(
+def problem_of_row(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Turn], answer: str, calls: str
 ) -> str:
     """Why a conversation with tools cannot be written; "" where it can, or has none."""

@@ -80,7 +80,11 @@ def score_pairs(
         max_prompt, max_response: tokens.
     """
     encoded = encoding.encode_pairs(tokenizer, pairs, max_prompt, max_response)
-    sequences = [prompt + response for prompt, *both in encoded for response in both]
+    sequences = [
+        encoding.to_end(tokenizer, prompt, response)
+        for prompt, *both in encoded
+        for response in both
+    ]
     scores = score_rows(scorer, sequences, tokenizer, micro_batch)
     chosen, rejected = scores[::2], scores[1::2]
     return torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)

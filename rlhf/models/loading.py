@@ -20,7 +20,7 @@ from rlhf.base.adapter_files import (
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
-from rlhf.base.log import log, plural
+from rlhf.base.log import first_few, log, plural
 from rlhf.base.model_files import score_heads, weight_names
 from rlhf.config.choices import Precision, Template
 from rlhf.config.schema import Lora
@@ -130,10 +130,8 @@ def _add_adapter(
     new = new_tokens(hf, path, tokenizer)
     lora.add_adapter(hf, adapter, key, new)
     if any(True for _ in layers_with_rows(hf)):
-        names = [str(name) for name in tokenizer.convert_ids_to_tokens(new)]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        shown = f"{', '.join(names[:8])}{more}"
-        log.info(f"{key}: LoRA trains the rows of {plural(len(names), 'new token')}: {shown}")
+        names = first_few(tokenizer.convert_ids_to_tokens(new), 8)
+        log.info(f"{key}: LoRA trains the rows of {plural(len(new), 'new token')}: {names}")
 
 
 def new_tokens(hf: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.base.errors import UserError
 from rlhf.base.locations import is_directory
-from rlhf.base.log import first_line, log, plural
+from rlhf.base.log import first_few, first_line, log, plural
 from rlhf.base.model_files import broken_file, files_of_weights, score_heads, weight_names
 from rlhf.distributed.engine import without_zero3_init
 
@@ -168,9 +168,8 @@ def check_weights(
 
 
 def some_of(names: Collection[str]) -> str:
-    """The first few names, and how many there are."""
-    rest = len(names) - SHOWN
-    return ", ".join(sorted(names)[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    """The first few names, in order, and how many others there are."""
+    return first_few(sorted(names), SHOWN)
 
 
 def common_prefix(missing: Collection[str], unexpected: Collection[str]) -> str:

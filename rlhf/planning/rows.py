@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Data, Source
 from rlhf.data.files import find_files
 from rlhf.data.formats.fields import detect_format
-from rlhf.data.formats.rows import Skip, read_pairs
+from rlhf.data.formats.rows import Skip, parse_line, read_pairs
 
 # preference pairs of data sets on the hub, from their cards
 HUB_ROWS = {
@@ -112,14 +112,10 @@ def scaled(source: Source, style: Template, first: list[dict[str, Any]], lines: 
 def first_rows(file: Path) -> list[dict[str, Any]]:
     """The first lines of a file that are objects. Raises: ValueError where it is not UTF-8."""
     rows = []
-    with open(file, encoding="utf-8-sig") as lines:
+    with open(file, encoding="utf-8") as lines:
         for line in islice(lines, SAMPLE):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
+            with contextlib.suppress(Skip, ValueError):
+                rows.append(parse_line(line))
     return rows
 
 

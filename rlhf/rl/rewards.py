@@ -205,9 +205,8 @@ def retokenize(source: Source, turns: list[Turn], response: str, finished: bool)
     """
     assert source.engine is not None
     prompt = encoding.encode_prompts(source.tokenizer, [turns], NO_LIMIT)[0] or []
-    ids = prompt + encoding.encode_response(source.tokenizer, response, finished)
-    ids += template.after_eos(source.tokenizer) if finished else []
-    return ids[-readable_tokens(source.engine) :]
+    ids = encoding.encode_response(source.tokenizer, response, finished)
+    return encoding.to_end(source.tokenizer, prompt, ids)[-readable_tokens(source.engine) :]
 
 
 def readable_tokens(engine: Engine[Scorer]) -> int:
@@ -351,13 +350,8 @@ def set_unit(
             f"{node_name(cfg)}.normalize_score=true: there are no SFT responses to measure {key} "
             "on; set it to false"
         )
-    end = template.after_eos(tokenizer)
-    rows = [
-        (prompt + answer + (end if answer[-1] == tokenizer.eos_token_id else []))[
-            -readable_tokens(engine) :
-        ]
-        for prompt, answer in encoded
-    ]
+    whole = [encoding.to_end(tokenizer, *row) for row in encoded]
+    rows = [ids[-readable_tokens(engine) :] for ids in whole]
     mean, std = score_mean_std(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
     settings.score_mean, settings.score_std = mean, max(std, 1e-6)
     unit = f"mean {mean:.3g}, standard deviation {std:.3g}"

@@ -49,6 +49,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 1. data
     rm, max_prompt, max_response = cfg.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     tokenizer, data = open_inputs(cfg, run_dir, cfg.reward.path)
+    template.end_at_eos(tokenizer)  # where scores are read
     check_template(tokenizer, data.rm, data.report, "rm", ["chosen", "rejected"])
     pairs = tokenized.pairs(tokenizer, data.rm, max_prompt, max_response, cfg.data.workers)
     encoded = encoding.encode_prompts(tokenizer, [pair.prompt for pair in data.eval_rm], max_prompt)
@@ -90,7 +91,6 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics, samples = evaluate(engine, held_out, data.eval_probe, tokenizer, cfg)
     tracker.samples(steps, samples)
     metrics |= set_score_unit(engine, data.eval_sft, tokenizer, cfg)
-    template.end_at_eos(tokenizer)
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics

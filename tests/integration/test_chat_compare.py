@@ -170,6 +170,24 @@ def test_a_reward_model_with_another_tokenizer_reads_text_where_no_turn_is_forge
     assert judge.score(one, reply) == pytest.approx(raw_scores(tmp_path, ids)[-1], abs=1e-5)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_score_of_a_model_from_elsewhere_is_read_where_its_template_ends(
+    finished: bool, model: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer("builtin:tiny", Template.chatml)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    judge = Judge(*load_model(str(save_reward(tmp_path, tokenizer)), "cpu", "--reward"))
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nWater it."
+    text += "<|im_end|>\n" if finished else ""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    one = policy(model)
+    reply = reply_of(one, "Hello", "Water it.", finished)
+    assert judge.score(one, reply) == pytest.approx(raw_scores(tmp_path, ids)[-1], abs=1e-5)
+
+
 def test_what_is_too_long_for_the_reward_model_loses_its_beginning(
     model: Path, reward: Path
 ) -> None:

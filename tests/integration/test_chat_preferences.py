@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from chats import Chat
+from format_rows import read_row
 from helpers import composed
 
 from rlhf.chat.feedback import Preferences
 from rlhf.chat.policy import Reply
 from rlhf.config.choices import Format
 from rlhf.config.schema import Source
-from rlhf.data.formats.rows import read_row
 from rlhf.data.load import load_data
 from rlhf.data.records import Pair, Turn
 from rlhf.data.sources import pair_of

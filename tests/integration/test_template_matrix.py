@@ -20,7 +20,7 @@ def test_whole_words_are_equal_and_full_training_ends_responses(
     tmp_path: Path, one_process: None
 ) -> None:
     cell = templates.run_cell(tmp_path, "qwen3", "tokenizer", lora=False)
-    assert cell.ids == "equal" and cell.ends > templates.ENOUGH and not cell.new
+    assert cell.ids == "equal" and cell.ends > templates.ENOUGH["tokenizer"] and not cell.new
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run-qwen3-tokenizer-full" / "model")
     turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
     assert "<think>\n\n</think>\n\nTwo." in tokenizer.apply_chat_template(turns, tokenize=False)
@@ -35,7 +35,7 @@ def test_responses_that_begin_inside_a_token_are_counted(tmp_path: Path, one_pro
         parts = [tokenizer(text).input_ids for text in (row["prompt"], row["response"])]
         crossing += tokenizer(row["prompt"] + row["response"]).input_ids != sum(parts, [])
     assert cell.ids == f"{crossing} of 64 cross" and 0 < crossing < 64
-    assert cell.ends > templates.ENOUGH
+    assert cell.ends > 0.9
 
 
 def test_a_tokenizer_without_a_template_is_refused_in_one_line(
@@ -60,7 +60,7 @@ def test_lora_learns_new_end_tokens(tmp_path: Path, one_process: None, family: s
     """In matrices of their own (llama) and in tied ones (gpt2); the saved model ends responses."""
     kind = templates.FAMILIES[family]
     cell = templates.run_cell(tmp_path, family, "chatml", lora=True)
-    assert cell.ids == "equal" and cell.ends > templates.ENOUGH
+    assert cell.ids == "equal" and cell.ends > templates.ENOUGH["chatml"]
     model = tmp_path / f"run-{family}-chatml-lora" / "model"
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert tokenizer.eos_token == "<|im_end|>"
@@ -91,6 +91,6 @@ def test_all_templates(tmp_path: Path, one_process: None, family: str) -> None:
             cell = templates.run_cell(tmp_path, family, style, lora)
             refused = style == "tokenizer" and templates.FAMILIES[family].chat_template is None
             assert cell.refused == refused and bool(cell.problem) == refused, cell
-            assert refused or lora or cell.ends > templates.ENOUGH, (style, cell)
+            assert refused or lora or cell.ends > templates.ENOUGH[style], (style, cell)
             crosses = style == "none" or (style == "llama3" and family in GPT2_WORDS)
             assert refused or (cell.ids != "equal") == crosses, (style, cell)

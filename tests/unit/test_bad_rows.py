@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from format_rows import message, scored, source
-
-from rlhf.data.formats.rows import read_row
+from format_rows import message, read_row, scored, source
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_rows import assistant, message, source, user
+from format_rows import assistant, message, read_row, source, user
 from prepared_data import config
 
 from rlhf.base.errors import UserError
@@ -17,7 +17,6 @@ from rlhf.config.schema import Source
 from rlhf.config.validation import check_used
 from rlhf.data import load, tokenized
 from rlhf.data.formats.fields import unread_columns
-from rlhf.data.formats.rows import read_row
 from rlhf.data.load import table_of
 from rlhf.data.records import Pair, Turn
 from rlhf.data.sources import load_sources

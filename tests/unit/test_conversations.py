@@ -17,9 +17,8 @@ from rlhf.base.errors import UserError
 from rlhf.config.choices import Format, Precision, Template
 from rlhf.config.schema import Source
 from rlhf.data import encoding, template, tokenized
-from rlhf.data.formats.rows import read_pairs
+from rlhf.data.formats.rows import parse_line, read_pairs
 from rlhf.data.load import load_data
-from rlhf.data.reading import parse_line
 from rlhf.data.records import Dataset, Demonstration, Pair, SourceReport, Turn
 from rlhf.data.template_check import check_template, first_rows
 from rlhf.models.loading import load_policy, load_tokenizer

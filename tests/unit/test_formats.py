@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from format_rows import assistant, message, scored, source, user
+from format_rows import assistant, message, read_row, scored, source, user
 from helpers import composed
 from public_sets import shp
 
@@ -13,7 +13,7 @@ from rlhf.config.choices import Format
 from rlhf.config.schema import Source
 from rlhf.data.formats import fields as formats
 from rlhf.data.formats.fields import check_columns, detect_format, field
-from rlhf.data.formats.rows import Skip, read_row, read_text
+from rlhf.data.formats.rows import Skip, read_text
 from rlhf.data.records import Pair, Turn
 
 

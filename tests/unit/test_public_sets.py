@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from format_rows import read_row
 from helpers import CONF, composed
 from public_sets import SETS
 
 from rlhf.config.schema import Source
 from rlhf.config.validation import check_config
 from rlhf.data.formats.fields import check_columns
-from rlhf.data.formats.rows import Skip, read_row
+from rlhf.data.formats.rows import Skip
 from rlhf.data.records import Pair
 
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from data_files import Record, jsonl
-from format_rows import message, source
+from format_rows import message, read_row, source
 from prepared_data import config
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
-from rlhf.data.formats.rows import read_row
 from rlhf.data.records import Prompt, Turn
 from rlhf.data.sources import load_sources
 from rlhf.rl import rewards

@@ -20,7 +20,8 @@ from rlhf.config.stage_graph import parent_stages
 from rlhf.config.stage_nodes import RewardSource
 from rlhf.config.validation import check_config
 from rlhf.data import template
-from rlhf.data.records import Prompt, Turn
+from rlhf.data.records import Pair, Prompt, Turn
+from rlhf.evaluation import reward_model
 from rlhf.models.loading import load_tokenizer
 from rlhf.rl import rewards
 from rlhf.rl.experience import Experience
@@ -225,7 +226,9 @@ def test_a_reward_model_from_elsewhere_is_asked_in_its_own_template(
     assert "has no chat template" in second
 
 
-def test_a_score_is_read_where_the_reward_models_own_template_ends(tmp_path: Path) -> None:
+def test_a_score_is_read_where_the_reward_models_own_template_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Other programs read it at the last token of what the template writes."""
     chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -245,3 +248,11 @@ def test_a_score_is_read_where_the_reward_models_own_template_ends(tmp_path: Pat
     assert own.decode(whole).endswith("Hi.<|im_end|>\n")
     cut = rewards.retokenize(source, turns, "Hi.", finished=False)
     assert own.decode(cut).endswith("assistant\nHi.")
+    pair = Pair(turns, "Hi.", "No.")
+    with monkeypatch.context() as patched:  # what a judge of pairs reads
+        read: list[list[int]] = []
+        patched.setattr(
+            reward_model, "score_rows", lambda s, rows, *_: read.extend(rows) or [0.0] * len(rows)
+        )
+        reward_model.score_pairs(engine, own, [pair], 99, 99, 4)  # type: ignore[arg-type]
+    assert read[0] == whole and own.decode(read[1]).endswith("No.<|im_end|>\n")

@@ -56,9 +56,27 @@ class Skip(Exception):
 RAW = (Format.prompt_chosen_rejected, Format.prompts)  # formats that data.template=none reads
 
 
-def read_row(row: Row, source: Source, style: Template = Template.hh) -> Pair:
-    """The first of `read_pairs`."""
-    return read_pairs(row, source, style)[0]
+def parse_line(line: str) -> Row:
+    """A line of a .jsonl file. Raises: Skip if it is empty, ValueError unless it is an object."""
+    line = line.removeprefix("\ufeff")  # some editors put a byte order mark in front of a file
+    if not line.strip():
+        raise Skip("empty line")
+    try:
+        row = json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError("JSON, but not an object {...}")
+    return row
+
+
+def _object(pairs: list[tuple[str, Json]]) -> Row:
+    """An object of JSON. Raises: ValueError for a key that it has twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice} is there twice")
+    return values
 
 
 def read_pairs(row: Row, source: Source, style: Template = Template.hh) -> list[Pair]:

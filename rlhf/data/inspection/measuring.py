@@ -15,7 +15,7 @@ from rlhf.config.schema import Data
 from rlhf.data import encoding
 from rlhf.data.cache import Columns
 from rlhf.data.records import SourceReport, Turn
-from rlhf.data.tokenized import problem_of_tools
+from rlhf.data.tokenized import problem_of_row
 
 if TYPE_CHECKING:
     import datasets
@@ -161,7 +161,7 @@ def _written(
     """The prompts of a batch, and its columns, without rows with tools that cannot be expressed."""
     turns = [[Turn(**turn) for turn in prompt] for prompt in batch["prompt"]]
     rows = zip(turns, batch["chosen"], batch["calls"])
-    kept = [i for i, row in enumerate(rows) if not problem_of_tools(tokenizer, *row)]
+    kept = [i for i, row in enumerate(rows) if not problem_of_row(tokenizer, *row)]
     columns = {name: [values[i] for i in kept] for name, values in batch.items()}
     return [turns[i] for i in kept], columns
 
