@@ -2,7 +2,10 @@
 
 import sys
 
-from rlhf.cli import main
+from rlhf.base.interrupts import end_at_interrupt, run_interruptible
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_interrupt()
+    from rlhf.cli import main
+
+    sys.exit(run_interruptible(main))

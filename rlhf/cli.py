@@ -23,20 +23,19 @@ from rlhf.base.errors import UserError
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130  # exit codes
+DONE, FAILED, WRONG = 0, 1, 2  # exit codes
 # What stopped this command (not a sweep). It is raised again outside Hydra, which would add a line.
 stopped_by: list[Exception] = []
 
 
 def main() -> int:
-    """Run the command line; returns the exit code: 0 done, 1 a run failed, 2 the command was wrong,
-    130 interrupted. A bug of ours keeps its traceback."""
+    """Run the command line; returns the exit code: 0 done, 1 a run failed, 2 the command was wrong.
+
+    A bug of ours keeps its traceback. Raises: KeyboardInterrupt with a line for the user.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us
     try:
         return dispatch(sys.argv[1:])
-    except KeyboardInterrupt:
-        say("Interrupted. Run the same command to resume from the last checkpoint.")
-        return INTERRUPTED
     except WorkerError as error:
         say(f"error: {error}")
         return FAILED

@@ -12,16 +12,19 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.base.errors import UserError
+from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
-from rlhf.config.choices import Device
+from rlhf.config.choices import Device, WandbMode
 from rlhf.config.loading import save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, parent_stages, unused_keys
 from rlhf.planning.memory import make_plan
 from rlhf.planning.summary import one_line_summary, print_plan
+from rlhf.rehearsal import rehearse
 from rlhf.reporting import tables
 from rlhf.runs.command import Command
 from rlhf.runs.directory import (
@@ -57,16 +60,53 @@ def run_command(command: Command) -> list[Path]:
                 help_first_node(command, stage)
         return []
     started = time.time()
+    check_before_training(command)
     done = []
     for stage in cfg.stage.runs:
-        if stage == "inspect":
-            inspect_data(command)
-        else:
-            is_parent = stage != cfg.stage.runs[-1]
-            done.append(run_stage(command, stage, is_parent))
+        with say_how_to_continue(command, stage):
+            if stage == "inspect":
+                inspect_data(command)
+            else:
+                is_parent = stage != cfg.stage.runs[-1]
+                done.append(run_stage(command, stage, is_parent))
     if done:
         tables.print_runs(done, time.time() - started)
     return done
+
+
+def check_before_training(command: Command) -> None:
+    """Check what would stop this command in the middle: W&B, and what later stages need.
+
+    Raises: UserError.
+    """
+    cfg = command.cfg
+    to_train = [
+        stage
+        for stage in cfg.stage.runs
+        if stage != "inspect" and (cfg.fresh or not read_summary(run_dir_for(command, stage)))
+    ]
+    if to_train and cfg.wandb.mode == WandbMode.online:
+        check_online()
+    rehearse(command, to_train[1:])
+
+
+@contextlib.contextmanager
+def say_how_to_continue(command: Command, stage: str) -> Iterator[None]:
+    """Give a KeyboardInterrupt of a stage the line that says where the same command continues."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        directory = run_dir_for(command, stage)
+        intact, _ = find_checkpoints(directory)
+        if stage != "inspect" and read_summary(directory):
+            line = f"Interrupted after {stage} was finished: the same command continues after it."
+        elif intact:
+            step = intact[0][1]["step"]
+            line = f"Interrupted: the same command resumes {stage} after step {step}."
+        else:
+            where = "" if stage in ("inspect", "eval") else " before the first checkpoint"
+            line = f"Interrupted{where}: the same command starts {stage} again."
+        raise KeyboardInterrupt(line) from None
 
 
 def name_unused_keys(command: Command) -> list[str]:

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
-import json
-import math
-import os
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +30,9 @@ from rlhf.models.loading import (
 )
 from rlhf.models.wrappers import Scorer, sequence_scores
 from rlhf.rl.experience import Experience
+from rlhf.rl.functions import RewardFunction, function_key, node_name, score
 
-# of the prompt's turns and a response; further parameters get the row's columns of their names
-RewardFunction = Callable[..., float]
 NO_LIMIT = 10**9  # tokens
-POSITIONAL_OR_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 @dataclass
@@ -55,6 +46,12 @@ class Source:
     # its tokenizer or template is not the policy's, so responses are tokenized again
     reads_text: bool = False
     function: RewardFunction | None = None
+    key: str = ""  # of the function, for messages
+
+    @property
+    def where(self) -> str:
+        """What a message about the function begins with."""
+        return self.key or f"rewards.{self.name}"
 
 
 @dataclass
@@ -94,7 +91,10 @@ class Rewards:
         scores = []
         for source in self.sources:
             if source.function:
-                values = [call(source, *row) for row in zip(prompts, texts)]
+                values = [
+                    score(source.function, prompt, text, source.where)
+                    for prompt, text in zip(prompts, texts)
+                ]
                 device = part.response_mask.device
                 scores.append(torch.tensor(values, dtype=torch.float32, device=device))
             else:
@@ -116,80 +116,6 @@ class Rewards:
         # any id will do behind the mask; the policy's pad id may not exist here
         ids, mask = pad_right(rows, 0, source.engine.device)
         return sequence_scores(source.engine, ids, mask, source.tokenizer.eos_token_id)
-
-
-def call(source: Source, prompt: Prompt, response: str) -> float:
-    """The score of a function. Raises: UserError naming source and response."""
-    assert source.function
-    where = f"rewards.{source.name}: the function"
-    columns = columns_for(source.function, prompt, where)
-    try:
-        value = float(source.function(prompt.turns, response, **columns))
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{where} failed on the response {response[:80]!r}: {what}") from error
-    if not math.isfinite(value):
-        raise UserError(f"{where} returned {value} for the response {response[:80]!r}")
-    return value
-
-
-def columns_for(function: RewardFunction, prompt: Prompt, where: str) -> dict[str, Any]:
-    """The columns of a prompt's row that a function has parameters for, after its first two.
-
-    Args: where: begins the message.
-    Raises: UserError naming a column that it needs and the row does not have, or one that it cannot
-        get because a parameter for the turns or the response has its name.
-    """
-    first, parameters = _parameters(function)
-    if not parameters:
-        return {}
-    columns: dict[str, Any] = json.loads(prompt.columns or "{}")
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
-        if taken := sorted(first & columns.keys()):
-            raise UserError(
-                f"{where} has a parameter {taken[0]} for the turns or the response, and the rows "
-                "have a column of this name: rename the parameter"
-            )
-        wanted = columns
-    else:
-        wanted = {one.name: columns[one.name] for one in parameters if one.name in columns}
-    needed = {
-        one.name
-        for one in parameters
-        if one.default is one.empty and one.kind is not one.VAR_KEYWORD
-    }
-    if missing := sorted(needed - wanted.keys()):
-        there = ", ".join(columns) or "none"
-        raise UserError(
-            f"{where} has a parameter {missing[0]}, and a row has no such column (it has {there}): "
-            "give it a default value, or add the column to the data"
-        )
-    return wanted
-
-
-def _parameters(function: RewardFunction) -> tuple[set[str], list[inspect.Parameter]]:
-    """The names of the first two parameters as far as a keyword can reach them, and the others.
-
-    A function in C has no signature: it gets nothing but the turns and the response.
-    """
-    try:
-        every = list(inspect.signature(function).parameters.values())
-    except ValueError:
-        return set(), []
-    by_place = [one for one in every if one.kind in (one.POSITIONAL_ONLY, POSITIONAL_OR_KEYWORD)]
-    first = by_place[:2]
-    others = [one for one in every if one not in first and one.kind is not one.VAR_POSITIONAL]
-    return {one.name for one in first if one.kind is POSITIONAL_OR_KEYWORD}, others
-
-
-def check_columns(functions: dict[str, RewardFunction], prompts: Sequence[Prompt]) -> None:
-    """Check on held-out prompts that the functions get their columns, before a model is loaded.
-
-    Raises: UserError as `columns_for`.
-    """
-    for name, function in functions.items():
-        for prompt in prompts:
-            columns_for(function, prompt, f"rewards.{name}: the function")
 
 
 def needs_text(policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> bool:
@@ -217,11 +143,6 @@ def readable_tokens(engine: Engine[Scorer]) -> int:
 # ------------------------------------------------------------------------------------ building
 
 
-def node_name(cfg: Config) -> str:
-    """The configuration node with the rewards of the stage that runs."""
-    return "rl" if is_rl(cfg.stage.name) else cfg.stage.name
-
-
 def check_reward_models(cfg: Config) -> None:
     """Check that every model among the sources has a head that gives scores. Loads no weights.
 
@@ -234,44 +155,6 @@ def check_reward_models(cfg: Config) -> None:
                 f"{node_name(cfg)}.{part}={path}: no reward model (*ForSequenceClassification), it "
                 "has no head that gives scores; give one that has"
             )
-
-
-def load_functions(cfg: Config) -> dict[str, RewardFunction]:
-    """The python functions among the sources, by the sources' names; before a model is loaded.
-
-    Raises: UserError naming the key.
-    """
-    sys.path.insert(0, os.getcwd())  # the user's modules may be where the command is run
-    functions: dict[str, RewardFunction] = {}
-    for name, source in score_sources(cfg, cfg.stage.name).items():
-        if source.function:
-            key = f"{node_name(cfg)}.rewards.{name}.function={source.function}"
-            functions[name] = load_function(source.function, key)
-    return functions
-
-
-def load_function(path: str, key: str) -> RewardFunction:
-    """Import "module:name". Raises: UserError naming the key."""
-    module, name = path.split(":")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{key}: cannot import {module}: {reason}") from error
-    if function is None:
-        raise UserError(f"{key}: there is no {name} in {module}")
-    if not callable(function):
-        raise UserError(f"{key}: {name} is not a function")
-    try:
-        inspect.signature(function).bind_partial([], "")
-    except TypeError:
-        raise UserError(
-            f"{key}: {name} must take the prompt's turns and the response: "
-            f"def {name}(turns, response)"
-        ) from None
-    except ValueError:  # one in C has no signature
-        pass
-    return function
 
 
 def build_rewards(
@@ -292,7 +175,8 @@ def build_rewards(
     sources = []
     for name, source in score_sources(cfg, cfg.stage.name).items():
         if source.function:
-            sources.append(Source(name, source.weight, function=functions[name]))
+            key = function_key(cfg, name)
+            sources.append(Source(name, source.weight, function=functions[name], key=key))
             continue
         path = cfg.inputs[f"rewards/{name}" if source.path else "rm"]
         key = f"{node_name(cfg)}.rewards.{name}"

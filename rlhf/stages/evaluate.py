@@ -43,13 +43,11 @@ from rlhf.reporting.eval_results import (
     side_by_side,
 )
 from rlhf.rl.experience import Models
+from rlhf.rl.functions import RewardFunction, load_functions, try_functions
 from rlhf.rl.rewards import (
-    RewardFunction,
     Rewards,
     build_rewards,
-    check_columns,
     check_reward_models,
-    load_functions,
 )
 from rlhf.runs.inputs import read_prompt_lines
 from rlhf.sampling.token_choice import Sampling
@@ -149,7 +147,7 @@ def prepare(cfg: Config, run_dir: Path) -> Setup:
     for name, path in paths.items():
         warn_of_template(name, path, tokenizers[name], cfg)
     data = open_data(cfg, run_dir)
-    check_columns(functions, data.eval_prompts)
+    try_functions(cfg, functions, data)
     files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
     fixed = [Prompt([Turn("user", line)]) for file in files for line in read_prompt_lines(file)]
     contexts = [context for path in models if (context := context_length(path))]

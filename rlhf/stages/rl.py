@@ -32,6 +32,7 @@ from rlhf.planning.memory import gather_for_rollout
 from rlhf.rl.advantages import estimate_advantages, shape_scores, token_rewards
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 from rlhf.rl.experience import Experience, Models, Prompts, make_experience
+from rlhf.rl.functions import load_functions, try_functions
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import kl_estimate
 from rlhf.rl.metrics import Scored, response_rows, rollout_metrics, source_metrics
@@ -39,9 +40,7 @@ from rlhf.rl.monitor import Monitor
 from rlhf.rl.rewards import (
     Rewards,
     build_rewards,
-    check_columns,
     check_reward_models,
-    load_functions,
 )
 from rlhf.rl.update import Learner, Texts, update_policy
 from rlhf.sampling.token_choice import Sampling
@@ -66,7 +65,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     check_reward_models(cfg)
     path = cfg.inputs["sft"]
     tokenizer, data = open_inputs(cfg, run_dir, path, samples=True, references=False)
-    check_columns(functions, data.eval_prompts)
+    try_functions(cfg, functions, data)
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")

@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import first_line, is_listening, log
+from rlhf.base.log import first_line, log
+from rlhf.base.wandb_login import wandb_problem
 from rlhf.config.choices import WandbMode
 from rlhf.config.schema import Config
 from rlhf.distributed import collectives
@@ -179,8 +180,11 @@ def start_wandb(cfg: Config, run_dir: Path) -> Run | None:
     import wandb
 
     mode: Any = cfg.wandb.mode.name
-    if cfg.wandb.mode == WandbMode.auto:
-        mode = "online" if wandb_reachable(wandb.setup().settings.base_url) else "offline"
+    if cfg.wandb.mode in (WandbMode.auto, WandbMode.online):
+        problem = wandb_problem(wandb.setup().settings.base_url)
+        if problem and cfg.wandb.mode == WandbMode.online:
+            raise UserError(f"wandb.mode=online: {problem}, or set wandb.mode=auto")
+        mode = "offline" if problem else "online"
     options = wandb_options(cfg, run_dir)
     try:
         run = wandb.init(mode=mode, **options)
@@ -190,9 +194,9 @@ def start_wandb(cfg: Config, run_dir: Path) -> Run | None:
         wandb.errors.AuthenticationError,
     ) as error:
         if cfg.wandb.mode == WandbMode.online:
+            line = first_line(error).rstrip(".")
             raise UserError(
-                f"wandb.mode=online: {first_line(error)}; "
-                "log in with `wandb login`, or set wandb.mode=auto"
+                f"wandb.mode=online: {line}: fix this, or set wandb.mode=auto"
             ) from None
         log.warning("W&B is unreachable, the run is logged offline: %s", first_line(error))
         run = wandb.init(mode="offline", **options)
@@ -236,15 +240,6 @@ def finish_wandb() -> None:
     if (wandb := sys.modules.get("wandb")) and wandb.run:
         with contextlib.suppress(Exception):
             wandb.finish()
-
-
-def wandb_reachable(base_url: str) -> bool:
-    """Whether there is a key for the W&B server, and the server answers within 2 s."""
-    from wandb.sdk.lib import wbauth
-
-    if not (os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=base_url)):
-        return False
-    return is_listening(base_url)
 
 
 def set_up_logging(run_dir: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import Demo, metrics, read_offline_run, summary
 
-from rlhf.training.tracker import wandb_reachable
+from rlhf.base.wandb_login import wandb_problem
 
 
 def test_an_offline_run_holds_every_row_on_one_axis(demo: Demo) -> None:
@@ -72,12 +72,12 @@ def test_samples_are_kept(demo: Demo) -> None:
 def test_auto_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert not wandb_reachable("https://127.0.0.1:1")
+    assert "there is no key" in wandb_problem("https://127.0.0.1:1")
 
 
 def test_auto_never_waits_for_a_dead_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert not wandb_reachable("http://127.0.0.1:9"), "nobody listens there"
+    assert "does not answer" in wandb_problem("http://127.0.0.1:9"), "nobody listens there"
     with socket.socket() as full:  # a server that never answers: its queue is full
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -86,11 +86,11 @@ def test_auto_never_waits_for_a_dead_network(monkeypatch: pytest.MonkeyPatch) ->
             client.setblocking(False)
             client.connect_ex(full.getsockname())
         started = time.time()
-        assert not wandb_reachable(f"http://127.0.0.1:{full.getsockname()[1]}")
+        assert wandb_problem(f"http://127.0.0.1:{full.getsockname()[1]}")
         assert 1 < time.time() - started < 6  # promised: 2
         for client in waiting:
             client.close()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        assert wandb_reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert not wandb_problem(f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -28,7 +28,7 @@ FLOORS = [  # from the ground up; imports run downwards only, or within a packag
     ["chat", "rl"],
     ["evaluation"],
     ["stages"],
-    ["compose"],
+    ["compose", "rehearsal"],
     ["help", "run"],
     ["sweep", "worker", "report", "dashboard"],
     ["cli"],

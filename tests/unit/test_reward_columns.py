@@ -5,28 +5,38 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_files import Record, jsonl
 from format_rows import message, read_row, source
+from helpers import composed
 from prepared_data import config
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
-from rlhf.data.records import Prompt, Turn
+from rlhf.config.stage_nodes import RewardSource
+from rlhf.data.records import Dataset, Demonstration, Prompt, Turn
 from rlhf.data.sources import load_sources
-from rlhf.rl import rewards
-from rlhf.rl.rewards import Source, columns_for
+from rlhf.rl import functions
+from rlhf.rl.functions import columns_for, score, try_functions
 
+CFG = composed("stage=ppo")
+CFG.rl.rewards = {"mine": RewardSource(function="mine:score")}
 ROW = {"answer": 7, "level": "hard"}
-WHERE = "rewards.mine: the function"
+WHERE = "rl.rewards.mine.function=mine:score"
 
 
 def asked(**columns: Any) -> Prompt:
     return Prompt([Turn("user", "3 + 4?")], json.dumps(columns) if columns else "")
+
+
+def held_out(prompts: list[Prompt], answers: Sequence[Demonstration] = ()) -> Dataset:
+    """Data without rows to train on."""
+    return Dataset(None, None, None, list(answers), [], prompts)
 
 
 def got(function: Callable[..., Any]) -> dict[str, Any]:
@@ -82,8 +92,7 @@ def test_further_parameters_get_the_columns_of_their_names(
 
 
 def test_the_function_is_called_with_them() -> None:
-    score = functools.partial(rewards.call, Source("mine", function=reference), asked(**ROW))
-    assert (score("7"), score("8")) == (1.0, 0.0)
+    assert [score(reference, asked(**ROW), text, WHERE) for text in ("7", "8")] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -92,20 +101,20 @@ def test_the_function_is_called_with_them() -> None:
         (
             lambda turns, response, truth: 0.0,
             ROW,
-            f"{WHERE} has a parameter truth, and a row has no such column (it has answer, level): "
-            "give it a default value, or add the column to the data",
+            f"{WHERE}: the function has a parameter truth, and a row has no such column (it "
+            "has answer, level): give it a default value, or add the column to the data",
         ),
         (
             lambda turns, response, *, truth, **columns: 0.0,
             {},
-            f"{WHERE} has a parameter truth, and a row has no such column (it has none): "
-            "give it a default value, or add the column to the data",
+            f"{WHERE}: the function has a parameter truth, and a row has no such column (it "
+            "has none): give it a default value, or add the column to the data",
         ),
         (
             lambda turns, answer, **columns: 0.0,
             ROW,
-            f"{WHERE} has a parameter answer for the turns or the response, and the rows have a "
-            "column of this name: rename the parameter",
+            f"{WHERE}: the function has a parameter answer for the turns or the response, "
+            "and the rows have a column of this name: rename the parameter",
         ),
     ],
 )
@@ -116,7 +125,7 @@ def test_columns_that_a_function_cannot_get_stop_the_run(
         columns_for(function, asked(**columns), WHERE)
     assert str(raised.value) == line
     with pytest.raises(UserError) as raised:  # before a model is loaded
-        rewards.check_columns({"mine": function}, [asked(**columns)])
+        try_functions(CFG, {"mine": function}, held_out([asked(**columns)]))
     assert str(raised.value) == line
 
 
@@ -165,9 +174,77 @@ def test_columns_reach_the_prompts_of_training_and_of_evaluation(tmp_path: Path)
         assert json.loads(prompt.columns) == {"sum": number + 1}
 
 
-def test_none_is_no_score() -> None:
-    with pytest.raises(UserError, match="the function failed on the response 'x': TypeError"):
-        rewards.call(Source("mine", function=lambda turns, response: None), asked(), "x")
+# --- what a function does on rows
+
+
+def no_score(turns: list[Turn], response: str) -> None:
+    """Forgets to return."""
+
+
+def leaves(turns: list[Turn], response: str) -> float:
+    sys.exit("no key")
+
+
+def reads_json(turns: list[Turn], response: str) -> float:
+    return float(json.loads(response)["score"])  # raises in the standard library
+
+
+def line_of(function: Callable[..., Any]) -> int:
+    return function.__code__.co_firstlineno
+
+
+@pytest.mark.parametrize(
+    "function, line",
+    [
+        (
+            no_score,
+            f"returned None for the response 'x', not a finite number ({__file__}:{{first}})",
+        ),
+        (leaves, f"failed on the response 'x': SystemExit: no key ({__file__}:{{second}})"),
+        (
+            reads_json,
+            "failed on the response 'x': JSONDecodeError: Expecting value: line 1 column 1 "
+            f"(char 0) ({__file__}:{{second}})",
+        ),
+    ],
+)
+def test_what_a_function_did_is_one_line_with_file_and_line(
+    function: Callable[..., Any], line: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        score(function, asked(), "x", WHERE)
+    first = line_of(function)
+    assert str(raised.value) == f"{WHERE}: the function " + line.format(
+        first=first, second=first + 1
+    )
+
+
+def test_functions_are_tried_on_a_few_rows_with_their_answers() -> None:
+    """Spread over all rows, as each source may have other ones."""
+    calls = []
+
+    def function(turns: list[Turn], response: str) -> float:
+        calls.append((turns[0].text, response))
+        return 0.0
+
+    prompts = [Prompt([Turn("user", str(n))]) for n in range(11)]
+    answers = [Demonstration(prompts[n].turns, f"is {n}") for n in range(4)]
+    assert try_functions(CFG, {"mine": function}, held_out(prompts, answers)) == 4
+    assert calls == [("0", "is 0"), ("3", "is 3"), ("6", "Yes."), ("9", "Yes.")]
+    assert try_functions(CFG, {"mine": function}, held_out([])) == 0
+
+
+def test_the_row_on_which_a_function_fails_is_named() -> None:
+    def fails(turns: list[Turn], response: str) -> float:
+        return 1 / int(turns[0].text)
+
+    prompts = [Prompt([Turn("user", text)]) for text in ("1", "0")]
+    with pytest.raises(UserError) as raised:
+        try_functions(CFG, {"mine": fails}, held_out(prompts))
+    assert str(raised.value) == (
+        f"{WHERE}: held-out prompt '0': the function failed on the response 'Yes.': "
+        f"ZeroDivisionError: division by zero ({__file__}:{line_of(fails) + 1})"
+    )
 
 
 def test_a_function_that_cannot_take_turns_and_response_is_refused(
@@ -176,4 +253,4 @@ def test_a_function_that_cannot_take_turns_and_response_is_refused(
     (tmp_path / "short_rewards.py").write_text("def one(turns):\n    return 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=r"key: one must take the prompt's turns and the response"):
-        rewards.load_function("short_rewards:one", "key")
+        functions.load_function("short_rewards:one", "key")

@@ -23,7 +23,7 @@ from rlhf.data import template
 from rlhf.data.records import Pair, Prompt, Turn
 from rlhf.evaluation import reward_model
 from rlhf.models.loading import load_tokenizer
-from rlhf.rl import rewards
+from rlhf.rl import functions, rewards
 from rlhf.rl.experience import Experience
 from rlhf.rl.rewards import Rewards, Source
 from rlhf.runs.identity import run_identity, run_name
@@ -70,7 +70,7 @@ def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokeni
         ),
         (
             lambda turns, answer: "good",
-            "the function failed .*: ValueError: could not convert string to float: 'good'",
+            "the function returned 'good' for the response .*, not a finite number",
         ),
     ],
 )
@@ -93,7 +93,7 @@ def test_functions_are_found_in_the_package_and_where_the_command_is_run(
     (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
-    found = rewards.load_functions(
+    found = functions.load_functions(
         sources(
             gold={"function": "rlhf.data.sandbox:gold"},
             short={"function": "my_own_rewards:short"},
@@ -107,7 +107,7 @@ def test_functions_are_found_in_the_package_and_where_the_command_is_run(
         ("broken_rewards:f", "cannot import broken_rewards: ModuleNotFoundError"),
     ):
         with pytest.raises(ValueError, match=f"rl.rewards.mine.function={function}: {said}"):
-            rewards.load_functions(sources(mine={"function": function}))
+            functions.load_functions(sources(mine={"function": function}))
 
 
 def test_a_module_that_is_not_there_is_told_before_anything_starts(

@@ -1,0 +1,42 @@
+"""Ctrl-C ends a command with one line, also while its modules are imported. No torch here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+INTERRUPTED = 130  # exit code
+
+
+def end_at_interrupt() -> None:
+    """From now on Ctrl-C ends the process at once: nothing has been started yet.
+
+    A program calls this before its other imports: in the middle of an import KeyboardInterrupt
+    would have a traceback, or a library would catch it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup: ignored
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(*_: object) -> None:
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"Interrupted: nothing was done.\n")
+    os._exit(INTERRUPTED)
+
+
+def run_interruptible(main: Callable[[], int]) -> int:
+    """Run the main function of a program, in which Ctrl-C raises KeyboardInterrupt.
+
+    Returns: its exit code, or INTERRUPTED; the message of the KeyboardInterrupt is printed.
+    """
+    try:
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return main()
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # again: the process ends anyway
+        print(str(interrupt) or "Interrupted.", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
