@@ -163,7 +163,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         prepare_directory(command, stage, inputs, directory)
         save_config(cfg, directory / "config.yaml")
         write_json(directory / "parents.json", inputs.ids)
-        write_json(directory / "env.json", describe_environment())
+        write_json(directory / "env.json", describe_start(command) | describe_environment())
         asked_to_stop = run_workers(directory, cfg)
         finish(command, stage, cfg, directory)
     if asked_to_stop:
@@ -193,6 +193,7 @@ def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
         "status": "finished",
         "parents": json.loads((directory / "parents.json").read_text()),
         **json.loads((directory / "result.json").read_text()),
+        "finished": local_time(),
         "data": json.loads((directory / "data.json").read_text()),
         "settings": run_identity(command, stage),
         "versions": environment["packages"] | {"git": environment["git"]},
@@ -202,6 +203,16 @@ def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
     write_json(directory / "summary.json", summary)  # last: it means finished
     if not cfg.checkpoint.keep_optimizer:
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def describe_start(command: Command) -> dict[str, str]:
+    """For env.json: the command that repeats a run, its folder, and when it last started."""
+    return {"command": command.as_typed(), "folder": str(Path.cwd()), "started": local_time()}
+
+
+def local_time() -> str:
+    """Now, for people."""
+    return time.strftime("%Y-%m-%d %H:%M")
 
 
 def wait_until_finished(directory: Path) -> None:

@@ -118,7 +118,7 @@ def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds:
 
     view = view_of(cfg.stage.name)
     if view.panels:
-        curves.plot_curves(run_dir, view.panels)
+        curves.plot_curves(run_dir, view)
     if view is ONLINE_RL:
         curves.plot_frontier(run_dir, metrics)
     write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(seconds, 1)})

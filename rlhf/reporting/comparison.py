@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rlhf.runs.history import Run
 from rlhf.runs.stage_views import PrimaryMetric, view_of
+
+Item = TypeVar("Item")
+
+SEEDS = ("seed", "data.seed")  # runs that differ in these only are one setting
+IN_LABEL = 4  # settings that a label names, besides seeds
+LONGEST_VALUE = 32  # characters of a setting in a label
 
 
 @dataclass
@@ -21,47 +28,101 @@ class SeedGroup:
     runs: list[Run]
 
     def values(self, metric: str) -> list[float]:
-        """The final metric of each run that has it."""
+        """The final metric of each finished run that has it."""
         return [run.metrics[metric] for run in self.runs if metric in run.metrics]
+
+    @property
+    def finished(self) -> int:
+        """The number of finished runs."""
+        return sum(run.status == "finished" for run in self.runs)
 
 
 @dataclass
 class Comparison:
-    """Runs of one kind, ready to be shown side by side."""
+    """Runs of one kind on the same data, ready to be shown side by side."""
 
+    data: str  # short names of the sources; "" where they are unknown
     stages: list[str]
     runs: list[Run]  # sorted by label
     labels: list[str]  # of each run; no two are alike
     settings: list[str]  # keys that distinguish the runs
-    groups: list[SeedGroup]  # of the finished runs; the best one first
+    in_label: list[str]  # those of them that labels name
+    groups: list[SeedGroup]  # the best one first
     metrics: list[str]  # final ones that at least one run has
     primary: PrimaryMetric
 
     @property
+    def title(self) -> str:
+        return ", ".join(self.stages) + (f" on {self.data}" if self.data else "")
+
+    @property
     def has_seeds(self) -> bool:
         """Whether a setting was run with several seeds."""
-        return any(len(group.runs) > 1 for group in self.groups)
+        return any(group.finished > 1 for group in self.groups)
+
+    @property
+    def has_sweeps(self) -> bool:
+        """Whether the runs are not all of the same sweeps."""
+        return len({tuple(run.sweeps) for run in self.runs}) > 1
 
 
-def compare_runs(runs: Sequence[Run], kind: str) -> Comparison | None:
-    """The runs of one kind (StageView.kind), or None where there are none."""
-    runs = [run for run in runs if run.kind == kind]
-    if not runs:
-        return None
+def compare_runs(runs: Sequence[Run], kind: str) -> list[Comparison]:
+    """The runs of one kind (StageView.kind), compared where they have the same data."""
+    same_data = partition([run for run in runs if run.kind == kind], data_settings)
+    return [compare_alike(some) for some in same_data]
+
+
+def compare_alike(runs: Sequence[Run]) -> Comparison:
+    """The comparison of runs of one kind on the same data."""
     stages = list(dict.fromkeys(run.stage for run in runs))
     keys = distinguishing_settings(runs)
+    in_label = informative_settings(runs, keys)
     labelled = sorted(
-        ((run_label(run, keys, len(stages) > 1), run) for run in runs), key=lambda pair: pair[0]
+        ((run_label(run, in_label, len(stages) > 1), run) for run in runs), key=lambda pair: pair[0]
     )
+    runs = [run for _, run in labelled]
     return Comparison(
+        data_name(runs[0]),
         stages,
-        [run for _, run in labelled],
+        runs,
         number_duplicates([label for label, _ in labelled]),
         keys,
-        seed_groups([run for _, run in labelled]),
+        in_label,
+        seed_groups(runs),
         [name for name in view_of(stages[0]).metrics if any(name in run.metrics for run in runs)],
         primary_metric(runs),
     )
+
+
+def partition(items: Sequence[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """The items in lists of equal `key`, in the order of their first ones."""
+    parts: dict[Hashable, list[Item]] = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
+    return list(parts.values())
+
+
+# ---- data
+
+
+def data_settings(run: Run) -> str:
+    """The settings that name a run's sources, as text; "" where they are unknown."""
+    sources = {
+        key: value
+        for key, value in run.settings.items()
+        if key.startswith("data.sources.") and not key.endswith(".weight")
+    }
+    return json.dumps(sources, sort_keys=True) if sources else ""
+
+
+def data_name(run: Run) -> str:
+    """Short names of a run's sources: rm-static + pairs.jsonl."""
+    paths = [
+        str(value)
+        for key, value in sorted(run.settings.items())
+        if key.startswith("data.sources.") and key.endswith(".path") and value is not None
+    ]
+    return " + ".join(Path(path.removeprefix("builtin:")).name or path for path in paths)
 
 
 # ---- settings and labels
@@ -83,10 +144,7 @@ def distinguishing_settings(runs: Sequence[Run]) -> list[str]:
     Those in which runs of the same stage differ, and those that all runs have, of any stage.
     The rl.* values of different presets do not count: the preset's name stands for them.
     """
-    by_stage = [
-        [run for run in runs if run.stage == stage]
-        for stage in dict.fromkeys(run.stage for run in runs)
-    ]
+    by_stage = partition(runs, lambda run: run.stage)
     known = [run for run in runs if run.settings]
     shared = {
         key
@@ -94,6 +152,26 @@ def distinguishing_settings(runs: Sequence[Run]) -> list[str]:
         if all(key in run.settings for run in known) and not key.startswith("rl.")
     }
     return sorted(shared.union(*(differing_settings(some) for some in by_stage)))
+
+
+def informative_settings(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+    """The few of the differing settings `keys` that labels name; the seeds last.
+
+    Of settings that split the runs in the same way (all that a recipe sets), one is enough.
+    First come those that the runs' names show, which were set by hand; then names; then the
+    settings of the stage itself.
+    """
+    own = {run.stage for run in runs} | {"rl"}
+
+    def order(key: str) -> tuple[bool, bool, bool, str]:
+        by_hand = any(f"+{key}-" in run.name for run in runs)
+        return (not by_hand, not key.endswith(".name"), key.partition(".")[0] not in own, key)
+
+    chosen: dict[tuple[int, ...], str] = {}  # by how they split the runs
+    for key in sorted((key for key in keys if key not in SEEDS), key=order):
+        values = [json.dumps(run.settings.get(key)) for run in runs]
+        chosen.setdefault(tuple(map(values.index, values)), key)
+    return [*list(chosen.values())[:IN_LABEL], *(key for key in SEEDS if key in keys)]
 
 
 def format_value(value: Any) -> str:
@@ -104,20 +182,21 @@ def format_value(value: Any) -> str:
 
 
 def run_label(run: Run, keys: Sequence[str], with_stage: bool = False) -> str:
-    """A short name of a run: the settings `keys` that it has; its directory where they are unknown.
+    """The settings `keys` that a run has; its short name where they are unknown or none.
 
-    The settings of its own stage are written without their node: kl.coef=0.05.
+    The settings of its own stage are written without their node: kl.coef=0.05. Of a long value
+    the end is shown.
     Args: with_stage: begin with the stage's name.
     """
     if not run.settings:
-        return run.name
+        return run.short_name
     parts = [run.stage] if with_stage else []
-    parts += [
-        f"{key.removeprefix(run.stage + '.').removeprefix('rl.')}={format_value(run.settings[key])}"
-        for key in keys
-        if key in run.settings
-    ]
-    return " ".join(parts) or run.name
+    for key in keys:
+        if key in run.settings:
+            value = format_value(run.settings[key])
+            value = value if len(value) <= LONGEST_VALUE else f"…{value[1 - LONGEST_VALUE :]}"
+            parts.append(f"{key.removeprefix(run.stage + '.').removeprefix('rl.')}={value}")
+    return " ".join(parts) or run.short_name
 
 
 def number_duplicates(names: list[str]) -> list[str]:
@@ -132,49 +211,61 @@ def number_duplicates(names: list[str]) -> list[str]:
 
 
 def primary_metric(runs: Sequence[Run]) -> PrimaryMetric:
-    """The metric by which runs of one kind are compared: the first one that all of them have."""
+    """The metric by which runs of one kind are compared.
+
+    The first candidate that all of the finished runs have, else the one that most of them have.
+    """
     candidates = view_of(runs[0].stage).primary
-    return next(
-        (
-            metric
-            for metric in candidates
-            if all(metric.name in run.metrics for run in runs if run.metrics)
-        ),
-        candidates[-1],
-    )
+
+    def count(metric: PrimaryMetric) -> int:
+        return sum(metric.name in run.metrics for run in runs)
+
+    return max(candidates, key=count)  # the first of equal ones
 
 
 def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
-    """The finished runs of one kind, grouped over seeds; the best group first.
+    """The runs of one kind, grouped over seeds; the best group first.
 
     A run whose settings are unknown is a group of its own.
     """
-    keys = [key for key in distinguishing_settings(runs) if key not in ("seed", "data.seed")]
+    keys = [key for key in distinguishing_settings(runs) if key not in SEEDS]
+    in_label = informative_settings(runs, keys)
     with_stage = len({run.stage for run in runs}) > 1
-    members: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.status == "finished":
-            has_label = keys or with_stage or not run.settings
-            label = run_label(run, keys, with_stage) if has_label else "all"
-            members.setdefault(label, []).append(run)
-    metric, higher_is_better = primary_metric(runs)
-    sign = -1 if higher_is_better else 1
+
+    def setting(run: Run) -> Hashable:
+        if not run.settings:
+            return run.path
+        return run.stage, json.dumps([run.settings.get(key) for key in keys])
+
+    def label(run: Run) -> str:
+        has_label = in_label or with_stage or not run.settings
+        return run_label(run, in_label, with_stage) if has_label else "all"
+
+    alike = sorted(partition(runs, setting), key=lambda some: label(some[0]))
+    labels = number_duplicates([label(some[0]) for some in alike])
+    metric = primary_metric(runs)
+    sign = -1 if metric.higher_is_better else 1
 
     def rank(group: SeedGroup) -> float:
-        values = group.values(metric)
+        values = group.values(metric.name)
         return sign * statistics.fmean(values) if values else math.inf
 
-    return sorted((SeedGroup(label, some) for label, some in members.items()), key=rank)
+    return sorted(map(SeedGroup, labels, alike), key=rank)
 
 
 def confidence_half_width(values: Sequence[float]) -> float:
     """Half the 95 % confidence interval of a mean, by Student's t; NaN for one value."""
-    from scipy import stats
-
     n = len(values)
     if n < 2:
         return math.nan
-    return float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def t_quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    from scipy import special  # scipy.stats takes a second to import
+
+    return float(special.stdtrit(freedom, 0.975))
 
 
 def format_mean(values: Sequence[float]) -> str:
@@ -185,25 +276,132 @@ def format_mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
-def compare_best(groups: Sequence[SeedGroup], metric: str) -> str:
-    """A line: is the best group significantly better than the second best? "" for fewer than two.
+# ---- the answer: which is best, by how much, is it significant
 
-    Welch's t-test over seeds, two-sided. Args: groups: the best one first.
+
+def conclusions(comparison: Comparison) -> list[str]:
+    """Which setting is the best, by how much, whether that is significant, and what limits it.
+
+    Settings whose metric does not mean the same (PrimaryMetric.defined_by) are not ranked against
+    each other. Returns: sentences; none where no run is finished.
     """
-    from scipy import stats
+    metric = comparison.primary
+    measured = [group for group in comparison.groups if group.values(metric.name)]
+    if not measured:
+        return []
+    if len(measured) == 1:
+        lines = [describe_one(measured[0], metric)]
+    else:
+        ranked = partition(measured, lambda group: meaning(group.runs[0], metric))
+        lines = [compare_best(some, metric) for some in ranked if len(some) > 1]
+        if len(ranked) > 1:
+            lines.append(why_not_ranked(measured, metric))
+    missing = [g.label for g in comparison.groups if g.finished and g not in measured]
+    if missing:
+        lines.append(f"Not compared, as they have no {metric.label}: {', '.join(missing)}.")
+    return lines + ([metric.caution] if metric.caution else [])
 
-    groups = [group for group in groups if group.values(metric)]
-    if len(groups) < 2:
+
+def meaning(run: Run, metric: PrimaryMetric) -> str:
+    """The settings that decide what a run's metric means, as text."""
+    if not run.settings:
+        return str(run.path)
+    return json.dumps(
+        {
+            key: value
+            for key, value in sorted(run.settings.items())
+            if key.startswith(metric.defined_by) and metric.defined_by
+        }
+    )
+
+
+def why_not_ranked(groups: Sequence[SeedGroup], metric: PrimaryMetric) -> str:
+    """A sentence: why not all groups are ranked against each other."""
+    runs = [group.runs[0] for group in groups]
+    if any(not run.settings for run in runs):
+        return "Runs of an earlier version are not ranked: their settings are unknown."
+    keys = [key for key in differing_settings(runs) if key.startswith(metric.defined_by)]
+    different = ", ".join(informative_settings(runs, keys))
+    return (
+        f"Runs with different {different} are not ranked against each other: their "
+        f"{metric.label} does not mean the same."
+    )
+
+
+def describe_one(group: SeedGroup, metric: PrimaryMetric) -> str:
+    """A sentence on a setting that has no other one to be compared with."""
+    return f"Only one setting, so nothing to compare: {metric.label} {describe(group, metric)}."
+
+
+def describe(group: SeedGroup, metric: PrimaryMetric) -> str:
+    """A group's mean, over how many seeds, and its value before training."""
+    values, before = group.values(metric.name), group.values(f"{metric.name}_before")
+    notes = [f"mean over {len(values)} seeds"] if len(values) > 1 else []
+    notes += [f"{statistics.fmean(before):.3f} before training"] if before else []
+    return format_mean(values) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def compare_best(groups: Sequence[SeedGroup], metric: PrimaryMetric) -> str:
+    """Sentences: the best group, its difference to the second best, and whether it is significant.
+
+    Welch's t-test over seeds, two-sided. Args: groups: two or more, the best one first.
+    """
+    (best, second), name = groups[:2], metric.name
+    ours, theirs = best.values(name), second.values(name)
+    difference = abs(statistics.fmean(ours) - statistics.fmean(theirs))
+    than = "higher" if metric.higher_is_better else "lower"
+    interval, verdict = significance(ours, theirs, len(groups))
+    return (
+        f"Best of {len(groups)} settings by {metric.label}: {best.label} with "
+        f"{describe(best, metric)}, {difference:.3f} {than} than {second.label}{interval}. "
+        f"{verdict}{kl_note(best, second)}"
+    )
+
+
+def significance(ours: Sequence[float], theirs: Sequence[float], groups: int) -> tuple[str, str]:
+    """The interval of a difference in brackets, and a sentence on its significance.
+
+    Args: groups: the number of groups that the best one was chosen from.
+    """
+    if len(ours) < 2 or len(theirs) < 2:
+        return "", "Significance cannot be tested with one seed: repeat with -m seed=1,2,3."
+    if len({*ours}) == len({*theirs}) == 1:
+        return "", "Significance cannot be tested: the seeds have equal values."
+    low, high, p = welch(ours, theirs)
+    if statistics.fmean(ours) < statistics.fmean(theirs):
+        low, high = -high, -low
+    verdict = "Significant at 5 %" if p < 0.05 else "Not significant at 5 %"
+    chosen = f", not corrected for choosing the best of {groups}" if groups > 2 else ""
+    test = f"Welch's t-test over {len(ours)} and {len(theirs)} seeds{chosen}"
+    return (
+        f" (95 % confidence interval of the difference: {low:.3f} to {high:.3f})",
+        f"{verdict}: p = {p:.2g} ({test}).",
+    )
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Welch's t-test, two-sided. Args: a, b: at least two values each, not all equal.
+
+    Returns: the 95 % confidence interval of mean(a) - mean(b), and p.
+    """
+    from scipy import special
+
+    errors = [statistics.variance(some) / len(some) for some in (a, b)]  # of the means, squared
+    error = math.sqrt(sum(errors))
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(x) - 1) for e, x in zip(errors, (a, b)))
+    difference = statistics.fmean(a) - statistics.fmean(b)
+    half = t_quantile(freedom) * error
+    p = 2 * float(special.stdtr(freedom, -abs(difference) / error))
+    return difference - half, difference + half, p
+
+
+def kl_note(best: SeedGroup, second: SeedGroup) -> str:
+    """A sentence where the KL of two groups of policies differs much, else ""."""
+    ours, theirs = best.values("eval/kl"), second.values("eval/kl")
+    if not ours or not theirs:
         return ""
-    best, second = groups[0].values(metric), groups[1].values(metric)
-    line = f"best by {metric}: {groups[0].label} ({format_mean(best)}), "
-    line += f"then {groups[1].label} ({format_mean(second)}): "
-    if len(best) < 2 or len(second) < 2:
-        return line + "one seed: significance cannot be tested; add seed=1,2,3"
-    if len({*best, *second}) == 1:
-        return line + "all values are equal"
-    p = float(stats.ttest_ind(best, second, equal_var=False).pvalue)
-    verdict = "significant" if p < 0.05 else "not significant"
-    seeds = f"{len(best)} and {len(second)} seeds"
-    test = f"Welch's t-test, {seeds}, not corrected for choosing the best"
-    return line + f"p = {p:.2g}, {verdict} at 5 % ({test})"
+    kl, other = statistics.fmean(ours), statistics.fmean(theirs)
+    if max(kl, other) < 1.5 * max(min(kl, other), 0.0) + 0.5:
+        return ""
+    note = f" The KL differs: {kl:.2f} nats per response, not {other:.2f}"
+    return note + (", so compare them at equal KL (reward against KL)." if kl > other else ".")

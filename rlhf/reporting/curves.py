@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.runs.history import read_lines
-from rlhf.runs.stage_views import Panel
+from rlhf.runs.stage_views import Panel, StageView
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,21 +18,58 @@ if TYPE_CHECKING:
 
 Row = dict[str, float]  # a line of metrics.jsonl
 
-COLORS = ("#1f77b4", "#ff7f0e")
+# Okabe and Ito's colours, without yellow: people who are colour-blind can tell them apart
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GRID_COLUMNS = 3
+PANEL_SIZE = (3.8, 2.9)  # inches
+DOTS_PER_INCH = 110
+ROOT_KL = "root of the KL to the SFT policy, nats per response"
 
 
-def plot_curves(run_dir: Path, panels: Sequence[Panel]) -> None:
+class FrontierReward(NamedTuple):
+    """A reward that is drawn against the KL."""
+
+    title: str
+    unit: str
+    rollout: str  # metric of the rollouts
+    held_out: str  # metric of the evaluations
+
+
+FRONTIER_REWARDS = (
+    FrontierReward("Gold reward", "points", "reward/gold/mean", "eval/gold"),
+    FrontierReward("Score", "standard deviations", "objective/scores", "eval/score"),
+)
+
+
+def plot_curves(run_dir: Path, view: StageView) -> None:
     """Draw run_dir/curves.png from metrics.jsonl: raw values faint, their running mean strong."""
     rows = read_lines(run_dir / "metrics.jsonl")
     logged = {name for row in rows for name in row}
-    drawn = [panel for panel in panels if logged.intersection(panel.metrics)]
-    plt = headless_pyplot()
-    figure, axes = plt.subplots(
-        1, len(drawn), figsize=(4.2 * len(drawn), 3.2), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], drawn):
+    drawn = [panel for panel in view.panels if logged.intersection(panel.metrics)]
+    figure, axes = panel_grid(len(drawn))
+    for i, (axis, panel) in enumerate(zip(axes, drawn)):
         draw_panel(axis, panel, rows)
+        below = i + GRID_COLUMNS  # the panel under this one, where there is one
+        axis.set_xlabel(view.x_axis if below >= len(drawn) else "")
     save(figure, run_dir / "curves.png")
+
+
+def panel_grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, in rows of at most GRID_COLUMNS."""
+    columns = min(GRID_COLUMNS, count)
+    lines = math.ceil(count / columns)
+    width, height = PANEL_SIZE
+    figure, axes = headless_pyplot().subplots(
+        lines,
+        columns,
+        figsize=(width * columns, height * lines),
+        squeeze=False,
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
 
 
 def draw_panel(axis: Axes, panel: Panel, rows: Sequence[Row]) -> None:
@@ -42,11 +81,10 @@ def draw_panel(axis: Axes, panel: Panel, rows: Sequence[Row]) -> None:
         mean = smooth(values, max(3, len(values) // 20))
         axis.plot(steps, mean, color=color, linewidth=2, label=name)
     axis.set_title(panel.title)
-    axis.set_xlabel("step")
     axis.set_ylabel(panel.unit)
     axis.grid(alpha=0.3)
     if len(names) > 1:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=9)
 
 
 def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
@@ -56,34 +94,44 @@ def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
     end. Source: Gao 2022, arXiv:2210.10760. Args: final: the run's final metrics, eval/NAME.
     """
     rows = read_lines(run_dir / "metrics.jsonl")
-    figure, axis = headless_pyplot().subplots(figsize=(5.6, 4.0), layout="constrained")
-    for color, label, name, held_out in (
-        ("#1f77b4", "score", "objective/scores", "eval/score"),
-        ("#d62728", "gold reward", "reward/gold/mean", "eval/gold"),
-    ):
-        if name not in rows[0]:
-            continue
-        kl = [root_kl(row["objective/kl"]) for row in rows]
-        rewards = [row[name] for row in rows]
-        axis.plot(kl, rewards, color=color, linewidth=0.6, alpha=0.4)
-        axis.scatter(kl, rewards, color=color, s=12, label=label)
-        start = {"eval/kl": 0.0, held_out: final[f"{held_out}_before"]}
-        evaluated = [start, *(row for row in rows if held_out in row), final]
-        axis.scatter(
-            [root_kl(row["eval/kl"]) for row in evaluated],
-            [row[held_out] for row in evaluated],
-            s=60,
-            facecolors="none",
-            edgecolors=color,
-            linewidths=1.5,
-            label=f"{label}, held-out prompts",
-        )
-    axis.set_xlabel("root of the KL to the SFT policy, nats per response")
-    axis.set_ylabel("standard deviations; points")
-    axis.set_title("Reward against KL")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    rewards = [reward for reward in FRONTIER_REWARDS if reward.rollout in rows[0]]
+    width, height = PANEL_SIZE
+    figure, axes = headless_pyplot().subplots(
+        1,
+        len(rewards),
+        figsize=(1.4 * width * len(rewards), 1.3 * height),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, reward, color in zip(axes.flat, rewards, COLORS):
+        draw_frontier(axis, reward, color, rows, final)
     save(figure, run_dir / "frontier.png")
+
+
+def draw_frontier(
+    axis: Axes, reward: FrontierReward, color: str, rows: Sequence[Row], final: Row
+) -> None:
+    """Draw one reward against the root of the KL."""
+    kl = [root_kl(row["objective/kl"]) for row in rows]
+    values = [row[reward.rollout] for row in rows]
+    axis.plot(kl, values, color=color, linewidth=0.6, alpha=0.4)
+    axis.scatter(kl, values, color=color, s=25, alpha=0.6, label="rollouts")
+    start = {"eval/kl": 0.0, reward.held_out: final[f"{reward.held_out}_before"]}
+    evaluated = [start, *(row for row in rows if reward.held_out in row), final]
+    axis.scatter(
+        [root_kl(row["eval/kl"]) for row in evaluated],
+        [row[reward.held_out] for row in evaluated],
+        s=110,
+        facecolors="none",
+        edgecolors="black",
+        linewidths=2,
+        label="held-out prompts",
+    )
+    axis.set_title(f"{reward.title} against KL")
+    axis.set_xlabel(ROOT_KL)
+    axis.set_ylabel(reward.unit)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
 
 
 def root_kl(kl: float) -> float:
@@ -102,9 +150,11 @@ def headless_pyplot() -> ModuleType:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a picture with the run's name above it."""
-    figure.suptitle(file.parent.name, fontsize=9, color="gray")
-    figure.savefig(file, dpi=110)
+    """Write a picture with the run's name above it, in lines that fit."""
+    characters = int(13 * figure.get_figwidth())
+    name = textwrap.fill(file.parent.name, characters)
+    figure.suptitle(name, fontsize=9, color="gray")
+    figure.savefig(file, dpi=DOTS_PER_INCH)
     headless_pyplot().close(figure)
 
 

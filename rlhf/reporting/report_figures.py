@@ -1,44 +1,46 @@
-"""Plotly figures of the report page: curves of several runs, and reward against KL."""
+"""Plotly figures of the report page: curves of several runs, and reward against KL.
+
+They are plain dictionaries, which plotly.js draws: making them takes no time. Each trace has
+`meta`: which setting it shows and what it is (mean, band, seed); the script of the page
+(templates/report.html) hides, shows and smooths by that.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from rlhf.reporting.comparison import Comparison, SeedGroup
-from rlhf.reporting.curves import root_kl, smooth
+from rlhf.reporting.comparison import Comparison
+from rlhf.reporting.curves import COLORS, ROOT_KL, root_kl
 from rlhf.runs.history import Run
 from rlhf.runs.stage_views import view_of
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+DASHES = ("solid", "dash", "dot")
+SVG_DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3"}
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+DIGITS = 5  # significant ones in a figure
 
-SMOOTHING = [1, 3, 9, 27]  # steps of the running mean
-COLORS = [
-    "#1f77b4",
-    "#d62728",
-    "#2ca02c",
-    "#ff7f0e",
-    "#9467bd",
-    "#17becf",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#bcbd22",
-]
-DASHES = ["solid", "dash", "dot"]
+Figure = dict[str, Any]  # data and layout, as plotly.js reads them
+Curve = dict[float, float]  # value by step
 
 
 @dataclass
-class DrawnRun:
-    """A run with the look of its lines: a colour for each setting, dashes for the seeds."""
+class DrawnSetting:
+    """Runs that differ in nothing but the seed, with the look of their lines."""
 
-    name: str
-    run: Run
+    label: str
+    runs: list[Run]
     color: str
     dash: str
+    symbol: str
+
+    @property
+    def svg_dash(self) -> str:
+        """The dashes of the legend's line."""
+        return SVG_DASHES[self.dash]
 
 
 class Subplot(NamedTuple):
@@ -46,160 +48,178 @@ class Subplot(NamedTuple):
 
     metric: str
     title: str
-    unit: str
+    x_axis: str
 
 
-def drawn_runs(comparison: Comparison) -> list[DrawnRun]:
-    """The runs that have curves, each with its look."""
-    groups = comparison.groups if comparison.has_seeds else []
-    return [
-        DrawnRun(name, run, *line_style(run, groups, index))
-        for index, (name, run) in enumerate(zip(comparison.labels, comparison.runs))
-        if run.rows and view_of(run.stage).panels
-    ]
-
-
-def line_style(run: Run, groups: Sequence[SeedGroup], index: int) -> tuple[str, str]:
-    """Colour and dashes of a run: by its group over seeds, or by its index where it has none."""
-    for i, group in enumerate(sorted(groups, key=lambda group: group.label)):
-        if run in group.runs:
-            return COLORS[i % len(COLORS)], DASHES[group.runs.index(run) % 3]
-    return COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % 3]
+def drawn_settings(comparison: Comparison) -> list[DrawnSetting]:
+    """The settings that have curves, each with its look."""
+    groups = sorted(comparison.groups, key=lambda group: group.label)
+    label_of_run = {id(run): label for label, run in zip(comparison.labels, comparison.runs)}
+    drawn: list[DrawnSetting] = []
+    for group in groups:
+        runs = [run for run in group.runs if run.rows and view_of(run.stage).panels]
+        if runs:
+            i = len(drawn)
+            alone = len(group.runs) == 1 and group.label == "all"
+            drawn.append(
+                DrawnSetting(
+                    label_of_run[id(runs[0])] if alone else group.label,
+                    runs,
+                    COLORS[i % len(COLORS)],
+                    DASHES[i // len(COLORS) % len(DASHES)],
+                    SYMBOLS[i % len(SYMBOLS)],
+                )
+            )
+    return drawn
 
 
 # ---- curves
 
 
-def curves_figure(drawn: Sequence[DrawnRun], stages: Sequence[str]) -> Figure:
-    """All metrics of the stages' panels over the steps of the runs; a slider sets the smoothing."""
-    from plotly.subplots import make_subplots
-
-    subplots = subplots_of(drawn, stages)
-    columns = min(3, len(subplots))
-    lines = math.ceil(len(subplots) / columns)
-    figure = make_subplots(
-        rows=lines,
-        cols=columns,
-        subplot_titles=[subplot.title for subplot in subplots],
-        vertical_spacing=0.3 / lines,
-    )
-    values: list[list[float]] = []  # of each trace, for the slider
-    in_legend: set[str] = set()  # a run has one entry, that of the first subplot that it is in
-    for i, subplot in enumerate(subplots):
-        place = {"row": i // columns + 1, "col": i % columns + 1}
-        for one in drawn:
-            trace = run_trace(one, subplot.metric, one.name not in in_legend)
-            values.append(trace["y"])
-            in_legend |= {one.name} if trace["y"] else set()
-            figure.add_scatter(**trace, **place)
-        figure.update_yaxes(title_text=subplot.unit, **place)
-        figure.update_xaxes(title_text="step", **place)
-    figure.update_layout(
-        template="plotly_white",
-        height=340 * lines + 160,
-        sliders=[smoothing_slider(values)],
-        legend={"groupclick": "togglegroup"},
-    )
-    return figure
-
-
-def subplots_of(drawn: Sequence[DrawnRun], stages: Sequence[str]) -> list[Subplot]:
+def subplots_of(drawn: Sequence[DrawnSetting], stages: Sequence[str]) -> list[Subplot]:
     """A subplot for each metric that the stages show and that at least one run has."""
-    subplots = [
-        Subplot(metric, panel.title if len(panel.metrics) == 1 else metric, panel.unit)
-        for stage in stages
-        for panel in view_of(stage).panels
-        for metric in panel.metrics
-    ]
+    found: dict[tuple[str, str], list[str]] = {}  # stages by metric and title
+    for stage in stages:
+        rows = [row for one in drawn for run in one.runs if run.stage == stage for row in run.rows]
+        logged = {name for row in rows for name in row}
+        for panel in view_of(stage).panels:
+            for metric in logged.intersection(panel.metrics):
+                title = panel.title if len(panel.metrics) == 1 else f"{panel.title}: {metric}"
+                title += f", {panel.unit}" if panel.unit else ""
+                found.setdefault((metric, title), []).append(stage)
     return [
-        subplot
-        for subplot in dict.fromkeys(subplots)
-        if any(subplot.metric in row for one in drawn for row in one.run.rows)
+        Subplot(metric, title, " / ".join(dict.fromkeys(view_of(stage).x_axis for stage in some)))
+        for (metric, title), some in found.items()
     ]
 
 
-def run_trace(one: DrawnRun, metric: str, show_legend: bool) -> dict[str, Any]:
-    """The arguments of plotly's add_scatter for one metric of one run; finite values only."""
-    points = [
-        (row["step"], row[metric])
-        for row in one.run.rows
-        if metric in row and math.isfinite(row[metric])
+def curves_figure(drawn: Sequence[DrawnSetting], subplot: Subplot) -> Figure:
+    """One metric over the steps: for each setting its run, or the mean and range of its seeds."""
+    traces = [
+        trace
+        for i, setting in enumerate(drawn)
+        for trace in setting_traces(setting, i, subplot.metric)
     ]
+    return {"data": traces, "layout": layout(subplot.x_axis)}
+
+
+def setting_traces(setting: DrawnSetting, number: int, metric: str) -> list[Figure]:
+    """The traces of a setting: a line of one run; of several the band, the mean, and thin lines.
+
+    Mean and band (minimum to maximum) are at the steps that all seeds have reached.
+    """
+    curves = [curve for run in setting.runs if (curve := curve_of(run, metric))]
+    line = {"color": setting.color, "width": 2.5, "dash": setting.dash}
+
+    def trace(curve: Curve, kind: str, **look: Any) -> Figure:
+        return {
+            "type": "scatter",
+            "mode": "lines",
+            "x": list(curve),
+            "y": [short(value) for value in curve.values()],
+            "name": setting.label,
+            "showlegend": False,
+            "meta": {"setting": number, "kind": kind},
+            "line": line,
+        } | look
+
+    if len(curves) < 2:
+        return [trace(curve, "mean") for curve in curves]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    values = {step: [curve[step] for curve in curves] for step in steps}
+    edge = {"line": {"width": 0}, "hoverinfo": "skip"}
+    fill = {"fill": "tonexty", "fillcolor": transparent(setting.color)}
+    thin = line | {"width": 1}
+    return [
+        trace({step: min(values[step]) for step in steps}, "band", **edge),
+        trace({step: max(values[step]) for step in steps}, "band", **edge, **fill),
+        trace({step: statistics.fmean(values[step]) for step in steps}, "mean"),
+        *(trace(curve, "seed", line=thin, visible=not steps) for curve in curves),
+    ]
+
+
+def curve_of(run: Run, metric: str) -> Curve:
+    """The finite values of a metric, by step."""
     return {
-        "x": [step for step, _ in points],
-        "y": [value for _, value in points],
-        "name": one.name,
-        "legendgroup": one.name,
-        "showlegend": show_legend and bool(points),
-        "mode": "lines",
-        "line": {"color": one.color, "width": 2, "dash": one.dash},
+        row["step"]: row[metric] for row in run.rows if metric in row and math.isfinite(row[metric])
     }
 
 
-def smoothing_slider(values: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """plotly's description of a slider that replaces the values of all traces by running means."""
-    steps = [
-        {
-            "label": str(window),
-            "method": "restyle",
-            "args": [{"y": [smooth(trace, window) for trace in values]}],
-        }
-        for window in SMOOTHING
-    ]
-    prefix = {"prefix": "running mean over "}
-    return {"active": 0, "steps": steps, "currentvalue": prefix, "pad": {"t": 50}}
+def short(value: float) -> float:
+    """A number with few digits: the page is smaller."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def transparent(color: str) -> str:
+    """A colour #rrggbb as the colour of a band."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.18)"
+
+
+def layout(x_title: str, y_title: str = "") -> Figure:
+    """A white figure with grid lines and small margins; the page gives it its size."""
+    axis = {"gridcolor": "#e4e4e4", "zerolinecolor": "#cccccc", "automargin": True}
+    return {
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "xaxis": axis | {"title": {"text": x_title, "standoff": 4}},
+        "yaxis": axis | {"title": {"text": y_title}},
+        "hovermode": "closest",
+        "plot_bgcolor": "white",
+        "paper_bgcolor": "white",
+        "font": {"size": 12},
+    }
 
 
 # ---- reward against KL
 
 
-def frontier_figure(drawn: Sequence[DrawnRun]) -> Figure:
-    """The reward of each run against the root of its KL to the SFT policy.
+def frontier_figure(drawn: Sequence[DrawnSetting]) -> Figure | None:
+    """The reward of each run against the root of its KL to the SFT policy; None without points.
 
-    The gold reward where all runs have it, else the score. Dots are rollouts, circles are
-    evaluations on held-out prompts. Source: Gao 2022, arXiv:2210.10760.
+    The gold reward where all runs have it, else the score. Small marks are rollouts, large open
+    ones are evaluations on held-out prompts. Source: Gao 2022, arXiv:2210.10760.
     """
-    from plotly import graph_objects
-
-    has_gold = all("eval/gold" in one.run.metrics for one in drawn if one.run.metrics)
+    final = [run.metrics for one in drawn for run in one.runs if run.metrics]
+    has_gold = bool(final) and all("eval/gold" in metrics for metrics in final)
     rollout, held_out = (
         ("reward/gold/mean", "eval/gold") if has_gold else ("objective/scores", "eval/score")
     )
-    figure = graph_objects.Figure()
-    for one in drawn:
-        rows = [row for row in one.run.rows if rollout in row]
-        figure.add_scatter(
-            x=[root_kl(row["objective/kl"]) for row in rows],
-            y=[row[rollout] for row in rows],
-            mode="markers",
-            marker={"color": one.color, "size": 4, "opacity": 0.5},
-            name=one.name,
-            legendgroup=one.name,
-        )
-        points = held_out_points(one.run, held_out)
-        figure.add_scatter(
-            x=[kl for kl, _ in points],
-            y=[reward for _, reward in points],
-            mode="lines+markers",
-            marker={
+    traces = []
+    for i, one in enumerate(drawn):
+        for run in one.runs:
+            rows = [row for row in run.rows if rollout in row and "objective/kl" in row]
+            small = {"color": one.color, "symbol": one.symbol, "size": 7, "opacity": 0.55}
+            points = [(root_kl(row["objective/kl"]), row[rollout]) for row in rows]
+            traces.append(frontier_trace(one.label, i, points, mode="markers", marker=small))
+            large = {
                 "color": one.color,
-                "size": 12,
-                "symbol": "circle-open",
-                "line": {"width": 2},
-            },
-            line={"width": 1, "color": one.color},
-            name=f"{one.name}, held out" if rows else one.name,
-            legendgroup=one.name,
-            showlegend=not rows,
-        )
-    figure.update_layout(
-        template="plotly_white",
-        height=520,
-        xaxis_title="root of the KL to the SFT policy, nats per response",
-        yaxis_title="gold reward, points" if has_gold else "score, standard deviations",
-        legend={"groupclick": "togglegroup"},
-    )
-    return figure
+                "symbol": f"{one.symbol}-open",
+                "size": 14,
+                "line": {"width": 3},
+            }
+            line = {"width": 1.5, "color": one.color, "dash": one.dash}
+            points = held_out_points(run, held_out)
+            look = {"mode": "lines+markers", "marker": large, "line": line}
+            traces.append(frontier_trace(f"{one.label}, held out", i, points, **look))
+    if not any(trace["x"] for trace in traces):
+        return None
+    y_title = "gold reward, points" if has_gold else "score, standard deviations"
+    return {"data": traces, "layout": layout(ROOT_KL, y_title)}
+
+
+def frontier_trace(
+    name: str, number: int, points: Sequence[tuple[float, float]], **look: Any
+) -> Figure:
+    """Points of a setting. Args: points: root of the KL, and reward."""
+    finite = [point for point in points if all(map(math.isfinite, point))]
+    return {
+        "type": "scatter",
+        "x": [short(kl) for kl, _ in finite],
+        "y": [short(reward) for _, reward in finite],
+        "name": name,
+        "showlegend": False,
+        "meta": {"setting": number, "kind": "points"},
+    } | look
 
 
 def held_out_points(run: Run, metric: str) -> list[tuple[float, float]]:

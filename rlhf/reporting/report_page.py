@@ -1,104 +1,239 @@
-"""Runs side by side as one HTML page: curves, reward against KL, settings, responses, parent runs.
+"""Runs side by side as one HTML page: which is the best, curves, reward against KL, settings,
+responses, how each run was made, parent runs.
 
-Plotly draws the figures; templates/report.html is the page.
+plotly.js draws the figures; templates/report.html is the page.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
 from rlhf.base.files import atomic_path
 from rlhf.reporting.comparison import (
     Comparison,
-    compare_best,
     compare_runs,
+    conclusions,
     format_mean,
     format_value,
     primary_metric,
 )
 from rlhf.reporting.html import Figures, Table, render
-from rlhf.reporting.report_figures import curves_figure, drawn_runs, frontier_figure
+from rlhf.reporting.report_figures import (
+    DrawnSetting,
+    curves_figure,
+    drawn_settings,
+    frontier_figure,
+    subplots_of,
+)
 from rlhf.runs.history import Run, parent_runs, read_lines
+from rlhf.runs.stage_views import view_of
 
 MAX_PROMPTS = 8  # whose responses are shown
 KINDS = ("policy", "rm", "sft", "eval")  # in the order of the page
+LINKED = (  # files of a run that the page links to
+    "report.html",
+    "curves.png",
+    "frontier.png",
+    "samples.jsonl",
+    "metrics.jsonl",
+    "config.yaml",
+    "train.log",
+    "model",
+)
+CURVE_HEIGHT, FRONTIER_HEIGHT = "240px", "460px"
+
+
+@dataclass
+class MadeRun:
+    """How a run was made: names and texts."""
+
+    label: str
+    facts: list[tuple[str, str]]
 
 
 @dataclass
 class Section:
-    """What the page shows of the runs of one kind; None and "" are left out."""
+    """What the page shows of runs of one kind on the same data; None and empty are left out."""
 
-    stages: str
+    title: str
+    anchor: str
+    conclusions: list[str]
     runs: Table
     over_seeds: Table | None
-    verdict: str
-    curves: Markup | None
+    drawn: list[DrawnSetting]
+    has_bands: bool
+    curves: list[tuple[str, Markup]]  # title and figure
     frontier: Markup | None
     settings: Table | None
     responses: Table | None
+    made: list[MadeRun]
 
 
 def write_page(runs: Sequence[Run], file: Path, title: str) -> Path:
     """Write the page of these runs. Returns: `file`."""
     with atomic_path(file) as temporary:
-        temporary.write_text(page(runs, title))
+        temporary.write_text(page(runs, title, file.parent))
     return file
 
 
-def page(runs: Sequence[Run], title: str) -> str:
-    """The page as HTML. Args: runs: of any stages; those of one kind are compared."""
+def page(runs: Sequence[Run], title: str, folder: Path) -> str:
+    """The page as HTML. Args: runs: of any stages.  folder: of the page; links start there."""
     figures = Figures()
-    comparisons = [(kind, compare_runs(runs, kind)) for kind in KINDS]
+    comparisons = [comparison for kind in KINDS for comparison in compare_runs(runs, kind)]
     return render(
         "report.html",
         title=title,
         sections=[
-            section(comparison, kind == "policy", figures)
-            for kind, comparison in comparisons
-            if comparison
+            section(comparison, f"section-{number}", figures, folder)
+            for number, comparison in enumerate(comparisons, 1)
         ],
         jobs_without_run=[run for run in runs if not run.stage],
         lineage=lineage_table([run for run in runs if run.kind == "policy"]),
     )
 
 
-def section(comparison: Comparison, policies: bool, figures: Figures) -> Section:
-    """The section of one kind of runs. Args: policies: they have a KL and write responses."""
-    drawn = drawn_runs(comparison)
+def section(comparison: Comparison, anchor: str, figures: Figures, folder: Path) -> Section:
+    """The section of runs of one kind on the same data."""
+    policies = comparison.runs[0].kind == "policy"  # they have a KL and write responses
+    drawn = drawn_settings(comparison)
+    curves = [
+        (subplot.title, figures.add(curves_figure(drawn, subplot), CURVE_HEIGHT))
+        for subplot in subplots_of(drawn, comparison.stages)
+    ]
+    frontier = frontier_figure(drawn) if policies else None
     return Section(
-        stages=", ".join(comparison.stages),
-        runs=runs_table(comparison),
+        title=comparison.title,
+        anchor=anchor,
+        conclusions=conclusions(comparison),
+        runs=runs_table(comparison, folder),
         over_seeds=seeds_table(comparison) if comparison.has_seeds else None,
-        verdict=compare_best(comparison.groups, comparison.primary.name),
-        curves=figures.add(curves_figure(drawn, comparison.stages)) if drawn else None,
-        frontier=figures.add(frontier_figure(drawn)) if drawn and policies else None,
+        drawn=drawn,
+        has_bands=any(len(one.runs) > 1 for one in drawn),
+        curves=curves,
+        frontier=figures.add(frontier, FRONTIER_HEIGHT) if frontier else None,
         settings=settings_table(comparison) if comparison.settings else None,
         responses=responses_table(comparison) if policies else None,
+        made=[
+            MadeRun(label, facts(run, folder))
+            for label, run in zip(comparison.labels, comparison.runs)
+        ],
     )
+
+
+# ---- how a run was made
+
+
+def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
+    """Names and texts: dates, command, commit, models, data, files. What is unknown is left out."""
+    made = read_json(run.path / "env.json") or {}
+    summary = read_json(run.path / "summary.json") or {}
+    data = summary.get("data") or read_json(run.path / "data.json") or []
+    commit = made.get("git", "") + (" with uncommitted changes" if made.get("git_dirty") else "")
+    seconds = summary.get("seconds")
+    given = [
+        ("directory", link(run.path, folder, run.name)),
+        ("sweep", ", ".join(run.sweeps)),
+        ("status", run.status_text),
+        ("started", made.get("started", "")),
+        ("finished", finished_at(run, summary)),
+        ("training time", f"{seconds / 60:,.1f} minutes" if seconds else ""),
+        ("command", made.get("command", "")),
+        ("in the folder", made.get("folder", "")),
+        ("commit", commit if made.get("git") else ""),
+        *model_facts(run),
+        ("data", "; ".join(data_line(report, run) for report in data)),
+        ("files", file_links(run, folder)),
+    ]
+    return [(name, text) for name, text in given if text]
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file has; None where there is no readable one."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def finished_at(run: Run, summary: dict[str, Any]) -> str:
+    """When a run ended, local time; of older runs by the date of the file."""
+    if not summary:
+        return ""
+    written = time.localtime((run.path / "summary.json").stat().st_mtime)
+    return summary.get("finished") or time.strftime("%Y-%m-%d %H:%M", written)
+
+
+def model_facts(run: Run) -> list[tuple[str, str]]:
+    """The models of a run, with their paths; trained ones that were given by hand replace them."""
+    given = {
+        key: str(value)
+        for key, value in run.settings.items()
+        if value is not None
+        and (key in ("rl.actor", "rl.reward", "dpo.actor") or is_reward_source(key))
+    }
+    models = [
+        (node, f"{run.settings[f'{node}.name']} ({run.settings[f'{node}.path']})")
+        for node in ("actor", "reward")
+        if f"{node}.path" in run.settings
+    ]
+    return models + sorted(given.items())
+
+
+def is_reward_source(key: str) -> bool:
+    """Whether a setting names a reward model or function."""
+    return ".rewards." in key and key.rpartition(".")[2] in ("path", "function")
+
+
+def data_line(report: dict[str, Any], run: Run) -> str:
+    """One source and split, its rows, and those of each stage. Args: report: of data.json."""
+    name = report["source"]
+    path = run.settings.get(f"data.sources.{name}.path")
+    where = f" ({path})" if path and path != name else ""
+    stages = [f"{part} {report[part]:,}" for part in ("sft", "rm", "ppo", "eval") if part in report]
+    return f"{name}/{report['split']}{where}: {report['rows']:,} rows ({', '.join(stages)})"
+
+
+def link(path: Path, folder: Path, text: str) -> Markup:
+    """A link to a file or directory, relative to the page's folder."""
+    target = quote(os.path.relpath(path.resolve(), folder.resolve()))
+    return Markup('<a href="{}">{}</a>').format(target, text)
+
+
+def file_links(run: Run, folder: Path) -> Markup:
+    """Links to the files of a run that there are."""
+    files = [name for name in LINKED if (run.path / name).exists()]
+    return Markup(", ").join(link(run.path / name, folder, name) for name in files)
 
 
 # ---- tables
 
 
-def runs_table(comparison: Comparison) -> Table:
-    """A row per run: label, status, steps, final metrics, directory."""
+def runs_table(comparison: Comparison, folder: Path) -> Table:
+    """A row per run: label, status, steps, final metrics, sweeps, directory."""
+    unit = ", ".join(dict.fromkeys(f"{view_of(s).step_name or 'step'}s" for s in comparison.stages))
+    sweeps = ["sweep"] if comparison.has_sweeps else []
     rows = [
         [
             label,
             run.status_text,
             str(len(run.rows)),
             *(f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in comparison.metrics),
-            run.name,
+            *([", ".join(run.sweeps)] if sweeps else []),
+            link(run.path, folder, run.short_name),
         ]
         for label, run in zip(comparison.labels, comparison.runs)
     ]
-    header = ["run", "status", "steps", *comparison.metrics, "directory"]
-    return Table(header, rows, ["status", "directory"])
+    names = [name.removeprefix("eval/") for name in comparison.metrics]
+    return Table(["run", "status", unit, *names, *sweeps, "directory"], rows, ["run", "status"])
 
 
 def seeds_table(comparison: Comparison) -> Table:
@@ -106,10 +241,11 @@ def seeds_table(comparison: Comparison) -> Table:
     groups = comparison.groups
     metrics = [name for name in comparison.metrics if any(group.values(name) for group in groups)]
     rows = [
-        [group.label, str(len(group.runs)), *(format_mean(group.values(name)) for name in metrics)]
+        [group.label, str(group.finished), *(format_mean(group.values(name)) for name in metrics)]
         for group in groups
     ]
-    return Table(["settings", "seeds", *metrics], rows)
+    names = [name.removeprefix("eval/") for name in metrics]
+    return Table(["settings", "seeds", *names], rows, ["settings"])
 
 
 def settings_table(comparison: Comparison) -> Table:

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from rlhf.reporting.comparison import (
     Comparison,
-    compare_best,
     compare_runs,
+    conclusions,
     format_mean,
 )
 from rlhf.reporting.eval_results import EvalResults, policy_cells, read_results
@@ -108,31 +108,66 @@ def print_evaluation(results: EvalResults) -> None:
 
 
 def print_comparison(runs: Sequence[Run], page: Path | None = None) -> None:
-    """Compare runs: a row each, means over seeds, and whether the best is significantly better."""
+    """Compare runs: a row each, means over seeds, and which is the best. Runs of one kind on the
+    same data share a table."""
     console = wide_console()
-    for kind in KINDS:
-        comparison = compare_runs(runs, kind)
-        if not comparison:
-            continue
+    shown = [comparison for kind in KINDS for comparison in compare_runs(runs, kind)]
+    for comparison in shown:
         console.print(runs_table(comparison))
+        if hidden := len(comparison.settings) - len(comparison.in_label):
+            where = f"see {page.name}" if page else "see the page"
+            differ = "setting differs" if hidden == 1 else "settings differ"
+            print_line(console, f"{hidden} more {differ}: {where}")
+        for run in comparison.runs:
+            if run.status.startswith("failed: "):
+                print_line(console, f"{run.short_name} {one_line(run.status)}")
         if comparison.has_seeds:
             console.print(seeds_table(comparison))
-        if line := compare_best(comparison.groups, comparison.primary.name):
-            print_line(console, line)
+        if len(comparison.runs) > 1 and (sentences := conclusions(comparison)):
+            print_line(console, " ".join(sentences))
+        console.print()
+    for job in runs:
+        if not job.stage:
+            print_line(console, f"{'/'.join([*job.sweeps, job.name])} {one_line(job.status)}")
     if page:
         print_line(console, str(page))
 
 
 def runs_table(comparison: Comparison) -> Table:
-    """A row per run: label, status, steps, final metrics."""
-    title = f"{', '.join(comparison.stages)}: {count_runs(comparison.runs)}"
-    metrics = comparison.metrics
-    names = [name.removeprefix("eval/") for name in metrics]
-    table = make_table(title, ["run", "status", "steps", *names], ["run", "status"])
+    """A row per run: short name, sweeps, settings, status, steps, final metrics."""
+    names = [name.removeprefix("eval/") for name in comparison.metrics]
+    sweeps = comparison.has_sweeps
+    units = dict.fromkeys(view_of(stage).step_name for stage in comparison.stages)
+    steps = ", ".join(f"{unit}s" for unit in units if unit)
+    labelled = any(map(run_has_label, comparison.labels, comparison.runs))
+    text = ["run", *(["sweep"] if sweeps else []), *(["settings"] if labelled else []), "status"]
+    title = f"{comparison.title}: {count_runs(comparison.runs)}"
+    table = make_table(title, [*text, *([steps] if steps else []), *names], text)
     for label, run in zip(comparison.labels, comparison.runs):
-        values = (f"{run.metrics[name]:.3f}" if name in run.metrics else "" for name in metrics)
-        table.add_row(escape(label), escape(run.status_text), str(len(run.rows)), *values)
+        cells = [run.short_name, *([", ".join(run.sweeps)] if sweeps else [])]
+        cells += [label if run_has_label(label, run) else ""] if labelled else []
+        cells += [short_status(run)]
+        cells += [str(len(run.rows))] if steps else []
+        cells += [f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in comparison.metrics]
+        table.add_row(*map(escape, cells))
+    for column in table.columns:
+        column.no_wrap = column.header not in ("settings", "status", "sweep")
     return table
+
+
+def run_has_label(label: str, run: Run) -> bool:
+    """Whether the label of a run is more than its name."""
+    return label != run.short_name
+
+
+def short_status(run: Run) -> str:
+    """The status without the cause of a failure."""
+    return run.status_text.replace(run.status, run.status.partition(":")[0])
+
+
+def one_line(text: str) -> str:
+    """The first line of a text."""
+    return (text.splitlines() or [""])[0]
 
 
 def seeds_table(comparison: Comparison) -> Table:
@@ -142,20 +177,38 @@ def seeds_table(comparison: Comparison) -> Table:
     table = make_table(title, ["settings", "seeds", *names], ["settings"])
     for group in comparison.groups:
         means = (format_mean(group.values(name)) for name in comparison.metrics)
-        table.add_row(escape(group.label), str(len(group.runs)), *means)
+        table.add_row(escape(group.label), str(group.finished), *means)
     return table
 
 
 def print_list(runs: Sequence[Run]) -> None:
-    """All runs: name, status, steps, and when their metrics were last written."""
-    columns = ("run", "status", "steps", "last written")
-    table = make_table(count_runs(runs), columns, columns)
-    for run in runs:
-        log = run.path / "metrics.jsonl"
-        written = time.localtime(log.stat().st_mtime) if log.exists() else None
-        when = time.strftime("%Y-%m-%d %H:%M", written) if written else ""
-        table.add_row(escape(run.name), escape(run.status_text), str(len(run.rows)), when)
-    wide_console().print(table)
+    """All runs, one line each: when last written, status, steps, sweeps, directory."""
+    console = Console(highlight=False)
+    rows = [(when_written(run), one_line(run.status_text), steps_text(run)) for run in runs]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for run, row in zip(runs, rows):
+        cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
+        sweeps = f"  (sweep {', '.join(run.sweeps)})" if run.sweeps else ""
+        print_line(console, f"{cells}  {display_path(run.path)}{sweeps}")
+
+
+def when_written(run: Run) -> str:
+    """When the metrics of a run were last written, local time; "" without metrics."""
+    log = run.path / "metrics.jsonl"
+    written = time.localtime(log.stat().st_mtime) if log.exists() else None
+    return time.strftime("%Y-%m-%d %H:%M", written) if written else ""
+
+
+def steps_text(run: Run) -> str:
+    """How far a run came, with the unit: 50 rollouts; "" where it has no steps."""
+    unit = view_of(run.stage).step_name
+    return f"{len(run.rows)} {unit}{'' if len(run.rows) == 1 else 's'}" if unit else ""
+
+
+def display_path(path: Path) -> Path:
+    """A path as one would type it: relative to the current directory, where it is below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def count_runs(runs: Sequence[Run]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 
+from rlhf.config import presets
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import config_nodes, is_rl
 
@@ -20,6 +22,12 @@ class Command:
     def for_stage(self, stage: str) -> Command:
         """The command that describes a stage: of another algorithm, its own."""
         return self.algorithms.get(stage, self)
+
+    def as_typed(self) -> str:
+        """The command line, for a shell. Of a sweep: that of this job alone."""
+        folders = [f"file://{folder}" for folder in presets.config_dirs[1:]]
+        given = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
+        return shlex.join(["python", "train.py", *self.overrides, *given])
 
     def to_train(self, stage: str) -> list[str]:
         """The overrides with which `stage` alone is trained, for advice to the user."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ class Run:
     rows: list[dict[str, float]] = field(default_factory=list)  # of each step
     parents: dict[str, str] = field(default_factory=dict)
     id: str = ""
+    sweeps: list[str] = field(default_factory=list)  # folders below multirun/ that it is a job of
     earlier_version: bool = False  # its keys are not those of today; `settings` then is empty
 
     @property
@@ -52,6 +54,14 @@ class Run:
     def name(self) -> str:
         is_attempt = self.path.parent.name == "attempts"
         return "/".join(self.path.parts[-3:]) if is_attempt else self.path.name
+
+    @property
+    def short_name(self) -> str:
+        """Stage and hash of the name: ppo-1d89f312; the name where it has no hash."""
+        name, *attempt = self.name.split("/", 1)
+        found = re.search(r"-[0-9a-f]{8}$", name)
+        short = self.stage + found.group() if found and self.stage else name
+        return "/".join([short, *attempt])
 
 
 def read_run(path: Path) -> Run:
@@ -120,7 +130,8 @@ def run_status(path: Path) -> str:
 def find_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs at the given paths, each one once.
 
-    Args: paths: run directories, sweeps (multirun/NAME), their jobs, or folders with outputs/.
+    Args: paths: run directories, sweeps (multirun/NAME), their jobs, folders of sweeps (multirun),
+        or folders with outputs/, multirun/ or both.
     Raises: UserError that names a path without runs.
     """
     runs: dict[Path, Run] = {}
@@ -132,7 +143,8 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
                 "folder with outputs/"
             )
         for run in runs_here:
-            runs.setdefault(run.path, run)
+            known = runs.setdefault(run.path, run)
+            known.sweeps += [sweep for sweep in run.sweeps if sweep not in known.sweeps]
     return list(runs.values())
 
 
@@ -145,12 +157,38 @@ def runs_at(path: Path) -> list[Run]:
         return runs_of_jobs(jobs)
     if (path / "config.yaml").exists():
         return [read_run(path.resolve())]
-    outputs = path / "outputs" if (path / "outputs").is_dir() else path
-    if outputs.name != "outputs":
-        return []
+    if (path / "outputs").is_dir() or (path / "multirun").is_dir():
+        return runs_of_folder(path)
+    if path.name == "outputs":
+        return runs_of_outputs(path)
+    return [run for sweep in folders_of_sweeps(path) for run in runs_at(sweep)]
+
+
+def folders_of_sweeps(path: Path) -> list[Path]:
+    """The sweeps in a folder like multirun/."""
+    return sorted({file.parents[1] for file in path.glob("*/*/overrides.txt")})
+
+
+def runs_of_outputs(outputs: Path) -> list[Run]:
+    """All runs in outputs/, the oldest first."""
     directories = [directory for directory in outputs.iterdir() if is_run(directory)]
     directories.sort(key=lambda directory: (directory / "config.yaml").stat().st_mtime)
     return [read_run(directory.resolve()) for directory in directories]
+
+
+def runs_of_folder(path: Path) -> list[Run]:
+    """All runs in a folder's outputs/, each with the sweeps in multirun/ that it is a job of, and
+    the jobs of sweeps that failed before they had a run."""
+    outputs = path / "outputs"
+    runs = {run.path: run for run in (runs_of_outputs(outputs) if outputs.is_dir() else [])}
+    for sweep in folders_of_sweeps(path / "multirun"):
+        for job in sorted(file.parent for file in sweep.glob("*/overrides.txt")):
+            run = runs.get((job / "run").resolve())
+            if run and sweep.name not in run.sweeps:
+                run.sweeps.append(sweep.name)
+            elif not run and (not runs or (job / "error.txt").exists()):
+                runs |= {one.path: one for one in runs_of_jobs([job])}
+    return list(runs.values())
 
 
 def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
@@ -165,15 +203,16 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
         if not (job / "run").exists():
             error = job / "error.txt"
             cause = error.read_text().strip() if error.exists() else "no run"
-            runs.append(Run(job, "", f"failed: {cause}"))
+            run = Run(job, "", f"failed: {cause}")
         elif directories.count(directory) == 1:
-            runs.append(read_run(directory))
+            run = read_run(directory)
         else:
             run = read_run(job)
             overrides = (job / "overrides.txt").read_text().splitlines()
             pairs = (override.partition("=") for override in overrides)
             run.settings |= {key: value for key, _, value in pairs if key.startswith("deploy")}
-            runs.append(run)
+        run.sweeps.append(job.resolve().parent.name)
+        runs.append(run)
     return runs
 
 

@@ -32,7 +32,11 @@ class PrimaryMetric(NamedTuple):
     """A metric that decides which run is the best."""
 
     name: str
+    label: str  # in a sentence
     higher_is_better: bool = True
+    # beginnings of the settings that decide what it means: runs that differ there are not ranked
+    defined_by: tuple[str, ...] = ()
+    caution: str = ""  # a sentence: why the best by this metric need not be the best
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,15 @@ class StageView:
     panels: tuple[Panel, ...] = ()  # of curves.png and of the report page
     metrics: tuple[str, ...] = ()  # final metrics in a comparison; the same for all of one kind
     primary: tuple[PrimaryMetric, ...] = ()  # the first one that all compared runs have
+    step_name: str = "step"  # what a row of metrics.jsonl is about; "" = there are none
     dashboard_section: str = ""  # of the W&B workspace; stages may share one
     dashboard: tuple[Panel, ...] = ()  # of that section; none = `panels`
     card: str = ""  # first sentence of the model card; {algorithm} is the stage's name
+
+    @property
+    def x_axis(self) -> str:
+        """The name of the x axis of curves."""
+        return "optimizer step" if self.step_name == "step" else self.step_name
 
     def card_text(self, stage: str) -> str:
         """The sentence that says what a model trained by `stage` is."""
@@ -61,7 +71,23 @@ POLICY_METRICS = (
     "eval/eos_rate",
     "eval/accuracy",
 )
-POLICY_PRIMARY = tuple(map(PrimaryMetric, ("eval/gold", "eval/score", "eval/accuracy")))
+POLICY_PRIMARY = (
+    PrimaryMetric("eval/gold", "gold reward"),
+    PrimaryMetric(
+        "eval/score",
+        "score",
+        defined_by=("reward.", "rm.", "rl.reward", "rl.normalize_score"),
+        caution="The score is a proxy: what the reward says, which a policy learns to exploit "
+        "(reward hacking). No gold reward is known here; read the responses, or compare with "
+        "stage=eval.",
+    ),
+    PrimaryMetric(
+        "eval/accuracy",
+        "held-out accuracy",
+        caution="The accuracy is a proxy: how well a policy ranks recorded answers, not how good "
+        "its responses are; compare those with stage=eval.",
+    ),
+)
 POLICY_ROWS = (
     ResultRow("gold reward", "gold", before="gold_before"),
     ResultRow("  best possible", "gold_best"),
@@ -82,7 +108,14 @@ SFT = StageView(
         Panel("Accuracy", ("mean_token_accuracy",), "share of tokens"),
     ),
     metrics=("eval/perplexity", "eval/gold", "eval/eos_rate"),
-    primary=(PrimaryMetric("eval/perplexity", higher_is_better=False),),
+    primary=(
+        PrimaryMetric(
+            "eval/perplexity",
+            "held-out perplexity",
+            higher_is_better=False,
+            defined_by=("actor.path", "data.template"),  # tokens of another tokenizer
+        ),
+    ),
     dashboard_section="SFT and reward model",
     card="A policy: a causal language model, fine-tuned on demonstrations.",
 )
@@ -100,7 +133,7 @@ RM = StageView(
         Panel("Margin", ("margin",), "raw score"),
     ),
     metrics=("eval/accuracy", "eval/accuracy_gold"),
-    primary=(PrimaryMetric("eval/accuracy"),),
+    primary=(PrimaryMetric("eval/accuracy", "held-out accuracy"),),
     dashboard_section="SFT and reward model",
     card="A reward model: it scores complete responses. Scores are raw; `score_mean` and "
     "`score_std` in config.json are their unit.",
@@ -112,11 +145,16 @@ ONLINE_RL = StageView(  # whatever preset: ppo, grpo, a user's own
         Panel("Score", ("objective/scores",), "standard deviations"),
         Panel("Gold reward", ("reward/gold/mean",), "points"),
         Panel("KL to the SFT policy", ("objective/kl",), "nats per response"),
-        Panel("Loss", ("loss/policy_avg", "loss/value_avg")),
-        Panel("Length", ("tokens/response_mean",), "tokens"),
+        Panel("Length", ("tokens/response_mean",), "tokens per response"),
+        Panel("Entropy", ("policy/entropy_avg",), "nats per token"),
+        Panel("Clip fraction", ("policy/clipfrac_avg",), "share of tokens"),
+        Panel("Policy loss", ("loss/policy_avg",)),
+        Panel("Value loss", ("loss/value_avg",)),
+        Panel("Explained variance of the critic", ("val/explained_variance",), "1 = exact"),
     ),
     metrics=POLICY_METRICS,
     primary=POLICY_PRIMARY,
+    step_name="rollout",
     dashboard_section="Online RL",
     dashboard=(
         Panel("Score and gold reward", ("objective/scores", "reward/gold/mean")),
@@ -145,6 +183,7 @@ DPO = StageView(
 )
 EVAL = StageView(
     kind="eval",
+    step_name="",
     rows=(
         ResultRow("win rate", "win_rate", "z.1%"),
         ResultRow("  95 % interval from", "win_rate_low", "z.1%"),
@@ -159,7 +198,14 @@ EVAL = StageView(
         "eval/accuracy",
         "eval/ece",
     ),
-    primary=(PrimaryMetric("eval/win_rate"), PrimaryMetric("eval/accuracy")),
+    primary=(
+        PrimaryMetric(
+            "eval/win_rate",
+            "win rate",
+            defined_by=("reward.", "rm.", "eval.against", "eval.judge", "eval.rewards"),
+        ),
+        PrimaryMetric("eval/accuracy", "accuracy of the reward model"),
+    ),
 )
 EVALUATED_METRICS = (  # of each policy that stage=eval measures
     ResultRow("perplexity", "perplexity", "z.3f"),

@@ -45,7 +45,7 @@ def test_every_status_is_told(tmp_path: Path) -> None:
 
 
 def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
-    """An old configuration has other keys; its seed is unknown, so it is in no group of seeds.
+    """A configuration with other keys: its seed is unknown, so it is in no group of seeds.
 
     The stage of an attempt is read from its files.
     """
@@ -53,6 +53,8 @@ def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path)
     for run in old:
         config_file = run / "config.yaml"
         config_file.write_text(config_file.read_text().replace("checkpoint:", "of_old:"))
+        about = json.loads((run / "summary.json").read_text())
+        write_json(run / "summary.json", about | {"settings": {}})
     attempt = new / "attempts" / "1"
     attempt.mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "summary.json"):
@@ -63,7 +65,7 @@ def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path)
     ].name == f"{new.name}/attempts/1"
     assert [bool(run.settings) for run in found] == [True, False, False, True]
     assert sorted(len(cell.runs) for cell in seed_groups(found)) == [1, 1, 2]
-    report_page.page(found, "old and new")
+    report_page.page(found, "old and new", tmp_path)
 
 
 def test_answers_with_line_ends_of_their_own_are_read_whole(tmp_path: Path) -> None:
@@ -94,9 +96,33 @@ def test_a_run_of_an_earlier_version_is_shown_and_named_so(
     tables.print_list(runs)
     tables.print_comparison(runs)
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert printed.count("made by an earlier version") == 2 and "best by eval/gold: ppo-" in printed
-    page = report_page.page(runs, "old and new")
+    assert printed.count("made by an earlier version") == 2
+    assert "Best of" not in printed, "on which data it was made is unknown"
+    page = report_page.page(runs, "old and new", tmp_path)
     assert "finished, made by an earlier version" in page and old.name in page
+
+
+def test_runs_of_a_folder_know_the_sweeps_that_they_are_jobs_of(tmp_path: Path) -> None:
+    """A sweep's job that failed before it had a run is there too; one run in two sweeps is one."""
+    runs = [write_run(tmp_path, f"seed={seed}") for seed in (1, 2, 3)]
+    for sweep, some in (("a", runs[:2]), ("b", runs[1:2])):
+        for number, run in enumerate(some):
+            job = tmp_path / "multirun" / sweep / f"job-{number}"
+            job.mkdir(parents=True)
+            (job / "overrides.txt").write_text("")
+            (job / "run").symlink_to(run)
+    failed = tmp_path / "multirun" / "b" / "failed"
+    failed.mkdir()
+    (failed / "overrides.txt").write_text("")
+    (failed / "error.txt").write_text("it is broken\n")
+    found = find_runs([tmp_path])
+    assert [run.path for run in found] == [*runs, failed]
+    assert [run.sweeps for run in found] == [["a"], ["a", "b"], [], ["b"]]
+    of_sweeps = find_runs([tmp_path / "multirun"])
+    assert {run.path: run.sweeps for run in of_sweeps} == {
+        run.path: run.sweeps for run in found if run.sweeps
+    }
+    assert found[0].short_name == f"ppo-{runs[0].name[-8:]}" and found[3].short_name == "failed"
 
 
 def test_every_name_that_is_no_other_stage_is_an_online_rl_preset() -> None:

@@ -51,9 +51,9 @@ def test_their_report_has_one_table_and_one_picture(pipelines: Path) -> None:
     found = find_runs([pipelines])
     policies = [run for run in found if run.kind == "policy"]
     assert [cell.label for cell in seed_groups(policies)] in (["dpo", "rloo"], ["rloo", "dpo"])
-    assert primary_metric(policies) == ("eval/gold", True)
-    page = report_page.page(found, "two algorithms")
-    assert "<h2>dpo, rloo</h2>" in page and page.count("Reward against KL") == 1
+    assert primary_metric(policies).name == "eval/gold"
+    page = report_page.page(found, "two algorithms", pipelines)
+    assert ">dpo, rloo on sandbox</h2>" in page and page.count("Reward against KL") == 1
     tables.print_comparison(found)
 
 

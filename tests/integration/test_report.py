@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from helpers import Demo
+from markupsafe import escape
+from rich.console import Console
 from scipy import stats
-from written_runs import HOSTILE, write_run
+from written_runs import HOSTILE, write_mixed, write_run, write_stage
 
 from rlhf.reporting import curves, eval_page, report_page, tables
 from rlhf.reporting.comparison import (
     SeedGroup,
     compare_best,
+    compare_runs,
+    conclusions,
     confidence_half_width,
     differing_settings,
     format_mean,
     primary_metric,
     run_label,
     seed_groups,
+    welch,
 )
 from rlhf.reporting.eval_results import (
     BestOfPoint,
@@ -33,6 +41,7 @@ from rlhf.reporting.eval_results import (
     WinRate,
 )
 from rlhf.runs.history import Run, find_runs
+from rlhf.runs.stage_views import PrimaryMetric
 
 
 @pytest.fixture
@@ -54,7 +63,20 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
-def test_means_intervals_and_significance_by_hand() -> None:
+GOLD = PrimaryMetric("m", "gold reward")
+
+
+def groups_of(values: dict[str, list[float]], **more: float) -> list[SeedGroup]:
+    """Groups of finished runs with these values of the metric m, the best one first."""
+    return [
+        SeedGroup(
+            name, [Run(Path(name), "ppo", "finished", metrics={"m": x, **more}) for x in some]
+        )
+        for name, some in values.items()
+    ]
+
+
+def test_means_and_intervals_by_hand() -> None:
     values = [3.0, 3.1, 2.9]
     assert confidence_half_width(values) == pytest.approx(
         4.302653 * 0.1 / math.sqrt(3), rel=1e-6
@@ -64,24 +86,48 @@ def test_means_intervals_and_significance_by_hand() -> None:
         and format_mean([2.0]) == "2.000"
         and math.isnan(confidence_half_width([2.0]))
     )
-    cells = [
-        SeedGroup(
-            name, [Run(Path(name), "ppo", "finished", metrics={"m": value}) for value in some]
-        )
-        for name, some in (("a", values), ("b", [2.5, 2.4, 2.6]))
-    ]
-    # Welch by hand: means 3 and 2.5, both variances 0.01, so t = 0.5 / sqrt(0.02 / 3) with 4
-    # degrees of freedom
-    p = 2 * stats.t.sf(0.5 / math.sqrt(0.02 / 3), 4)
-    line = compare_best(cells, "m")
-    assert f"p = {p:.2g}, significant" in line and line.startswith(
-        "best by m: a (3.000 ± 0.248), then b (2.500 ± 0.248)"
+
+
+def test_the_sentence_answers_which_by_how_much_and_whether_it_is_chance() -> None:
+    # means 3 and 2.5, both variances 0.01, so t = 0.5 / sqrt(0.02 / 3) with 4 degrees of freedom
+    error = math.sqrt(0.02 / 3)
+    p, half = 2 * stats.t.sf(0.5 / error, 4), stats.t.ppf(0.975, 4) * error
+    cells = groups_of({"a": [3.0, 3.1, 2.9], "b": [2.5, 2.4, 2.6], "c": [1.0]})
+    assert compare_best(cells, GOLD) == (
+        "Best of 3 settings by gold reward: a with 3.000 ± 0.248 (mean over 3 seeds), 0.500 higher "
+        f"than b (95 % confidence interval of the difference: {0.5 - half:.3f} to "
+        f"{0.5 + half:.3f}). Significant at 5 %: p = {p:.2g} (Welch's t-test over 3 and 3 seeds, "
+        "not corrected for choosing the best of 3)."
     )
-    single = [SeedGroup(cell.label, cell.runs[:1]) for cell in cells]
-    assert (
-        "one seed: significance cannot be tested" in compare_best(single, "m")
-        and compare_best(cells[:1], "m") == ""
-    )
+    # lower is better: the interval is that of how much lower
+    low = compare_best(cells[1::-1], PrimaryMetric("m", "perplexity", higher_is_better=False))
+    assert "b with 2.500" in low and "0.500 lower than a (95 % confidence interval of the" in low
+    assert f"difference: {0.5 - half:.3f} to {0.5 + half:.3f})" in low
+    chance = compare_best(groups_of({"a": [3.0, 2.0], "b": [2.5, 2.0]}), GOLD)
+    assert "Not significant at 5 %" in chance and "difference: -" in chance
+    for values in ({"a": [3.0], "b": [2.0]}, {"a": [3.0, 3.1], "b": [2.0]}):
+        assert "with one seed: repeat with -m seed=1,2,3." in compare_best(groups_of(values), GOLD)
+    equal = compare_best(groups_of({"a": [3.0, 3.0], "b": [2.0, 2.0]}), GOLD)
+    assert "the seeds have equal values" in equal
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_welch_agrees_with_scipy(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a, b = (list(random.normal(size=random.integers(2, 9)) * scale) for scale in (1.0, 3.0))
+    expected = stats.ttest_ind(a, b, equal_var=False)
+    low, high, p = welch(a, b)
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
+    assert p == pytest.approx(float(expected.pvalue), rel=1e-9)
+
+
+def test_a_much_larger_kl_is_said() -> None:
+    near, far = groups_of({"a": [2.0]}, **{"eval/kl": 2.0}), groups_of({"b": [3.0]})
+    far[0].runs[0].metrics["eval/kl"] = 12.0
+    line = compare_best(far + near, GOLD)
+    assert "The KL differs: 12.00 nats per response, not 2.00, so compare them at equal KL" in line
+    far[0].runs[0].metrics["eval/kl"] = 2.5
+    assert "KL" not in compare_best(far + near, GOLD)
 
 
 def test_a_sweep_is_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> None:
@@ -94,7 +140,7 @@ def test_a_sweep_is_grouped_over_seeds_and_the_best_comes_first(sweep: Path) -> 
         "kl.coef=0.2",
         "kl.coef=0.02",
     ] and all(len(cell.runs) == 3 for cell in cells)
-    assert primary_metric(good) == ("eval/gold", True)
+    assert primary_metric(good).name == "eval/gold"
     (failed,) = [run for run in found if not run.stage]
     assert failed.status == "failed: ppo failed, rank 0: it is broken"
 
@@ -113,16 +159,23 @@ def test_the_command_prints_tables_and_writes_one_page(sweep: Path, tmp_path: Pa
     assert (
         "kl.coef=0.05 seed=2" in done.stdout
         and "3.000 ± 0.248" in done.stdout
-        and "significant at 5 %" in done.stdout
+        and "Best of 3 settings by gold reward: kl.coef=0.05" in done.stdout
+        and "Significant at 5 %" in done.stdout
+        and "study/failed failed: ppo failed, rank 0: it is broken" in done.stdout
     )
     assert str(sweep / "report.html") in done.stdout
     listed = call("--list")
     assert listed.returncode == 0 and listed.stdout.count("finished") == 9
+    lines = listed.stdout.splitlines()
+    assert len(lines) == 10 and all("(sweep study)" in line for line in lines)
+    folder_of_sweeps = call(tmp_path / "multirun", "--out", tmp_path / "page.html")
+    assert folder_of_sweeps.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
     assert (
         call(tmp_path / "outputs", "--out", tmp_path / "page.html").returncode == 0
         and (tmp_path / "page.html").exists()
     )
-    nothing = call(tmp_path / "multirun")
+    (tmp_path / "empty").mkdir()
+    nothing = call(tmp_path / "empty")
     assert (
         nothing.returncode == 2
         and nothing.stderr.startswith("error: ")
@@ -131,7 +184,7 @@ def test_the_command_prints_tables_and_writes_one_page(sweep: Path, tmp_path: Pa
 
 
 def test_the_page_holds_everything_and_escapes_what_models_say(sweep: Path) -> None:
-    page = report_page.page(find_runs([sweep]), f"Sweep {HOSTILE}")
+    page = report_page.page(find_runs([sweep]), f"Sweep {HOSTILE}", sweep)
     assert HOSTILE not in page and "&lt;/script&gt;" in page
     assert "https://" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL), (
         "it needs no other file"
@@ -144,12 +197,78 @@ def test_the_page_holds_everything_and_escapes_what_models_say(sweep: Path) -> N
         "Responses to the same held-out prompts",
         "Lineage",
         "it is broken",
+        "Best of 3 settings by gold reward: kl.coef=0.05",
+        "Entropy, nats per token",
+        "Clip fraction",
+        "Explained variance",
+        "finished</dt><dd>2026-01-02 04:05",
+        "python train.py stage=ppo",
+        "0123456789abcdef",
+        "sandbox/train (builtin:sandbox): 60 rows (sft 12, rm 24)",
+        "tiny (builtin:tiny)",
     ):
         assert word in text, word
+    links = re.findall(r'href="([^#"]+)"', text)
+    assert len(links) > 9 * 4 and all((sweep / unquote(link)).exists() for link in links)
     assert page.count("plotly.js v") == 1, "the library once"
     assert curves.smooth([1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5] and curves.smooth(
         [1.0, 5.0], 1
     ) == [1.0, 5.0]
+
+
+def test_ten_mixed_runs_are_compared_like_with_like(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = write_mixed(tmp_path)
+    found = find_runs([tmp_path])
+    monkeypatch.setattr(tables, "wide_console", lambda: Console(width=110, highlight=False))
+    tables.print_comparison(found, tmp_path / "report.html")
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    for title in (
+        "ppo on sandbox: 3 runs",
+        "ppo, dpo on rm-static: 2 runs",
+        "ppo on pairs.jsonl: 1 run",
+    ):
+        assert any(line.strip() == title for line in lines), title
+    for run in runs:
+        stage, digest = run.name.split("-")[0], run.name[-8:]
+        assert f"│ {stage}-{digest} " in printed, "a row can be found by the run's name"
+    rows = [line for line in lines if line.startswith("│ ")]
+    assert len(rows) <= 16, "one or two lines each, and two rows over seeds"
+    assert "Best of 2 settings by gold reward: kl.coef=0.05 with 2.850" in printed
+    assert printed.count("Best of") == 1, "the others differ in what their metric means"
+    assert "Runs with different actor.name are not ranked against each other" not in printed
+    assert "Runs with different actor.path are not ranked against each other" in printed
+    assert "Not compared, as they have no score: dpo" in printed and "is a proxy" in printed
+    assert re.search(r"ppo-\w{8} failed: ValueError: it is broken", printed)
+    tables.print_list(found)
+    assert len(capsys.readouterr().out.splitlines()) == 10, "one line for each run"
+    page = report_page.page(found, "mixed", tmp_path)
+    assert page.count('class="answer"') == 5 and 'href="outputs/ppo-' in page
+
+
+def test_scores_of_different_reward_models_are_not_ranked(tmp_path: Path) -> None:
+    """Without a gold reward the score decides, and its meaning is that of the reward model."""
+    hub = ("actor=opt125m", "data=rm_static")
+    for overrides in (("rm.epochs=1",), ("rm.epochs=2",), ("rm.epochs=2", "rl.kl.coef=0.3")):
+        final = {"score": 1.0 + len(overrides), "kl": 1.0}
+        write_stage(tmp_path, "ppo", [*hub, *overrides], [], final)
+    (comparison,) = compare_runs(find_runs([tmp_path]), "policy")
+    best, why, proxy = conclusions(comparison)
+    assert best.startswith("Best of 2 settings by score: kl.coef=0.3 rm.epochs=2 with 3.000, 1.000")
+    assert why.startswith("Runs with different rm.epochs are not ranked against each other")
+    assert proxy.startswith("The score is a proxy")
+
+
+def test_settings_that_split_the_runs_alike_are_named_once(tmp_path: Path) -> None:
+    """Two recipes differ in many values; one of them, set by hand, stands for all."""
+    recipe = ["rl.lr=1e-5", "rl.epochs=2", "rl.critic.lr=1e-5", "sft.lr=1e-4", "rl.ema=0.9"]
+    for overrides in ([], recipe, [*recipe, "seed=2"]):
+        write_run(tmp_path, *overrides)
+    (comparison,) = compare_runs(find_runs([tmp_path]), "policy")
+    assert len(comparison.settings) == 6 and comparison.in_label[1:] == ["seed"]
+    assert len(comparison.groups) == 2 and all(len(label) < 40 for label in comparison.labels)
 
 
 def test_a_real_pipeline_shows_its_lineage(demo: Demo, tmp_path: Path) -> None:
@@ -157,8 +276,11 @@ def test_a_real_pipeline_shows_its_lineage(demo: Demo, tmp_path: Path) -> None:
     assert [run.stage for run in found] == ["sft", "rm", "ppo"] and all(
         run.status == "finished" for run in found
     )
-    page = report_page.page(found, "demo")
+    page = report_page.page(found, "demo", tmp_path)
     text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    made = json.loads((demo.ppo / "env.json").read_text())
+    assert made["command"].startswith("python train.py ") and made["folder"] == str(demo.root)
+    assert f"<dd>{escape(made['command'])}</dd>" in text and made["started"] in text
     assert f"{demo.sft.name} (eval/perplexity" in text and f"{demo.rm.name} (eval/accuracy" in text
     tables.print_comparison(found)
 
@@ -168,43 +290,83 @@ BROWSER = (
 )
 
 
+BROWSER_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--virtual-time-budget=8000",
+)
+
+
+def browse(file: Path, *flags: str) -> str:
+    """What a browser makes of a page: its elements after all scripts have run."""
+    assert BROWSER
+    profile = f"--user-data-dir={file.parent / 'profile'}"
+    command = [BROWSER, *BROWSER_FLAGS, profile, *flags, f"file://{file}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_a_browser_draws_the_page(sweep: Path, tmp_path: Path) -> None:
     from matplotlib import image
 
     file = report_page.write_page(find_runs([sweep]), sweep / "report.html", "Sweep study")
     picture = tmp_path / "page.png"
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-    ]
-    flags += [
-        "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1500,2600",
-        "--virtual-time-budget=8000",
-    ]
-    dom = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", f"file://{file}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    ).stdout
-    assert dom.count('class="scatterlayer') >= 7 and "<title>Sweep study</title>" in dom, (
-        "six panels and the frontier are drawn"
+    dom = browse(file, "--dump-dom")
+    assert dom.count('class="scatterlayer') >= 10 and "<title>Sweep study</title>" in dom, (
+        "nine panels and the frontier are drawn"
     )
-    subprocess.run(
-        [BROWSER, *flags, f"--screenshot={picture}", f"file://{file}"],
-        capture_output=True,
-        timeout=120,
-    )
+    browse(file, "--window-size=1500,2600", f"--screenshot={picture}")
     pixels = image.imread(picture)
-    blue = (abs(pixels[..., :3] - [0.12, 0.47, 0.71]).sum(-1) < 0.15).sum()
+    blue = (abs(pixels[..., :3] - [0.0, 0.447, 0.698]).sum(-1) < 0.15).sum()
     assert pixels.shape[:2] == (2600, 1500) and blue > 500, "lines in the first run's colour"
+
+
+# The page in a frame as wide as a phone; what its controls do is written into the outer page.
+ON_A_PHONE = """<body><iframe src="report.html" width="390" height="3000"></iframe><pre></pre>
+<script>
+const frame = document.querySelector("iframe");
+frame.onload = () => setTimeout(() => {
+  const page = frame.contentDocument;
+  const set = (selector, change) => {
+    const one = page.querySelector(selector);
+    change(one);
+    one.dispatchEvent(new Event("change"));
+  };
+  const state = () => {
+    const data = page.querySelector(".js-plotly-plot").data;
+    return data.map(t => [t.meta.kind, t.meta.setting, t.visible, t.y.slice(0, 2)]);
+  };
+  const seen = { width: page.documentElement.scrollWidth, first: state() };
+  set(".seeds", box => { box.checked = true; });
+  set(".window", list => { list.value = 3; });
+  set(".setting", box => { box.checked = false; });
+  seen.then = state();
+  document.querySelector("pre").textContent = JSON.stringify(seen);
+}, 1500);
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_on_a_phone_nothing_is_cut_off_and_the_controls_work(sweep: Path) -> None:
+    report_page.write_page(find_runs([sweep]), sweep / "report.html", "Sweep study")
+    outer = sweep / "phone.html"
+    outer.write_text(ON_A_PHONE)
+    dom = browse(outer, "--dump-dom", "--allow-file-access-from-files")
+    (text,) = re.findall(r"<pre>(.*?)</pre>", dom)
+    seen = json.loads(text)
+    assert 300 < seen["width"] <= 390, "the page does not scroll to the side"
+    kinds = [kind for kind, *_ in seen["first"]]
+    assert kinds == ["band", "band", "mean", "seed", "seed", "seed"] * 3
+    assert [shown is False for *_, shown, _ in seen["first"]] == [k == "seed" for k in kinds]
+    for (_, setting, shown, y), (*_, raw) in zip(seen["then"], seen["first"]):
+        assert shown == (setting > 0), "the first setting is hidden, single seeds are shown"
+        slope = raw[1] - raw[0]  # the score rises evenly from 0
+        assert y == pytest.approx([slope / 2, slope], abs=1e-4), "running mean over 3"
 
 
 def test_jobs_that_differ_in_where_they_ran_keep_their_rows(tmp_path: Path) -> None:
