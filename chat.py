@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural
+from rlhf.chat.advice import start_of
 from rlhf.chat.conversation import LIMITS, Conversation, Number, read_param, read_params
 from rlhf.chat.feedback import Judge, Preferences, trace
 from rlhf.chat.models import find_model, find_reference, load_model, newest_policy
@@ -293,7 +294,8 @@ class Session:
         if len(self.talk.replies) > 1:
             name = "/good" if good else "/bad"
             raise UserError(f"there are two responses: /prefer 1 or /prefer 2, not {name}")
-        say(self.preferences.mark(self.talk.replies[0], good))
+        policy, reply = self.talk.policies[0], self.talk.replies[0]
+        say(self.preferences.mark(reply, good, start_of(policy)))
 
     def prefer(self, number: str) -> None:
         """/prefer 1 or 2."""
@@ -303,7 +305,8 @@ class Session:
             raise UserError(f"/prefer {number[:40]}: must be 1 or 2")
         self.talk.check_replies()
         better = int(number) - 1
-        say(self.preferences.prefer(self.talk.replies[better], self.talk.replies[1 - better]))
+        chosen, rejected = self.talk.replies[better], self.talk.replies[1 - better]
+        say(self.preferences.prefer(chosen, rejected, start_of(self.talk.policies[better])))
         self.talk.prefer(better)
 
     def params(self, text: str) -> None:

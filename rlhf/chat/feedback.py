@@ -4,13 +4,12 @@ user's preferences."""
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural
+from rlhf.chat.advice import Stage, Start, advice
 from rlhf.chat.conversation import reason
 from rlhf.chat.models import context_of
 from rlhf.chat.policy import Policy, Reply
@@ -131,10 +130,12 @@ class Preferences:
         self.marks: dict[tuple[Turn, ...], dict[str, bool]] = {}
         self.written: set[Response] = set()  # responses that are in the file
 
-    def mark(self, reply: Reply, good: bool) -> str:
+    def mark(self, reply: Reply, good: bool, start: Start) -> str:
         """Mark a response, and write it with the last one to its prompt that has the other mark.
 
-        A good response without such a partner is written alone. Returns: a line for the user.
+        A good response without such a partner is written alone.
+
+        Args: start: the policy that responded.  Returns: lines for the user.
         Raises: UserError when it has been written, or cannot be.
         """
         prompt = tuple(reply.prompt)
@@ -148,16 +149,16 @@ class Preferences:
         line = "marked as bad; not written yet: a good response is missing (/retry, then /good)"
         if others:
             chosen, rejected = (reply.text, others[-1]) if good else (others[-1], reply.text)
-            line = self.append(reply, chosen, rejected)
+            line = self.append(reply, chosen, rejected, start)
         elif good:
-            line = self.append(reply, reply.text, None)
+            line = self.append(reply, reply.text, None, start)
         self.marks[prompt] = marks | {reply.text: good}
         return line
 
-    def prefer(self, chosen: Reply, rejected: Reply) -> str:
+    def prefer(self, chosen: Reply, rejected: Reply, start: Start) -> str:
         """Write that one of two responses is better; the prompt is that of the chosen one.
 
-        Returns: a line for the user.
+        Args: start: the policy whose response was chosen.  Returns: lines for the user.
         Raises: UserError when they are the same, have been written, or cannot be.
         """
         if chosen.text == rejected.text:
@@ -165,32 +166,31 @@ class Preferences:
         both = {(*reply.prompt, reply.text) for reply in (chosen, rejected)}
         if both & self.written:
             raise UserError(f"these responses are in {self.file} already; /retry gives others")
-        return self.append(chosen, chosen.text, rejected.text)
+        return self.append(chosen, chosen.text, rejected.text, start)
 
-    def append(self, reply: Reply, chosen: str, rejected: str | None) -> str:
+    def append(self, reply: Reply, chosen: str, rejected: str | None, start: Start) -> str:
         """Append a record.
 
-        Returns: what was written where, and the command that trains on the file.
+        Returns: what was written where; and the command that trains on the file, or what it lacks.
         Raises: UserError when it cannot be written; the file is then as it was.
         """
         record: dict[str, object] = {
             "prompt": [{"role": turn.role, "content": turn.text} for turn in reply.prompt],
             "chosen": chosen,
         }
-        kind, stage = "a good response (only SFT trains on it)", "sft"
+        stage: Stage = "sft"
+        kind = "a good response (only SFT trains on it)"
         if rejected is not None:
             record["rejected"] = rejected
-            kind, stage = "a pair, chosen and rejected", "rm"
+            kind, stage = "a pair, chosen and rejected", "dpo"
         try:
             count = append_line(self.file, json.dumps(record))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write to {self.file}: {reason(error)}") from None
         texts = [text for text in (chosen, rejected) if text is not None]
         self.written |= {(*reply.prompt, text) for text in texts}
-        return (
-            f"{kind}: written to {self.file}, which has {plural(count, 'record')}; train on it: "
-            f"{training_command(self.file, stage)}"
-        )
+        written = f"{kind}: written to {self.file}, which has {plural(count, 'record')}"
+        return f"{written}\n{advice(self.file, stage, start)}"
 
 
 def append_line(file: Path, line: str) -> int:
@@ -208,10 +208,3 @@ def append_line(file: Path, line: str) -> int:
             raise OSError("no room on the disk")
         stream.seek(0)
         return sum(1 for line_of_file in stream if line_of_file.strip())
-
-
-def training_command(file: Path, stage: str) -> str:
-    """The command that trains on a file of preferences, quoted for a shell."""
-    path = str(file) if re.fullmatch(r"[\w./~-]+", str(file)) else json.dumps(str(file))
-    key = f"data.sources.mine.path={path}"
-    return shlex.join(["python", "train.py", f"stage={stage}", "data=jsonl", key])

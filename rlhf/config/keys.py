@@ -39,8 +39,13 @@ OLD_RL_NODES = ("ppo", "rloo", "grpo", "online")
 RENAMED = {
     "exp": "experiment_name",
     "deploy.gpus": "deploy.processes_per_node",
+    "sft.train_on_prompt": "sft.train_on",
     **{f"{node}.{key}": new for node in OLD_RL_NODES for key, new in OLD_RL_KEYS.items()},
     **{node: "rl" for node in OLD_RL_NODES},
+}
+NOW = {  # what else has changed of a renamed key
+    "rl.batch_size": ", which counts responses",
+    "sft.train_on": "=everything in place of true, and sft.train_on=last in place of false",
 }
 # names that other frameworks use
 FOREIGN = {
@@ -172,8 +177,7 @@ def renamed(key: str) -> str | None:
             name = ".".join([new, *parts[size:]])
             if not find_key(name):
                 return next(iter(difflib.get_close_matches(name, list(schema()), n=1)), new)
-            counts = ", which counts responses" if name == "rl.batch_size" else ""
-            return name + counts
+            return name + NOW.get(name, "")
     return None
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import bisect
 import glob
-import gzip
 import itertools
 import json
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_few, first_line, is_listening
 from rlhf.config.schema import Source
 from rlhf.data.cache import digest, show_progress
+from rlhf.data.text_files import (
+    MARK_BYTES,
+    SEPARATORS,
+    check_csv,
+    open_compressed,
+    problem_at_start,
+    separator_of,
+    suffix_of,
+    what_is_wrong,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -39,6 +48,7 @@ class RawTable(NamedTuple):
     files: list[str]  # that the rows come from, in their order; else the path of the source
     starts: list[int]  # number of the first row of each file
     not_read: list[str]  # other files and folders beside them
+    separators: list[str] = []  # of .csv files, in words, where there are others than commas
 
     def place(self, row: int) -> str:
         """Where a row is, for messages: "line 3 of DIR/b.jsonl"."""
@@ -125,23 +135,18 @@ def find_files(path: str) -> DataFiles:
     return DataFiles(files, not_read)
 
 
-def suffix_of(file: Path) -> str:
-    """The ending that says the kind of a file: ".jsonl" for a.jsonl and a.jsonl.gz."""
-    return Path(file.name.removesuffix(".gz")).suffix
-
-
 def _open_files(found: DataFiles, source: Source) -> RawTable:
     """The rows of all files, one file after the other. Raises: ValueError that names the file."""
     builders, tables = [], []
     for file in found.files:
         name = f"{file}: " if len(found.files) > 1 else ""
-        if not file.stat().st_size:
-            raise ValueError(f"{name}the file is empty")
+        if problem := problem_at_start(file):
+            raise ValueError(name + problem)
         try:
             builders.append(_builder(file))
             tables.append(_open_file(file, builders[-1], source))
         except Exception as error:  # the library wraps the causes in its own, or names none
-            raise ValueError(name + _what_is_wrong(file, suffix_of(file), error)) from None
+            raise ValueError(name + what_is_wrong(file, suffix_of(file), error)) from None
         if builders[-1] != builders[0]:
             raise ValueError(
                 f"of {found.files[0]} and {file} one has a row in each line, and one a list of"
@@ -150,7 +155,9 @@ def _open_files(found: DataFiles, source: Source) -> RawTable:
     starts = [0, *itertools.accumulate(len(table) for table in tables)][:-1]
     files = [str(file) for file in found.files]
     table = _concatenate(tables, found.files)
-    return RawTable(table, builders[0] == "text", files, starts, found.not_read)
+    used = {separator_of(file) for file in found.files if suffix_of(file) == ".csv"} - {","}
+    separators = [SEPARATORS[separator] for separator in sorted(used)]
+    return RawTable(table, builders[0] == "text", files, starts, found.not_read, separators)
 
 
 def _builder(file: Path) -> str:
@@ -163,7 +170,11 @@ def _open_file(file: Path, builder: str, source: Source) -> datasets.Dataset:
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the hub for each local file
     show_progress(file.stat().st_size > BIG_FILE)
-    options = _csv_as_text(file, source) if builder == "csv" else {}
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        options = _csv_as_text(file, source)
+    if builder == "text":
+        options = {"encoding_errors": MARK_BYTES}
     pattern = glob.escape(str(file))  # the library takes it for one
     return datasets.load_dataset(builder, data_files=pattern, split="train", **options)
 
@@ -224,16 +235,12 @@ def _open_directory(name: str, source: Source, split: str, directory: Path) -> d
     return splits[split]
 
 
-def _open_compressed(file: Path) -> IO[bytes]:
-    return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")  # type: ignore[return-value]
-
-
 def _holds_lines(file: Path) -> bool:
     """Whether a .json file has an object in each line, as .jsonl files do."""
-    with _open_compressed(file) as lines:
+    with open_compressed(file) as lines:
         try:
             return isinstance(json.loads(lines.readline()), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
 
 
@@ -245,34 +252,13 @@ def _csv_as_text(file: Path, source: Source) -> dict[str, Any]:
     import datasets
     import pandas
 
+    separator = separator_of(file)
+    check_csv(file, separator)
     scores = [source.columns.get(name, name) for name in ("score_a", "score_b")]
-    columns = pandas.read_csv(file, nrows=0).columns
+    columns = pandas.read_csv(file, nrows=0, sep=separator).columns
     features = {name: datasets.Value("float64" if name in scores else "string") for name in columns}
-    return {"features": datasets.Features(features), "keep_default_na": False, "na_values": [""]}
-
-
-def _what_is_wrong(file: Path, suffix: str, error: BaseException) -> str:
-    """Why a file cannot be read: the line that is not UTF-8 or JSON, else the library's words."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    if isinstance(error, OSError):
-        return first_line(error)
-    if suffix != ".parquet":
-        with _open_compressed(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as problem:
-                    return f"line {number} is not UTF-8: {problem}"
-    if suffix == ".json":
-        with _open_compressed(file) as content:
-            try:
-                json.load(content)
-            except ValueError as problem:
-                return f"not JSON ({problem})"
-    if "corresponds to no data" in str(error):
-        return "the file is empty"
-    return first_line(error)
+    texts = {"sep": separator, "keep_default_na": False, "na_values": [""]}
+    return {"features": datasets.Features(features), **texts}
 
 
 # --- the hub

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.base.commands import override, train_command
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_few, log
 from rlhf.config.schema import Config, Data
@@ -16,16 +18,20 @@ from rlhf.data.records import (
     Dataset,
     Pair,
     Prompt,
+    RowCounts,
     SourceReport,
     record_features,
 )
 from rlhf.data.sources import load_sources
-from rlhf.data.splits import PARTS
+from rlhf.data.splits import PARTS, Part
 from rlhf.distributed import collectives
 from rlhf.runs.directory import write_json
 
 if TYPE_CHECKING:
     import datasets
+
+
+PART_OF_STAGE: dict[str, Part] = {"sft": "sft", "rm": "rm", "dpo": "rm"}  # online RL: ppo
 
 
 def open_data(cfg: Config, run_dir: Path) -> Dataset:
@@ -68,17 +74,10 @@ def _check_rows(data: Dataset, cfg: Config) -> None:
     else:
         train, evaluation = data.ppo, data.eval_prompts
     where = f"data={'+'.join(cfg.data.sources)}"
-    reason = "the sources are too small for data.shares"
-    if stage == "sft":
-        reason = (
-            "no source has answers, or the sources are too small for data.shares; online RL on "
-            "prompts alone starts from a policy that is trained already: rl.actor=<run or model>"
-        )
-    if stage in ("rm", "dpo"):
-        reason = "no source has rejected answers, or the sources are too small for data.shares"
     if train is not None and not len(train):
-        raise UserError(f"{where}: no rows for {stage}: {reason}")
+        raise UserError(f"{where}: no rows for {stage}: {why_no_rows(data, cfg.data, stage)}")
     if not len(evaluation):
+        reason = why_nothing_held_out(data, cfg.data, stage)
         raise UserError(f"{where}: no rows to evaluate {stage} on: {reason}")
 
 
@@ -148,9 +147,99 @@ def summarize(data: Dataset) -> str:
             )
             if "tools" in unread:
                 lines.append("  tools are read with data.template=tokenizer")
-        if "first_unreadable" in report:
-            lines.append(f"  first unreadable row: {report['first_unreadable']}")
-        unreadable = report.get("unreadable", {})
-        if len(unreadable) > 1:
-            lines += [f"  {count:,} unreadable: {reason}" for reason, count in unreadable.items()]
+        if separators := report.get("separators"):
+            lines.append(f"  fields are separated by {' or '.join(separators)}, as in the header")
+        lines += [f"  {line}" for line in unreadable_rows(report)]
     return "\n".join(lines)
+
+
+def unreadable_rows(report: SourceReport) -> list[str]:
+    """The rows of a source that cannot be read: a line for each kind, with its first row."""
+    kinds = report.get("unreadable", {})
+    if len(kinds) == 1:
+        return [f"first unreadable row: {report['first_unreadable']}"]
+    lines = [
+        f"{count:,} unreadable{', the first' if count > 1 else ''}: {report['examples'][kind]}"
+        for kind, count in kinds.items()
+    ]
+    if more := report.get("more_kinds"):
+        lines.append(f"and {more:,} further kinds of unreadable rows")
+    return lines
+
+
+# ---- why a stage has no rows
+
+
+def why_no_rows(data: Dataset, cfg: Data, stage: str) -> str:
+    """Why a stage has no rows to train on, and what to do."""
+    part = PART_OF_STAGE.get(stage, "ppo")
+    counts, number = data.counts, PARTS.index(part)
+    if counts is None:
+        return "the sandbox is too small for data.shares: raise data.sandbox.demonstrations, .pairs"
+    everything = ["data.shares=[" + ",".join("01"[i == number] for i in range(3)) + "]"]
+    if part == "sft" and not counts.answers:
+        return f"none of the {counts.rows:,} rows has an answer; {use_of_rows(data, cfg)}"
+    if part == "rm" and not counts.pairs:
+        only = [name for name, source in cfg.sources.items() if source.sft_only]
+        for_sft = f" (sft_only=true of {', '.join(only)})" if only else ""
+        lack = f"none of the {counts.rows:,} rows has a rejected answer{for_sft}"
+        return f"{lack}; {use_of_rows(data, cfg)}"
+    if counts.prompts == 1:
+        return one_prompt(counts)
+    rows = f"{counts.rows:,} rows with {counts.prompts:,} prompts"
+    none = f"of {rows} none falls to it with data.shares={cfg.shares}"
+    return f"{none}: add data, or give it all rows: {shlex.join(everything)}"
+
+
+def why_nothing_held_out(data: Dataset, cfg: Data, stage: str) -> str:
+    """Why there are no rows to evaluate a stage on, and what to do."""
+    counts = data.counts
+    if counts is None:
+        return "raise data.eval_rows"
+    if counts.prompts == 1:
+        return one_prompt(counts)
+    if held_out := sum(report.get("eval", 0) for report in data.report):
+        what = "a rejected answer" if stage in ("rm", "dpo", "eval") else "an answer"
+        return f"none of the {held_out:,} rows that are held out has {what}: add some that have it"
+    return (
+        f"of {counts.prompts:,} prompts none is held out with data.eval_share={cfg.eval_share:g}:"
+        f" raise it, for instance data.eval_share={min(0.5, 4 * cfg.eval_share):g}, or add data"
+    )
+
+
+def one_prompt(counts: RowCounts) -> str:
+    """Why rows that have the same prompt cannot be divided."""
+    if counts.rows == 1:
+        return "there is one row only: add data"
+    return (
+        f"all {counts.rows:,} rows have the same prompt, and a prompt belongs to one stage or to"
+        " the evaluation: add rows with other prompts"
+    )
+
+
+def use_of_rows(data: Dataset, cfg: Data) -> str:
+    """What rows without pairs are for, with the command that trains on them."""
+    if data.counts and data.counts.answers:
+        command = train_command("stage=sft", *data_arguments(cfg), "data.shares=[1,0,0]")
+        return f"SFT trains on its answers:  {command}"
+    more = ["data.shares=[0,0,1]", "rl.actor=SFT_RUN", "rl.reward=RM_RUN"]
+    command = train_command("stage=grpo", *data_arguments(cfg), *more)
+    return (
+        "prompts alone are for online RL, which starts from a trained policy and a reward model of"
+        f" yours:  {command}"
+    )
+
+
+def data_arguments(cfg: Data) -> list[str]:
+    """The overrides that choose these data."""
+    if list(cfg.sources) != ["mine"]:
+        names = list(cfg.sources)
+        return [f"data={names[0]}" if len(names) == 1 else f"data=[{','.join(names)}]"]
+    source = cfg.sources["mine"]
+    chosen = ["data=jsonl", override("data.sources.mine.path", source.path)]
+    if source.format:
+        chosen.append(f"data.sources.mine.format={source.format.name}")
+    if source.columns:
+        pairs = ", ".join(f"{field}: {column}" for field, column in source.columns.items())
+        chosen.append(f"+data.sources.mine.columns={{{pairs}}}")
+    return chosen

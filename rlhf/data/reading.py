@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import plural
 from rlhf.config.choices import BadRow, Format, Template
 from rlhf.config.schema import Data, Source
 from rlhf.config.validation import check_used
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import datasets
 
 FIRST_ROWS = 1000  # are looked at for columns that no format reads
+KINDS = 10  # of unreadable rows that are named, the most frequent ones
 UNREADABLE = "unreadable: "  # begins the problem of a row that cannot be read
 KNOWN_COLUMNS = (
     "prompt, chosen, rejected; chosen, rejected; messages; instruction, output; prompt, response;"
@@ -73,6 +75,8 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         report["further"] = len(table) - rows
     if kind_of_source(source.path) not in ("", "a file", SAVED):
         report["files"], report["not_read"] = [Path(f).name for f in raw.files], raw.not_read
+    if raw.separators:
+        report["separators"] = raw.separators
     if unread := fields.unread_columns(first, source, cfg.template):
         report["unread"] = unread
     readable = _readable_rows(table, report, source.path, raw, cfg.on_bad_row)
@@ -197,33 +201,57 @@ def _readable_rows(
     unreadable = pc.starts_with(problems, UNREADABLE)  # with a message of its own each
     counts = pc.value_counts(problems.filter(pc.invert(unreadable))).to_pylist()
     skipped |= {count["values"]: count["counts"] for count in counts if count["values"]}
+    numbers = _row_numbers(table)
+    examples = {
+        reason: raw.place(int(numbers[pc.index(problems, reason).as_py()])) for reason in skipped
+    }
     if number := pc.sum(unreadable).as_py():
         bad = np.flatnonzero(unreadable.to_numpy(zero_copy_only=False))
-        rows = _row_numbers(table)
+
+        def example(record: int) -> str:
+            problem = problems[int(record)].as_py().removeprefix(UNREADABLE)
+            return f"{raw.place(int(numbers[record]))}: {problem}"
 
         def message(record: int) -> str:
-            problem = problems[int(record)].as_py().removeprefix(UNREADABLE)
-            return f"data.sources.{name}: {raw.place(int(rows[record]))}: {problem}"
+            return f"data.sources.{name}: {example(record)}"
 
         if on_bad_row == BadRow.refuse:
             raise UserError(message(bad[0]))
-        file_of = np.searchsorted(raw.starts, rows, side="right") - 1
+        file_of = np.searchsorted(raw.starts, numbers, side="right") - 1
         all_bad = np.bincount(file_of) == np.bincount(file_of[bad], minlength=file_of[-1] + 1)
+        texts = problems.filter(unreadable).to_pylist()
+        reasons = [re.sub(r"\d+", "N", text.removeprefix(UNREADABLE)) for text in texts]
+        kinds = Counter(reasons)
         if (hopeless := bad[all_bad[file_of[bad]]]).size:
             of_it = " of it" if len(raw.files) > 1 else ""
-            raise UserError(f"{message(hopeless[0])} (and no other row{of_it} can be read)")
+            raise UserError(
+                f"{message(hopeless[0])} (and no other row{of_it} can be read"
+                + (f": {kinds_of_rows(kinds)})" if len(kinds) > 1 else ")")
+            )
         skipped["unreadable"] = number
         report["first_unreadable"] = message(bad[0])
-        texts = problems.filter(unreadable).to_pylist()
-        counted = Counter(re.sub(r"\d+", "N", text.removeprefix(UNREADABLE)) for text in texts)
-        report["unreadable"] = dict(counted.most_common(5))
+        report["unreadable"] = dict(kinds.most_common(KINDS))
+        first_of = dict(zip(reversed(reasons), reversed(bad)))
+        examples |= {kind: example(first_of[kind]) for kind in report["unreadable"]}
+        if len(kinds) > KINDS:
+            report["more_kinds"] = len(kinds) - KINDS
+    if examples:
+        report["examples"] = examples
     readable = np.flatnonzero(pc.equal(problems, "").to_numpy(zero_copy_only=False))
     if not len(readable):
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        counted = [f"{count:,} {reason}" for reason, count in skipped.items()]
+        firsts = [f" (the first is {examples[r]})" if r in examples else "" for r in skipped]
         raise UserError(
-            f"data.sources.{name}: all rows of {path} ({report['split']}) are skipped: {reasons}"
+            f"data.sources.{name}: all rows of {path} ({report['split']}) are skipped: "
+            + ", ".join(map("".join, zip(counted, firsts)))
         )
     return readable
+
+
+def kinds_of_rows(kinds: Counter[str]) -> str:
+    """The most frequent reasons why rows are unreadable, with their counts, in words."""
+    counted = [f"{plural(count, 'row')} {kind}" for kind, count in kinds.most_common(KINDS)]
+    return "; ".join(counted)
 
 
 def _row_numbers(table: datasets.Dataset) -> np.ndarray:
@@ -285,7 +313,9 @@ def read_rows(
             pairs = records
         except Skip as reason:
             problem = str(reason)
-        except ValueError as error:  # also a text that is not valid Unicode: "\\ud83d" alone
+        except UnicodeEncodeError as error:
+            problem = UNREADABLE + half_a_pair(error)
+        except ValueError as error:
             problem = UNREADABLE + str(error)
         for i, pair in enumerate(pairs):
             columns["prompt"].append([asdict(turn) for turn in pair.prompt])
@@ -314,12 +344,20 @@ def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:
             text = record
         except Skip as reason:
             problem = str(reason)
+        except UnicodeEncodeError as error:
+            problem = UNREADABLE + half_a_pair(error)
         except ValueError as error:
             problem = UNREADABLE + str(error)
         columns["text"].append(text)
         columns["problem"].append(problem)
         columns["row_hash"].append(row_hash)
     return columns | {"row_hash": _uint64(columns["row_hash"])}
+
+
+def half_a_pair(error: UnicodeEncodeError) -> str:
+    """What is wrong with a text that is not valid Unicode, such as "\\ud83d" alone in JSON."""
+    half = f"\\u{ord(error.object[error.start]):04x}"
+    return f"a text has {half}, half of a surrogate pair, which is no character: remove it"
 
 
 def _raw_rows(batch: Columns) -> list[dict[str, Any]]:

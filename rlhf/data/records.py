@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import datasets
@@ -75,14 +75,26 @@ class SourceReport(TypedDict):
     not_read: NotRequired[list[str]]  # other files and folders beside them
     further: NotRequired[int]  # pairs beyond the first that ranked responses of a row give
     unread: NotRequired[list[str]]  # columns and parts of messages that the format does not read
-    unreadable: NotRequired[dict[str, int]]  # rows by reason, the most frequent ones
+    unreadable: NotRequired[dict[str, int]]  # rows by kind, the most frequent ones
     first_unreadable: NotRequired[str]  # where the first unreadable row is, and what is wrong
+    examples: NotRequired[dict[str, str]]  # the first row of each kind of unreadable, skipped rows
+    more_kinds: NotRequired[int]  # further kinds, which `unreadable` does not name
+    separators: NotRequired[list[str]]  # between the fields of .csv files, where not commas
     sft: NotRequired[int]  # rows of each part; missing for plain text
     rm: NotRequired[int]
     ppo: NotRequired[int]
     eval: NotRequired[int]
     copies: NotRequired[int]  # rows that a weight above 1 adds
     texts: NotRequired[int]  # plain text only: rows for PPO's pretraining loss
+
+
+class RowCounts(NamedTuple):
+    """What the readable rows of all sources have, whatever stage gets them."""
+
+    rows: int
+    prompts: int  # distinct ones
+    answers: int  # rows with an answer
+    pairs: int  # rows with a rejected answer too
 
 
 @dataclass(frozen=True)
@@ -105,3 +117,4 @@ class Dataset:
     best_gold: Callable[[list[Turn]], float] | None = None  # that of the best possible answer
     texts: datasets.Dataset | None = None  # column text: for PPO's pretraining loss
     report: list[SourceReport] = field(default_factory=list)  # one of each source and split
+    counts: RowCounts | None = None  # None for the sandbox

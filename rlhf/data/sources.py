@@ -21,6 +21,7 @@ from rlhf.data.records import (
     Demonstration,
     Pair,
     Prompt,
+    RowCounts,
     SourceReport,
     Turn,
 )
@@ -83,6 +84,12 @@ def load_sources(cfg: Data) -> Dataset:
         ),
         texts=datasets.concatenate_datasets(texts) if texts else None,
         report=[one.report for one in read],
+        counts=RowCounts(
+            rows=len(rows.prompt_hash),
+            prompts=len(np.unique(rows.prompt_hash)),
+            answers=int(rows.has_answer.sum()),
+            pairs=int(rows.is_pair.sum()),
+        ),
     )
 
 

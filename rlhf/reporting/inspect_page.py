@@ -80,13 +80,9 @@ def page(
         verdicts=result["verdicts"],
         source_table=Table(SOURCE_COLUMNS, [_source_cells(one) for one in result["sources"]]),
         skipped_table=Table(
-            ["source", "reason", "rows"],
-            [
-                [name_of(source), reason, f"{count:,}"]
-                for source in result["sources"]
-                for reason, count in source["skipped"].items()
-            ],
-            ["reason"],
+            ["source", "reason", "rows", "the first one"],
+            [row for source in result["sources"] for row in _skipped_cells(source)],
+            ["reason", "the first one"],
         ),
         stage_table=Table(
             STAGE_COLUMNS, [_stage_cells(*item) for item in result["stages"].items()]
@@ -142,6 +138,27 @@ def _source_cells(source: MeasuredSource) -> list[str]:
         for part in PARTS
     ]
     return [name_of(source), *(f"{count:,}" for count in counts), *stages]
+
+
+def _skipped_cells(source: MeasuredSource) -> list[list[str]]:
+    """A row for each reason why rows are skipped, and for each kind of unreadable rows."""
+    examples, kinds = source.get("examples", {}), source.get("unreadable", {})
+    reasons = {
+        reason: count for reason, count in source["skipped"].items() if reason != "unreadable"
+    }
+    counted = reasons | {f"unreadable: {kind}": count for kind, count in kinds.items()}
+    if more := source.get("more_kinds"):
+        named = sum(kinds.values())
+        counted[f"unreadable: {more:,} further kinds"] = source["skipped"]["unreadable"] - named
+    return [
+        [
+            name_of(source),
+            reason,
+            f"{count:,}",
+            examples.get(reason.removeprefix("unreadable: "), ""),
+        ]
+        for reason, count in counted.items()
+    ]
 
 
 def _stage_cells(name: str, numbers: Measurement) -> list[str]:

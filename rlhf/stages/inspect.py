@@ -25,7 +25,7 @@ from rlhf.data.inspection.measuring import (
     measure,
     share,
 )
-from rlhf.data.load import load_data, summarize, table_of
+from rlhf.data.load import load_data, summarize, table_of, why_no_rows, why_nothing_held_out
 from rlhf.data.reading import read_split
 from rlhf.data.records import Dataset, Pair
 from rlhf.data.sources import splits_of
@@ -84,7 +84,7 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
         stages=stages,
         leakage=shared,
     )
-    result["verdicts"] = verdicts(result, cfg) + on_marks
+    result["verdicts"] = verdicts(result, data, cfg) + on_marks
     samples = {name: tables[name].table for name in ("sft", "rm", "ppo")}
     (run_dir / "report.html").write_text(
         page(result, lengths, samples, tokenizer, cfg), encoding="utf-8", errors="replace"
@@ -139,7 +139,7 @@ def tables_of_sources(data: Dataset, cfg: Data) -> Iterator[datasets.Dataset]:
 # --- verdicts
 
 
-def verdicts(result: Inspection, cfg: Config) -> list[str]:
+def verdicts(result: Inspection, data: Dataset, cfg: Config) -> list[str]:
     """What to know or to fix before training, one line each; empty if there is no problem."""
     stages = {name: result["stages"][name] for name in ("sft", "rm", "ppo")}
     lines = [
@@ -148,7 +148,7 @@ def verdicts(result: Inspection, cfg: Config) -> list[str]:
         for pair, count in result["leakage"].items()
         if count
     ]
-    lines += _too_few_rows(result["stages"], cfg)
+    lines += _too_few_rows(result["stages"], data, cfg)
     try:
         check_context(cfg.actor.path, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
     except ValueError as error:
@@ -171,7 +171,7 @@ def verdicts(result: Inspection, cfg: Config) -> list[str]:
     return lines
 
 
-def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
+def _too_few_rows(stages: dict[str, Measurement], data: Dataset, cfg: Config) -> list[str]:
     lines = []
     rl = cfg.rl
     rows_per_step = {
@@ -187,12 +187,7 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
         if not numbers["rows"] and not cfg.data.shares[PARTS.index(name)]:
             continue  # as it was asked for
         if not numbers["rows"]:
-            reason = "the sources are too small for data.shares"
-            if name == "rm":
-                reason = f"no source has rejected answers, or {reason}"
-            if name == "sft":
-                reason = f"no source has answers, or {reason}"
-            lines.append(f"no rows for {name}: {reason}")
+            lines.append(f"no rows for {name}: {why_no_rows(data, cfg.data, name)}")
         elif 0 < rows < needed:  # where the limits leave none, `_limits` reports it
             lines.append(
                 f"{rows:,} rows for {name} are less than one batch: lower"
@@ -200,10 +195,8 @@ def _too_few_rows(stages: dict[str, Measurement], cfg: Config) -> list[str]:
             )
     for name in ("sft", "rm"):
         if not stages[f"eval {name}"]["rows"] and stages[name]["rows"]:
-            lines.append(
-                f"no rows to evaluate {name} on: raise data.eval_share={cfg.data.eval_share:g}, or"
-                " add data"
-            )
+            reason = why_nothing_held_out(data, cfg.data, name)
+            lines.append(f"no rows to evaluate {name} on: {reason}")
     return lines
 
 
@@ -279,11 +272,11 @@ def _skipped_rows(source: MeasuredSource) -> list[str]:
     """Why rows of a source are skipped, where that is worth a look."""
     name, skipped = name_of(source), source["skipped"]
     lines = []
-    if "first_unreadable" in source:
-        lines.append(
-            f"unreadable rows of {name}: {skipped['unreadable']:,}; the first one:"
-            f" {source['first_unreadable']}"
-        )
+    for kind, count in source.get("unreadable", {}).items():
+        first = source["examples"][kind]
+        lines.append(f"unreadable rows of {name}: {count:,}; the first one: {first}")
+    if more := source.get("more_kinds"):
+        lines.append(f"unreadable rows of {name}: {more:,} further kinds")
     if source["same_answers"]:
         lines.append(
             f"rows of {name} whose chosen and rejected answers are equal:"

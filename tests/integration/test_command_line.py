@@ -284,6 +284,11 @@ def test_a_folder_that_is_not_there_is_named() -> None:
         ("ppo.dschat.dropout=1", "(did you mean rl.dschat?)"),
         ("ppo=dschat", "ppo (did you mean rl=dschat?)"),
         ("exp=study", "exp (did you mean experiment_name?)"),
+        (
+            "sft.train_on_prompt=true",
+            "(did you mean sft.train_on=everything in place of true, and sft.train_on=last in "
+            "place of false?)",
+        ),
         ("deploy.gpus=2", "deploy.gpus (did you mean deploy.processes_per_node?)"),
         # other frameworks
         ("kl_coef=1", "kl_coef (did you mean rl.kl.coef?)"),

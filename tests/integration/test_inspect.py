@@ -286,7 +286,7 @@ def test_a_source_without_second_answers(tmp_path: Path) -> None:
         and found["stages"]["sft"]["rows"] > 30
     )
     assert any(
-        line.startswith("no rows for rm: no source has rejected answers")
+        line.startswith("no rows for rm: none of the 50 rows has a rejected answer (sft_only=true")
         for line in found["verdicts"]
     )
     assert (

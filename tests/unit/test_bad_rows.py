@@ -63,12 +63,12 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             "prompt_chosen_rejected",
             GOOD | {"prompt": [message("user", None)]},
-            "prompt.0 is empty, not a string",
+            "prompt.0.content is empty, not a string",
         ),
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": [message("user", [{"type": "text"}])]},
-            "chosen.0.0 is a part without text",
+            "chosen.0.content.0 is a part without text",
         ),
         (
             "prompt_chosen_rejected",
@@ -115,7 +115,7 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             "prompt_chosen_rejected",
             GOOD | {"chosen": [message("user", [{"type": "image_url"}])]},
-            "chosen.0.0 is image_url, not a part of type text",
+            "chosen.0.content.0 is image_url, not a part of type text",
         ),
         (
             "instruction",
@@ -139,6 +139,12 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("instruction", {"instruction": "", "output": "b"}, "the prompt has no user's turn"),
         ("messages", {"messages": "a"}, "messages is a string, not a list of messages"),
         ("messages", {"messages": []}, "messages is empty"),
+        ("messages", {"messages": [{"role": "user"}]}, "messages.0 has no content"),
+        (
+            "messages",
+            {"messages": [{"from": "human", "value": 1}]},
+            "messages.0.value is a number, not a string",
+        ),
         (
             "messages",
             {"messages": [message("user", "a"), message("system", "b")]},

@@ -138,9 +138,11 @@ def test_reasons_of_unreadable_rows_are_counted(tmp_path: Path) -> None:
         mine=Source(path=write(tmp_path / "a.jsonl", good + tools + other))
     ).splitlines()
     assert lines[0].endswith("skipped: 5 unreadable")
-    assert lines[3:] == [
-        "  3 unreadable: messages of or for tools need data.template=tokenizer",
-        "  2 unreadable: the turns of chosen before its last answer are not the prompt",
+    assert lines[2:] == [
+        f"  3 unreadable, the first: line 41 of {tmp_path}/a.jsonl: messages of or for tools need"
+        " data.template=tokenizer",
+        f"  2 unreadable, the first: line 44 of {tmp_path}/a.jsonl: the turns of chosen before its"
+        " last answer are not the prompt",
     ]
 
 

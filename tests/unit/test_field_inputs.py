@@ -270,7 +270,7 @@ def test_answers_marked_good_or_bad(tmp_path: Path) -> None:
         ),
         (
             {"prompt": [message("user", [{"type": "image", "url": "x"}])]},
-            "prompt.0.0 is image, not a part of type text",
+            "prompt.0.content.0 is image, not a part of type text",
         ),
     ],
 )

@@ -144,16 +144,44 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
     (
         "a.csv",
         "prompt,chosen\na,b\na,b,c\n",
-        ".path={path}: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3",
+        ".path={path}: line 3 has 3 fields, and the header has 2: put a text that has a separator",
     ),
     ("a.jsonl.gz", "no gzip", ".path={path}: "),
     (
         "latin.jsonl",
-        GOOD.encode() + b'{"prompt": "caf\xe9"}\n',
-        ".path={path}: line 2 is not UTF-8",
+        b'{"prompt": "caf\xe9"}\n',
+        ": no line is a JSON object {{...}}: line 1 of {path}: not UTF-8: save the file as UTF-8",
     ),
-    ("latin.csv", b"prompt,chosen\na,b\ncaf\xe9,c\n", ".path={path}: line 3 is not UTF-8"),
-    ("latin.json", b'[{"prompt":\n"caf\xe9"}]', ".path={path}: line 2 is not UTF-8"),
+    (
+        "latin.csv",
+        b"prompt,chosen\na,b\ncaf\xe9,c\n",
+        ".path={path}: line 3 is not UTF-8 (byte 0xe9); if it is Latin-1, convert it with  "
+        "iconv -f ISO-8859-1 -t UTF-8 {path} > utf8-latin.csv",
+    ),
+    ("latin.json", b'[{"prompt":\n"caf\xe9"}]', ".path={path}: line 2 is not UTF-8 (byte 0xe9)"),
+    (
+        "wide.jsonl",
+        GOOD.encode("utf-16"),
+        ".path={path}: the text is UTF-16, not UTF-8: convert it with  "
+        "iconv -f UTF-16 -t UTF-8 {path} > utf8-wide.jsonl",
+    ),
+    ("wide.csv", "prompt,chosen\na,b\n".encode("utf-16-be"), ".path={path}: the text is UTF-16"),
+    ("wide.json", "[1, 2]".encode("utf-16-le"), ".path={path}: the text is UTF-16, not UTF-8"),
+    ("pointer.jsonl", "version https://git-lfs.github.com/spec/v1\n", ".path={path}: a Git LFS"),
+    ("short.csv", "prompt,chosen,rejected\n\na,b\n", ".path={path}: line 3 has 2 fields, and the"),
+    ("index.csv", "prompt,chosen\na,b,c\nd,e,f\n", ".path={path}: line 2 has 3 fields, and the"),
+    ("twice.csv", "prompt,chosen,chosen\na,b,c\n", ".path={path}: line 1: the column chosen is"),
+    (
+        "open.csv",
+        'prompt,chosen\na,b\n"c,d\ne,f\n',
+        ".path={path}: line 3: a quote is not closed, or text follows a closing quote: put a text",
+    ),
+    (
+        "after.csv",
+        'prompt;chosen\n"a\nb";c\n"d" e;f\n',
+        ".path={path}: line 4: a quote is not closed, or text follows a closing quote",
+    ),
+    ("deep.json", "[" * 100_000, ".path={path}: "),
     (
         "columns.jsonl",
         '{"a": 1, "b": 2}\n',
@@ -240,7 +268,8 @@ BAD = [
     ("[1, 2]", "JSON, but not an object"),
     ('{"prompt": 3, "chosen": "a"}', "prompt is a number, not a string"),
     ('{"prompt": "a"}', "no field chosen"),
-    ('{"prompt": "half an emoji \\ud83d", "chosen": "a"}', "'utf-8' codec can't encode character"),
+    ('{"prompt": "half an emoji \\ud83d", "chosen": "a"}', "a text has \\ud83d, half of a"),
+    ("[" * 100_000, "its JSON is nested too deeply"),
 ]
 
 
@@ -370,16 +399,8 @@ def test_a_stage_without_rows_says_why(tmp_path: Path) -> None:
         tmp_path / "a.jsonl", [{"prompt": f"{i}?", "response": "a"} for i in range(100)]
     )
     assert len(load.open_data(stage("sft", one_answer), tmp_path).sft) > 5
-    with pytest.raises(
-        UserError,
-        match=(
-            "data=mine: no rows for rm: no source has rejected answers, or the sources are too "
-            "small"
-        ),
-    ):
+    lack = "data=mine: no rows for rm: none of the 100 rows has a rejected answer; SFT trains on"
+    with pytest.raises(UserError, match=lack):
         load.open_data(stage("rm", one_answer), tmp_path)
-    with pytest.raises(
-        UserError,
-        match="data=mine: no rows.* for sft: no source has answers, or the sources are too small",
-    ):
+    with pytest.raises(UserError, match="data=mine: no rows.* sft.*: there is one row only: add"):
         load.open_data(stage("sft", jsonl(tmp_path / "b.jsonl", rows(1))), tmp_path)

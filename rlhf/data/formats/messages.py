@@ -64,8 +64,8 @@ def turns_of_messages(value: Json, name: str) -> list[Turn]:
         role = message.get("from") if message.get("role") is None else message["role"]
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{where}: unknown role {role}; known are {', '.join(ROLES)}")
-        content = message.get("content")
-        content = message.get("value") if content is None else content
+        key = "content" if message.get("content") is not None or "value" not in message else "value"
+        content = message.get(key)
         more = {key: message[key] for key in sorted(MORE) if message.get(key)}
         if role == "function_call":
             more["function_call"], content = content, ""
@@ -74,7 +74,9 @@ def turns_of_messages(value: Json, name: str) -> list[Turn]:
         if "tool_calls" in more:
             more["tool_calls"] = _calls(more["tool_calls"], where)
             content = "" if content is None else content
-        text, role = text_of(content, where), ROLES[role]
+        if content is None and key not in message:
+            raise ValueError(f"{where} has no content")
+        text, role = text_of(content, f"{where}.{key}"), ROLES[role]
         text = answer_text(text) if role == "assistant" else text.strip()
         turns.append(Turn(role, text, json.dumps(more, ensure_ascii=False) if more else ""))
     return turns

@@ -56,25 +56,38 @@ class Skip(Exception):
 RAW = (Format.prompt_chosen_rejected, Format.prompts)  # formats that data.template=none reads
 
 
+NOT_UTF8 = "\ufdd0"  # in place of a byte that is not UTF-8; Unicode gives it to no character
+
+
 def parse_line(line: str) -> Row:
     """A line of a .jsonl file. Raises: Skip if it is empty, ValueError unless it is an object."""
+    if NOT_UTF8 in line:
+        fix = "if it is Latin-1, convert it with iconv -f ISO-8859-1 -t UTF-8"
+        raise ValueError(f"not UTF-8: save the file as UTF-8; {fix}")
     line = line.removeprefix("\ufeff")  # some editors put a byte order mark in front of a file
     if not line.strip():
         raise Skip("empty line")
     try:
         row = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError("JSON, but not an object {...}")
     return row
+
+
+def first_repeated(names: list[str]) -> str | None:
+    """The first name that is there a second time; None where each is there once."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def _object(pairs: list[tuple[str, Json]]) -> Row:
     """An object of JSON. Raises: ValueError for a key that it has twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        twice = first_repeated([key for key, _ in pairs])
         raise ValueError(f"the key {twice} is there twice")
     return values
 
