@@ -4,12 +4,11 @@ user's preferences."""
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.base.errors import UserError
+from rlhf.base.locations import command_line, override_text
 from rlhf.base.log import plural
 from rlhf.chat.conversation import reason
 from rlhf.chat.models import context_of
@@ -21,6 +20,9 @@ from rlhf.data.records import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ENOUGH_RECORDS = 30  # to train on: some of them are held out, the others fill some batches
+FEW_RECORDS = 200  # of which data.eval_share=0.05 may hold out none
 
 # -------------------------------------------------------------------------------------- the score
 
@@ -188,8 +190,8 @@ class Preferences:
         texts = [text for text in (chosen, rejected) if text is not None]
         self.written |= {(*reply.prompt, text) for text in texts}
         return (
-            f"{kind}: written to {self.file}, which has {plural(count, 'record')}; train on it: "
-            f"{training_command(self.file, stage)}"
+            f"{kind}: written to {self.file}, which has {plural(count, 'record')}; "
+            f"{training_command(self.file, stage, count)}"
         )
 
 
@@ -210,8 +212,13 @@ def append_line(file: Path, line: str) -> int:
         return sum(1 for line_of_file in stream if line_of_file.strip())
 
 
-def training_command(file: Path, stage: str) -> str:
-    """The command that trains on a file of preferences, quoted for a shell."""
-    path = str(file) if re.fullmatch(r"[\w./~-]+", str(file)) else json.dumps(str(file))
-    key = f"data.sources.mine.path={path}"
-    return shlex.join(["python", "train.py", f"stage={stage}", "data=jsonl", key])
+def training_command(file: Path, stage: str, records: int) -> str:
+    """The command that trains a stage on a file of preferences, all of them, with the advice to
+    wait where they are few."""
+    shares = {"sft": "[1,0,0]", "rm": "[0,1,0]"}[stage]
+    options = ["data=jsonl", f"data.sources.mine.path={override_text(str(file))}"]
+    options.append(f"data.shares={shares}")
+    if records < FEW_RECORDS:
+        options.append("data.eval_share=0.2")  # else none may be held out
+    wait = f"with {ENOUGH_RECORDS} or more, " if records < ENOUGH_RECORDS else ""
+    return f"{wait}train on it: {command_line('train.py', f'stage={stage}', *options)}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlhf.base.locations import command_line, override_text
+from rlhf.config.presets import config_dirs
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import config_nodes, is_rl
+from rlhf.config.stage_graph import config_nodes, is_aligned, is_rl
 
 
 @dataclass
@@ -21,14 +23,36 @@ class Command:
         """The command that describes a stage: of another algorithm, its own."""
         return self.algorithms.get(stage, self)
 
-    def to_train(self, stage: str) -> list[str]:
-        """The overrides with which `stage` alone is trained, for advice to the user."""
-        nodes = set(config_nodes(stage))
-        others = {"stage", "pipeline", "rl", "sft", "rm", "dpo", "eval", "rollout"} - nodes
-        if is_rl(stage):
-            others -= {"sft", "rm"}
-        kept = [arg for arg in self.overrides if root_of(arg) not in others | {"stage"}]
-        return [f"stage={stage}", *kept]
+    def to_train(self, *stages: str) -> str:
+        """The command that trains these stages, for advice to the user: a pipeline where there are
+        several. Values that none of them depends on are dropped.
+
+        Args: stages: in their order; what the last one is trained from, or it alone.
+        """
+        last = stages[-1]
+        nodes = set(config_nodes(last)).union(*map(config_nodes, stages))
+        if is_aligned(last):  # its directory depends on them
+            nodes |= {"sft", "rm"} if is_rl(last) else {"sft"}
+        dropped = {
+            "stage",
+            "pipeline",
+            "fresh",
+            "rl",
+            "sft",
+            "rm",
+            "dpo",
+            "eval",
+            "rollout",
+        } - nodes
+        kept = [arg for arg in self.overrides if root_of(arg) not in dropped]
+        folders = [str(folder) for folder in config_dirs[1:]]
+        if len(folders) == 1:
+            kept += ["--config-dir", folders[0]]
+        elif folders:
+            paths = ",".join(override_text(f"file://{folder}") for folder in folders)
+            kept += [f"hydra.searchpath=[{paths}]"]
+        chosen = f"stage={last}" if len(stages) == 1 else f"pipeline={last}"
+        return command_line("train.py", chosen, *kept)
 
 
 def root_of(arg: str) -> str:
