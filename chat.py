@@ -17,6 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.base.interrupts import (
+    INTERRUPTED,
+    end_at_interrupt,
+    raise_at_interrupt,
+    run_interruptible,
+)
+
+if __name__ == "__main__":
+    end_at_interrupt()  # before imports that take a second
+
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural
 from rlhf.chat.advice import start_of
@@ -45,11 +55,11 @@ COMMANDS = {  # arguments and meaning
 }
 WIDE = 100  # columns of a terminal in which two responses are shown side by side
 STRONG = 3.0  # nats from which on a token has the full colour
-DONE, WRONG, INTERRUPTED = 0, 2, 130  # exit codes
+DONE, WRONG = 0, 2  # exit codes, besides INTERRUPTED
 
 
 def main() -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code. Raises: KeyboardInterrupt."""
     args = parse_arguments()
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end us
@@ -58,6 +68,7 @@ def main() -> int:
     os.environ.update(thread_settings(threads))  # before a model is loaded, which imports torch
     try:
         session = Session(args)
+        raise_at_interrupt()
         if args.prompt is not None:
             replies = session.respond(functools.partial(session.talk.ask, args.prompt))
             return INTERRUPTED if replies[-1].stopped else DONE
@@ -65,8 +76,6 @@ def main() -> int:
     except UserError as error:
         say(f"error: {error}")
         return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return DONE
 
 
@@ -398,4 +407,4 @@ def interact(session: Session) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_interruptible(main))

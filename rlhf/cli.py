@@ -36,6 +36,9 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us
     try:
         return dispatch(sys.argv[1:])
+    except KeyboardInterrupt as interrupt:
+        again = "Interrupted. The same command continues: finished stages are not trained again."
+        raise KeyboardInterrupt(str(interrupt) or again) from None
     except WorkerError as error:
         say(f"error: {error}")
         return FAILED

@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.base.commands import override_text
 from rlhf.base.errors import UserError
 from rlhf.config import keys, presets
 from rlhf.config.loading import to_typed
@@ -198,7 +199,7 @@ def allow_user_names(arg: str) -> str:
 def literal(value: Any) -> str:
     """A value in Hydra's override grammar."""
     if isinstance(value, str):
-        return "'" + value.replace("'", "\\'") + "'"
+        return override_text(value, always=True)
     if isinstance(value, list):
         return f"[{','.join(map(literal, value))}]"
     if isinstance(value, dict):
@@ -224,7 +225,7 @@ def compose_again(overrides: Sequence[str]) -> DictConfig:
 
 def search_path(folders: Sequence[Path]) -> list[str]:
     """The override that makes Hydra look into the user's folders too."""
-    paths = ",".join(f"file://{folder}" for folder in folders)
+    paths = ",".join(override_text(f"file://{folder}") for folder in folders)
     return [f"hydra.searchpath=[{paths}]"] if folders else []
 
 

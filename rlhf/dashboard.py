@@ -5,7 +5,10 @@ The code is rlhf/reporting/wandb_dashboard.py.
 
 import sys
 
-from rlhf.reporting.wandb_dashboard import main
+from rlhf.base.interrupts import end_at_interrupt, run_interruptible
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_interrupt()
+    from rlhf.reporting.wandb_dashboard import main
+
+    sys.exit(run_interruptible(main))

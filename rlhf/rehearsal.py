@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from rlhf.config.stage_graph import score_sources
 from rlhf.runs.command import Command
 from rlhf.runs.directory import config_for_stage
 from rlhf.runs.failures import WorkerError, read_failures, write_failure
-from rlhf.runs.launch import end_with_parent
+from rlhf.runs.launch import end_with_parent, graceful_shutdown
 
 
 def rehearse(command: Command, stages: Sequence[str]) -> None:
@@ -41,23 +42,33 @@ def rehearse(command: Command, stages: Sequence[str]) -> None:
                 save_config(config_for_stage(cfg, stage, {}), file)
         if not any(Path(folder).iterdir()):
             return
-        # a session of its own, as a worker: Ctrl-C reaches this process only
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf.rehearsal", folder],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=end_with_parent,
-        )
-        try:
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
+        code = call_functions(Path(folder))
         for failure in read_failures(Path(folder)):
             raise UserError(failure.message)
         if code:
             ended = f"killed by {signal.Signals(-code).name}" if code < 0 else "see above"
             raise WorkerError(f"the check of the reward functions failed: {ended}")
+
+
+def call_functions(folder: Path) -> int:
+    """Run `main` in a process of its own. Returns: its exit code. Raises: KeyboardInterrupt."""
+    with graceful_shutdown() as signals:
+        # a session of its own, as a worker: Ctrl-C reaches this process only
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf.rehearsal", str(folder)],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
+        )
+        try:
+            while process.poll() is None and not signals:
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+    if signals:
+        raise KeyboardInterrupt
+    return process.returncode
 
 
 def main(folder: Path) -> int:

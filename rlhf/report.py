@@ -12,6 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from rlhf.base.interrupts import end_at_interrupt, raise_at_interrupt, run_interruptible
+
+if __name__ == "__main__":
+    end_at_interrupt()  # before imports that take a second
+
 from rlhf.base.errors import UserError
 from rlhf.reporting.report_page import write_page
 from rlhf.reporting.tables import print_comparison, print_list
@@ -20,6 +25,7 @@ from rlhf.runs.history import find_runs
 
 def main() -> int:
     """The command line; returns the exit code."""
+    raise_at_interrupt()
     parser = argparse.ArgumentParser(
         prog="python -m rlhf.report", description="Compare runs: tables here, and one HTML page."
     )
@@ -53,4 +59,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_interruptible(main))

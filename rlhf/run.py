@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.base.errors import UserError
+from rlhf.base.interrupts import raise_at_interrupt
 from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
 from rlhf.config.choices import Device, WandbMode
@@ -48,6 +49,7 @@ def run_command(command: Command) -> list[Path]:
 
     Raises: UserError; WorkerError when a stage failed by a bug; KeyboardInterrupt after Ctrl-C.
     """
+    raise_at_interrupt()
     cfg = command.cfg
     for line in name_unused_keys(command):
         say(line)
@@ -99,7 +101,8 @@ def say_how_to_continue(command: Command, stage: str) -> Iterator[None]:
         directory = run_dir_for(command, stage)
         intact, _ = find_checkpoints(directory)
         if stage != "inspect" and read_summary(directory):
-            line = f"Interrupted after {stage} was finished: the same command continues after it."
+            then = "prints its results" if stage == command.cfg.stage.runs[-1] else "continues"
+            line = f"Interrupted after {stage} was finished: the same command {then}."
         elif intact:
             step = intact[0][1]["step"]
             line = f"Interrupted: the same command resumes {stage} after step {step}."

@@ -17,6 +17,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rlhf import compose, run
+from rlhf.base.interrupts import raise_at_interrupt
 from rlhf.reporting import tables
 from rlhf.runs.history import find_runs
 from rlhf.runs.launch import SWEEP_LOG, end_with_parent
@@ -33,6 +34,7 @@ def begin(overrides: Sequence[str], jobs: int) -> None:
     side by side, the first Ctrl-C is left to the jobs, which hear it as well and save (joblib would
     kill them).
     """
+    raise_at_interrupt()
     given = (arg.removeprefix("root=") for arg in overrides if arg.startswith("root="))
     root = next(given, os.environ.get("RLHF_ROOT", "."))
     log = Path(root).expanduser().resolve() / "multirun" / f".sweep-{secrets.token_hex(4)}.jsonl"

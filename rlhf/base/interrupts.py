@@ -14,7 +14,7 @@ def end_at_interrupt() -> None:
     """From now on Ctrl-C ends the process at once: nothing has been started yet.
 
     A program calls this before its other imports: in the middle of an import KeyboardInterrupt
-    would have a traceback, or a library would catch it.
+    would have a traceback, a library would catch it, or torch would abort the process.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup: ignored
         signal.signal(signal.SIGINT, _end)
@@ -25,14 +25,19 @@ def _end(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
+def raise_at_interrupt() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt, after `end_at_interrupt`."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_interruptible(main: Callable[[], int]) -> int:
-    """Run the main function of a program, in which Ctrl-C raises KeyboardInterrupt.
+    """Run the main function of a program; it calls `raise_at_interrupt` when there is something to
+    end.
 
     Returns: its exit code, or INTERRUPTED; the message of the KeyboardInterrupt is printed.
     """
     try:
-        if signal.getsignal(signal.SIGINT) is _end:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         return main()
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # again: the process ends anyway

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
-from rlhf.base.commands import override, train_command
+from rlhf.base.commands import command_line, override
 from rlhf.base.log import plural
 from rlhf.chat.policy import Policy
 from rlhf.config.choices import Format, Template
@@ -73,7 +73,8 @@ def advice(file: Path, stage: Stage, start: Start) -> str:
         parts, _ = split_rows(rows, data)
         trained, held_out = len(parts["rm" if stage == "dpo" else "sft"]), parts["eval"]
         if trained and usable[held_out].any():
-            return f"train on it:  {train_command(*_overrides(file, stage, start, data, trained))}"
+            overrides = _overrides(file, stage, start, data, trained)
+            return f"train on it:  {command_line('train.py', *overrides)}"
     return f"to train on it, {noun}s to some more prompts are needed, so that some can be held out"
 
 

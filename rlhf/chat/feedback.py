@@ -21,6 +21,7 @@ from rlhf.data.records import Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
 # -------------------------------------------------------------------------------------- the score
 
 

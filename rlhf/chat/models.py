@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from rlhf.base.adapter_files import has_adapter, is_adapter, tokenizer_of
+from rlhf.base.commands import command_line
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN, is_directory, model_directory
 from rlhf.base.model_files import broken_file, score_heads, weight_names
@@ -39,7 +40,7 @@ def newest_policy() -> Path:
     if not finished:
         raise UserError(
             f"no finished policy (a run of sft, dpo or online RL) in {outputs}: make one with  "
-            "python train.py  or give --path"
+            f"{command_line('train.py')}  or give --path"
         )
     return max(finished)[1]
 
@@ -54,7 +55,7 @@ def find_model(path: str, option: str) -> str:
         use = "there is nothing to score with" if option == "--reward" else "it cannot talk"
         raise UserError(
             f"{option} {path}: a built-in model has random weights, so {use}; train it first: "
-            "python train.py"
+            f"{command_line('train.py')}"
         )
     if not is_directory(path) and path.count("/") < 2:  # a hub id is NAME or OWNER/NAME
         return path

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.base.commands import override, train_command
+from rlhf.base.commands import command_line, override
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_few, log
 from rlhf.config.schema import Config, Data
@@ -220,10 +220,10 @@ def one_prompt(counts: RowCounts) -> str:
 def use_of_rows(data: Dataset, cfg: Data) -> str:
     """What rows without pairs are for, with the command that trains on them."""
     if data.counts and data.counts.answers:
-        command = train_command("stage=sft", *data_arguments(cfg), "data.shares=[1,0,0]")
+        command = command_line("train.py", "stage=sft", *data_arguments(cfg), "data.shares=[1,0,0]")
         return f"SFT trains on its answers:  {command}"
     more = ["data.shares=[0,0,1]", "rl.actor=SFT_RUN", "rl.reward=RM_RUN"]
-    command = train_command("stage=grpo", *data_arguments(cfg), *more)
+    command = command_line("train.py", "stage=grpo", *data_arguments(cfg), *more)
     return (
         "prompts alone are for online RL, which starts from a trained policy and a reward model of"
         f" yours:  {command}"

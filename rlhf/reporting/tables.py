@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf.base.commands import command_line
 from rlhf.reporting.comparison import (
     Comparison,
     compare_runs,
@@ -66,7 +67,7 @@ def print_runs(paths: list[Path], seconds: float) -> None:
         print_line(console, f"{run}  ({files})")
     last_stage = json.loads((paths[-1] / "summary.json").read_text())["stage"]
     if view_of(last_stage).kind in ("sft", "policy"):
-        print_line(console, f"Talk to it:  python chat.py --path {paths[-1]}")
+        print_line(console, f"Talk to it:  {command_line('chat.py', '--path', str(paths[-1]))}")
 
 
 def result_rows(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]]:

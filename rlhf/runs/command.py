@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 
+from rlhf.base.commands import command_line, override_text
 from rlhf.config import presets
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import config_nodes, is_rl
+from rlhf.config.stage_graph import config_nodes, is_aligned, is_rl
 
 
 @dataclass
@@ -25,20 +25,43 @@ class Command:
 
     def as_typed(self) -> str:
         """The command line, for a shell. Of a sweep: that of this job alone."""
-        folders = [f"file://{folder}" for folder in presets.config_dirs[1:]]
-        given = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
-        return shlex.join(["python", "train.py", *self.overrides, *given])
+        return command_line("train.py", *self.overrides, *folder_options())
 
-    def to_train(self, stage: str) -> list[str]:
-        """The overrides with which `stage` alone is trained, for advice to the user."""
-        nodes = set(config_nodes(stage))
-        others = {"stage", "pipeline", "rl", "sft", "rm", "dpo", "eval", "rollout"} - nodes
-        if is_rl(stage):
-            others -= {"sft", "rm"}
-        kept = [arg for arg in self.overrides if root_of(arg) not in others | {"stage"}]
-        return [f"stage={stage}", *kept]
+    def to_train(self, *stages: str) -> str:
+        """The command that trains these stages, for advice to the user: a pipeline where there are
+        several. Values that none of them depends on are dropped.
+
+        Args: stages: in their order; what the last one is trained from, or it alone.
+        """
+        last = stages[-1]
+        nodes = set(config_nodes(last)).union(*map(config_nodes, stages))
+        if is_aligned(last):  # its directory depends on them
+            nodes |= {"sft", "rm"} if is_rl(last) else {"sft"}
+        dropped = {
+            "stage",
+            "pipeline",
+            "fresh",
+            "rl",
+            "sft",
+            "rm",
+            "dpo",
+            "eval",
+            "rollout",
+        } - nodes
+        kept = [arg for arg in self.overrides if root_of(arg) not in dropped]
+        chosen = f"stage={last}" if len(stages) == 1 else f"pipeline={last}"
+        return command_line("train.py", chosen, *kept, *folder_options())
 
 
 def root_of(arg: str) -> str:
     """The first part of an override's key: `rl` for ++rl.rewards.gold.weight=1."""
     return arg.lstrip("+~").partition("=")[0].partition(".")[0]
+
+
+def folder_options() -> list[str]:
+    """The options that name the user's folders with option files."""
+    folders = [str(folder) for folder in presets.config_dirs[1:]]
+    if len(folders) == 1:
+        return ["--config-dir", folders[0]]
+    paths = ",".join(override_text(f"file://{folder}") for folder in folders)
+    return [f"hydra.searchpath=[{paths}]"] if folders else []

@@ -9,7 +9,6 @@ import ast
 import hashlib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -284,7 +283,7 @@ def find_inputs(command: Command, stage: str) -> Inputs:
     Raises: UserError saying where it looked, and which commands make what is missing.
     """
     command = command.for_stage(stage)
-    cfg, inputs, missing = command.cfg, Inputs(), []
+    cfg, inputs = command.cfg, Inputs()
     for name, source in score_sources(cfg, stage).items():
         if source.path:
             inputs.add_model(f"rewards/{name}", source.path)
@@ -304,24 +303,71 @@ def find_inputs(command: Command, stage: str) -> Inputs:
         if summary := read_summary(directory):
             inputs.paths[parent] = str((directory / "model").resolve())
             inputs.ids[parent] = summary["id"]
-        else:
-            missing.append(how_to_make(command, stage, parent, directory))
-    if missing:
-        raise UserError("\n".join(missing))
+    if missing := missing_runs(command, stage):
+        raise UserError("\n".join(how_to_make(command, stage, missing)))
     return inputs
 
 
-def how_to_make(command: Command, stage: str, parent: str, directory: Path) -> str:
-    """The line for a parent run that is not there."""
-    what, key = ("reward model", "reward") if parent == "rm" else ("policy", "actor")
-    make = shlex.join(["python", "train.py", *command.for_stage(parent).to_train(parent)])
-    node = "rl" if is_rl(stage) else stage
-    instead = f"give {node}.{key}=<run, directory or hub id>"
+def missing_runs(command: Command, stage: str) -> dict[str, list[str]]:
+    """The runs that a stage starts from and that are not there, also those below them.
+
+    Returns: the stages that start from each; in the order in which they are trained.
+    """
+    command, missing = command.for_stage(stage), dict[str, list[str]]()
+    for parent, given in parent_stages(command.cfg, stage).items():
+        if not given and not read_summary(run_dir_for(command, parent)):
+            for name, users in missing_runs(command, parent).items():
+                missing[name] = list(dict.fromkeys([*missing.get(name, []), *users]))
+            missing.setdefault(parent, []).append(stage)
+    return missing
+
+
+def how_to_make(command: Command, stage: str, missing: dict[str, list[str]]) -> list[str]:
+    """Lines for the runs that are not there, with the commands that train them, in their order.
+
+    Where one command does it all, it is in the last line. Args: missing: as `missing_runs`.
+    """
+    lines = [how_to_make_one(command, users, parent) for parent, users in missing.items()]
+    ends = [stage] if is_aligned(stage) else [parent for parent in missing if is_aligned(parent)]
+    if any(no_rows(command.cfg, parent) for parent in missing) or len(ends) != 1:
+        return lines
+    last = ends[0]
+    trained = [*missing_runs(command, last), last]
+    if len(trained) > 1 and {*missing} <= {*trained}:
+        make = command.for_stage(last).to_train(*trained)
+        lines.append(f"one command trains {', '.join(trained)}: {make}")
+    return lines
+
+
+def how_to_make_one(command: Command, users: list[str], parent: str) -> str:
+    """The line for a run that is not there. Args: users: the stages that start from it."""
+    what = "reward model" if parent == "rm" else "policy"
+    needs = f"{' and '.join(users)} {'needs' if len(users) == 1 else 'need'} a trained {what}"
+    line = f"{needs}: not in {run_dir_for(command, parent)}"
+    instead = " and ".join(dict.fromkeys(how_to_do_without(stage, parent) for stage in users))
+    if no_rows(command.cfg, parent):
+        shares = str(command.cfg.data.shares).replace(" ", "")
+        return f"{line}, and data.shares={shares} leaves it no rows to train on; {instead}"
+    return f"{line}; make it: {command.for_stage(parent).to_train(parent)}  or {instead}"
+
+
+def how_to_do_without(stage: str, parent: str) -> str:
+    """What to do where `stage` shall not start from its parent run."""
     if stage == "eval":
-        instead = "leave it out of eval.policies"
-        if parent == "rm":
-            instead = "remove it with eval.rewards.model=null"
-    return f"{stage} needs a trained {what}: not in {directory}; make it: {make}  or {instead}"
+        removed = "remove it with eval.rewards.model=null"
+        return removed if parent == "rm" else "leave it out of eval.policies"
+    node, key = "rl" if is_rl(stage) else stage, "reward" if parent == "rm" else "actor"
+    return f"give {node}.{key}=<run, directory or hub id>"
+
+
+def no_rows(cfg: Config, stage: str) -> bool:
+    """Whether data.shares leaves a stage without rows, which is known before the data are read."""
+    sft, rm, rl = cfg.data.shares
+    if cfg.data.sandbox is not None:  # its sizes decide
+        return False
+    if stage == "sft":  # sources without pairs have no use for the share of the reward model
+        return sft + rm == 0 and not any(one.sft_only for one in cfg.data.sources.values())
+    return (rl if is_rl(stage) else rm) == 0
 
 
 def content_id(path: str) -> str:

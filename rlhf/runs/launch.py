@@ -98,7 +98,8 @@ def wait_for_workers(
         time.sleep(0.05)
         if signals and not notified:
             notified = True
-            text = "stopping after this step, with a checkpoint; repeat it to stop at once"
+            text = "stopping (once training has begun: after this step, with a checkpoint); "
+            text += "repeat it to stop at once"
             print(text, file=sys.stderr, flush=True)
             request_stop(workers, run_dir, cfg)
         failed = {

@@ -302,7 +302,7 @@ def build_critic(
     cfg: Config, rewards: Rewards, tokenizer: PreTrainedTokenizerBase, run_dir: Path
 ) -> Engine[Scorer]:
     """The critic. It starts from the reward model of this configuration where that reads the same
-    tokens, else from the SFT policy with a new head."""
+    tokens, else from the policy at its start with a new head."""
     reward_models = [
         source
         for source in rewards.sources
@@ -313,9 +313,11 @@ def build_critic(
     ]
     start = reward_models[0] if reward_models else None
     if start is None:
+        given = "rl.actor" if cfg.rl.actor else "the SFT policy"
         log.info(
-            "critic: no reward model of this configuration shares the policy's tokenizer, so it "
-            "starts from the SFT policy"
+            "critic: it starts from the weights of the policy at its start "
+            f"({given}: {cfg.inputs['sft']}), as no reward model of this configuration reads the "
+            "policy's tokens"
         )
     path = cfg.inputs["rm" if start else "sft"]
     precision, adapter = cfg.deploy.precision, replace(cfg.reward.lora, dropout=0.0)

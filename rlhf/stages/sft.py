@@ -33,6 +33,7 @@ from rlhf.training.stats import Stats
 from rlhf.training.tracker import Tracker
 
 ENDS_TOO_SELDOM = 0.5  # probability of the end token after a whole response
+ENDS_OFTEN = 0.9  # share of sampled responses with an EOS
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
@@ -84,26 +85,27 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics = {"eval/perplexity": perplexity(engine, held_out, pad_id, micro_batch)}
     ends = end_probability(engine, held_out, tokenizer.eos_token_id, pad_id, micro_batch)
     metrics["eval/eos_probability"] = ends
-    warn_of_ends(tracker, tokenizer.eos_token, ends)
     models = Models(tokenizer, engine, gather=gather_for_rollout(cfg), engine=cfg.rollout.engine)
     measured, samples = evaluate_policy(
         models, data, max_prompt, max_response, Sampling(1.0), micro_batch
     )
     metrics |= {f"eval/{key}": value for key, value in measured.items()}
+    warn_of_ends(tracker, tokenizer.eos_token, ends, measured["eos_rate"])
     tracker.samples(steps, samples)
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics
 
 
-def warn_of_ends(tracker: Tracker, eos_token: str, probability: float) -> None:
-    """Warn where the end token has a low probability after whole responses."""
-    if probability < ENDS_TOO_SELDOM:
+def warn_of_ends(tracker: Tracker, eos_token: str, probability: float, eos_rate: float) -> None:
+    """Warn where the end token has a low probability after whole answers, and sampled responses
+    have no EOS either."""
+    if probability < ENDS_TOO_SELDOM and eos_rate < ENDS_OFTEN:
         tracker.alert(
             "the policy may not end its responses",
             f"after whole held-out answers it gives {eos_token} a probability of only "
-            f"{probability:.2f}, so responses may run on; train longer, or use a template whose "
-            "end token the model knows (data.template)",
+            f"{probability:.2f}, and {eos_rate:.0%} of its responses have an EOS; train longer, or "
+            "use a template whose end token the model knows (data.template)",
         )
 
 

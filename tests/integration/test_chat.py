@@ -71,7 +71,7 @@ def test_the_newest_finished_policy_is_chosen(
 @pytest.mark.parametrize(
     "args, expected",
     [
-        ([], "make one with  python train.py"),
+        ([], f"make one with  python {REPO}/train.py"),
         (["--path", "./nowhere"], "there is no such directory"),
         (["--path", "scorer"], "this is a reward model"),
         (["--compare", "policy", "scorer"], "--compare scorer: this is a reward model"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,8 @@ def test_a_pair_is_written_as_soon_as_there_are_two_and_once(preferences: Prefer
     line = preferences.mark(response("B"), True)
     assert line == (
         f"a pair, chosen and rejected: written to {preferences.file}, which has 1 record; "
-        "train on it: python train.py stage=rm data=jsonl "
-        f"data.sources.mine.path={preferences.file}"
+        f"with 30 or more, train on it: python train.py stage=rm data=jsonl "
+        f"data.sources.mine.path={preferences.file} 'data.shares=[0,1,0]' data.eval_share=0.2"
     )
     for text, good in (("A", False), ("B", True), ("B", False), ("A", True)):
         already = "is in .* already, as a (good|bad) one; /retry gives another"
@@ -112,7 +113,8 @@ def test_a_full_disk_leaves_the_file_as_it_was(
 
 def test_a_path_of_any_letters_is_quoted_for_the_command(tmp_path: Path) -> None:
     line = Preferences(tmp_path / "my, own.jsonl").mark(response("A"), True)
-    assert line.endswith(f"""'data.sources.mine.path="{tmp_path}/my, own.jsonl"'""")
+    typed = shlex.split(line.partition("train on it: ")[2])
+    assert typed[4] == f"data.sources.mine.path='{tmp_path}/my, own.jsonl'"
 
 
 def test_a_record_is_read_back_as_it_was_meant(preferences: Preferences) -> None:

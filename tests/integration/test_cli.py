@@ -67,11 +67,11 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["-m", "rl.kl.coef=0.1,-1"], "rl.kl.coef=-1.0: must be at least 0"),
         (
             ["stage=ppo", "seed=77"],
-            "make it: python train.py stage=sft seed=77  or give rl.actor=",
+            "train.py stage=sft seed=77  or give rl.actor=",
         ),
         (
             ["stage=ppo", "seed=77"],
-            "make it: python train.py stage=rm seed=77  or give rl.reward=",
+            "train.py stage=rm seed=77  or give rl.reward=",
         ),
         (
             ["data.max_prompt_tokens=500"],

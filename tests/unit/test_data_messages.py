@@ -13,7 +13,7 @@ from data_files import Record, jsonl, row, rows
 from helpers import command, composed
 from prepared_data import config
 
-from rlhf.base.commands import override, train_command
+from rlhf.base.commands import command_line, override
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow
 from rlhf.config.schema import Config
@@ -199,6 +199,8 @@ def test_few_prompts_may_leave_a_stage_nothing(tmp_path: Path) -> None:
     "path", ["plain.jsonl", "a b.jsonl", "a'b\"c.jsonl", "{x},[y].jsonl", "ä.jsonl"]
 )
 def test_a_suggested_command_means_what_it_says(path: str) -> None:
-    line = train_command("stage=sft", "data=jsonl", override("data.sources.mine.path", path))
+    line = command_line(
+        "train.py", "stage=sft", "data=jsonl", override("data.sources.mine.path", path)
+    )
     cfg: Any = command(*suggested(line)).cfg
     assert cfg.data.sources["mine"].path == path

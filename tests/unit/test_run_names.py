@@ -153,9 +153,12 @@ def test_the_inputs_of_an_evaluation_are_the_runs_of_each_algorithm(tmp_path: Pa
             (directory / "summary.json").write_text(f'{{"id": "id of {stage}"}}')
     with pytest.raises(UserError) as error:
         find_inputs(several, "eval")
-    (line,) = str(error.value).splitlines()
+    sft, line, together = str(error.value).splitlines()
+    assert sft.startswith("grpo needs a trained policy: not in ") and "give rl.actor=" in sft
     assert line.startswith("eval needs a trained policy: not in ") and "/grpo-tiny-" in line
-    assert "python train.py stage=grpo" in line and "leave it out of eval.policies" in line
+    assert "train.py stage=grpo" in line and "leave it out of eval.policies" in line
+    assert together.startswith("one command trains sft, grpo: ")
+    assert "train.py pipeline=grpo" in together
     grpo = run_dir_for(several, "grpo")
     (grpo / "summary.json").write_text('{"id": "id of grpo"}')
     inputs = find_inputs(several, "eval")

@@ -1,0 +1,129 @@
+"""Commands that the product prints can be pasted into a shell, and do what they are printed for."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPO, SMALL, command, runs_in, train
+
+from rlhf.base.commands import command_line, override_text
+from rlhf.base.errors import UserError
+from rlhf.runs.identity import run_dir_for
+from rlhf.runs.inputs import find_inputs, missing_runs
+
+NASTY = 'a {b}, c\'s "d" $e [f]\\'
+OPTIONS = (
+    "# @package _global_\ndata:\n  sources: {mine: {path: pairs.jsonl}}\n  sandbox: null\n"
+    "  shares: [1, 1, 2]\n"
+)
+
+
+def pasted(line: str) -> list[str]:
+    """What a shell makes of a command at the end of a line, without `python train.py`."""
+    script = re.escape(str(REPO / "train.py"))
+    (text,) = re.findall(rf"python (?:'?{script}'?|train\.py) (.*?)(?:  or .*)?$", line)
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {text}"], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize("stage", ["ppo", "dpo", "eval"])
+@pytest.mark.parametrize("how", ["--config-dir", "data.sources"])
+def test_the_advice_makes_what_is_missing(
+    stage: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command, as a shell passes it, names the directory that is missing."""
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+    folder = tmp_path / NASTY
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "ours.yaml").write_text(OPTIONS)
+    if how == "--config-dir":
+        given, folders = ["data=ours"], [folder]
+    else:
+        path = override_text(str(folder / "pairs.jsonl"))
+        given, folders = ["data=jsonl", f"data.sources.mine.path={path}"], []
+    given += ["sft.lr=1e-4", "rl.lr=1e-5", "dpo.beta=0.2", "eval.against=null", "fresh=true"]
+    mine = command(f"stage={stage}", *given, "eval.policies=[sft,ppo]", folders=folders)
+    missing = list(missing_runs(mine, stage))
+    with pytest.raises(UserError) as error:
+        find_inputs(mine, stage)
+    lines = str(error.value).splitlines()
+    for line, run in zip(lines, [*missing, ""]):
+        args = pasted(line)
+        if how == "--config-dir":
+            assert args[-2:] == ["--config-dir", str(folder)]
+            args = args[:-2]
+        advised = command(*args, folders=folders)
+        assert not advised.cfg.fresh
+        if run:
+            assert advised.cfg.stage.runs == [run]
+        else:
+            assert {*missing} <= {*advised.cfg.stage.runs}
+        for trained in advised.cfg.stage.runs:
+            assert run_dir_for(advised, trained) == run_dir_for(mine, trained)
+    assert missing == {"ppo": ["sft", "rm"], "dpo": ["sft"], "eval": ["sft", "rm", "ppo"]}[stage]
+    assert lines[-1].startswith("one command trains sft, ")
+
+
+@pytest.mark.parametrize("text", [NASTY, "plain", "a\\", "a\\'", 'a\\"b', "ümlaut", "1e5", "null"])
+def test_a_text_is_quoted_for_hydra_and_for_the_shell(text: str, tmp_path: Path) -> None:
+    """The path after bash, Hydra and our own rewriting."""
+    file = tmp_path / f"{text}.jsonl"
+    path = override_text(str(file))
+    args = shlex.split(command_line("train.py", "data=jsonl", f"data.sources.mine.path={path}"))
+    cfg = command("stage=rm", *args[2:]).cfg
+    assert cfg.data.sources["mine"].path == str(file)
+
+
+def test_what_data_shares_leaves_without_rows_is_not_advised() -> None:
+    given = ["data=jsonl", "data.sources.mine.path=pairs.jsonl", "data.shares=[0,0,1]"]
+    with pytest.raises(UserError) as error:
+        find_inputs(command("stage=ppo", *given), "ppo")
+    sft, rm = str(error.value).splitlines()
+    for line, key in ((sft, "rl.actor"), (rm, "rl.reward")):
+        assert line.endswith(
+            "and data.shares=[0,0,1] leaves it no rows to train on; "
+            f"give {key}=<run, directory or hub id>"
+        )
+
+
+def test_a_script_is_named_with_its_folder_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPO)
+    assert command_line("chat.py", "--path", "a b") == "python chat.py --path 'a b'"
+    monkeypatch.chdir(tmp_path)
+    assert command_line("chat.py") == f"python {shlex.quote(str(REPO / 'chat.py'))}"
+
+
+def run_pasted(line: str, cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run a printed command in a shell, with this Python."""
+    text = line.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    text = " ".join([text, *map(shlex.quote, more)])
+    return subprocess.run(
+        ["bash", "-c", text], cwd=cwd, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.full
+def test_the_advice_is_followed_for_real(tmp_path: Path) -> None:
+    """In a folder whose name needs quotes: the pipeline, and a word with its policy."""
+    here = tmp_path / "a {b}, c's"
+    here.mkdir()
+    refused = train("stage=ppo", *SMALL, cwd=here)
+    assert refused.returncode == 2
+    advice = refused.stderr.splitlines()[-1].partition(": one command trains sft, rm, ppo: ")[2]
+    done = run_pasted(advice, here)
+    assert done.returncode == 0, done.stderr
+    assert {name for name, runs in runs_in(here).items() if runs} == {"sft", "rm", "ppo"}
+    again = train("stage=ppo", *SMALL, cwd=here)
+    assert again.returncode == 0 and "ppo: finished" in again.stderr
+    talk = again.stdout.splitlines()[-1].removeprefix("Talk to it:  ")
+    said = run_pasted(talk, here, "--prompt", "Hello", "--max-new-tokens", "8")
+    assert said.returncode == 0, said.stderr
