@@ -76,7 +76,7 @@ def dispatch(argv: Sequence[str]) -> int:
         return print_help(args.overrides, folders)
     overrides = [compose.allow_user_names(arg) for arg in args.overrides]
     sys.argv[1:] = [compose.allow_user_names(arg) for arg in argv]  # Hydra reads it again
-    problems = [line for arg in args.overrides for line in compose.explain(arg)]
+    problems = [line for arg in args.overrides for line in compose.explain(arg, args.multirun)]
     if problems and not args.shell_completion:
         raise UserError("\n".join(problems))
     if args.multirun:
@@ -120,7 +120,10 @@ def run_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
             "-m with deploy.node_rank: after a failed job the nodes would wait for each other; "
             "use deploy.hostfile"
         )
-    sweep.begin(overrides, compose.check_sweep(overrides, folders))
+    jobs = compose.check_sweep(overrides, folders)
+    if not any(arg.startswith(("experiment_name=", "experiment=")) for arg in overrides):
+        sys.argv.append(f"experiment_name={compose.sweep_name(overrides, folders)}")
+    sweep.begin(overrides, jobs)
     try:
         run_hydra()
     except (RuntimeError, UserError, HydraException, OmegaConfBaseException):
@@ -147,7 +150,7 @@ def lines_of(error: Exception) -> list[str]:
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return str(error).splitlines() or [repr(error)]
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
-    noise = ("reference_type", "object_type", "full_key", "To append")
+    noise = ("reference_type", "object_type", "full_key", "To append", "Config search", "provider=")
     return ["; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))]
 
 

@@ -6,8 +6,8 @@ names), and once for each further algorithm that stage=eval names.
 
 from __future__ import annotations
 
-import difflib
 import itertools
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,24 @@ import hydra
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.base.commands import override_text
 from rlhf.base.errors import UserError
 from rlhf.config import keys, presets
-from rlhf.config.loading import to_typed
+from rlhf.config.loading import to_typed, wrong_values
 from rlhf.config.presets import CONF
 from rlhf.config.schema import Config, Model
 from rlhf.config.stage_graph import is_rl, is_stage_name, parent_stages
 from rlhf.config.validation import check_config
 from rlhf.runs.command import Command
+from rlhf.runs.identity import short_name
 from rlhf.runs.inputs import check_inputs
 
 MADE_GROUPS = ("actor", "reward", "pipeline")  # their options are made by register()
+OPTIONAL_GROUPS = ("recipe", "reward_recipe", "experiment", "sweep")
 HIDDEN_GROUPS = ("hydra", "model")  # a model is chosen as actor or as reward
 
 
@@ -126,20 +128,73 @@ def user_folders(config_dir: str | None, overrides: Sequence[str]) -> list[Path]
     return [folder.expanduser().resolve() for folder in folders]
 
 
-def explain(arg: str) -> list[str]:
-    """What is wrong with one override, as lines with the closest match; empty where nothing is."""
+def explain(arg: str, multirun: bool = True) -> list[str]:
+    """What is wrong with one override, as lines with the closest match; empty where nothing is.
+
+    Args: multirun: the command has -m, so that commas separate the values of a sweep.
+    """
     try:
         override = parse(arg)
     except UserError as error:
         return [str(error)]
+    if override.is_sweep_override() and not multirun:
+        return [explain_commas(override.key_or_group, arg)]
     key = override.key_or_group
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return []
     if key.split("@")[0] not in group_names():
-        return [] if keys.find_key(key) else [f"unknown key {suggest(key, arg)}"]
+        return explain_value(key, arg, override)
     options = group_options(key)
+    if key not in OPTIONAL_GROUPS and arg.endswith("=null"):
+        return [f"{arg}: choose one of {', '.join(options)}"]
+    if override.is_add():
+        return [f"{arg}: leave out the +: {arg.lstrip('+')}"]
     chosen = [c.removesuffix(".yaml") for c in chosen_options(override)]
-    return [f"{key}={c}: no such option{closest(c, options)}" for c in chosen if c not in options]
+    return [
+        f"{key}={c}: no such option{keys.closest(c, options)}" for c in chosen if c not in options
+    ]
+
+
+def explain_value(key: str, arg: str, override: Override) -> list[str]:
+    """What is wrong with an override of a key that is not a group: its name, value or prefix."""
+    found = keys.find_key(key)
+    if found is None:
+        return [f"unknown key {suggest(key, arg)}"]
+    is_named = "*" in found.name or typing.get_origin(found.annotation) is dict
+    if override.is_delete():
+        fix = f"set another value (python train.py --help {key})"
+        return [] if is_named else [f"{arg}: this key cannot be removed; {fix}"]
+    if override.is_add() and not override.is_force_add() and not is_named:
+        return [f"{arg}: this key exists; leave out the +: {arg[1:]}"]
+    if not override.is_sweep_override():
+        return wrong_values(key, unquoted(override.value()))
+    if not override.is_choice_sweep():
+        return []
+    values = [parse(f"{key}={value}").value() for value in override.sweep_string_iterator()]
+    return [line for value in values for line in wrong_values(key, unquoted(value))]
+
+
+def unquoted(value: Any) -> Any:
+    """A value of an override with its quoted texts as plain ones."""
+    if isinstance(value, dict):
+        return {str(name): unquoted(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [unquoted(item) for item in value]
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def explain_commas(key: str, arg: str) -> str:
+    """What to do about commas outside brackets and quotes in a command without -m."""
+    value, found = arg.partition("=")[2], keys.find_key(key)
+    kinds = [found.annotation, *typing.get_args(found.annotation)] if found else []
+    other = "else give one value"
+    if key in ("data", "sweep"):
+        other = f"to combine them: '{key}=[{value}]'"
+    elif any(typing.get_origin(kind) is list for kind in kinds):
+        other = f"a list is in brackets: '{key}=[{value}]'"
+    elif str in kinds:
+        other = f"a text with commas is in quotes: \"{key}='{value}'\""
+    return f"{arg}: several values are a sweep: add -m; {other}"
 
 
 def inside_optional(args: Sequence[str]) -> list[str]:
@@ -168,17 +223,14 @@ def chosen_options(override: Override) -> list[str]:
     return [str(value)] if value is not None else []
 
 
-def closest(word: str, options: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, options, n=1)
-    return f" (did you mean {near[0]}?)" if near else f"; choose from {', '.join(options)}"
-
-
 def allow_user_names(arg: str) -> str:
     """An override below a dictionary that users extend by name, in the form that Hydra accepts.
 
     rl.rewards.NAME.weight=2 becomes ++rl.rewards={NAME: {weight: 2}}: OmegaConf cannot add a typed
-    node by the key of one of its fields.
+    node by the key of one of its fields. recipe=null, an error in Hydra, becomes ~recipe.
     """
+    if arg in [f"{group}=null" for group in OPTIONAL_GROUPS]:
+        return f"~{group_of(arg)}"
     key = arg.partition("=")[0]
     found = keys.find_key(key) if "=" in arg and not arg.startswith(("+", "~", "-")) else None
     if found is None or "*" not in found.name:
@@ -265,6 +317,8 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
     if problems := check_config(cfg) + check_inputs(cfg):
         raise UserError("\n".join(problems))
     choices = [arg for arg in overrides if group_of(arg) in group_names()]
+    if any(group_of(arg) == "experiment" for arg in choices):
+        choices = without_experiment(choices)
     usual = composed if choices == list(overrides) else compose_again(choices)
     if OmegaConf.is_missing(usual.actor, "path"):  # actor=custom; reward=custom may follow it
         usual.actor.path = composed.actor.path
@@ -278,6 +332,17 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
         again = [*kept, f"stage={name}"]
         command.algorithms[name] = make_command(compose_again(again), again)
     return command
+
+
+def without_experiment(choices: Sequence[str]) -> list[str]:
+    """The groups that an experiment file chooses, without the values that it sets: so these are
+    among the differences that a run's name shows."""
+    chosen = compose("config", [*choices, *search_path(presets.config_dirs[1:])], True)
+    groups = chosen.hydra.runtime.choices
+    given = [arg for arg in choices if group_of(arg) != "experiment"]
+    names = {group_of(arg) for arg in given}
+    more = {"stage", "pipeline", "rl", "actor", "reward", "data", "deploy"} - names
+    return given + [f"{name}={str(groups[name]).replace(' ', '')}" for name in sorted(more)]
 
 
 def forget_shape(model: Model, plain: Model) -> None:
@@ -303,18 +368,28 @@ def check_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
 
     Raises: UserError with all problems.
     """
-    chosen = [arg for arg in overrides if group_of(arg) == "sweep"]
-    params = compose_alone(chosen, folders, hydra_too=True).hydra.sweeper.params or {}
-    swept = [parse(allow_user_names(f"{key}={value}")) for key, value in params.items()]
-    typed = [parse(arg) for arg in overrides]
     problems: dict[str, None] = {}
-    jobs = list(itertools.product(*map(job_values, [*swept, *typed])))
+    jobs = list(itertools.product(*map(job_values, sweep_overrides(overrides, folders))))
     for job in jobs:
         cfg = typed_config(compose_alone(job, folders, hydra_too=False))
         problems |= dict.fromkeys(check_config(cfg) + check_inputs(cfg))
     if problems:
         raise UserError("\n".join(problems))
     return len(jobs)
+
+
+def sweep_overrides(overrides: Sequence[str], folders: Sequence[Path]) -> list[Override]:
+    """The overrides of a sweep: those of its option files, and those that are typed."""
+    chosen = [arg for arg in overrides if group_of(arg) == "sweep"]
+    params = compose_alone(chosen, folders, hydra_too=True).hydra.sweeper.params or {}
+    swept = [allow_user_names(f"{key}={value}") for key, value in params.items()]
+    return [parse(arg) for arg in (*swept, *overrides)]
+
+
+def sweep_name(overrides: Sequence[str], folders: Sequence[Path]) -> str:
+    """A name for a sweep without experiment_name: the keys that it sweeps, "rl.kl.coef+seed"."""
+    swept = [o.key_or_group for o in sweep_overrides(overrides, folders) if o.is_sweep_override()]
+    return short_name("", sorted(set(swept))) or "one_job"
 
 
 def job_values(override: Override) -> list[str]:

@@ -20,9 +20,9 @@ from rlhf.base.interrupts import raise_at_interrupt
 from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
 from rlhf.config.choices import Device, WandbMode
-from rlhf.config.loading import save_config
+from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import is_rl, parent_stages, unused_keys
+from rlhf.config.stage_graph import is_aligned, is_rl, parent_stages, unused_keys
 from rlhf.planning.memory import make_plan
 from rlhf.planning.summary import one_line_summary, print_plan
 from rlhf.rehearsal import rehearse
@@ -37,7 +37,12 @@ from rlhf.runs.directory import (
     read_summary,
     write_json,
 )
-from rlhf.runs.identity import run_dir_for, run_identity
+from rlhf.runs.identity import (
+    evaluation_settings,
+    measured_otherwise,
+    run_dir_for,
+    settings_to_record,
+)
 from rlhf.runs.inputs import Inputs, find_inputs
 from rlhf.runs.launch import check_machines, run_workers
 from rlhf.runs.locks import LOCK_FILE, lock_run
@@ -151,7 +156,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
     inputs = find_inputs(command, stage)
     directory = run_dir_for(command, stage)
     before = read_summary(directory)
-    if not command.cfg.fresh and is_finished(stage, directory, inputs):
+    if not command.cfg.fresh and is_finished(command, stage, directory, inputs):
         return directory
     # 2. what it needs
     check_machines(command.cfg)
@@ -161,7 +166,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
     # 3. the run itself
     with lock_run(directory, wait=is_parent):
         if read_summary(directory) != before:  # the process that we waited for has finished it
-            is_finished(stage, directory, inputs)
+            is_finished(command, stage, directory, inputs)
             return directory
         prepare_directory(command, stage, inputs, directory)
         save_config(cfg, directory / "config.yaml")
@@ -180,11 +185,27 @@ def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: P
     if intact and not read_summary(directory) and not command.cfg.fresh:
         for line in check_resumable(directory, intact[0][1], command.cfg, inputs.ids):
             say(f"{stage}: {line}")
+        for line in name_other_evaluation(command, stage, directory):
+            say(line)
         for left in ("result.json", "stop", *(p.name for p in directory.glob("error-rank*.txt"))):
             (directory / left).unlink(missing_ok=True)
     elif archived := archive_attempt(directory):
         say(f"{stage}: an earlier attempt is kept in {archived}")
     say(f"{stage}: {directory}")
+
+
+def name_other_evaluation(command: Command, stage: str, directory: Path) -> list[str]:
+    """Where a run that resumes has been evaluated before training with other settings: a line."""
+    if not is_aligned(stage):  # SFT and reward model are evaluated at the end only
+        return []
+    with contextlib.suppress(UserError, OSError):
+        began = evaluation_settings(load_config(directory / "config.yaml"), stage)
+        if measured := measured_otherwise(began, command.for_stage(stage).cfg, stage):
+            return [
+                f"{stage}: the evaluation before training was with {measured}; those that come are "
+                "with the settings of this command"
+            ]
+    return []
 
 
 def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
@@ -198,7 +219,7 @@ def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
         **json.loads((directory / "result.json").read_text()),
         "finished": local_time(),
         "data": json.loads((directory / "data.json").read_text()),
-        "settings": run_identity(command, stage),
+        "settings": settings_to_record(command, stage),
         "versions": environment["packages"] | {"git": environment["git"]},
     }
     if (directory / "model").exists():
@@ -225,7 +246,7 @@ def wait_until_finished(directory: Path) -> None:
             pass
 
 
-def is_finished(stage: str, directory: Path, inputs: Inputs) -> bool:
+def is_finished(command: Command, stage: str, directory: Path, inputs: Inputs) -> bool:
     """Whether a run is done. Raises: UserError when its parent runs have changed."""
     summary = read_summary(directory)
     if summary is None:
@@ -239,6 +260,9 @@ def is_finished(stage: str, directory: Path, inputs: Inputs) -> bool:
             "attempts/"
         )
     say(f"{stage}: finished, {directory}")
+    cfg = command.for_stage(stage).cfg
+    if measured := measured_otherwise(summary.get("settings", {}), cfg, stage):
+        say(f"{stage}: it was evaluated with {measured}; stage=eval measures it again")
     return True
 
 

@@ -6,7 +6,6 @@ import atexit
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -20,6 +19,7 @@ from rlhf import compose, run
 from rlhf.base.interrupts import raise_at_interrupt
 from rlhf.reporting import tables
 from rlhf.runs.history import find_runs
+from rlhf.runs.identity import short_name
 from rlhf.runs.launch import SWEEP_LOG, end_with_parent
 
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
@@ -84,8 +84,9 @@ def record_end(job: str, folder: Path, error: str = "") -> None:
 def collect_job(folder: Path, overrides: list[str], done: Path | None, error: str = "") -> None:
     """A job's own folder below that of its sweep: copies of what its last stage wrote and a link to
     the run, or why it failed."""
-    plain = "+".join(sorted(arg.lstrip("+").replace("=", "-") for arg in overrides))
-    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", plain)[:100] or "default"
+    named = [arg for arg in overrides if not arg.startswith("experiment_name=")]
+    changed = sorted(arg.lstrip("+").replace("=", "-") for arg in named)
+    name = short_name("", changed) or "default"
     name += "-" + hashlib.sha256(" ".join(sorted(overrides)).encode()).hexdigest()[:8]
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)

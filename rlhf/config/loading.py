@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import typing
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
-from rlhf.config.keys import unknown_keys, with_suggestion
+from rlhf.config.keys import find_key, unknown_keys, with_suggestion
+from rlhf.config.reference import type_name
 from rlhf.config.schema import Config
+
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def to_typed(cfg: DictConfig) -> Config:
@@ -27,6 +32,73 @@ def to_typed(cfg: DictConfig) -> Config:
     for node in (typed.rl, typed.eval):  # NAME: null removes a source
         node.rewards = {name: source for name, source in node.rewards.items() if source}
     return typed
+
+
+def wrong_values(key: str, value: Any) -> list[str]:
+    """What is wrong with the type of a value for a key, a line each; none where it fits.
+
+    Args: value: as Hydra reads it from the command line: a number, text, list, or a dictionary,
+        whose keys are looked at one by one.
+    """
+    found = find_key(key)
+    if found is None:
+        return [f"unknown key {with_suggestion(key)}"]
+    inner = [a for a in typing.get_args(found.annotation) if a is not type(None)]
+    kind = inner[0] if found.is_optional else found.annotation
+    is_node = found.is_node or typing.get_origin(kind) is dict
+    if isinstance(value, str) and "${" in value:  # what it stands for is not known yet
+        return []
+    if is_node and isinstance(value, dict):
+        return [
+            line for name, item in value.items() for line in wrong_values(f"{key}.{name}", item)
+        ]
+    shown = f"{key}={as_text(value)}"
+    if value is None:
+        fix = f"give {one(kind)}" if not is_node else f"see python train.py --help {key}"
+        return [] if found.is_optional else [f"{shown}: cannot be null; {fix}"]
+    if is_node:
+        return [f"{shown}: {key} is not a single key; set one in it, see train.py --help {key}"]
+    null = " or null" if found.is_optional else ""
+    if value == "":
+        return [f"{shown}: has no value; give {one(kind)}{null}"]
+    if typing.get_origin(kind) is list:
+        wrong = not isinstance(value, list)
+        return [f"{shown}: must be a list; in quotes: '{key}=[{as_text(value)}]'"] if wrong else []
+    if isinstance(value, list):
+        several = ",".join(map(as_text, value))
+        return [f"{shown}: must be one value; to try several: python train.py -m {key}={several}"]
+    near = [n for n in getattr(kind, "__members__", ()) if n.lower() == str(value).lower()]
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return [] if fits(kind, value) else [f"{shown}: must be {one(kind)}{null}{hint}"]
+
+
+def one(kind: Any) -> str:
+    """A type of the schema in a sentence: "a number", "one of fixed, adaptive, linear"."""
+    name = type_name(kind)
+    return f"a {name}" if name in ("number", "whole number", "text") else name
+
+
+def fits(kind: type, value: Any) -> bool:
+    """Whether a single value can be of a type of the schema."""
+    if issubclass(kind, Enum):
+        return str(value).rpartition(".")[2] in kind.__members__
+    if kind is str:
+        return not isinstance(value, dict)
+    if kind is bool:
+        return str(value).lower() in BOOLEANS
+    if isinstance(value, (bool, dict)):
+        return False
+    try:
+        return float(value) == kind(value) and (kind is float or not isinstance(value, float))
+    except ValueError:
+        return str(value).lower() == "nan" and kind is float
+
+
+def as_text(value: Any) -> str:
+    """A value as a user types it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(as_text, value))}]" if isinstance(value, list) else str(value)
 
 
 def missing_keys(cfg: DictConfig) -> list[str]:

@@ -115,7 +115,10 @@ class Data:
     seed: int = key("makes the sandbox's world and decides splits; not covered by seed", at_least=0)
     shares: list[int] = key("parts of the prompts for SFT, reward model, online RL", at_least=0)
     eval_share: float = key("share of the prompts held out from all three", above=0, at_most=0.5)
-    eval_rows: int = key("held-out rows to evaluate on, at most", above=0)
+    eval_rows: int = key(
+        "held-out rows to evaluate on, at most (sandbox: 256); training does not depend on it",
+        above=0,
+    )
     max_prompt_tokens: int = key("longer prompts lose their first turns, or are dropped", above=0)
     max_response_tokens: int = key("longer answers are truncated, and then have no EOS", above=0)
     template: Template = key(

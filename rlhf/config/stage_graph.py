@@ -44,6 +44,19 @@ def config_nodes(stage: str) -> list[str]:
     }[stage]
 
 
+def evaluation_keys(stage: str) -> list[str]:
+    """Prefixes of the keys that decide only how the result of a stage is measured.
+
+    They are part of the identity of stage=eval alone: what a training stage learns does not depend
+    on them.
+    """
+    if stage in ("eval", "inspect"):
+        return []
+    if is_rl(stage):
+        return ["data.eval_rows", "rl.evaluation"]
+    return ["data.eval_rows", *(["rollout"] if stage == "dpo" else [])]  # dpo samples to evaluate
+
+
 def unused_keys(cfg: Config) -> list[str]:
     """Prefixes of the keys of the rl node that this algorithm does not read."""
     unused = []

@@ -202,7 +202,9 @@ class Rl(Optim):
         above=0,
         below=1,
     )
-    evaluation: Evaluation = key("evaluations while training")
+    evaluation: Evaluation = key(
+        "evaluations while training; they change no policy, so they are not part of its identity"
+    )
     dschat: DsChat = key("switches of DeepSpeed-Chat")
     actor: Optional[str] = key("trained policy (run, directory, hub id) instead of the SFT run")
     reward: Optional[str] = key(

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from rlhf.base.constants import SANDBOX_HELD_OUT, SANDBOX_PROMPTS
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
     Device,
@@ -95,8 +96,17 @@ def check_data(cfg: Config) -> Iterator[str]:
         )
     if builtin and sandbox is None:
         yield "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml"
+    if builtin and cfg.data.eval_rows > SANDBOX_HELD_OUT:
+        yield (
+            f"data.eval_rows={cfg.data.eval_rows}: the sandbox has {SANDBOX_PROMPTS} prompts, of "
+            f"which {SANDBOX_HELD_OUT} are held out; give at most {SANDBOX_HELD_OUT}"
+        )
     if builtin and len(sources) > 1:
-        yield "data: the sandbox cannot be mixed: its ground truth covers its own prompts only"
+        others = [name for name, source in sources.items() if not is_sandbox(source)]
+        yield (
+            f"data: the sandbox cannot be mixed with {', '.join(others)}: its ground truth covers "
+            "its own prompts only; your own file alone: data=jsonl data.sources.mine.path=FILE"
+        )
 
 
 # keys of a source that rows of a format do not use

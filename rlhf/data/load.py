@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.base.commands import command_line, override
+from rlhf.base.constants import SANDBOX_HELD_OUT
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_few, log
 from rlhf.config.schema import Config, Data
@@ -89,8 +90,11 @@ def load_data(cfg: Data) -> Dataset:
     if cfg.sandbox is None:
         return load_sources(cfg)
     from rlhf.data.sandbox import build_world
+    from rlhf.data.sandbox.world import PAIRS_PER_PROMPT
 
-    world = build_world(cfg.sandbox, cfg.seed, cfg.eval_rows)
+    # what is held out does not depend on how much of it is looked at, so training does not either
+    world = build_world(cfg.sandbox, cfg.seed, SANDBOX_HELD_OUT)
+    looked_at = cfg.eval_rows
     report = SourceReport(source="sandbox", split="train", rows=0, skipped={})
     report["sft"], report["rm"], report["ppo"] = len(world.sft), len(world.rm), len(world.ppo)
     report["eval"] = len(world.eval_sft)
@@ -99,10 +103,11 @@ def load_data(cfg: Data) -> Dataset:
         sft=table_of(Pair(d.prompt, d.response, None) for d in world.sft),
         rm=table_of(world.rm),
         ppo=table_of(Pair(prompt, "", None) for prompt in world.ppo),
-        eval_sft=world.eval_sft,
-        eval_rm=world.eval_rm,
-        eval_prompts=[Prompt(turns) for turns in world.eval_prompts],
-        eval_probe=world.eval_probe,
+        eval_sft=world.eval_sft[:looked_at],
+        eval_rm=world.eval_rm[: PAIRS_PER_PROMPT * looked_at],
+        eval_prompts=[Prompt(turns) for turns in world.eval_prompts[:looked_at]],
+        eval_probe=world.eval_probe[:looked_at],
+        score_unit=world.eval_sft,
         gold=world.gold,
         best_gold=world.best_gold,
         report=[report],

@@ -111,6 +111,8 @@ class Dataset:
     eval_sft: list[Demonstration]
     eval_rm: list[Pair]
     eval_prompts: list[Prompt]
+    # held-out demonstrations that the unit of reward scores is measured on, whatever data.eval_rows
+    score_unit: list[Demonstration] = field(default_factory=list)
     # pairs whose chosen answer fits its prompt, and whose rejected answer fits the opposite one
     eval_probe: list[Pair] = field(default_factory=list)
     gold: Callable[[list[Turn], str], float] | None = None  # gold reward of an answer, if known

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.base.constants import SCORE_UNIT_ROWS
 from rlhf.base.errors import UserError
 from rlhf.config.schema import Data, Source
 from rlhf.data.files import SAVED, kind_of_source
@@ -63,18 +64,17 @@ def load_sources(cfg: Data) -> Dataset:
     # sources mixed, and in the same order whatever the order of the sources
     held_out_rows = parts["eval"][np.argsort(rows.row_hash[parts["eval"]])]
     first_pairs = held_out_rows[~rows.is_further[held_out_rows]]  # with the best response
-    evaluated = [pair_of(row) for row in table.select(first_pairs[: cfg.eval_rows])]
+    most = max(cfg.eval_rows, SCORE_UNIT_ROWS)
+    first_held_out = [pair_of(row) for row in table.select(first_pairs[:most])]
+    evaluated = first_held_out[: cfg.eval_rows]
     held_out_pairs = held_out_rows[rows.is_pair[held_out_rows]][: cfg.eval_rows]
     names = [reports[number]["source"] for number in rows.table[held_out_pairs]]
     return Dataset(
         sft=table.select(parts["sft"]),
         rm=table.select(parts["rm"]),
         ppo=table.select(parts["ppo"]),
-        eval_sft=[
-            Demonstration(pair.prompt, pair.chosen, pair.calls)
-            for pair in evaluated
-            if pair.chosen or pair.calls
-        ],
+        eval_sft=demonstrations_of(evaluated),
+        score_unit=demonstrations_of(first_held_out[:SCORE_UNIT_ROWS]),
         eval_rm=[
             dataclasses.replace(pair_of(row), source=name)
             for row, name in zip(table.select(held_out_pairs), names)
@@ -118,6 +118,15 @@ def splits_of(name: str, source: Source) -> list[tuple[Source, str, bool]]:
             " eval_split is another file, folder or pattern to evaluate on"
         )
     return [train, (dataclasses.replace(source, path=source.eval_split), "eval", True)]
+
+
+def demonstrations_of(pairs: list[Pair]) -> list[Demonstration]:
+    """The chosen answers, where there are any."""
+    return [
+        Demonstration(pair.prompt, pair.chosen, pair.calls)
+        for pair in pairs
+        if pair.chosen or pair.calls
+    ]
 
 
 def pair_of(row: dict[str, Any]) -> Pair:

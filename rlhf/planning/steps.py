@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from rlhf.base.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT
+from rlhf.base.constants import SANDBOX_HELD_OUT, SANDBOX_PROMPTS, SANDBOX_SPLIT
 from rlhf.base.log import plural
 from rlhf.config.choices import TrainOn
 from rlhf.config.deployment import world_size
@@ -29,18 +29,18 @@ def rows_for_stage(cfg: Config, stage: str) -> int | None:
     """
     share = share_of(stage)
     if cfg.data.sandbox:
-        return sandbox_rows(cfg.data.sandbox, cfg.data.eval_rows, share)
+        return sandbox_rows(cfg.data.sandbox, share)
     every_answer = share == "sft" and cfg.sft.train_on is TrainOn.all
     return estimate_rows(cfg.data, share, every_answer)
 
 
-def sandbox_rows(sandbox: Sandbox, eval_rows: int, share: str) -> int:
+def sandbox_rows(sandbox: Sandbox, share: str) -> int:
     """Rows of a share of the built-in world (rlhf/data/sandbox/world.py)."""
     if share == "sft":
         return sandbox.demonstrations
     if share == "rm":
         return sandbox.pairs
-    training = SANDBOX_PROMPTS - eval_rows
+    training = SANDBOX_PROMPTS - SANDBOX_HELD_OUT
     return training - int(SANDBOX_SPLIT[-1] * training)
 
 

@@ -228,7 +228,7 @@ def set_unit(
     if hasattr(settings, "score_std"):
         return
     limits = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
-    encoded = encoding.encode_demonstrations(tokenizer, data.eval_sft, *limits)
+    encoded = encoding.encode_demonstrations(tokenizer, data.score_unit, *limits)
     if not encoded:
         raise UserError(
             f"{node_name(cfg)}.normalize_score=true: there are no SFT responses to measure {key} "

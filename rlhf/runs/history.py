@@ -19,7 +19,7 @@ from rlhf.config.loading import load_config
 from rlhf.runs.command import Command
 from rlhf.runs.directory import find_checkpoints, read_summary
 from rlhf.runs.failures import read_failures
-from rlhf.runs.identity import run_identity
+from rlhf.runs.identity import settings_to_record
 from rlhf.runs.locks import is_locked
 from rlhf.runs.stage_views import view_of
 
@@ -92,7 +92,7 @@ def known_settings(path: Path, summary: dict[str, Any], stage: str) -> dict[str,
         return settings if all(is_known_setting(key, stage) for key in settings) else {}
     with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):
         cfg = load_config(path / "config.yaml")
-        return run_identity(Command(cfg, cfg, []), stage)
+        return settings_to_record(Command(cfg, cfg, []), stage)
     return {}
 
 

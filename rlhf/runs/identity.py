@@ -6,15 +6,18 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from rlhf.base.locations import BUILTIN
-from rlhf.config.schema import Config
+from rlhf.config.keys import find_key
+from rlhf.config.schema import Config, Data
 from rlhf.config.stage_graph import (
     BASE,
     config_nodes,
+    evaluation_keys,
     has_critic,
     is_rl,
     parent_stages,
@@ -24,6 +27,11 @@ from rlhf.config.stage_graph import (
 from rlhf.runs.command import Command
 
 MAX_NAME = 100  # characters of a run's name before its hash
+MAX_HEAD = 75  # of stage, models and data in it; longer ones are cut to MAX_LABEL each
+MAX_LABEL = 20
+MAX_PART = 50  # of one key-value
+DATA_FILE = r"\.(jsonl|json|csv|parquet)(\.gz)?$"
+SOURCE_PATH = r"data\.sources\.[^.]+\.path"  # named by source_label
 
 
 def run_identity(command: Command, stage: str) -> dict[str, Any]:
@@ -46,16 +54,44 @@ def run_identity(command: Command, stage: str) -> dict[str, Any]:
 
 def own_settings(cfg: Config, stage: str) -> dict[str, Any]:
     """The values that a stage reads itself, without those that have no effect on its result."""
+    unused = evaluation_keys(stage) + (unused_keys(cfg) if is_rl(stage) else [])
+    values = read_by(cfg, stage).items()
+    flat = {key: v for key, v in values if not any(is_below(key, u) for u in unused)}
+    if is_rl(stage) and has_critic(cfg.rl):
+        flatten(cfg.reward.lora, "reward.lora", flat)  # the critic's adapter
+    if stage == "eval" and BASE in cfg.eval.policies and cfg.actor.path.startswith(BUILTIN):
+        flat["seed"] = cfg.seed  # of its random weights
+    return flat
+
+
+def evaluation_settings(cfg: Config, stage: str) -> dict[str, Any]:
+    """The values that decide only how the result of a training stage is measured."""
+    keys, values = evaluation_keys(stage), read_by(cfg, stage).items()
+    return {key: v for key, v in values if any(is_below(key, k) for k in keys)}
+
+
+def settings_to_record(command: Command, stage: str) -> dict[str, Any]:
+    """What a run is compared by: its identity, and how it is measured."""
+    cfg = command.for_stage(stage).cfg
+    return run_identity(command, stage) | evaluation_settings(cfg, stage)
+
+
+def measured_otherwise(before: dict[str, Any], cfg: Config, stage: str) -> str:
+    """The evaluation settings of an earlier command that are others now: "data.eval_rows=256".
+
+    Args: before: its settings by dotted key.  cfg: as the command is now.
+    Returns: "" where there are none.
+    """
+    now = evaluation_settings(cfg, stage)
+    changed = {key: before[key] for key in now if key in before and before[key] != now[key]}
+    return ", ".join(f"{key}={'null' if v is None else v}" for key, v in changed.items())
+
+
+def read_by(cfg: Config, stage: str) -> dict[str, Any]:
+    """All hashed values of the nodes that a stage reads itself."""
     flat: dict[str, Any] = {}
     for node in config_nodes(stage):
         flatten(getattr(cfg, node), node, flat)
-    if is_rl(stage):
-        unused = unused_keys(cfg)
-        flat = {key: v for key, v in flat.items() if not any(is_below(key, u) for u in unused)}
-        if has_critic(cfg.rl):
-            flatten(cfg.reward.lora, "reward.lora", flat)  # the critic's adapter
-    if stage == "eval" and BASE in cfg.eval.policies and cfg.actor.path.startswith(BUILTIN):
-        flat["seed"] = cfg.seed  # of its random weights
     return flat
 
 
@@ -78,7 +114,7 @@ def flatten(value: Any, key: str, out: dict[str, Any]) -> None:
 
 
 def run_name(command: Command, stage: str) -> str:
-    """`<stage>-<models>[+key-value...]-<hash>`.
+    """`<stage>-<models>[-<data>][+key-value...]-<hash>`.
 
     The key-values are what differs from the baseline: the same choices of groups without any value
     set by hand. They are for people; the hash of the whole identity decides.
@@ -91,9 +127,63 @@ def run_name(command: Command, stage: str) -> str:
     models = [cfg.actor.name] if stage != "rm" else []
     if stage == "rm" or uses_trained_reward_model(cfg, stage):
         models.append(cfg.reward.name)
-    changed = [f"+{key}-{v}" for key, v in sorted(values.items()) if plain.get(key) != v]
-    readable = re.sub(r"[^A-Za-z0-9._+-]+", "-", "-".join([stage, *models]) + "".join(changed))
-    return f"{readable[:MAX_NAME]}-{digest}"
+    changed = [
+        f"{key}-{v}"
+        for key, v in sorted(values.items())
+        if plain.get(key, default_of(key)) != v and not re.fullmatch(SOURCE_PATH, key)
+    ]
+    labels = [stage, *models, *data_labels(cfg.data)]
+    if sum(map(len, labels)) > MAX_HEAD:
+        labels = [label[:MAX_LABEL] for label in labels]
+    head = "-".join(labels)
+    return f"{short_name(head, changed)}-{digest}"
+
+
+def default_of(key: str) -> Any:
+    """The value of a key in a node that the user adds by name; None where it has no default."""
+    found = find_key(key)
+    default = found.field.default if found and found.field else None
+    return None if default is dataclasses.MISSING else default
+
+
+def data_labels(data: Data) -> list[str]:
+    """Short names of the sources, the first ones of many; none for the built-in sandbox."""
+    if data.sandbox is not None:
+        return []
+    labels = [source_label(name, source.path) for name, source in data.sources.items()]
+    more = [f"{len(labels) - 2}more"] if len(labels) > 3 else []
+    return labels[:2] + more if more else labels
+
+
+def source_label(name: str, path: str) -> str:
+    """A source's name where that says what it is; of `mine`, and of files, the end of the path.
+
+    /x/pairs.jsonl is pairs; DIR/*.jsonl is DIR; /x/math/train.jsonl is math-train.
+    """
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not re.search(DATA_FILE, path)
+    if is_hub_id and name != "mine":
+        return name
+    parts = [re.sub(DATA_FILE, "", part) for part in path.split("/")]
+    parts = [part for part in parts if part.strip(".~") and not set("*?[") & set(part)]
+    if len(parts) > 1 and parts[-1] in ("train", "data", "all"):
+        parts[-2:] = ["-".join(parts[-2:])]
+    return parts[-1] if parts else name
+
+
+def short_name(head: str, changed: Sequence[str]) -> str:
+    """`head+key-value...` as the name of a folder; `+3more` stands for those that do not fit.
+
+    Args: changed: "key-value" each. The seed comes last, and is never cut.
+    """
+    head, *parts = (re.sub(r"[^A-Za-z0-9._+-]+", "-", part) for part in (head, *changed))
+    seed = [part for part in parts if part.startswith("seed-")]
+    others = [part[:MAX_PART] for part in parts if part not in seed]
+    for kept in range(len(others), -1, -1):
+        more = [f"{len(others) - kept}more"] if kept < len(others) else []
+        name = "+".join([head, *others[:kept], *more, *seed])
+        if len(name) <= MAX_NAME:
+            break
+    return name[:MAX_NAME].lstrip("+")
 
 
 def run_dir_for(command: Command, stage: str) -> Path:

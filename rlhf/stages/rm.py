@@ -90,7 +90,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     log.info(f"evaluation: scores of {len(held_out):,} held-out pairs")
     metrics, samples = evaluate(engine, held_out, data.eval_probe, tokenizer, cfg)
     tracker.samples(steps, samples)
-    metrics |= set_score_unit(engine, data.eval_sft, tokenizer, cfg)
+    metrics |= set_score_unit(engine, data.score_unit, tokenizer, cfg)
     save_engine(engine, tokenizer, run_dir / "model")
     tracker.close(metrics)
     return metrics

@@ -203,7 +203,7 @@ def test_sizes_are_as_asked_for_and_too_many_held_out_prompts_are_refused() -> N
         len(data.eval_probe),
         len(data.eval_rm),
     ) == (400, 2000, 256, 256, 1024)
-    with pytest.raises(ValueError, match="data.eval_rows=5000"):
+    with pytest.raises(ValueError, match="held_out_prompts=5000"):
         world.build_world(SIZES, 1, 5000)
 
 

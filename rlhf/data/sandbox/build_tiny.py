@@ -25,7 +25,8 @@ def build(directory: Path) -> None:
     from rlhf.data import template
     from rlhf.data.sandbox.world import build_world
 
-    world = build_world(Sandbox(demonstrations=4000, pairs=1, label_noise=0.1), seed=0, eval_rows=1)
+    sizes = Sandbox(demonstrations=4000, pairs=1, label_noise=0.1)
+    world = build_world(sizes, seed=0, held_out_prompts=1)
     texts = [f" {text}" for d in world.sft for text in (d.prompt[0].text, d.response)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.base.constants import SANDBOX_SPLIT
-from rlhf.base.errors import UserError
 from rlhf.config.schema import Sandbox
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.data.sandbox.ground_truth import (
@@ -32,6 +31,8 @@ from rlhf.data.sandbox.vocabulary import (
     RUDE,
     VAGUE,
 )
+
+PAIRS_PER_PROMPT = 4  # held-out pairs for each held-out prompt
 
 
 @dataclass(frozen=True)
@@ -174,31 +175,28 @@ class World(NamedTuple):
     best_gold: Callable[[list[Turn]], float]  # gold reward of the best possible answer
 
 
-def build_world(cfg: Sandbox, seed: int, eval_rows: int) -> World:
+def build_world(cfg: Sandbox, seed: int, held_out_prompts: int) -> World:
     """Make the world of `data.seed`.
 
     Args:
         cfg: sizes and label noise.
         seed: decides the split of the prompts, the answers and the labels.
-        eval_rows: held-out prompts that every run is evaluated on, each with four held-out pairs.
-    Raises: UserError when there are not enough prompts.
+        held_out_prompts: prompts that nothing is trained on, each with PAIRS_PER_PROMPT pairs.
+    Raises: ValueError when there are not enough prompts.
     """
     prompts = all_prompts()
-    if eval_rows > len(prompts) // 2:
-        raise UserError(
-            f"data.eval_rows={eval_rows}: the sandbox has {len(prompts)} prompts, hold out at most"
-            " half of them"
-        )
+    if held_out_prompts > len(prompts) // 2:
+        raise ValueError(f"held_out_prompts={held_out_prompts}: at most half of {len(prompts)}")
     # a stream for each part, so that the size of one does not change another
     rng, rng_sft, rng_rm, rng_eval = (
         random.Random(f"sandbox-{seed}-{part}") for part in ("prompts", "sft", "rm", "eval")
     )
     rng.shuffle(prompts)
-    held_out, rest = prompts[:eval_rows], prompts[eval_rows:]
+    held_out, rest = prompts[:held_out_prompts], prompts[held_out_prompts:]
     a, b = (int(share * len(rest)) for share in SANDBOX_SPLIT)
     for_sft, for_rm, for_ppo = rest[:a], rest[a:b], rest[b:]
     comparisons = _compare(for_rm, cfg.pairs, rng_rm)
-    held_out_comparisons = _compare(held_out, 4 * eval_rows, rng_eval)
+    held_out_comparisons = _compare(held_out, PAIRS_PER_PROMPT * held_out_prompts, rng_eval)
     temperature = calibrate_temperature([one.margin for one in comparisons], cfg.label_noise)
     # the arguments below draw from the streams in this order
     return World(
