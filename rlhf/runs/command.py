@@ -25,9 +25,12 @@ class Command:
 
     def as_typed(self) -> str:
         """The command line, for a shell. Of a sweep: that of this job alone."""
-        folders = [f"file://{folder}" for folder in presets.config_dirs[1:]]
-        given = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
-        return shlex.join(["python", "train.py", *self.overrides, *given])
+        flags: list[str] = []
+        if folders := presets.config_dirs[1:]:
+            flags = ["--config-dir", str(folders[0])]
+            more = ",".join(f"file://{folder}" for folder in folders[1:])
+            flags += [f"hydra.searchpath=[{more}]"] if more else []
+        return shlex.join(["python", "train.py", *flags, *self.overrides])
 
     def to_train(self, stage: str) -> list[str]:
         """The overrides with which `stage` alone is trained, for advice to the user."""
