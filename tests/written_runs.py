@@ -108,6 +108,24 @@ def write_stage(
     return run
 
 
+def write_sweep(root: Path) -> Path:
+    """A sweep, multirun/study: three coefficients, three seeds each; one job that failed."""
+    folder = root / "multirun" / "study"
+    golds = {0.02: (2.0, 2.2, 2.4), 0.05: (3.0, 3.1, 2.9), 0.2: (2.5, 2.4, 2.6)}
+    for coef, values in golds.items():
+        for seed, gold in enumerate(values, 1):
+            run = write_run(root, f"rl.kl.coef={coef}", f"seed={seed}", gold=gold)
+            job = folder / f"{coef}-{seed}"
+            job.mkdir(parents=True)
+            (job / "overrides.txt").write_text("")
+            (job / "run").symlink_to(run)
+    failed = folder / "failed"
+    failed.mkdir()
+    (failed / "overrides.txt").write_text("")
+    (failed / "error.txt").write_text("ppo failed, rank 0: it is broken\n")
+    return folder
+
+
 def write_mixed(root: Path) -> list[Path]:
     """Ten runs of different stages, data and models, as a folder has them after some weeks."""
     pairs = root / "pairs.jsonl"

@@ -21,11 +21,11 @@ from rlhf.base.files import atomic_path
 from rlhf.reporting.comparison import (
     Comparison,
     compare_runs,
-    conclusions,
     format_mean,
     format_value,
     primary_metric,
 )
+from rlhf.reporting.conclusions import conclusions
 from rlhf.reporting.html import Figures, Table, render
 from rlhf.reporting.report_figures import (
     DrawnSetting,

@@ -17,9 +17,9 @@ from rlhf.base.commands import command_line
 from rlhf.reporting.comparison import (
     Comparison,
     compare_runs,
-    conclusions,
     format_mean,
 )
+from rlhf.reporting.conclusions import conclusions
 from rlhf.reporting.eval_results import EvalResults, policy_cells, read_results
 from rlhf.runs.history import Run
 from rlhf.runs.stage_views import KINDS, view_of

@@ -225,10 +225,10 @@ def parent_runs(runs: Sequence[Run]) -> dict[str, Run]:
     """The parent runs of the given ones, by id, as far as they are in the same folders."""
     ids = {id for run in runs for id in run.parents.values()}
     folders = {run.path.parent for run in runs if run.stage}
-    finished = [
+    parents = [
         read_run(path)
         for folder in folders
         for path in folder.iterdir()
-        if is_run(path) and read_summary(path)
+        if is_run(path) and (read_summary(path) or {}).get("id") in ids
     ]
-    return {run.id: run for run in finished if run.id in ids}
+    return {run.id: run for run in parents}

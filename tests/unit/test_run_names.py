@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,21 @@ def test_a_run_is_named_by_what_decides_its_result() -> None:
         "a value equal to the default is no difference"
     )
     assert name("ppo", "rl.kl.coef=5e-2") == name("ppo"), "values are compared typed"
+
+
+def test_the_command_of_a_run_repeats_it(tmp_path: Path) -> None:
+    """It is pasted into a shell, with the user's folder of option files, and names the same run."""
+    folder = tmp_path / "my options"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "mine.yaml").write_text("name: mine\npath: builtin:tiny\n")
+    pairs = tmp_path / "a b, {c}.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    typed = ["stage=ppo", "actor=mine", "data=jsonl", f"data.sources.mine.path='{pairs}'"]
+    typed += ["rl.rewards.again.path=builtin:tiny", "seed=3"]
+    own = command(*typed, folders=[folder])
+    python, script, flag, given, *again = shlex.split(own.as_typed())
+    assert [python, script, flag, given] == ["python", "train.py", "--config-dir", str(folder)]
+    assert run_name(command(*again, folders=[folder]), "ppo") == run_name(own, "ppo")
 
 
 def test_stages_are_shared_where_nothing_they_read_differs() -> None:
