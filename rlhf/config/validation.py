@@ -96,7 +96,10 @@ def check_data(cfg: Config) -> Iterator[str]:
     if builtin and sandbox is None:
         yield "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml"
     if builtin and len(sources) > 1:
-        yield "data: the sandbox cannot be mixed: its ground truth covers its own prompts only"
+        yield (
+            "data: the sandbox cannot be mixed: its ground truth covers its own prompts only; for "
+            "your own data alone choose data=jsonl"
+        )
 
 
 # keys of a source that rows of a format do not use
