@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -73,6 +74,12 @@ def train(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         command, cwd=cwd, env=plain | env, capture_output=True, text=True, timeout=1500
     )
+
+
+def page_commands(page: Path) -> list[str]:
+    """The lines of a page's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
 def runs_in(root: Path) -> dict[str, list[Path]]:

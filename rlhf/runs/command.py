@@ -25,7 +25,7 @@ class Command:
 
     def as_typed(self) -> str:
         """The command line, for a shell. Of a sweep: that of this job alone."""
-        return command_line("train.py", *self.overrides, *folder_options())
+        return command_line("train.py", *folder_options(), *self.overrides)
 
     def to_train(self, *stages: str) -> str:
         """The command that trains these stages, for advice to the user: a pipeline where there are

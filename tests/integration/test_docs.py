@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SMALL, SWEEP, Demo, composed, train, undocumented
+from helpers import REPO, SMALL, SWEEP, Demo, composed, page_commands, train, undocumented
 
 from rlhf.config.deployment import world_size
 from rlhf.config.validation import check_config
@@ -21,16 +21,10 @@ from rlhf.planning.memory import make_plan
 
 SLURM = "sbatch docs/slurm.sh"
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-
-
-def commands(page: Path) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
-
-
-COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
-OF_README = commands(PAGES[0])
+# but the tutorial, whose commands run in their order: test_tutorial.py
+PAGES = [REPO / "README.md", *sorted({*(REPO / "docs").glob("*.md")} - {REPO / "docs/tutorial.md"})]
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in page_commands(page)))
+OF_README = page_commands(PAGES[0])
 FAR = re.compile(
     r"opt\d|_gpu|_node|data='?\[|data=(?!jsonl)"
 )  # needs a GPU, or a model from the hub
