@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from collections.abc import Iterator
 from copy import deepcopy
@@ -12,11 +13,12 @@ from rlhf.config.choices import Device, Precision
 from rlhf.config.deployment import world_size
 from rlhf.config.keys import lookup
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import is_rl, trains_critic
+from rlhf.config.stage_graph import is_rl, node_name, trains_critic
 from rlhf.config.validation import check_config
 from rlhf.distributed.deepspeed_config import BYTES
 from rlhf.planning.formulas import GIB
 from rlhf.planning.memory import Plan, make_plan
+from rlhf.runs.timing import measure_step
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,6 +155,8 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     console.print(f"  batch    {plan.steps.batch}")
     console.print(f"  steps    {UNKNOWN if steps is None else f'{plan.steps.certainty}{steps:,}'}")
     console.print(f"  tokens   {UNKNOWN if tokens is None else f'at most {about}{tokens:,}'}")
+    if plan.stage != "eval":
+        console.print(f"  time     {time_text(plan, cfg)}", soft_wrap=True)
     checkpoints = f"{gib(plan.checkpoints)} of checkpoints during training"
     console.print(f"  on disk  {gib(plan.files)} GiB of models, {checkpoints}")
     for note in plan.notes:
@@ -165,6 +169,20 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     lines = cheapest_changes(cfg, plan.stage)
     for line in lines or ["none is known: take a smaller model, or more machines"]:
         console.print(f"    {line}")
+
+
+def time_text(plan: Plan, cfg: Config) -> str:
+    """How long a stage takes, by the time of a step in an earlier run of the same size."""
+    measured = measure_step(cfg, plan.stage)
+    if measured is None:
+        key = f"{node_name(plan.stage)}.max_steps"
+        return f"unknown before a run of this size; a short one measures it: {key}=5"
+    unit = "rollout" if is_rl(plan.stage) else "step"
+    each = f"{measured.seconds:.3g} s per {unit} in {measured.run}"
+    if plan.steps.number is None:
+        return each
+    total = datetime.timedelta(seconds=round(measured.seconds * plan.steps.number))
+    return f"{plan.steps.certainty}{total} (h:mm:ss), at {each}"
 
 
 def table_of_roles(plan: Plan, cfg: Config) -> Table:

@@ -67,10 +67,15 @@ def test_stages_are_shared_where_nothing_they_read_differs() -> None:
 
 
 def test_what_does_not_change_the_policy_does_not_change_the_name() -> None:
-    for free in ("rl.evaluation.every=4", "rl.evaluation.best_by=gold", "rollout.log_responses=-1"):
+    for free in (
+        "data.eval_rows=16",
+        "rl.evaluation.every=4",
+        "rl.evaluation.best_by=gold",
+        "rl.evaluation.top_k=4",
+        "rollout.log_responses=-1",
+    ):
         assert name("ppo", free) == name("ppo"), free
     for key in (
-        "rl.evaluation.top_k=4",
         "rl.kl.applied_to=loss",
         "rl.responses_per_prompt=2",
         "rl.ema=0.9",

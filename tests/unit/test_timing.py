@@ -9,6 +9,8 @@ import pytest
 from helpers import composed
 
 from rlhf.config.loading import save_config
+from rlhf.planning.memory import make_plan
+from rlhf.planning.summary import time_text
 from rlhf.runs.timing import measure_step
 
 
@@ -44,3 +46,13 @@ def test_two_steps_are_too_few_and_broken_runs_are_passed_over(tmp_path: Path) -
     assert measure_step(composed(f"root={tmp_path}"), "sft") is None
     good = made(tmp_path, "sft-good-00000000", [0, 1, 2], "sft.epochs=9")
     assert measure_step(composed(f"root={tmp_path}"), "sft") == (pytest.approx(1), good)
+
+
+def test_the_plan_says_how_long_the_steps_take(tmp_path: Path) -> None:
+    cfg = composed(f"root={tmp_path}", "stage=sft")
+    unknown = "unknown before a run of this size; a short one measures it: sft.max_steps=5"
+    assert time_text(make_plan(cfg, "sft"), cfg) == unknown
+    run = made(tmp_path, "sft-short-00000000", [0, 2, 4, 6], "stage=sft", "sft.max_steps=4")
+    steps = make_plan(cfg, "sft").steps.number
+    assert steps == 500
+    assert time_text(make_plan(cfg, "sft"), cfg) == f"0:16:40 (h:mm:ss), at 2 s per step in {run}"
