@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError
+from rlhf.base.interrupts import interrupted
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
 
@@ -35,10 +36,7 @@ def main() -> int:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us
     try:
-        return dispatch(sys.argv[1:])
-    except KeyboardInterrupt as interrupt:
-        again = "Interrupted. The same command continues: finished stages are not trained again."
-        raise KeyboardInterrupt(str(interrupt) or again) from None
+        return dispatch_interruptible(sys.argv[1:])
     except WorkerError as error:
         say(f"error: {error}")
         return FAILED
@@ -58,6 +56,20 @@ def main() -> int:
         for line in lines_of(error):
             say(f"error: {line}")
         return WRONG
+
+
+def dispatch_interruptible(argv: Sequence[str]) -> int:
+    """dispatch, with one way to end after Ctrl-C. Raises: KeyboardInterrupt with a line; and as
+    dispatch."""
+    again = "Interrupted. The same command continues: finished stages are not trained again."
+    try:
+        return dispatch(argv)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(str(interrupt) or again) from None
+    except Exception:
+        if interrupted():
+            raise KeyboardInterrupt(again) from None
+        raise
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -127,7 +139,7 @@ def run_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
     try:
         run_hydra()
     except (RuntimeError, UserError, HydraException, OmegaConfBaseException):
-        if not sweep.ended_jobs():  # else the failed job has said why
+        if interrupted() or not sweep.ended_jobs():  # else the failed job has said why
             raise
     return FAILED if sweep.report() else DONE
 

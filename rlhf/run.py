@@ -94,7 +94,7 @@ def check_before_training(command: Command) -> None:
     ]
     if to_train and cfg.wandb.mode == WandbMode.online:
         check_online()
-    rehearse(command, to_train[1:])
+    rehearse(command, to_train)
 
 
 @contextlib.contextmanager

@@ -126,6 +126,8 @@ def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds:
 
 def prepare_environment() -> None:
     """End with the parent, be a group of one when started by hand, keep the libraries quiet."""
+    from rlhf.runs.environment import QUIET
+
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -135,14 +137,7 @@ def prepare_environment() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    quiet = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "DS_LOG_LEVEL": "error",
-        "DEEPSPEED_LOG_LEVEL": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    for name, value in quiet.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

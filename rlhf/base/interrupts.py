@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 INTERRUPTED = 130  # exit code
+_heard: list[int] = []  # signals that raised KeyboardInterrupt
 
 
 def end_at_interrupt() -> None:
@@ -26,9 +27,25 @@ def _end(*_: object) -> None:
 
 
 def raise_at_interrupt() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt, after `end_at_interrupt`."""
+    """From now on Ctrl-C raises KeyboardInterrupt, after `end_at_interrupt`.
+
+    Raises: KeyboardInterrupt that a library has swallowed before.
+    """
     if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _raise)
+    if interrupted():
+        raise KeyboardInterrupt
+
+
+def _raise(number: int, _: object) -> None:
+    _heard.append(number)
+    raise KeyboardInterrupt
+
+
+def interrupted() -> bool:
+    """Whether KeyboardInterrupt was raised. An exception after it is not what stopped the process:
+    a library that cleans up (OmegaConf) may raise its own instead."""
+    return bool(_heard)
 
 
 def run_interruptible(main: Callable[[], int]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from rlhf.base.adapter_files import (
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
-from rlhf.base.log import first_few, log, plural
+from rlhf.base.log import first_few, first_line, log, plural
 from rlhf.base.model_files import score_heads, weight_names
 from rlhf.config.choices import Precision, Template
 from rlhf.config.schema import Lora
@@ -52,11 +54,30 @@ def location(path: str) -> str:
 
 
 def load_config(path: str, **options: int) -> PreTrainedConfig:
-    """A model's configuration, of an adapter that of its base. Args: options: to change."""
+    """A model's configuration, of an adapter that of its base. Args: options: to change.
+
+    Raises: UserError where it cannot be read.
+    """
     from transformers import AutoConfig
 
     where = location(base_of(path))
-    return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    with reading(where, "configuration"):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def reading(where: str, what: str) -> Iterator[None]:
+    """Raises: UserError with the reason where transformers cannot read a file of a model.
+
+    Args: where: its directory or hub id.  what: the configuration or the tokenizer.
+    """
+    try:
+        yield
+    except Exception as error:  # of many kinds: the file is torn, unknown to transformers, missing
+        raise UserError(
+            f"{where}: its {what} cannot be read ({type(error).__name__}: "
+            f"{first_line(error).rstrip('.')}): fetch the model again, or choose another one"
+        ) from error
 
 
 def check_context(
@@ -87,12 +108,14 @@ def context_length(model: str | PreTrainedConfig) -> int | None:
 def load_tokenizer(path: str, style: Template = Template.hh) -> PreTrainedTokenizerBase:
     """A model's tokenizer with the chat template of `style`, and a pad token that is never written.
 
-    Raises: UserError when it has no EOS, or with style=tokenizer no chat template to train with.
+    Raises: UserError when it cannot be read, has no EOS, or with style=tokenizer no chat template
+        to train with.
     """
     from transformers import AutoTokenizer
 
     where = location(tokenizer_of(path))
-    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    with reading(where, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     own_eos = tokenizer.eos_token
     template.install_chat_template(tokenizer, style)
     if tokenizer.eos_token_id is None:

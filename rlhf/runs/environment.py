@@ -14,6 +14,13 @@ from rlhf.config.choices import Device
 from rlhf.config.deployment import threads_per_process, world_size
 from rlhf.config.schema import Config
 
+QUIET = {  # libraries say on the console what is wrong, no more
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_LOG_LEVEL": "error",
+    "DEEPSPEED_LOG_LEVEL": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 # how long libgomp's threads spin before they sleep
 SPIN_NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 SPIN_IDLE = "5000"  # turns on an idle machine, about as fast as the default of 300,000
