@@ -1,11 +1,14 @@
-"""What a model path means: built in, a directory, or a hub id. No torch here."""
+"""What a model path means (built in, a directory, or a hub id), and commands to print. No torch."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 BUILTIN = "builtin:"
 ASSETS = Path(__file__).parents[1] / "assets"
+CHECKOUT = Path(__file__).parents[2]  # where train.py and chat.py are
 
 
 def is_directory(path: str) -> bool:
@@ -17,3 +20,24 @@ def model_directory(path: str) -> Path:
     """The model in a directory: a run's `model/`, or the directory itself."""
     directory = Path(path).expanduser()
     return directory / "model" if (directory / "model" / "config.json").exists() else directory
+
+
+def command_line(script: str, *args: str) -> str:
+    """A command to print, quoted for a shell: python SCRIPT ARGS.
+
+    Args: script: train.py or chat.py; with its folder where the current folder is another one.
+    """
+    file = CHECKOUT / script
+    return shlex.join(["python", script if Path(script).resolve() == file else str(file), *args])
+
+
+def override_text(text: str, always: bool = False) -> str:
+    """A text as the value of an override, quoted for Hydra (not for the shell).
+
+    Args: always: quote it also where it is plain, as it may look like a number.
+    """
+    if not always and re.fullmatch(r"[A-Za-z0-9_./~-]+", text):
+        return text
+    # backslashes count only in front of a quote; there, each one is doubled
+    escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + (end[2] and '\\"'), text)
+    return f'"{escaped}"'

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
-from rlhf.base.commands import override, train_command
+from rlhf.base.locations import command_line, override_text
 from rlhf.base.log import plural
 from rlhf.chat.policy import Policy
 from rlhf.config.choices import Format, Template
@@ -73,7 +73,8 @@ def advice(file: Path, stage: Stage, start: Start) -> str:
         parts, _ = split_rows(rows, data)
         trained, held_out = len(parts["rm" if stage == "dpo" else "sft"]), parts["eval"]
         if trained and usable[held_out].any():
-            return f"train on it:  {train_command(*_overrides(file, stage, start, data, trained))}"
+            overrides = _overrides(file, stage, start, data, trained)
+            return f"train on it:  {command_line('train.py', *overrides)}"
     return f"to train on it, {noun}s to some more prompts are needed, so that some can be held out"
 
 
@@ -81,9 +82,9 @@ def _overrides(file: Path, stage: Stage, start: Start, data: Data, rows: int) ->
     """The overrides that train a stage on a file. Args: rows: that it trains on."""
     yield f"stage={stage}"
     if stage == "dpo":
-        yield override("dpo.actor", start.path)
-    yield from ("actor=custom", override("actor.path", start.path))
-    yield from ("data=jsonl", override("data.sources.mine.path", str(file)))
+        yield f"dpo.actor={override_text(start.path)}"
+    yield from ("actor=custom", f"actor.path={override_text(start.path)}")
+    yield from ("data=jsonl", f"data.sources.mine.path={override_text(str(file))}")
     if start.template is not Template.hh:
         yield f"data.template={start.template.name}"
     yield f"data.shares=[{','.join(map(str, data.shares))}]"

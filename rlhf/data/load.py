@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.base.commands import override, train_command
 from rlhf.base.errors import UserError
+from rlhf.base.locations import command_line, override_text
 from rlhf.base.log import first_few, log
 from rlhf.config.schema import Config, Data
 from rlhf.data.records import (
@@ -220,10 +220,10 @@ def one_prompt(counts: RowCounts) -> str:
 def use_of_rows(data: Dataset, cfg: Data) -> str:
     """What rows without pairs are for, with the command that trains on them."""
     if data.counts and data.counts.answers:
-        command = train_command("stage=sft", *data_arguments(cfg), "data.shares=[1,0,0]")
+        command = command_line("train.py", "stage=sft", *data_arguments(cfg), "data.shares=[1,0,0]")
         return f"SFT trains on its answers:  {command}"
     more = ["data.shares=[0,0,1]", "rl.actor=SFT_RUN", "rl.reward=RM_RUN"]
-    command = train_command("stage=grpo", *data_arguments(cfg), *more)
+    command = command_line("train.py", "stage=grpo", *data_arguments(cfg), *more)
     return (
         "prompts alone are for online RL, which starts from a trained policy and a reward model of"
         f" yours:  {command}"
@@ -236,7 +236,7 @@ def data_arguments(cfg: Data) -> list[str]:
         names = list(cfg.sources)
         return [f"data={names[0]}" if len(names) == 1 else f"data=[{','.join(names)}]"]
     source = cfg.sources["mine"]
-    chosen = ["data=jsonl", override("data.sources.mine.path", source.path)]
+    chosen = ["data=jsonl", f"data.sources.mine.path={override_text(source.path)}"]
     if source.format:
         chosen.append(f"data.sources.mine.format={source.format.name}")
     if source.columns:

@@ -46,12 +46,21 @@ class Figures:
     def __init__(self) -> None:
         self.first = True
 
-    def add(self, figure: Figure) -> Markup:
-        """The figure as a <div> with the script that draws it."""
+    def add(self, figure: Figure | dict[str, Any], height: str = "100%") -> Markup:
+        """The figure as a <div> with the script that draws it, as wide as its place in the page.
+
+        Args: figure: or a dictionary with data and layout, as plotly.js reads them.
+            height: in CSS; 100%: that of the figure's layout.
+        """
         import plotly.io
 
         text = plotly.io.to_html(
-            figure, include_plotlyjs=self.first, full_html=False, config={"displaylogo": False}
+            figure,
+            include_plotlyjs=self.first,
+            full_html=False,
+            config={"displaylogo": False, "responsive": True, "displayModeBar": False},
+            default_height=height,
+            validate=not isinstance(figure, dict),
         )
         self.first = False
         return Markup(text)  # plotly escapes "<", ">" and "/" in what it is given
