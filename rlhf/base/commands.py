@@ -18,11 +18,6 @@ def command_line(script: str, *args: str) -> str:
     return shlex.join(["python", script if Path(script).resolve() == file else str(file), *args])
 
 
-def override(key: str, value: str) -> str:
-    """key=value, with a text that Hydra reads as it is, whatever its characters."""
-    return f"{key}={override_text(value)}"
-
-
 def override_text(text: str, always: bool = False) -> str:
     """A text as the value of an override, quoted for Hydra (not for the shell).
 

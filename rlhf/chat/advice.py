@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
-from rlhf.base.commands import command_line, override
+from rlhf.base.commands import command_line, override_text
 from rlhf.base.log import plural
 from rlhf.chat.policy import Policy
 from rlhf.config.choices import Format, Template
@@ -82,9 +82,9 @@ def _overrides(file: Path, stage: Stage, start: Start, data: Data, rows: int) ->
     """The overrides that train a stage on a file. Args: rows: that it trains on."""
     yield f"stage={stage}"
     if stage == "dpo":
-        yield override("dpo.actor", start.path)
-    yield from ("actor=custom", override("actor.path", start.path))
-    yield from ("data=jsonl", override("data.sources.mine.path", str(file)))
+        yield f"dpo.actor={override_text(start.path)}"
+    yield from ("actor=custom", f"actor.path={override_text(start.path)}")
+    yield from ("data=jsonl", f"data.sources.mine.path={override_text(str(file))}")
     if start.template is not Template.hh:
         yield f"data.template={start.template.name}"
     yield f"data.shares=[{','.join(map(str, data.shares))}]"

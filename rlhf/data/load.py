@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.base.commands import command_line, override
+from rlhf.base.commands import command_line, override_text
 from rlhf.base.constants import SANDBOX_HELD_OUT
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_few, log
@@ -241,7 +241,7 @@ def data_arguments(cfg: Data) -> list[str]:
         names = list(cfg.sources)
         return [f"data={names[0]}" if len(names) == 1 else f"data=[{','.join(names)}]"]
     source = cfg.sources["mine"]
-    chosen = ["data=jsonl", override("data.sources.mine.path", source.path)]
+    chosen = ["data=jsonl", f"data.sources.mine.path={override_text(source.path)}"]
     if source.format:
         chosen.append(f"data.sources.mine.format={source.format.name}")
     if source.columns:

@@ -17,11 +17,14 @@ from rlhf.reporting.eval_results import (
     BestOfPoint,
     EvalResults,
     ScorerResults,
-    WinRate,
     policy_cells,
+    scorer_cells,
+    win_rate_cells,
 )
+from rlhf.reporting.eval_summary import summarize
 from rlhf.reporting.html import Figures, Table, render
 
+FIGURE_HEIGHT = f"{eval_figures.HEIGHT}px"
 MAX_PROMPTS = 12  # held-out prompts whose responses are shown
 
 
@@ -29,9 +32,8 @@ class ScorerSection(NamedTuple):
     """What the page shows of a reward model."""
 
     name: str
-    summary: str
     tables: list[Table]
-    figures: list[Markup]
+    figures: list[tuple[str, Markup]]  # with their captions
 
 
 def write_page(results: EvalResults, file: Path, title: str) -> None:
@@ -47,15 +49,17 @@ def page(results: EvalResults, title: str) -> str:
         "eval.html",
         title=title,
         results=results,
+        summary=summarize(results),
         policies=policies_table(results),
-        win_rate_figure=figures.add(eval_figures.win_rates(results.win_rates))
+        win_rate_figure=figures.add(eval_figures.win_rates(results.win_rates), FIGURE_HEIGHT)
         if results.win_rates
         else "",
-        win_rates=win_rates_table(results.win_rates),
+        win_rates=Table(*win_rate_cells(results.win_rates)),
+        reward_models=Table(*scorer_cells(results.reward_models)),
         scorers=[
             scorer_section(name, scorer, figures) for name, scorer in results.reward_models.items()
         ],
-        best_of_figure=figures.add(eval_figures.best_of(results.best_of))
+        best_of_figure=figures.add(eval_figures.best_of(results.best_of), FIGURE_HEIGHT)
         if results.best_of
         else "",
         best_of=best_of_table(results.best_of),
@@ -66,14 +70,14 @@ def page(results: EvalResults, title: str) -> str:
 
 def scorer_section(name: str, scorer: ScorerResults, figures: Figures) -> ScorerSection:
     """Accuracy and calibration of a reward model."""
-    summary = f"{scorer.pairs:,} held-out pairs, accuracy {scorer.accuracy:.1%}, "
-    summary += f"expected calibration error {scorer.ece:.3f}"
-    if scorer.accuracy_gold is not None:
-        summary += f"; accuracy against gold {scorer.accuracy_gold:.1%}"
-    drawn = [eval_figures.reliability(scorer), eval_figures.margins(scorer.margins)]
-    return ScorerSection(
-        name, summary, scorer_tables(scorer), [figures.add(figure) for figure in drawn]
-    )
+    drawn = {
+        "Calibration: a larger mark is more pairs": eval_figures.reliability(scorer),
+        "Margins: left of the line the model prefers the rejected response": eval_figures.margins(
+            scorer.margins
+        ),
+    }
+    added = [(caption, figures.add(one, FIGURE_HEIGHT)) for caption, one in drawn.items()]
+    return ScorerSection(name, scorer_tables(scorer), added)
 
 
 def policies_table(results: EvalResults) -> Table:
@@ -81,22 +85,6 @@ def policies_table(results: EvalResults) -> Table:
     header, rows = policy_cells(results.policies)
     lines = [[*row, results.where[name]] for name, row in zip(results.policies, rows)]
     return Table([*header, "model"], lines, ["model"])
-
-
-def win_rates_table(rates: Sequence[WinRate]) -> Table:
-    """A row per policy and judge."""
-    header = ["policy", "judge", "win rate", "95 % interval", "wins", "ties", "prompts"]
-    rows = [
-        [
-            rate.policy,
-            rate.judge,
-            f"{rate.rate:.1%}",
-            f"{rate.low:.1%} to {rate.high:.1%}",
-            *map(str, (rate.wins, rate.ties, rate.prompts)),
-        ]
-        for rate in rates
-    ]
-    return Table(header, rows)
 
 
 def scorer_tables(scorer: ScorerResults) -> list[Table]:
@@ -130,7 +118,7 @@ def best_of_table(points: Sequence[BestOfPoint]) -> Table:
         gold = [f"{point.gold:.3f}"] if point.gold is not None else []
         rows.append([str(point.n), f"{point.score:.3f}", *gold, f"{point.kl:.2f}"])
     gold_column = ["gold reward"] if has_gold else []
-    return Table(["n", "score", *gold_column, "KL at most, nats"], rows)
+    return Table(["n", "score", *gold_column, "KL, nats (upper bound)"], rows)
 
 
 def responses_table(rows: Sequence[dict[str, Any]]) -> Table:

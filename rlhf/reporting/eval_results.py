@@ -27,6 +27,10 @@ class WinRate:
     ties: int
     prompts: int
 
+    @property
+    def losses(self) -> int:
+        return self.prompts - self.wins - self.ties
+
 
 @dataclass(frozen=True)
 class CalibrationBin:
@@ -51,6 +55,11 @@ class ScorerResults:
     by_length: dict[str, tuple[int, float]]
     margins: list[float]  # raw score of chosen minus that of rejected
     accuracy_gold: float | None = None  # share of pairs in the order of the gold reward
+
+    @property
+    def confidence(self) -> float:
+        """Mean confidence over all pairs."""
+        return sum(bin.pairs * bin.probability for bin in self.reliability) / self.pairs
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,39 @@ def policy_cells(policies: dict[str, dict[str, float]]) -> tuple[list[str], list
         for name, metrics in policies.items()
     ]
     return ["policy", *(column.label for column in shown)], rows
+
+
+def win_rate_cells(rates: Sequence[WinRate]) -> tuple[list[str], list[list[str]]]:
+    """The win rates as text: the header, and a row for each policy and judge."""
+    header = ["policy (judge)", "win rate", "95 % interval", "wins", "ties", "losses", "prompts"]
+    rows = [
+        [
+            f"{rate.policy} ({rate.judge})",
+            f"{rate.rate:.1%}",
+            f"{rate.low:.1%} to {rate.high:.1%}",
+            *(f"{count:,}" for count in (rate.wins, rate.ties, rate.losses, rate.prompts)),
+        ]
+        for rate in rates
+    ]
+    return header, rows
+
+
+def scorer_cells(scorers: dict[str, ScorerResults]) -> tuple[list[str], list[list[str]]]:
+    """The reward models as text: the header, and a row for each."""
+    header = ["reward model", "pairs", "accuracy", "agreement with gold"]
+    header += ["mean confidence", "calibration error (ECE)"]
+    rows = [
+        [
+            name,
+            f"{scorer.pairs:,}",
+            f"{scorer.accuracy:.1%}",
+            "" if scorer.accuracy_gold is None else f"{scorer.accuracy_gold:.1%}",
+            f"{scorer.confidence:.1%}",
+            f"{scorer.ece:.3f}",
+        ]
+        for name, scorer in scorers.items()
+    ]
+    return header, rows
 
 
 def side_by_side(

@@ -20,7 +20,14 @@ from rlhf.reporting.comparison import (
     format_mean,
 )
 from rlhf.reporting.conclusions import conclusions
-from rlhf.reporting.eval_results import EvalResults, policy_cells, read_results
+from rlhf.reporting.eval_results import (
+    EvalResults,
+    policy_cells,
+    read_results,
+    scorer_cells,
+    win_rate_cells,
+)
+from rlhf.reporting.eval_summary import summarize
 from rlhf.runs.history import Run
 from rlhf.runs.stage_views import KINDS, view_of
 
@@ -59,7 +66,10 @@ def print_runs(paths: list[Path], seconds: float) -> None:
             table.add_row(summary["stage"], label, before, after)
         table.add_section()
     console = Console()
-    console.print(table)
+    if table.rows:
+        console.print(table)
+    else:  # nothing was trained
+        print_line(console, str(table.title))
     for run in paths:
         if (run / "eval.json").exists():
             print_evaluation(read_results(run / "eval.json"))
@@ -84,25 +94,26 @@ def result_rows(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, s
 
 
 def print_evaluation(results: EvalResults) -> None:
-    """Policies side by side, their win rates, and the reward models."""
+    """What the evaluation shows; policies side by side, their win rates, and the reward models."""
     console = wide_console()
-    if results.policies:
-        header, rows = policy_cells(results.policies)
-        table = make_table("Policies on held-out prompts", header, ["policy"])
+    for line in summarize(results):
+        print_line(console, line)
+    for title, (header, rows) in {
+        "Policies on held-out prompts": policy_cells(results.policies),
+        f"Win rates against {results.against}": win_rate_cells(results.win_rates),
+        "Reward models on held-out pairs": scorer_cells(results.reward_models),
+    }.items():
+        table = make_table(title, header, ["policy", "policy (judge)", "reward model"])
         for row in rows:
             table.add_row(*map(escape, row))
-        console.print(table)
-    for rate in results.win_rates:
-        line = f"{rate.policy} against {rate.against}, judged by {rate.judge}: better in "
-        line += f"{rate.rate:.1%} ({rate.low:.1%} to {rate.high:.1%}) of {rate.prompts} prompts"
-        print_line(console, line)
+        if rows:
+            console.print(table)
     for name, scorer in results.reward_models.items():
-        groups = ", ".join(
-            f"{group} {accuracy:.1%} of {pairs}"
+        groups = [
+            f"{group} {accuracy:.1%} of {pairs:,}"
             for group, (pairs, accuracy) in scorer.by_length.items()
-        )
-        line = f"{name}: accuracy {scorer.accuracy:.1%} on {scorer.pairs} pairs, "
-        print_line(console, line + f"calibration error {scorer.ece:.3f}; {groups}")
+        ]
+        print_line(console, f"{name}: accuracy by length of the responses: {', '.join(groups)}")
 
 
 # ---- several runs

@@ -182,15 +182,8 @@ DPO = StageView(
     "kept near its SFT policy.",
 )
 EVAL = StageView(
-    kind="eval",
+    kind="eval",  # no rows: nothing is trained, and its tables are printed as they are on the page
     step_name="",
-    rows=(
-        ResultRow("win rate", "win_rate", "z.1%"),
-        ResultRow("  95 % interval from", "win_rate_low", "z.1%"),
-        ResultRow("  to", "win_rate_high", "z.1%"),
-        ResultRow("reward model: accuracy", "accuracy", "z.1%"),
-        ResultRow("  calibration error", "ece", "z.3f"),
-    ),
     metrics=(
         "eval/win_rate",
         "eval/win_rate_low",
@@ -211,7 +204,7 @@ EVALUATED_METRICS = (  # of each policy that stage=eval measures
     ResultRow("perplexity", "perplexity", "z.3f"),
     ResultRow("score", "score", "z.3f"),
     ResultRow("gold reward", "gold", "z.3f"),
-    ResultRow("KL, nats per response", "kl"),
+    ResultRow("KL (estimate), nats per response", "kl"),
     ResultRow("length, tokens", "length", "z.1f"),
     ResultRow("finished responses (EOS rate)", "eos_rate", "z.1%"),
     ResultRow("repetition", "repetition", "z.1%"),

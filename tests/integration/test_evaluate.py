@@ -215,6 +215,7 @@ def test_the_page_holds_all_of_it_and_needs_no_other_file(runs: dict[str, Path])
         "Win rates against sft",
         "95 % interval",
         "Reward model: model",
+        "The reward model has an accuracy of",
         "chosen longer",
         "Best of n responses of sft",
     ):

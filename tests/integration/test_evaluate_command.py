@@ -31,8 +31,10 @@ def test_after_the_pipeline_the_win_rate_of_ppo_is_in_the_summary(
     )
     assert about["parents"].keys() == {"sft", "ppo", "rm", "prompts/0", "prompts/1", "prompts/2"}
     assert about["parents"]["ppo"] == summary(demo.ppo)["id"]
-    for word in ("win rate", "ppo against sft, judged by gold", "calibration error", "report.html"):
+    printed = ("ppo is best by the gold reward", "Win rates against sft", "ppo (gold)", "ECE")
+    for word in (*printed, "The reward model has an accuracy of", "report.html"):
         assert word in done.stdout
+    assert "before" not in done.stdout, "nothing was trained"
     again = train(*args, cwd=tmp_path)
     assert again.returncode == 0 and "eval: finished" in again.stderr
     score = json.loads((demo.ppo / "summary.json").read_text())["metrics"]["eval/score"]

@@ -13,7 +13,7 @@ from data_files import Record, jsonl, row, rows
 from helpers import command, composed
 from prepared_data import config
 
-from rlhf.base.commands import command_line, override
+from rlhf.base.commands import command_line, override_text
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow
 from rlhf.config.schema import Config
@@ -45,9 +45,9 @@ def refusal(cfg: Config, run_dir: Path) -> str:
 
 def suggested(line: str) -> list[str]:
     """The overrides of the command at the end of a line."""
-    words = shlex.split(line[line.index("python train.py") :])
-    assert words[:2] == ["python", "train.py"]
-    return words[2:]
+    python, script, *overrides = shlex.split(line[line.index("python ") :])
+    assert python == "python" and Path(script).name == "train.py"
+    return overrides
 
 
 # --- files
@@ -199,8 +199,7 @@ def test_few_prompts_may_leave_a_stage_nothing(tmp_path: Path) -> None:
     "path", ["plain.jsonl", "a b.jsonl", "a'b\"c.jsonl", "{x},[y].jsonl", "ä.jsonl"]
 )
 def test_a_suggested_command_means_what_it_says(path: str) -> None:
-    line = command_line(
-        "train.py", "stage=sft", "data=jsonl", override("data.sources.mine.path", path)
-    )
+    source = f"data.sources.mine.path={override_text(path)}"
+    line = command_line("train.py", "stage=sft", "data=jsonl", source)
     cfg: Any = command(*suggested(line)).cfg
     assert cfg.data.sources["mine"].path == path

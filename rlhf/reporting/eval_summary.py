@@ -1,0 +1,95 @@
+"""What an evaluation shows, in sentences: which policy is best, how far a reward model is right."""
+
+from __future__ import annotations
+
+from rlhf.reporting.eval_results import EvalResults, ScorerResults, WinRate
+
+WORTH_TELLING = 0.05  # difference between two shares
+CHANCE = 0.5  # win rate of two policies that are equally good; accuracy of guesses
+
+
+def summarize(results: EvalResults) -> list[str]:
+    """Sentences for the top of the page and of the terminal's tables."""
+    lines = []
+    rates = [rate for rate in results.win_rates if rate.judge == results.judge]
+    if rates:
+        lines.append(best_by_win_rate(max(rates, key=lambda rate: rate.rate), results))
+    elif results.policies:
+        lines.append(best_by_mean(results))
+    lines += [trust(name, scorer, results) for name, scorer in results.reward_models.items()]
+    return lines
+
+
+def best_by_win_rate(best: WinRate, results: EvalResults) -> str:
+    """Which policy is best by the main judge, by how much, and whether it may be chance."""
+    judge, mean = name_of_judge(best.judge), means(best, results)
+    wins = f"{best.policy} wins {best.rate:.1%} of {best.prompts:,} prompts against {best.against}"
+    wins += f" (95 % interval {best.low:.1%} to {best.high:.1%}; a tie counts half{mean})"
+    if best.low > CHANCE:
+        meaning = "The interval is above 50 %, so the difference is more than chance"
+        return f"{best.policy} is best by {judge}: {wins}. {meaning}."
+    if best.high < CHANCE:
+        meaning = "The interval is below 50 %, so the difference is more than chance"
+        closest = "; the closest one" if len(results.policies) > 2 else ""
+        return f"{best.against} is best by {judge}{closest}: {wins}. {meaning}."
+    leads = best.policy if best.rate > CHANCE else best.against
+    return (
+        f"No policy is clearly best by {judge}; {leads} leads: {wins}. The interval contains 50 %,"
+        " so the difference may be chance; more held-out prompts (data.eval_rows) make it narrower."
+    )
+
+
+def means(best: WinRate, results: EvalResults) -> str:
+    """The mean scores behind a win rate, in words; "" where they are not known."""
+    names = ("gold",) if best.judge == "gold" else (f"score/{best.judge}", "score")
+    for name in names:
+        values = [results.policies[policy].get(name) for policy in (best.policy, best.against)]
+        if None not in values:
+            label = "gold reward" if best.judge == "gold" else "score"
+            return f"; mean {label} {values[0]:.2f} against {values[1]:.2f}"
+    return ""
+
+
+def best_by_mean(results: EvalResults) -> str:
+    """Which policy has the best mean, where win rates are not known."""
+    metrics = [m for m in ("gold", "score") if any(m in p for p in results.policies.values())]
+    if not metrics:
+        names = ", ".join(results.policies)
+        return f"{names}: nothing judges the responses, so no policy is best: give eval.rewards."
+    metric, label = metrics[0], "gold reward" if metrics[0] == "gold" else "score"
+    known = {name: m[metric] for name, m in results.policies.items() if metric in m}
+    best = max(known, key=lambda name: known[name])
+    if len(known) == 1:
+        return f"{best} has a mean {label} of {known[best]:.2f}; no other policy is evaluated."
+    others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
+    return (
+        f"{best} has the highest mean {label}, {known[best]:.2f} ({others}). Without eval.against"
+        " there is no win rate and no interval: the difference may be chance."
+    )
+
+
+def trust(name: str, scorer: ScorerResults, results: EvalResults) -> str:
+    """How far a reward model is right, on held-out pairs and about the policies."""
+    model = "The reward model" if name == "model" else f"The reward model {name}"
+    text = f"{model} has an accuracy of {scorer.accuracy:.1%} on {scorer.pairs:,}"
+    text += " held-out pairs (chance: 50 %)"
+    if scorer.accuracy_gold is not None:
+        text += f" and agrees with the gold reward on {scorer.accuracy_gold:.1%} of them"
+    text += f"; its mean confidence is {scorer.confidence:.1%}"
+    gap = scorer.confidence - scorer.accuracy
+    if abs(gap) >= WORTH_TELLING:
+        text += f": it is {'overconfident' if gap > 0 else 'underconfident'}"
+    rates = {(rate.policy, rate.judge): rate.rate for rate in results.win_rates}
+    overrated = [
+        f"{policy} {rates[policy, name]:.1%} (gold {rates[policy, 'gold']:.1%})"
+        for policy in results.policies
+        if {(policy, name), (policy, "gold")} <= rates.keys()
+        and rates[policy, name] - rates[policy, "gold"] >= WORTH_TELLING
+    ]
+    if overrated:
+        text += f". Its win rates are too high: {', '.join(overrated)}"
+    return text + "."
+
+
+def name_of_judge(judge: str) -> str:
+    return "the gold reward" if judge == "gold" else f"the score of {judge}"
