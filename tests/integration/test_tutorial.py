@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPO, page_commands, runs_in, summary
+from helpers import REPO, composed, page_commands, runs_in, summary
+
+from rlhf.data.load import load_data
 
 PAGE = REPO / "docs" / "tutorial.md"
 COMMANDS = page_commands(PAGE)
@@ -50,6 +52,9 @@ def test_the_commands_in_their_order(command: str, folder: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    if command == COMMANDS[0]:
+        (longer,) = re.findall(r"longer in (\d+)% of the pairs", done.stdout)
+        assert f"*chosen longer*, here {longer} %" in PAGE.read_text()
     if "stage=ppo" in words and "plan=true" not in words:
         (sft,), (rm,), (ppo,) = (runs_in(folder)[stage] for stage in ("sft", "rm", "ppo"))
         # what the page says of them
@@ -59,8 +64,18 @@ def test_the_commands_in_their_order(command: str, folder: Path) -> None:
         assert rewards["eval/score"] > rewards["eval/score_before"]
 
 
-def test_the_page_is_one_of_the_pairs_that_ship(folder: Path) -> None:
-    """The example row is in the file, and the numbers of the page are those of the file."""
+def test_the_numbers_of_the_page_are_those_of_the_pairs_that_ship(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     (row,) = re.findall(r"```json\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
     lines = (REPO / "docs" / "examples" / "pairs.jsonl").read_text().splitlines()
-    assert row in lines and f"({len(lines)} short pairs" in PAGE.read_text()
+    page = " ".join(PAGE.read_text().split())
+    assert row in lines and f"({len(lines)} short pairs" in page
+    mine = ["stage=sft", "data=jsonl", "data.sources.mine.path=docs/examples/pairs.jsonl"]
+    data = load_data(composed(*mine).data)
+    assert f"Here {len(data.sft)} of {len(lines)} rows are left" in page
+    data = load_data(composed(*mine, "data.eval_share=0.2").data)
+    rollouts = len(data.ppo) // 32 * 5
+    assert f"5 passes over {len(data.ppo)} prompts: {rollouts} rollouts of 32" in page
+    assert f"With {len(data.eval_prompts)} held-out prompts" in page
