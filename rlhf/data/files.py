@@ -155,7 +155,7 @@ def _open_files(found: DataFiles, source: Source) -> RawTable:
 
 def _builder(file: Path) -> str:
     suffix = suffix_of(file)
-    return "text" if suffix == ".json" and _holds_lines(file) else BUILDERS[suffix]
+    return "text" if suffix == ".json" and holds_lines(file) else BUILDERS[suffix]
 
 
 def _open_file(file: Path, builder: str, source: Source) -> datasets.Dataset:
@@ -224,13 +224,14 @@ def _open_directory(name: str, source: Source, split: str, directory: Path) -> d
     return splits[split]
 
 
-def _open_compressed(file: Path) -> IO[bytes]:
+def open_compressed(file: Path) -> IO[bytes]:
+    """A file's bytes, of a .gz file unpacked."""
     return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")  # type: ignore[return-value]
 
 
-def _holds_lines(file: Path) -> bool:
+def holds_lines(file: Path) -> bool:
     """Whether a .json file has an object in each line, as .jsonl files do."""
-    with _open_compressed(file) as lines:
+    with open_compressed(file) as lines:
         try:
             return isinstance(json.loads(lines.readline()), dict)
         except ValueError:
@@ -258,14 +259,14 @@ def _what_is_wrong(file: Path, suffix: str, error: BaseException) -> str:
     if isinstance(error, OSError):
         return first_line(error)
     if suffix != ".parquet":
-        with _open_compressed(file) as lines:
+        with open_compressed(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as problem:
                     return f"line {number} is not UTF-8: {problem}"
     if suffix == ".json":
-        with _open_compressed(file) as content:
+        with open_compressed(file) as content:
             try:
                 json.load(content)
             except ValueError as problem:
