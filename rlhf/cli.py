@@ -84,6 +84,8 @@ def dispatch(argv: Sequence[str]) -> int:
         )
     folders = compose.user_folders(args.config_dir, args.overrides)
     compose.register(folders)
+    if args.shell_completion and (shell := query_of(args.overrides)):
+        return print_completions(shell, folders)
     if args.help:
         return print_help(args.overrides, folders)
     overrides = [compose.allow_user_names(arg) for arg in args.overrides]
@@ -111,6 +113,18 @@ def parser() -> argparse.ArgumentParser:
         options.add_argument(with_value)
     options.add_argument("--info", "-i", nargs="?")
     return options
+
+
+def query_of(overrides: Sequence[str]) -> str | None:
+    """The shell that asks what a word can become; None where its completion is (un)installed."""
+    return next((a.removeprefix("query=") for a in overrides if a.startswith("query=")), None)
+
+
+def print_completions(shell: str, folders: Sequence[Path]) -> int:
+    """What tab completion offers for COMP_LINE. Hydra's own writes KlController.fixed for fixed."""
+    line = os.environ["COMP_LINE"][: int(os.environ.get("COMP_POINT") or 10**6)]
+    print(("\n" if shell == "fish" else " ").join(help.complete(line, folders)))
+    return DONE
 
 
 def print_help(overrides: Sequence[str], folders: Sequence[Path]) -> int:

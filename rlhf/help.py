@@ -1,13 +1,21 @@
-"""What `python train.py --help` prints, and `--help KEY`. No torch here."""
+"""What `python train.py --help` prints, `--help KEY`, and what tab completion offers. No torch."""
 
 from __future__ import annotations
 
+import glob
+import os
+import typing
+from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf import compose
 from rlhf.compose import group_names, group_options
 from rlhf.config.keys import Key, find_key, schema, with_suggestion
+from rlhf.config.loading import as_text
 from rlhf.config.reference import type_name
 
 OVERVIEW = """RLHF, from a base model to a policy: SFT, reward model, PPO; RLOO, GRPO, DPO.
@@ -63,3 +71,80 @@ def one_key(name: str, key: Key, cfg: DictConfig) -> str:
     if not key.hashed:
         lines.append("    changes no result, so it is not part of a run's identity")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- tab completion
+
+
+def complete(line: str, folders: Sequence[Path]) -> list[str]:
+    """What the last word of a command line can become.
+
+    Args: line: as typed so far, up to the cursor.  folders: the user's, with option files.
+    """
+    *before, word = line.split(" ")
+    prefix = word[: len(word) - len(word.lstrip("+~"))]
+    word = word[len(prefix) :]
+    given = [arg.strip("'\"") for arg in before if "=" in arg and not arg.startswith("hydra")]
+    try:
+        typed = [compose.allow_user_names(arg) for arg in given]
+        cfg = compose.compose_alone(typed, folders, hydra_too=False)
+    except Exception:  # the words before are not finished or wrong, which the command will say
+        cfg = compose.compose_alone([], folders, hydra_too=False)
+    if "=" in word:
+        key, _, value = word.partition("=")
+        done = value[: max(value.rfind(","), value.rfind("[")) + 1]  # of a sweep or a list
+        names = [f"{key}={done}{choice}" for choice in choices(key, value[len(done) :], cfg)]
+    else:
+        names = keys_below(word.rpartition(".")[0], cfg)
+        if "--help" in before or "-h" in before:
+            names = [name.removesuffix("=") for name in names]
+    return sorted(prefix + name for name in names if name.startswith(word))
+
+
+def choices(key: str, begun: str, cfg: DictConfig) -> list[str]:
+    """Values for a key or a group. Args: begun: of the value; a path gets files and folders."""
+    if key in group_names():
+        return group_options(key)
+    found = find_key(key)
+    if found is None or found.is_node:
+        return []
+    kinds = [found.annotation, *typing.get_args(found.annotation)]
+    values = ["null"] if found.is_optional else []
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return [*kind.__members__, *values]
+        if kind is bool:
+            return ["true", "false", *values]
+    if begun.startswith(("/", ".", "~")):
+        files = glob.glob(os.path.expanduser(glob.escape(begun)) + "*")
+        return [f"{file}/" if os.path.isdir(file) else file for file in files]
+    now: Any = OmegaConf.select(cfg, key, default=None)
+    return [*values, as_text(now)] if isinstance(now, (int, float, str)) else values
+
+
+def keys_below(node: str, cfg: DictConfig) -> list[str]:
+    """The keys in a node ("" for the top) as a user continues them: `rl.kl.`, `rl.lr=`, `actor=`.
+
+    Nodes that the user has named are those of the configuration.
+    """
+    found = find_key(node)
+    if node and found is None:
+        return []
+    pattern = f"{found.name}." if found else ""
+    names = [key.removeprefix(pattern) for key in schema() if key.startswith(pattern)]
+    names = [name for name in names if "." not in name]
+    if names == ["*"]:
+        names = [str(name) for name in OmegaConf.select(cfg, node) or {}]
+    if not node:
+        names = [name for name in names if name != "inputs"]
+    made = [f"{node}.{name}" if node else name for name in names]
+    return ([f"{group}=" for group in group_names()] if not node else []) + [
+        key + ("." if has_keys(key, cfg) else "=") for key in made if key != "pipeline"
+    ]
+
+
+def has_keys(key: str, cfg: DictConfig) -> bool:
+    """Whether a key is a node with keys now: not null."""
+    found = find_key(key)
+    is_node = found is not None and (found.is_node or typing.get_origin(found.annotation) is dict)
+    return is_node and OmegaConf.select(cfg, key) is not None

@@ -28,17 +28,19 @@ def main(run_dir: Path) -> None:
     """Run the stage of `run_dir` as one of its processes; the exit code says how it ended."""
     # 1. the environment, which the libraries read when they are imported
     prepare_environment()
-    import torch
-    from transformers.utils import logging as transformers_logging
+    from rlhf.base.log import announced, log
 
-    from rlhf.base.log import log
-    from rlhf.config.loading import load_config
-    from rlhf.distributed import collectives
-    from rlhf.distributed.engine import init_distributed
-    from rlhf.runs.failures import write_failure
-    from rlhf.runs.launch import STOPPED
-    from rlhf.training import checkpoint
-    from rlhf.training.tracker import finish_wandb, set_up_logging
+    with announced("importing torch, transformers and DeepSpeed"):
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        from rlhf.config.loading import load_config
+        from rlhf.distributed import collectives
+        from rlhf.distributed.engine import init_distributed
+        from rlhf.runs.failures import write_failure
+        from rlhf.runs.launch import STOPPED
+        from rlhf.training import checkpoint
+        from rlhf.training.tracker import finish_wandb, set_up_logging
 
     transformers_logging.disable_progress_bar()
     started = time.time()

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import socket
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 log = logging.getLogger("rlhf")
+SILENCE = 2.0  # seconds after which something slow is named
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Within this context: say what is happening if it takes more than 2 seconds."""
+
+    def say() -> None:
+        if log.handlers:
+            log.info(f"{what} ...")
+        elif os.environ.get("RANK", "0") == "0":  # before logging is set up
+            print(f"{what} ...", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(SILENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def plural(count: int, noun: str, ending: str = "s") -> str:

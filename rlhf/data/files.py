@@ -162,7 +162,7 @@ def _open_files(found: DataFiles, source: Source) -> RawTable:
 
 def _builder(file: Path) -> str:
     suffix = suffix_of(file)
-    return "text" if suffix == ".json" and _holds_lines(file) else BUILDERS[suffix]
+    return "text" if suffix == ".json" and holds_lines(file) else BUILDERS[suffix]
 
 
 def _open_file(file: Path, builder: str, source: Source) -> datasets.Dataset:
@@ -235,7 +235,7 @@ def _open_directory(name: str, source: Source, split: str, directory: Path) -> d
     return splits[split]
 
 
-def _holds_lines(file: Path) -> bool:
+def holds_lines(file: Path) -> bool:
     """Whether a .json file has an object in each line, as .jsonl files do."""
     with open_compressed(file) as lines:
         try:

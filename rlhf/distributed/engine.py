@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlhf.base.log import announced
 from rlhf.config.schema import Config
 from rlhf.config.stage_nodes import Optim
 from rlhf.distributed import collectives
@@ -86,7 +87,7 @@ def build_engine(
     if collectives.rank() == 0:
         (run_dir / f"ds_{role}.json").write_text(json.dumps(ds_config, indent=2))
     optim = optim_of(cfg, role)
-    with zero3_init(ds_config):
+    with announced(f"loading the {role.removesuffix('_trained')} model"), zero3_init(ds_config):
         module = load()
     if optim is None:
         module.requires_grad_(False).eval()

@@ -50,7 +50,7 @@ class Evaluations:
         measured["objective"] = measured["score"] - cfg.rl.kl.coef * measured["kl"]
         if settings.every and measured[settings.best_by.name] > self.best:
             self.best = measured[settings.best_by.name]
-            log.info(f"step {step}: best {settings.best_by.name} so far, {self.best:.3f}")
+            log.info(f"rollout {step}: best {settings.best_by.name} so far, {self.best:.3f}")
             save_engine(self.models.actor, self.models.tokenizer, self.run_dir / "model_best")
         return measured, samples
 

@@ -22,7 +22,7 @@ from rlhf.base.adapter_files import (
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
-from rlhf.base.log import first_few, first_line, log, plural
+from rlhf.base.log import announced, first_few, first_line, log, plural
 from rlhf.base.model_files import score_heads, weight_names
 from rlhf.config.choices import Precision, Template
 from rlhf.config.schema import Lora
@@ -303,7 +303,7 @@ def save_engine(
     hf = engine.module.hf
     weights, adapter = full_state_dict(hf)
     if collectives.rank() == 0:
-        with atomic_path(directory) as temporary:
+        with announced(f"saving {directory}"), atomic_path(directory) as temporary:
             hf.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             if adapter:

@@ -36,6 +36,8 @@ from rlhf.planning.formulas import (
 from rlhf.planning.shapes import arch_of, lora_parameters, parameters
 from rlhf.planning.steps import Steps, count_steps
 
+ROOM = 0.9  # share of the memory that a plan should use at most
+
 
 @dataclass
 class Plan:
@@ -75,6 +77,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak <= self.limit
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits by little: formulas miss what allocators waste."""
+        return self.fits and self.peak > ROOM * self.limit
 
 
 def make_plan(cfg: Config, stage: str) -> Plan:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
+import io
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Data, Source
-from rlhf.data.files import find_files
+from rlhf.data.files import find_files, holds_lines, suffix_of
 from rlhf.data.formats.fields import detect_format
 from rlhf.data.formats.rows import Skip, parse_line, read_pairs
+from rlhf.data.text_files import open_compressed, separator_of
 
 # preference pairs of data sets on the hub, from their cards
 HUB_ROWS = {
@@ -20,7 +24,7 @@ HUB_ROWS = {
     "Dahoas/full-hh-rlhf": 112052,
     "Anthropic/hh-rlhf": 160800,
 }
-SAMPLE = 100  # first lines of each file, which show what its rows have
+SAMPLE = 100  # first rows of each file, which show what all have
 
 
 class Rows(NamedTuple):
@@ -38,7 +42,7 @@ def estimate_rows(data: Data, share: str, every_answer: bool = False) -> int | N
     Rows that are skipped are not known, and the hash of the prompts divides them by chance.
 
     Args: every_answer: of "sft" count every answer of a conversation.
-    Returns: None where a source is neither a known data set nor made of local .jsonl files.
+    Returns: None where a source is neither a known data set nor made of local files.
     """
     counts = [rows_of_source(source, data.template) for source in data.sources.values()]
     parts = [part / sum(data.shares) for part in data.shares]
@@ -74,24 +78,22 @@ def rows_of_source(source: Source, style: Template = Template.hh) -> Rows | None
         count = limited(HUB_ROWS[source.path], source)
         return Rows(count, count, count, 0)
     try:
-        files = find_files(source.path).files
-        if any(file.suffix != ".jsonl" for file in files):
-            return None
-        lines = limited(sum(count_lines(file) for file in files), source)
-        first = [row for file in files for row in first_rows(file)]
-    except (ValueError, OSError):  # the stage says what is wrong
+        samples = [sample_file(file, source) for file in find_files(source.path).files]
+    except (ValueError, OSError, csv.Error):  # the stage says what is wrong
         return None
+    count = limited(sum(sample.rows for sample in samples), source)
+    first = [row for sample in samples for row in sample.first]
     columns = dict.fromkeys(column for row in first for column in row)
     format = source.format or detect_format([*columns, *source.columns])
     if format == Format.text:
         return Rows(0, 0, 0, 0)
     if format is None or not first:
         return None
-    return scaled(dataclasses.replace(source, format=format), style, first, lines)
+    return scaled(dataclasses.replace(source, format=format), style, first, count)
 
 
-def scaled(source: Source, style: Template, first: list[dict[str, Any]], lines: int) -> Rows | None:
-    """What all lines have, if they are like the first ones; None if none of those can be read."""
+def scaled(source: Source, style: Template, first: list[dict[str, Any]], count: int) -> Rows | None:
+    """What all rows have, if they are like the first ones; None if none of those can be read."""
     answered = answers = pairs = prompts = 0
     for row in first:
         try:
@@ -103,25 +105,74 @@ def scaled(source: Source, style: Template, first: list[dict[str, Any]], lines: 
         answers += has_answer + sum(turn.role == "assistant" for turn in records[0].prompt)
         prompts += not has_answer
         pairs += sum(record.rejected is not None for record in records)
-    each = lines / len(first)
+    each = count / len(first)
     if not answered and not prompts:
         return None
     return Rows(answered * each, answers * each, pairs * each, prompts * each)
 
 
-def first_rows(file: Path) -> list[dict[str, Any]]:
-    """The first lines of a file that are objects. Raises: ValueError where it is not UTF-8."""
-    rows = []
-    with open(file, encoding="utf-8") as lines:
+class FileSample(NamedTuple):
+    """The number of rows of a file, and the first ones."""
+
+    rows: int
+    first: list[dict[str, Any]]
+
+
+def sample_file(file: Path, source: Source) -> FileSample:
+    """The rows of a file as rlhf/data/files.py reads them, without the `datasets` library.
+
+    Raises: ValueError, OSError or csv.Error where it cannot be read.
+    """
+    suffix = suffix_of(file)
+    if suffix == ".parquet":
+        return sample_parquet(file)
+    if suffix == ".csv":
+        return sample_csv(file, source)
+    if suffix == ".json" and not holds_lines(file):
+        with open_compressed(file) as content:
+            rows = json.load(content)
+        if not isinstance(rows, list):
+            raise ValueError("not a list of rows")
+        return FileSample(len(rows), [row for row in rows[:SAMPLE] if isinstance(row, dict)])
+    return sample_lines(file)
+
+
+def sample_lines(file: Path) -> FileSample:
+    """Of a file with an object in each line."""
+    first = []
+    with open_compressed(file) as lines:
         for line in islice(lines, SAMPLE):
             with contextlib.suppress(Skip, ValueError):
-                rows.append(parse_line(line))
-    return rows
+                first.append(parse_line(line.decode()))
+        lines.seek(0)
+        return FileSample(sum(1 for _ in lines), first)
 
 
-def count_lines(file: Path) -> int:
-    with open(file, "rb") as lines:
-        return sum(1 for _ in lines)
+def sample_csv(file: Path, source: Source) -> FileSample:
+    """Of a .csv file, whose fields may have line ends; an empty one is null, scores are numbers."""
+    csv.field_size_limit(2**31 - 1)
+    scores = [source.columns.get(name, name) for name in ("score_a", "score_b")]
+    with open_compressed(file) as content:
+        text = io.TextIOWrapper(content, encoding="utf-8", newline="")
+        reader = csv.DictReader(text, delimiter=separator_of(file))
+        first = [
+            {
+                name: float(text) if text and name in scores else text or None
+                for name, text in row.items()
+            }
+            for row in islice(reader, SAMPLE)
+        ]
+        return FileSample(len(first) + sum(1 for _ in reader), first)
+
+
+def sample_parquet(file: Path) -> FileSample:
+    """Of a .parquet file: the number of rows is in its footer."""
+    import pyarrow.parquet  # takes a third of a second, for these files only
+
+    with open_compressed(file) as content, pyarrow.parquet.ParquetFile(content) as table:
+        batches = table.iter_batches(batch_size=SAMPLE)
+        first: list[dict[str, Any]] = next((batch.to_pylist() for batch in batches), [])
+        return FileSample(table.metadata.num_rows, first)
 
 
 def limited(count: int, source: Source) -> int:

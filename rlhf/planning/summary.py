@@ -23,6 +23,7 @@ from rlhf.runs.timing import measure_step
 if TYPE_CHECKING:
     from rich.table import Table
 
+TIGHT = "it fits, but keep a tenth of the memory free"
 UNKNOWN = "known when the data are read"
 Changes = dict[str, Any]  # key -> new value
 
@@ -131,16 +132,23 @@ def as_overrides(changes: Changes) -> str:
 
 def one_line_summary(plan: Plan) -> str:
     """Memory, steps and notes of a plan in one line."""
-    unit = "rollouts" if is_rl(plan.stage) else "steps"
-    steps = f"{unit} {UNKNOWN}"
+    unit = unit_of(plan.stage)
+    steps = f"{unit}s {UNKNOWN}"
     if plan.steps.number is not None:
-        steps = f"{plan.steps.certainty}{plan.steps.number:,} {unit}"
+        ending = "" if plan.steps.number == 1 else "s"
+        steps = f"{plan.steps.certainty}{plan.steps.number:,} {unit}{ending}"
     if plan.stage == "eval":
         steps = "nothing is trained"
     notes = "".join(f"; {note}" for note in plan.notes)
     warning = "" if plan.fits else "; may not fit, see plan=true"
+    warning = f"; {TIGHT}, see plan=true" if plan.is_tight else warning
     memory = f"{plan.peak / GIB:.1f} of {plan.limit / GIB:g} GiB per process ({plan.fullest})"
     return f"{plan.stage}: plan {memory}, {steps}{notes}{warning}"
+
+
+def unit_of(stage: str) -> str:
+    """What the steps of a stage are called."""
+    return "rollout" if is_rl(stage) else "step"
 
 
 def print_plan(plan: Plan, cfg: Config) -> None:
@@ -153,7 +161,8 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     steps, tokens = plan.steps.number, plan.steps.tokens
     about = "about " if plan.steps.certainty == "about " else ""
     console.print(f"  batch    {plan.steps.batch}")
-    console.print(f"  steps    {UNKNOWN if steps is None else f'{plan.steps.certainty}{steps:,}'}")
+    count = UNKNOWN if steps is None else f"{plan.steps.certainty}{steps:,}"
+    console.print(f"  {unit_of(plan.stage) + 's':<8} {count}")
     console.print(f"  tokens   {UNKNOWN if tokens is None else f'at most {about}{tokens:,}'}")
     if plan.stage != "eval":
         console.print(f"  time     {time_text(plan, cfg)}", soft_wrap=True)
@@ -164,6 +173,8 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     size = f"{gib(plan.peak)} of {plan.limit / GIB:g} GiB (deploy.gpu_memory_gb)"
     if plan.fits:
         console.print(f"  fits     {size}")
+        if plan.is_tight:
+            console.print(f"  warning  {TIGHT}: allocators waste some of it")
         return
     console.print(f"  does not fit: {size}. Cheapest changes that make it fit:")
     lines = cheapest_changes(cfg, plan.stage)

@@ -49,7 +49,7 @@ from rlhf.training.setup import build_actor_and_reference, check_rows_left, open
 from rlhf.training.tracker import Tracker
 
 PromptRows = tokenized.Rows[tuple[Prompt, list[int]]]
-SHOWN = ["objective/scores", "objective/kl", "reward/gold/mean", "tokens/response_mean"]
+SHOWN = ["objective/scores", "reward/gold/mean", "objective/kl", "tokens/response_mean"]
 
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import log
+from rlhf.base.log import announced, log
 from rlhf.config.schema import Config, Lora
 from rlhf.config.stage_graph import adapter_only
 from rlhf.data.load import open_data
@@ -39,7 +39,8 @@ def open_inputs(
         key, longest = "rollout.max_new_tokens", cfg.rollout.max_new_tokens
         check_context(path, cfg.data.max_prompt_tokens, longest, key)
     tokenizer = load_tokenizer(path, cfg.data.template)
-    return tokenizer, open_data(cfg, run_dir)
+    with announced("reading the data"):
+        return tokenizer, open_data(cfg, run_dir)
 
 
 def count_steps(rows: Sized, per_step: int, epochs: int, max_steps: int | None, key: str) -> int:

@@ -25,11 +25,24 @@ from rlhf.base.log import first_line, log
 from rlhf.base.wandb_login import wandb_problem
 from rlhf.config.choices import WandbMode
 from rlhf.config.schema import Config
+from rlhf.config.stage_graph import is_rl
 from rlhf.distributed import collectives
 
 if TYPE_CHECKING:
     from wandb import Run
 
+SHOWN_AS = {  # beside the progress bar; other metrics by their own names
+    "mean_token_accuracy": "token accuracy",
+    "margin": "score margin",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "implicit reward margin",
+    "objective/scores": "score",
+    "reward/gold/mean": "gold reward",
+    "gold": "gold reward",
+    "objective/kl": "KL per response",
+    "tokens/response_mean": "response tokens",
+    "win_rate": "win rate",
+}
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 
 
@@ -44,6 +57,7 @@ class Tracker:
 
     def __init__(self, cfg: Config, run_dir: Path, total: int, shown: list[str]):
         self.run_dir, self.shown, self.total = run_dir, shown, total
+        self.unit = "rollout" if is_rl(cfg.stage.name) else "step"
         self.main = collectives.rank() == 0
         self.start, self.first = time.time(), 0
         if not self.main:
@@ -52,8 +66,9 @@ class Tracker:
         # it takes seconds, in which the run can begin
         self.wandb = ThreadPoolExecutor(1).submit(start_wandb, cfg, run_dir)
         # a terminal shows a bar; anything else gets a line every 10 seconds
-        desc = cfg.stage.name
-        self.bar = tqdm(total=total, desc=desc, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total, desc=cfg.stage.name, unit=self.unit, disable=None, dynamic_ncols=True
+        )
         self.last_line = 0.0
 
     def start_clock(self) -> None:
@@ -67,15 +82,13 @@ class Tracker:
         metrics = {key: float(value) for key, value in metrics.items()}
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
         self.send_to_wandb(lambda run: run.log({"step": step, **metrics}))
-        shown = {  # of reward/gold/mean: gold
-            key.removesuffix("/mean").rsplit("/", 1)[-1]: f"{metrics[key]:.3g}"
-            for key in self.shown
-            if key in metrics
+        shown = {
+            SHOWN_AS.get(key, key): f"{metrics[key]:.3g}" for key in self.shown if key in metrics
         }
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n if not self.bar.disable else 0)
         elapsed, done = time.time() - self.start, step - self.first
-        line = f"step {step}/{self.total}  " + "  ".join(
+        line = f"{self.unit} {step}/{self.total}  " + "  ".join(
             f"{key} {value}" for key, value in shown.items()
         )
         line += f"  {elapsed:.0f} s, {elapsed / done * (self.total - step):.0f} s left"

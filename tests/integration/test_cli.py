@@ -38,8 +38,11 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (["+ppo.x=1"], "unknown key ppo.x"),
         (["stagee=ppo"], "unknown key stagee (did you mean stage?)"),
         (["kl.coef=0.1"], "unknown key kl.coef (did you mean rl.kl.coef?)"),
-        (["rl.lr=abc"], "Value 'abc' of type 'str' could not be converted to Float"),
-        (["deploy.precision=fp8"], "expected one of [fp32, bf16, fp16, autocast]"),
+        (["rl.lr=abc"], "rl.lr=abc: must be a number"),
+        (
+            ["deploy.precision=fp8"],
+            "deploy.precision=fp8: must be one of fp32, bf16, fp16, autocast",
+        ),
         (["rl.lr=[1"], "cannot read 'rl.lr=[1'"),
         (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
         (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
@@ -48,7 +51,10 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
             ["+rl.rewards={mine: {function: 'nowhere:f'}}"],
             "rl.rewards.mine.function=nowhere:f: there is no module nowhere, neither here (",
         ),
-        (["+rl.rewards={mine: {weigth: 1}}"], "Key 'weigth' not in 'RewardSource'"),
+        (
+            ["+rl.rewards={mine: {weigth: 1}}"],
+            "rl.rewards.mine.weigth (did you mean rl.rewards.mine.weight?)",
+        ),
         (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training"),
         (
             ["actor.path=builtin:huge"],
@@ -77,7 +83,12 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
             ["data.max_prompt_tokens=500"],
             "data.max_response_tokens=64 is more than the 512 positions of builtin:tiny",
         ),
-        (["data.eval_rows=9999"], "data.eval_rows=9999: the sandbox has 7200 prompts"),
+        (["data.eval_rows=257"], "of which 256 are held out; give at most 256"),
+        (["sft.epochs=1,2"], "sft.epochs=1,2: several values are a sweep: add -m"),
+        (
+            ["data.sources.mine.path=pairs.jsonl"],
+            "data=jsonl data.sources.mine.path=FILE",
+        ),
     ],
 )
 def test_bad_input_gets_one_clear_line(overrides: list[str], expected: str, tmp_path: Path) -> None:
@@ -154,6 +165,7 @@ def test_tab_completion(tmp_path: Path) -> None:
     )
     assert time.time() - started < 3
     assert "rl.kl.coef=" in complete("python train.py rl.kl.")
+    assert complete("python train.py rl.kl.controller=a").split() == ["rl.kl.controller=adaptive"]
 
 
 def test_help_shows_groups_and_keys(tmp_path: Path) -> None:

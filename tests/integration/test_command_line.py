@@ -299,6 +299,19 @@ def test_a_folder_that_is_not_there_is_named() -> None:
         ("bf16=true", "bf16 (did you mean deploy.precision?)"),
         ("adv_estimator=grpo", "(did you mean rl.advantage?)"),
         ("run_name=x", "run_name (did you mean experiment_name?)"),
+        ("lr=1", "lr (did you mean sft.lr, rm.lr, dpo.lr or rl.lr?)"),
+        ("rl.kl_coef=1", "(did you mean rl.kl.coef?)"),
+        ("ppo.learning_rate=1", "(did you mean rl.lr?)"),
+        ("SFT.LR=1", "(did you mean sft.lr?)"),
+        ("sft.batch-size=1", "(did you mean sft.batch_size?)"),
+        (
+            "max_steps=3",
+            "(did you mean sft.max_steps, rm.max_steps, dpo.max_steps or rl.max_steps?)",
+        ),
+        ("model=opt1.3b", "model (did you mean actor?)"),
+        ("dataset=x", "dataset (did you mean data?)"),
+        ("rl.foo=1", "rl.foo (see python train.py --help rl)"),
+        ("data.sources.mine.paht=x", "(did you mean data.sources.mine.path?)"),
         # typing errors
         ("rl.lrr=1", "rl.lrr (did you mean rl.lr?)"),
         ("rl.kl.koef=1", "rl.kl.koef (did you mean rl.kl.coef?)"),
@@ -326,12 +339,105 @@ def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
         ("actor=opt1.3", "actor=opt1.3: no such option (did you mean opt1.3b?)"),
         ("rl=ppo,grpoo", "rl=grpoo: no such option (did you mean grpo?)"),
         ("data=[sandbox,shpp]", "data=shpp: no such option (did you mean shp?)"),
+        ("actor=opt-1.3b", "actor=opt-1.3b: no such option (did you mean opt1.3b?)"),
+        ("actor=OPT13B", "actor=OPT13B: no such option (did you mean opt13b?)"),
+        ("data=rm-static", "data=rm-static: no such option (did you mean rm_static?)"),
+        ("deploy=gpu", "deploy=gpu: no such option (did you mean single_gpu?)"),
+        ("stage=reward", "stage=reward: no such option (did you mean rm?)"),
+        ("rl=null", "rl=null: choose one of dr_grpo"),
+        ("+actor=tiny", "+actor=tiny: leave out the +: actor=tiny"),
         ("rl.kl.coef=[", "cannot read 'rl.kl.coef=['"),
     ],
 )
 def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: str) -> None:
     (said,) = compose.explain(override)
     assert said.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("sft.lr=", "sft.lr=: has no value; give a number"),
+        ("sft.lr=null", "sft.lr=null: cannot be null; give a number"),
+        ("sft.max_steps=x", "sft.max_steps=x: must be a whole number or null"),
+        ("seed=1.5", "seed=1.5: must be a whole number"),
+        ("seed=true", "seed=true: must be a whole number"),
+        ("fresh=3", "fresh=3: must be true or false"),
+        ("sft.epochs=[1,2]", "to try several: python train.py -m sft.epochs=1,2"),
+        ("sft.betas=0.9", "sft.betas=0.9: must be a list; in quotes: 'sft.betas=[0.9]'"),
+        ("deploy.precision=FP16", "fp32, bf16, fp16, autocast (did you mean fp16?)"),
+        ("rl.kl=3", "rl.kl=3: rl.kl is not a single key; set one in it, see"),
+        ("actor.path=", "actor.path=: has no value; give a text"),
+        ("rl.rewards={m: {weight: x}}", "rl.rewards.m.weight=x: must be a number"),
+        ("+sft.lr=1", "+sft.lr=1: this key exists; leave out the +: sft.lr=1"),
+        ("~rl.lr", "~rl.lr: this key cannot be removed; set another value"),
+        ("sft.lr=1e-4,x", "sft.lr=x: must be a number"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_gets_one_line(override: str, line: str) -> None:
+    (said,) = compose.explain(override)
+    assert line in said
+
+
+def test_commas_without_m_get_the_fix() -> None:
+    for override, fix in (
+        ("seed=1,2", "add -m; else give one value"),
+        ("data=a,b", "to combine them: 'data=[a,b]'"),
+        ("rl.betas=0.9,0.95", "a list is in brackets: 'rl.betas=[0.9,0.95]'"),
+        ("wandb.notes=a,b", "a text with commas is in quotes: \"wandb.notes='a,b'\""),
+    ):
+        (line,) = compose.explain(override, multirun=False)
+        assert line.endswith(fix), line
+
+
+def test_a_sweep_without_a_name_has_that_of_its_keys() -> None:
+    assert compose.sweep_name(["seed=1,2", "rl.kl.coef=0.02,0.1", "sft.lr=1"], []) == (
+        "rl.kl.coef+seed"
+    )
+    assert compose.sweep_name(["sweep=kl", "seed=1,2"], []) == "rl.kl.coef+seed"
+
+
+@pytest.mark.parametrize(
+    "typed, offered",
+    [
+        ("rl.kl.controller=", "rl.kl.controller=adaptive rl.kl.controller=fixed"),
+        ("rl.kl.controller=fixed,a", "rl.kl.controller=fixed,adaptive"),
+        ("fresh=", "fresh=false fresh=true"),
+        ("sft.max_steps=", "sft.max_steps=null"),
+        ("actor=opt1", "actor=opt1.3b actor=opt125m actor=opt13b"),
+        ("reward=tin", "reward=tiny"),
+        ("data=rm", "data=rm_static"),
+        ("stage=g", "stage=grpo"),
+        ("pipeline=d", "pipeline=dpo pipeline=dr_grpo pipeline=dschat"),
+        ("rl=g", "rl=grpo"),
+        ("deploy=s", "deploy=single_gpu deploy=single_node"),
+        ("sweep=s", "sweep=seeds"),
+        ("experiment=o", "experiment=opt1.3b_lora experiment=overoptimisation"),
+        ("rl.rewards.", "rl.rewards.model."),
+        ("rl.rewards.gold.function=m:f rl.rewards.gold.w", "rl.rewards.gold.weight="),
+        ("data=jsonl 'data.sources.mine.path=x' data.sources.mine.f", "data.sources.mine.format="),
+        ("data=jsonl data.sand", "data.sandbox="),
+        ("--help rl.kl.c", "rl.kl.coef rl.kl.controller"),
+        ("nonsense=1 wandb.mode=o", "wandb.mode=offline wandb.mode=online"),
+        ("+rl.rew", "+rl.reward= +rl.rewards."),
+        ("act", "actor. actor="),
+        ("nothing.here", ""),
+    ],
+)
+def test_tab_completion_offers_plain_values(typed: str, offered: str) -> None:
+    completions = help.complete(f"python train.py {typed}", [])
+    assert set(offered.split()) <= set(completions) and bool(offered) == bool(completions)
+    assert not any("Kl" in word for word in completions)
+
+
+def test_tab_completion_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "pairs.jsonl").touch()
+    key = "data.sources.mine.path="
+    assert help.complete(f"train.py data=jsonl {key}{tmp_path}/pa", []) == [
+        f"{key}{tmp_path}/pairs.jsonl",
+        f"{key}{tmp_path}/parts/",
+    ]
 
 
 def test_what_exists_gets_no_remark() -> None:
@@ -345,6 +451,15 @@ def test_what_exists_gets_no_remark() -> None:
         "~rl.rewards.model",
         "+rl.rewards={a: {weight: 1}}",
         "recipe=null",
+        "~recipe",
+        "sft.max_steps=null",
+        "sft.lr=1e-4,2e-4",
+        "sft.epochs=range(1,3)",
+        "data.eval_rows='12'",
+        "rl.lr=${rl.critic.lr}",
+        "+data.sources.mine.columns={prompt: q}",
+        "wandb.notes='a, b'",
+        "fresh=yes",
     ):
         assert compose.explain(override) == [], override
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from data_files import Record, jsonl
 from format_rows import message
@@ -14,7 +16,7 @@ from prepared_data import config
 from rlhf.config.choices import Template
 from rlhf.config.schema import Data, Source
 from rlhf.data.sources import load_sources
-from rlhf.planning.rows import estimate_rows
+from rlhf.planning.rows import estimate_rows, rows_of_source
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -84,6 +86,31 @@ def test_a_folder_an_evaluation_file_and_a_mix(tmp_path: Path) -> None:
     assert_about_right(config(mine=folder, talks=talks, texts=texts))
 
 
+@pytest.mark.parametrize("kind", ["lines.json", "list.json", "a.csv", "a.csv.gz", "a.parquet"])
+def test_files_of_every_kind_are_counted(tmp_path: Path, kind: str) -> None:
+    rows = [
+        {"prompt": f'q {i}\nand, "more"', "chosen": "a", "rejected": "b" if i % 2 else None}
+        for i in range(1000)
+    ]
+    file = tmp_path / kind
+    if kind == "lines.json":
+        jsonl(file, rows)
+    elif kind == "list.json":
+        file.write_text(json.dumps(rows))
+    elif kind == "a.parquet":
+        pandas.DataFrame(rows).to_parquet(file)
+    else:
+        pandas.DataFrame(rows).to_csv(file, index=False)
+    assert_about_right(config(mine=file))
+    assert rows_of_source(Source(path=str(file))) == (1000, 1000, 500, 0)
+
+
+def test_scores_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
+    rows = [KINDS["ties"](i) for i in range(N)]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    assert_about_right(config(mine=tmp_path / "a.csv"))
+
+
 def test_every_answer_and_calls_of_tools_count(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w"}}]}
     said = [message("user", "q"), call, message("tool", "7"), message("assistant", "a")]
@@ -96,7 +123,7 @@ def test_every_answer_and_calls_of_tools_count(tmp_path: Path) -> None:
 
 def test_what_is_not_known_before_it_is_read_is_not_estimated(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    for name, rows in (("a.json", [row]), ("b.jsonl", [{"query": "q"}]), ("c.jsonl", [])):
+    for name, rows in (("b.jsonl", [{"query": "q"}]), ("c.jsonl", []), ("d.csv", [row])):
         file = jsonl(tmp_path / name, rows)
         assert estimate_rows(config(mine=file), "sft") is None
     for path in (f"{tmp_path}/missing.jsonl", f"{tmp_path}/*.csv", "somebody/something"):

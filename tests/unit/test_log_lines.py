@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import composed
 
-from rlhf.base.log import log
+from rlhf.base.log import announced, log
 from rlhf.training.tracker import Tracker, set_up_logging
 
 
@@ -34,3 +35,25 @@ def test_each_step_is_there_once(logging_to: Path, tmp_path: Path) -> None:
     assert re.findall(r" step (\d)/4", text) == ["1", "2", "3", "4"]
     left = [int(seconds) for seconds in re.findall(r"(\d+) s left", text)]
     assert len(left) == 4 and max(left) < 100
+
+
+def test_the_words_beside_the_bar_name_what_they_show(logging_to: Path, tmp_path: Path) -> None:
+    for stage, shown, line in (
+        ("ppo", ["objective/scores", "reward/gold/mean"], "rollout 1/1  score 1  gold reward 1"),
+        ("rm", ["accuracy", "margin"], "step 1/1  accuracy 1  score margin 1"),
+    ):
+        tracker = Tracker(composed(f"stage={stage}", "wandb.mode=disabled"), tmp_path, 1, shown)
+        tracker.log(1, dict.fromkeys(shown, 1.0))
+        tracker.close({})
+        assert line in logging_to.read_text()
+
+
+def test_what_is_slow_is_named_and_what_is_quick_is_not(
+    logging_to: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.base.log.SILENCE", 0.05)
+    with announced("reading"):
+        pass
+    with announced("loading"):
+        time.sleep(0.3)
+    assert "loading ..." in logging_to.read_text() and "reading" not in logging_to.read_text()

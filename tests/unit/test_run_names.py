@@ -7,13 +7,21 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers import PRESETS, command, composed
+from helpers import CONF, PRESETS, command, composed
 
 from rlhf.base.errors import UserError
 from rlhf.compose import group_names
 from rlhf.config.stage_graph import parent_stages
 from rlhf.runs.command import Command
-from rlhf.runs.identity import run_dir_for, run_identity, run_name
+from rlhf.runs.identity import (
+    measured_otherwise,
+    run_dir_for,
+    run_identity,
+    run_name,
+    settings_to_record,
+    short_name,
+    source_label,
+)
 from rlhf.runs.inputs import find_inputs
 
 
@@ -82,6 +90,72 @@ def test_what_does_not_change_the_policy_does_not_change_the_name() -> None:
         "rl.rewards.model.weight=2",
     ):
         assert name("ppo", key) != name("ppo"), key
+
+
+def test_how_a_run_is_measured_is_part_of_the_identity_of_an_evaluation_only() -> None:
+    free = ["data.eval_rows=64", "rl.evaluation.top_k=4", "rl.evaluation.temperature=0.5"]
+    for stage in ("sft", "rm", "dpo", "ppo", "grpo"):
+        for key in free:
+            assert name(stage, key) == name(stage), (stage, key)
+    assert name("dpo", "rollout.temperature=0.5") == name("dpo"), "DPO samples to evaluate only"
+    assert name("ppo", "rollout.temperature=0.5") != name("ppo")
+    for key in ("data.eval_rows=64", "rollout.temperature=0.5", "eval.best_of=4"):
+        assert name("eval", key) != name("eval"), key
+    changed = composed("data.eval_rows=64", "rl.evaluation.top_p=0.5")
+    before = settings_to_record(Command(composed(), composed(), []), "ppo")
+    assert before["data.eval_rows"] == 256, "a comparison of runs shows it"
+    said = measured_otherwise(before, changed, "ppo")
+    assert said == "data.eval_rows=256, rl.evaluation.top_p=1.0"
+    assert measured_otherwise(before, composed(), "ppo") == ""
+
+
+@pytest.mark.parametrize(
+    "path, label",
+    [
+        ("/x/pairs.jsonl", "pairs"),
+        ("pairs.csv.gz", "pairs"),
+        ("/x/math/train.parquet", "math-train"),
+        ("/x/good/*.jsonl", "good"),
+        ("./parts/", "parts"),
+        ("/x/**/part-*.csv", "x"),
+        ("org/some-set", "some-set"),
+        ("../", "mine"),
+    ],
+)
+def test_the_data_of_a_run_are_in_its_name(path: str, label: str) -> None:
+    assert source_label("mine", path) == label
+
+
+def test_other_data_have_another_name_and_the_sandbox_none() -> None:
+    def readable(*overrides: str) -> str:
+        return run_name(command("stage=sft", *overrides), "sft").rsplit("-", 1)[0]
+
+    mine = ["data=jsonl", f"data.sources.mine.path={CONF.parent}/tests/comparisons.jsonl"]
+    with pytest.raises(UserError):
+        readable(*mine)  # no such file
+    assert readable() == "sft-tiny"
+    assert readable("data=rm_static") == "sft-tiny-rm_static"
+    assert readable("data=[webgpt,rm_static]") == "sft-tiny-webgpt-rm_static"
+    assert readable("data=dschat_six") == "sft-tiny-rm_static-full_hh-4more"
+    assert readable("data=rm_static", "data.sources.rm_static.rows=9") == (
+        "sft-tiny-rm_static+data.sources.rm_static.rows-9"
+    )
+
+
+def test_a_long_name_keeps_stage_models_data_and_seed() -> None:
+    long = [f"sft.{key}" for key in ("lr=1e-4", "epochs=3", "batch_size=8", "weight_decay=0.1")]
+    long += ["data.max_prompt_tokens=99", "data.max_response_tokens=99", "seed=3"]
+    full = name("sft", "data=rm_static", *long)
+    assert re.fullmatch(r"sft-tiny-rm_static\+.*\+\dmore\+seed-3-[0-9a-f]{8}", full), full
+    assert len(full) <= 109
+    assert short_name("", ["seed-12", "x-1"]) == "x-1+seed-12"
+    assert short_name("sft-m", ["a-" + "b" * 200, "seed-1"]).endswith("b+seed-1")
+
+
+def test_the_values_of_an_experiment_file_are_in_the_name() -> None:
+    run = command("experiment=opt1.3b_lora")
+    assert "+actor.lora.rank-128" in run_name(run, "sft")
+    assert run_name(run, "sft").startswith("sft-opt1.3b-rm_static+")
 
 
 def test_ppo_stands_on_a_reward_model_only_where_its_score_has_one() -> None:
