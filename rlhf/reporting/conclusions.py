@@ -47,13 +47,13 @@ def meaning(run: Run, metric: PrimaryMetric) -> str:
     """The settings that decide what a run's metric means, as text."""
     if not run.settings:
         return str(run.path)
-    return json.dumps(
-        {
-            key: value
-            for key, value in sorted(run.settings.items())
-            if key.startswith(metric.defined_by) and metric.defined_by
-        }
-    )
+    has_rm = any(key.startswith("rm.") for key in run.settings)  # else reward.lora is the critic's
+    decisive = {
+        key: value
+        for key, value in sorted(run.settings.items())
+        if key.startswith(metric.defined_by) and (has_rm or not key.startswith("reward.lora."))
+    }
+    return json.dumps(decisive)
 
 
 def why_not_ranked(groups: Sequence[SeedGroup], metric: PrimaryMetric) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -131,8 +132,8 @@ def print_comparison(runs: Sequence[Run], page: Path | None = None) -> None:
             differ = "setting differs" if hidden == 1 else "settings differ"
             print_line(console, f"{hidden} more {differ}: {where}")
         for run in comparison.runs:
-            if run.status.startswith("failed: "):
-                print_line(console, f"{run.short_name} {one_line(run.status)}")
+            if run.status_text != short_status(run):
+                print_line(console, f"{run.short_name} {one_line(run.status_text)}")
         if comparison.has_seeds:
             console.print(seeds_table(comparison))
         if len(comparison.runs) > 1 and (sentences := conclusions(comparison)):
@@ -147,34 +148,34 @@ def print_comparison(runs: Sequence[Run], page: Path | None = None) -> None:
 
 def runs_table(comparison: Comparison) -> Table:
     """A row per run: short name, sweeps, settings, status, steps, final metrics."""
-    names = [name.removeprefix("eval/") for name in comparison.metrics]
-    sweeps = comparison.has_sweeps
     units = dict.fromkeys(view_of(stage).step_name for stage in comparison.stages)
-    steps = ", ".join(f"{unit}s" for unit in units if unit)
-    labelled = any(map(run_has_label, comparison.labels, comparison.runs))
-    text = ["run", *(["sweep"] if sweeps else []), *(["settings"] if labelled else []), "status"]
+    steps = ",\n".join(f"{unit}s" for unit in units if unit)
+    labelled = any(map(settings_text, comparison.labels, comparison.runs))
+    text = ["run"] + ["sweep"] * comparison.has_sweeps + ["settings"] * labelled + ["status"]
+    names = [name.removeprefix("eval/").replace("_", "_\n") for name in comparison.metrics]
     title = f"{comparison.title}: {count_runs(comparison.runs)}"
     table = make_table(title, [*text, *([steps] if steps else []), *names], text)
     for label, run in zip(comparison.labels, comparison.runs):
-        cells = [run.short_name, *([", ".join(run.sweeps)] if sweeps else [])]
-        cells += [label if run_has_label(label, run) else ""] if labelled else []
+        cells = [run.short_name]
+        cells += [", ".join(run.sweeps)] if comparison.has_sweeps else []
+        cells += [settings_text(label, run)] if labelled else []
         cells += [short_status(run)]
         cells += [str(len(run.rows))] if steps else []
         cells += [f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in comparison.metrics]
         table.add_row(*map(escape, cells))
     for column in table.columns:
-        column.no_wrap = column.header not in ("settings", "status", "sweep")
+        column.no_wrap = column.header not in ("settings", "sweep")
     return table
 
 
-def run_has_label(label: str, run: Run) -> bool:
-    """Whether the label of a run is more than its name."""
-    return label != run.short_name
+def settings_text(label: str, run: Run) -> str:
+    """The settings in a run's label, without the stage and the name, which are in the row too."""
+    return "" if label in (run.short_name, run.stage) else label.removeprefix(f"{run.stage} ")
 
 
 def short_status(run: Run) -> str:
-    """The status without the cause of a failure."""
-    return run.status_text.replace(run.status, run.status.partition(":")[0])
+    """finished, running, stopped or failed: the status without details."""
+    return re.split("[:,]", run.status)[0]
 
 
 def one_line(text: str) -> str:

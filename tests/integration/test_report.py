@@ -208,6 +208,15 @@ def test_scores_of_different_reward_models_are_not_ranked(tmp_path: Path) -> Non
     assert proxy.startswith("The score is a proxy")
 
 
+def test_the_adapter_of_a_critic_does_not_change_what_a_score_means(tmp_path: Path) -> None:
+    """PPO has a critic and RLOO has none; both are scored by the same given reward model."""
+    given = ("actor=opt125m", "data=rm_static", "rl.reward=builtin:tiny")
+    for stage, score in (("ppo", 1.0), ("rloo", 2.0)):
+        write_stage(tmp_path, stage, given, [], {"score": score, "kl": 1.0})
+    (comparison,) = compare_runs(find_runs([tmp_path]), "policy")
+    assert conclusions(comparison)[0].startswith("Best of 2 settings by score: rloo with 2.000")
+
+
 def test_settings_that_split_the_runs_alike_are_named_once(tmp_path: Path) -> None:
     """Two recipes differ in many values; one of them, set by hand, stands for all."""
     recipe = ["rl.lr=1e-5", "rl.epochs=2", "rl.critic.lr=1e-5", "sft.lr=1e-4", "rl.ema=0.9"]
