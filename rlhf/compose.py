@@ -248,6 +248,24 @@ def allow_user_names(arg: str) -> str:
     return f"++{'.'.join(parts[:depth])}={','.join(values)}"
 
 
+def as_user_types(arg: str) -> str:
+    """An override that `allow_user_names` has made, in the form that users type, for advice."""
+    if not arg.startswith("++"):
+        return arg
+    override = parse(arg)
+    key, value = override.key_or_group, override.value()
+    found = keys.find_key(f"{key}.NAME")
+    if found is None or "*" not in found.name or found.name.split(".")[-1] != "*":
+        return arg
+    while isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+        key += f".{name}"
+    if isinstance(value, dict):
+        return arg
+    plain = f"{key}={override_text(value) if isinstance(value, str) else literal(value)}"
+    return plain if parse(plain).value() == value else f"{key}={literal(value)}"
+
+
 def literal(value: Any) -> str:
     """A value in Hydra's override grammar."""
     if isinstance(value, str):
@@ -324,7 +342,7 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
         usual.actor.path = composed.actor.path
     for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
         OmegaConf.update(usual, key, OmegaConf.select(composed, key))
-    command = Command(cfg, typed_config(usual), list(overrides))
+    command = Command(cfg, typed_config(usual), list(map(as_user_types, overrides)))
     for mine, plain in ((cfg.actor, command.baseline.actor), (cfg.reward, command.baseline.reward)):
         forget_shape(mine, plain)
     for name in other_algorithms(cfg):

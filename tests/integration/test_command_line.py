@@ -182,6 +182,23 @@ def test_a_sweep_over_a_source_of_the_score() -> None:
         compose.check_sweep([compose.allow_user_names("rl.rewards.model.weight=1,0")], [])
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "data.sources.mine.path=docs/pairs.jsonl",
+        'data.sources.mine.path="a b, {c}.jsonl"',
+        "data.sources.mine.columns.prompt=question",
+        'data.sources.mine.path="12"',
+        "rl.rewards.model=null",
+        "rl.rewards.mine.weight=0.5",
+        "++rl.kl.coef=2",
+        "seed=1,2",
+    ],
+)
+def test_commands_that_are_printed_have_overrides_as_they_are_typed(typed: str) -> None:
+    assert compose.as_user_types(compose.allow_user_names(typed)) == typed
+
+
 # ------------------------------------------------------------------------- the user's option files
 
 PRESET = "defaults: [grpo, _self_]\nname: wide\nresponses_per_prompt: 16\n"

@@ -21,7 +21,7 @@ from rlhf.base.errors import UserError
 from rlhf.config import keys
 from rlhf.data.load import open_data
 from rlhf.models.loading import check_context
-from rlhf.rl import rewards
+from rlhf.rl import functions
 from rlhf.rl.monitor import warnings_of
 from rlhf.runs.launch import first_failure
 
@@ -43,6 +43,8 @@ def entries() -> dict[str, str]:
 
 
 def occurs(quoted: str, printed: str) -> bool:
+    """Where the current folder is not the checkout, a command names the folder of the script."""
+    printed = printed.replace(f"{REPO}/", "")
     return re.search(".*".join(map(re.escape, quoted.split("…"))), printed) is not None
 
 
@@ -121,15 +123,18 @@ def few_prompts() -> str:
 
 def function_of(name: str) -> str:
     key = f"{REWARD}:{name}"
-    return refused("ppo", lambda: rewards.load_function(f"my_rewards:{name}", key))
+    return refused("ppo", lambda: functions.load_function(f"my_rewards:{name}", key))
 
 
 def scored_by(name: str) -> str:
     from rlhf.data.records import Prompt, Turn
 
-    source = rewards.Source("mine", function=rewards.load_function(f"my_rewards:{name}", "key"))
-    prompt = Prompt([Turn("user", "Why?")])
-    return refused("ppo", lambda: rewards.call(source, prompt, "Because."))
+    key = f"{REWARD}:{name}"
+    function, prompt = (
+        functions.load_function(f"my_rewards:{name}", key),
+        Prompt([Turn("user", "Why?")]),
+    )
+    return refused("ppo", lambda: functions.score(function, prompt, "Because.", key))
 
 
 def warned(**last: float) -> str:

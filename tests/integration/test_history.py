@@ -131,7 +131,7 @@ def test_every_name_that_is_no_other_stage_is_an_online_rl_preset() -> None:
     for stage in ("sft", "rm", "ppo", "dpo", "eval"):
         view = view_of(stage)
         assert (
-            view.rows
+            bool(view.rows) is (stage != "eval")  # which prints tables of its own
             and view.primary
             and {metric.name for metric in view.primary} <= {*view.metrics}
         )

@@ -252,19 +252,23 @@ def test_the_page_of_an_evaluation_escapes_all_texts() -> None:
     groups = {HOSTILE: (2, 0.5)}
     scorer = ScorerResults(2, 0.5, 0.1, bins, groups, groups, [0.1, -0.1], 0.5)
     results = EvalResults(
-        policies={HOSTILE: {"score": 1.0}},
-        against=HOSTILE,
+        policies={HOSTILE: {"score": 1.0}, "sft": {"score": 0.0}},
+        against="sft",
         judge=HOSTILE,
         win_rates=[rate],
         best_of=[BestOfPoint(1, 0.5, 0.0), BestOfPoint(2, 0.7, 0.2)],
         best_of_policy=HOSTILE,
         reward_models={HOSTILE: scorer},
         decoding="sample",
-        where={HOSTILE: HOSTILE},
+        where={HOSTILE: HOSTILE, "sft": HOSTILE},
         answers=[row],
         fixed=[row],
     )
     page = eval_page.page(results, HOSTILE)
     assert HOSTILE not in page and page.count("&lt;/script&gt;") > 8
-    for word in ("mean confidence", "accuracy against gold 50.0%", "Responses to fixed prompts"):
+    for word in (
+        "mean confidence",
+        "agrees with the gold reward on 50.0% of them",
+        "Responses to fixed prompts",
+    ):
         assert word in page, word
