@@ -114,9 +114,11 @@ def with_format(name: str, source: Source, first: dict[str, Any]) -> Source:
             " and remove the column label, or make pairs of them"
         )
     if format is None:
+        is_csv = ".csv" in Path(source.path).suffixes
+        of_csv = " (the first line of a .csv names them)" if is_csv else ""
         raise UserError(
-            f"data.sources.{name}: {source.path} has the columns {', '.join(columns)}; give format"
-            f" and columns. Known: {KNOWN_COLUMNS}"
+            f"data.sources.{name}: {source.path} has the columns {', '.join(columns)}{of_csv}; give"
+            f" format and columns. Known: {KNOWN_COLUMNS}"
         )
     source = dataclasses.replace(source, format=format)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from chats import Chat, save_policy
 from format_rows import read_row
-from helpers import command, composed, runs_in, train
+from helpers import command, composed, runs_in, some, train
 
 from rlhf.chat.advice import ENOUGH, Start, advice
 from rlhf.chat.feedback import Preferences
@@ -143,7 +143,7 @@ def test_a_path_of_any_letters_is_quoted_for_the_command(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("prompts", [*range(ENOUGH, ENOUGH + 6), 40])
+@pytest.mark.parametrize("prompts", some([ENOUGH, 11, 12, 13, 14, 15, 40], every=6))
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_suggested_command_has_rows_to_train_and_to_evaluate_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, stage: str
