@@ -262,6 +262,13 @@ def test_the_page_of_reported_cases_names_tests_that_exist() -> None:
         assert "not built" in row, row
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_words_that_people_search_for_are_there(page: str) -> None:
+    text = " ".join((REPO / page).read_text().lower().split())
+    words = ["resume", "gradient accumulation", "packing", "ground truth", "rlvr", "reward hacking"]
+    assert [word for word in [*words, "throughput", "prompts only"] if word not in text] == []
+
+
 def test_the_architecture_page_names_functions_that_exist() -> None:
     page = (REPO / "docs" / "architecture.md").read_text()
     named = re.findall(r"`(?:rlhf/)?([\w/]+\.py)::(\w+)(?:\.(\w+))?`", page)
