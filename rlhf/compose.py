@@ -28,9 +28,9 @@ from rlhf.config.presets import CONF
 from rlhf.config.schema import Config, Model
 from rlhf.config.stage_graph import is_rl, is_stage_name, parent_stages
 from rlhf.config.validation import check_config
+from rlhf.runs.checks import check_inputs
 from rlhf.runs.command import Command
 from rlhf.runs.identity import short_name
-from rlhf.runs.inputs import check_inputs
 
 MADE_GROUPS = ("actor", "reward", "pipeline")  # their options are made by register()
 OPTIONAL_GROUPS = ("recipe", "reward_recipe", "experiment", "sweep")

@@ -23,11 +23,11 @@ from rlhf.base.log import log
 from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import score_sources
+from rlhf.runs.checks import given_models
 from rlhf.runs.command import Command
 from rlhf.runs.directory import config_for_stage
 from rlhf.runs.environment import QUIET
 from rlhf.runs.failures import WorkerError, read_failures, write_failure
-from rlhf.runs.inputs import given_models
 from rlhf.runs.launch import end_with_parent, graceful_shutdown
 
 

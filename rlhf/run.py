@@ -23,6 +23,7 @@ from rlhf.config.choices import Device, WandbMode
 from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_aligned, is_rl, parent_stages, unused_keys
+from rlhf.data.files import check_files
 from rlhf.planning.memory import make_plan
 from rlhf.planning.summary import one_line_summary, print_plan
 from rlhf.rehearsal import rehearse
@@ -82,7 +83,7 @@ def run_command(command: Command) -> list[Path]:
 
 
 def check_before_training(command: Command) -> None:
-    """Check what would stop this command in the middle: W&B, and what later stages need.
+    """Check what would stop this command later: files of data, W&B, and what later stages need.
 
     Raises: UserError.
     """
@@ -92,6 +93,8 @@ def check_before_training(command: Command) -> None:
         for stage in cfg.stage.runs
         if stage != "inspect" and (cfg.fresh or not read_summary(run_dir_for(command, stage)))
     ]
+    if to_train or "inspect" in cfg.stage.runs:
+        check_data_files(cfg)
     if to_train and cfg.wandb.mode == WandbMode.online:
         check_online()
     rehearse(command, to_train)
@@ -131,8 +134,18 @@ def name_unused_keys(command: Command) -> list[str]:
     ]
 
 
+def check_data_files(cfg: Config) -> None:
+    """Raises: UserError naming the sources that are not there."""
+    if problems := check_files(cfg.data):
+        raise UserError("\n".join(problems))
+
+
 def plan_stages(cfg: Config) -> None:
-    """Print the plan of each stage. Raises: UserError when one does not fit into memory."""
+    """Print the plan of each stage.
+
+    Raises: UserError when one does not fit into memory, or a file of data is not there.
+    """
+    check_data_files(cfg)
     plans = [make_plan(cfg, stage) for stage in cfg.stage.runs if stage != "inspect"]
     if "inspect" in cfg.stage.runs:
         print("inspect: loads no model and needs no GPU: it fits")

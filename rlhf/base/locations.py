@@ -10,7 +10,16 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 def is_directory(path: str) -> bool:
     """Whether a model path means a directory (else it is a hub id, or built in)."""
-    return not path.startswith(BUILTIN) and (path[:1] in "/.~" or Path(path).exists())
+    return not path.startswith(BUILTIN) and is_local(path)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means something on this disk, there or not; else it is a hub id.
+
+    A hub id has at most one slash. NAME/x, where NAME is a folder here, is a path.
+    """
+    inside = "/" in path and Path(path).parent.is_dir()
+    return path[:1] in "/.~" or inside or path.count("/") > 1 or Path(path).exists()
 
 
 def model_directory(path: str) -> Path:

@@ -16,8 +16,8 @@ from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN, is_directory, model_directory
 from rlhf.base.model_files import broken_file, score_heads, weight_names
 from rlhf.config.stage_graph import is_policy
+from rlhf.runs.checks import POLICY, SCORER, check_adapter
 from rlhf.runs.directory import read_summary
-from rlhf.runs.inputs import POLICY, SCORER, check_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

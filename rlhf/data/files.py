@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.base.errors import UserError
+from rlhf.base.locations import BUILTIN, is_local
 from rlhf.base.log import first_few, first_line, is_listening
-from rlhf.config.schema import Source
+from rlhf.config.schema import Data, Source
 from rlhf.data.cache import digest, show_progress
 from rlhf.data.text_files import (
     MARK_BYTES,
@@ -96,6 +97,20 @@ def kind_of_source(path: str) -> str:
     if file.is_dir():
         return SAVED if _is_saved(file) else "a folder of files"
     return "a pattern of files" if glob.has_magic(path) else ""
+
+
+def check_files(data: Data) -> list[str]:
+    """Sources on this disk that are not there or hold no files, a line each. Opens no file."""
+    lines = []
+    for name, source in data.sources.items():
+        path = source.path
+        if path.startswith(BUILTIN) or _is_hub_id(path) or _is_saved(Path(path).expanduser()):
+            continue
+        try:
+            find_files(path)
+        except (ValueError, OSError) as error:
+            lines.append(f"data.sources.{name}.path={path}: {error}")
+    return lines
 
 
 def find_files(path: str) -> DataFiles:
@@ -266,8 +281,7 @@ def _csv_as_text(file: Path, source: Source) -> dict[str, Any]:
 
 def _is_hub_id(path: str) -> bool:
     file = Path(path).expanduser()
-    is_local = file.exists() or path[:1] in "/.~" or suffix_of(file) in BUILDERS
-    return not is_local and not glob.has_magic(path)
+    return not (is_local(path) or suffix_of(file) in BUILDERS or glob.has_magic(path))
 
 
 def _open_hub(name: str, source: Source, split: str) -> datasets.Dataset:

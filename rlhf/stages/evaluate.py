@@ -49,7 +49,7 @@ from rlhf.rl.rewards import (
     build_rewards,
     check_reward_models,
 )
-from rlhf.runs.inputs import read_prompt_lines
+from rlhf.runs.checks import read_prompt_lines
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.likelihood import perplexity
 from rlhf.training.tracker import Tracker

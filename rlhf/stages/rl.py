@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import log
+from rlhf.base.log import log, plural
 from rlhf.config import stage_graph
 from rlhf.config.choices import BestBy, KlAppliedTo
 from rlhf.config.schema import Config
@@ -270,6 +270,12 @@ def count_rollouts(cfg: Config, data: Dataset, prompts: int) -> int:
         raise UserError(
             f"rl.batch_size={rl.batch_size}: a rollout needs {per_rollout} prompts, there are "
             f"{prompts}; lower it, or add data"
+        )
+    if rl.max_steps and rollouts < rl.max_steps:
+        log.info(
+            f"{plural(rollouts, 'rollout')}, fewer than rl.max_steps={rl.max_steps}: {prompts} "
+            f"prompts make {prompts // per_rollout} of {per_rollout}, in each of "
+            f"rl.prompt_epochs={rl.prompt_epochs} passes"
         )
     rollouts = min(rollouts, rl.max_steps or rollouts)
     if stage_graph.has_critic(rl) and rl.critic.warmup_rollouts >= rollouts:

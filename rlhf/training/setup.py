@@ -53,6 +53,12 @@ def count_steps(rows: Sized, per_step: int, epochs: int, max_steps: int | None, 
     steps = len(rows) // per_step * epochs
     if not steps:
         raise UserError(f"{key}={per_step}: there are only {len(rows)} rows to train on; lower it")
+    if max_steps and steps < max_steps:
+        node = key.partition(".")[0]
+        log.info(
+            f"{steps} steps, fewer than {node}.max_steps={max_steps}: {len(rows)} rows make "
+            f"{len(rows) // per_step} batches of {per_step}, {node}.epochs={epochs} times"
+        )
     return min(steps, max_steps or steps)
 
 

@@ -45,6 +45,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         ),
         (["rl.lr=[1"], "cannot read 'rl.lr=[1'"),
         (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
+        (["actor.path=outputs/no/where"], "actor.path=outputs/no/where: no model there"),
         (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
         (["rl.rewards.model.path=./nowhere"], "rl.rewards.model.path=./nowhere: no model there"),
         (

@@ -21,7 +21,7 @@ from rlhf.config.loading import load_config
 from rlhf.data import encoding, load
 from rlhf.evaluation.statistics import wilson_interval
 from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
-from rlhf.runs.inputs import PROMPTS, prompt_file, read_prompt_lines
+from rlhf.runs.checks import PROMPTS, prompt_file, read_prompt_lines
 from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.token_choice import Sampling

@@ -10,9 +10,10 @@ import pytest
 from helpers import SMALL, Demo, command, composed, found, runs_in, summary, train
 
 from rlhf.config.stage_graph import policy_labels
+from rlhf.runs.checks import check_inputs
 from rlhf.runs.directory import write_json
 from rlhf.runs.identity import run_identity
-from rlhf.runs.inputs import check_inputs, content_id
+from rlhf.runs.inputs import content_id
 
 
 def test_after_the_pipeline_the_win_rate_of_ppo_is_in_the_summary(

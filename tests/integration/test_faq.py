@@ -168,7 +168,9 @@ QUICK: dict[str, Callable[[], str]] = {
     "top_p in training": lambda: parent("rollout.top_p=0.9"),
     "Started with torchrun or deepspeed": launched_by_torchrun,
     "My data are not recognised": lambda: reading("data=jsonl data.sources.mine.path=other.jsonl"),
-    "My file is not there": lambda: reading("data=jsonl data.sources.mine.path=nowhere.jsonl"),
+    "My file is not there": lambda: parent(
+        "stage=sft data=jsonl data.sources.mine.path=nowhere.jsonl"
+    ),
     "A line cannot be read": lambda: reading(
         "data=jsonl data.sources.mine.path=broken.jsonl data.on_bad_row=refuse"
     ),

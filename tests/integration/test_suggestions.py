@@ -93,6 +93,16 @@ def test_what_data_shares_leaves_without_rows_is_not_advised() -> None:
         )
 
 
+def test_an_evaluation_without_sft_compares_with_the_start_of_training() -> None:
+    mine = command("stage=eval", "rl.actor=builtin:tiny", "eval.rewards.model=null")
+    with pytest.raises(UserError) as error:
+        find_inputs(mine, "eval")
+    (sft, ppo, *_) = str(error.value).splitlines()
+    text = "compare with the model that training starts from: "
+    given = shlex.split(sft.partition(text)[2])
+    assert given == ["eval.policies=[base,builtin:tiny,ppo]", "eval.against=builtin:tiny"]
+
+
 def test_a_script_is_named_with_its_folder_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,8 @@ from rlhf.models.loading import (
     load_tokenizer,
 )
 from rlhf.planning.shapes import arch_of
-from rlhf.runs.inputs import POLICY, SCORER, check_inputs, check_model, content_id
+from rlhf.runs.checks import POLICY, SCORER, check_inputs, check_model
+from rlhf.runs.inputs import content_id
 from rlhf.runs.model_card import described, front_matter
 
 IDS = torch.tensor([[5, 6, 7, 40, 41, 3, 2]])

@@ -22,7 +22,7 @@ from rlhf.data.load import load_data
 from rlhf.data.records import Dataset, Demonstration, Pair, SourceReport, Turn
 from rlhf.data.template_check import check_template, first_rows
 from rlhf.models.loading import load_policy, load_tokenizer
-from rlhf.runs.inputs import check_inputs
+from rlhf.runs.checks import check_inputs
 from rlhf.training.likelihood import response_nll_stats
 
 CHATML = (

@@ -9,11 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 from data_files import Record, jsonl, rows
+from helpers import composed
 from prepared_data import assert_counts_add_up, config, questions_of, saved
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow
 from rlhf.config.schema import Source
+from rlhf.data.files import ENDINGS, check_files
 from rlhf.data.load import summarize
 from rlhf.data.sources import load_sources
 
@@ -250,3 +252,25 @@ def test_a_file_of_which_no_row_can_be_read_is_refused(tmp_path: Path) -> None:
     assert refused(path).startswith(
         f"data.sources.mine: no line is a JSON object {{...}}: line 1 of {path}/a.jsonl: JSON, but"
     )
+
+
+def test_what_is_not_there_is_known_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    paths = {
+        "a": "nowhere.jsonl",
+        "b": "here",
+        "c": "here/pairs",  # a folder here: no hub id
+        "d": "x/y/z",  # a hub id has one slash
+        "e": "owner/name",
+    }
+    given = [f"data.sources.{name}.path={path}" for name, path in paths.items()]
+    lines = check_files(composed("data=jsonl", *given).data)
+    assert lines == [
+        "data.sources.a.path=nowhere.jsonl: no such file",
+        f"data.sources.b.path=here: no file ends in {ENDINGS}; the folder is empty",
+        "data.sources.c.path=here/pairs: no such file",
+        "data.sources.d.path=x/y/z: no such file",
+    ]

@@ -39,7 +39,7 @@ from rlhf.models.loading import load_policy, load_scorer, load_tokenizer, save_e
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import last_token_score, model_inputs
 from rlhf.rl.rewards import score_rows
-from rlhf.runs.inputs import POLICY, SCORER, check_model
+from rlhf.runs.checks import POLICY, SCORER, check_model
 from rlhf.stages import rm
 from rlhf.training.likelihood import end_probability, perplexity, response_nll_stats
 

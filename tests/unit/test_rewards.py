@@ -26,8 +26,8 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.rl import functions, rewards
 from rlhf.rl.experience import Experience
 from rlhf.rl.rewards import Rewards, Source
+from rlhf.runs.checks import check_functions
 from rlhf.runs.identity import run_identity, run_name
-from rlhf.runs.inputs import check_functions
 
 ASKED = [Prompt([Turn("user", text)]) for text in ("a", "b", "c", "d")]
 
