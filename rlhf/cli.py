@@ -21,12 +21,14 @@ from yaml import YAMLError
 from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError
 from rlhf.base.interrupts import interrupted
+from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
 
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes
 # What stopped this command (not a sweep). It is raised again outside Hydra, which would add a line.
 stopped_by: list[Exception] = []
+HYDRA_FLAGS = ("--hydra-help", "--version", "--resolve", "--run", "-r", "--experimental-rerun")
 
 
 def main() -> int:
@@ -74,7 +76,8 @@ def dispatch_interruptible(argv: Sequence[str]) -> int:
 
 def dispatch(argv: Sequence[str]) -> int:
     """Understand the command line and run it. Raises: UserError when it is wrong."""
-    args = parser().parse_known_intermixed_args(argv)[0]
+    argv = [word for arg in argv for word in split_help(arg)]
+    args, flags = parser().parse_known_intermixed_args(argv)
     # Hydra's own parser takes overrides only behind the options
     argv = [arg for arg in argv if arg not in args.overrides] + args.overrides
     if "RANK" in os.environ:
@@ -90,7 +93,8 @@ def dispatch(argv: Sequence[str]) -> int:
         return print_help(args.overrides, folders)
     overrides = [compose.allow_user_names(arg) for arg in args.overrides]
     sys.argv[1:] = [compose.allow_user_names(arg) for arg in argv]  # Hydra reads it again
-    problems = [line for arg in args.overrides for line in compose.explain(arg, args.multirun)]
+    problems = [line for flag in flags for line in explain_flag(flag)]
+    problems += [line for arg in args.overrides for line in compose.explain(arg, args.multirun)]
     if problems and not args.shell_completion:
         raise UserError("\n".join(problems))
     if args.multirun:
@@ -113,6 +117,21 @@ def parser() -> argparse.ArgumentParser:
         options.add_argument(with_value)
     options.add_argument("--info", "-i", nargs="?")
     return options
+
+
+def split_help(arg: str) -> list[str]:
+    """--help=KEY as it is understood: --help KEY."""
+    return ["--help", arg.removeprefix("--help=")] if arg.startswith("--help=") else [arg]
+
+
+def explain_flag(flag: str) -> list[str]:
+    """What is wrong with a flag that is neither ours nor Hydra's: most are keys with dashes."""
+    name, _, value = flag.lstrip("-").partition("=")
+    if flag.partition("=")[0] in HYDRA_FLAGS:
+        return []
+    if name in compose.group_names() or find_key(name):
+        return [f"{flag}: keys have no dashes: {name}={value or 'VALUE'}"]
+    return [f"{flag}: no such flag; keys have no dashes, as in stage=ppo (python train.py --help)"]
 
 
 def query_of(overrides: Sequence[str]) -> str | None:

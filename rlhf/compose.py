@@ -6,6 +6,7 @@ names), and once for each further algorithm that stage=eval names.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import typing
 from collections.abc import Sequence
@@ -102,13 +103,16 @@ def group_options(group: str) -> list[str]:
 
 def parse(arg: str) -> Override:
     """One override. Raises: UserError when it cannot be read."""
-    try:
-        return OverridesParser.create().parse_override(arg)
-    except HydraException:
-        raise UserError(
-            f"cannot read {arg!r}: overrides look like key=value; quote values with spaces, commas "
-            "or brackets: 'data=[a,b]'"
-        ) from None
+    with contextlib.suppress(HydraException):
+        override = OverridesParser.create().parse_override(arg)
+        if override.key_or_group:
+            return override
+    fix = "quote values with spaces, commas or brackets: 'data=[a,b]'"
+    if "=" not in arg[1:]:
+        fix = "write KEY=VALUE without spaces, as in stage=ppo (python train.py --help)"
+    elif arg.endswith(","):
+        fix = f"remove the comma at the end: {arg.rstrip(',')}"
+    raise UserError(f"cannot read {arg!r}: {fix}")
 
 
 def user_folders(config_dir: str | None, overrides: Sequence[str]) -> list[Path]:
@@ -150,9 +154,7 @@ def explain(arg: str, multirun: bool = True) -> list[str]:
     if override.is_add():
         return [f"{arg}: leave out the +: {arg.lstrip('+')}"]
     chosen = [c.removesuffix(".yaml") for c in chosen_options(override)]
-    return [
-        f"{key}={c}: no such option{keys.closest(c, options)}" for c in chosen if c not in options
-    ]
+    return [keys.no_option(key, word, options) for word in chosen if word not in options]
 
 
 def explain_value(key: str, arg: str, override: Override) -> list[str]:

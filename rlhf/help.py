@@ -49,12 +49,15 @@ def overview() -> str:
 def describe(name: str, cfg: DictConfig) -> str:
     """A key, or all keys of a node: meaning, type, range and value. Args: cfg: as composed."""
     key = find_key(name)
+    options = []
+    if name in group_names():
+        options = [f"{name}=OPTION chooses one of {', '.join(group_options(name))}"]
     if key is None:
-        return f"unknown key {with_suggestion(name)}"
+        return "\n".join(options) or f"unknown key {with_suggestion(name)}"
     if not key.is_node:
         return one_key(name, key, cfg)
     below = [k for k in schema() if k.startswith(f"{key.name}.") and not k.endswith("*")]
-    lines = [f"{name}: {key.meaning}", ""]
+    lines = [f"{name}: {key.meaning}", *options, ""]
     for child in below:
         shown = name + child.removeprefix(key.name)
         if not schema()[child].is_node:

@@ -24,6 +24,7 @@ LIMITS = {
     "at_most": (lambda value, limit: value <= limit, "at most"),
 }
 
+DATA_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".gz")
 MOST_GUESSES = 5  # keys or options that one wrong name may mean
 SYNONYMS = {"reward": "rm", "rewardmodel": "rm"}  # stages, as others call them
 
@@ -43,6 +44,7 @@ OLD_RL_NODES = ("ppo", "rloo", "grpo", "online")
 RENAMED = {
     "exp": "experiment_name",
     "deploy.gpus": "deploy.processes_per_node",
+    "data.path": "data.sources.mine.path",
     "sft.train_on_prompt": "sft.train_on",
     **{f"{node}.{key}": new for node in OLD_RL_NODES for key, new in OLD_RL_KEYS.items()},
     **{node: "rl" for node in OLD_RL_NODES},
@@ -93,6 +95,7 @@ FOREIGN = {
     "gradient_checkpointing": "deploy.activation_checkpointing",
     "bf16": "deploy.precision",
     "fp16": "deploy.precision",
+    "gpus": "deploy.processes_per_node",
     "n_gpus_per_node": "deploy.processes_per_node",
     "num_gpus": "deploy.processes_per_node",
     "nnodes": "deploy.nodes",
@@ -239,6 +242,18 @@ def near(key: str) -> str | None:
     same_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=1.0 if node else 0.7)
     guesses = difflib.get_close_matches(key, list(schema()), n=1)
     return ending(same_leaf[0]) if same_leaf else next(iter(guesses), None)
+
+
+def no_option(group: str, word: str, options: Sequence[str]) -> str:
+    """The line about a word that is no option of a group: the closest one, or how to give a file
+    or model of one's own."""
+    line = f"{group}={word}: no such option"
+    if group in ("actor", "reward") and "/" in word:
+        return f"{line}; a path or hub id: {group}=custom {group}.path={word}"
+    if group == "data" and ("/" in word or word.endswith(DATA_ENDINGS)):
+        return f"{line}; a file or hub id: data=jsonl data.sources.mine.path={word}"
+    more = "; a file of yours: --config-dir FOLDER" if group in ("experiment", "sweep") else ""
+    return line + closest(word, options) + more
 
 
 def closest(word: str, options: Sequence[str]) -> str:

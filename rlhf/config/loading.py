@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
-from rlhf.config.keys import find_key, unknown_keys, with_suggestion
+from rlhf.config.keys import find_key, schema, unknown_keys, with_suggestion
 from rlhf.config.reference import type_name
 from rlhf.config.schema import Config
 
@@ -57,7 +57,16 @@ def wrong_values(key: str, value: Any) -> list[str]:
         fix = f"give {one(kind)}" if not is_node else f"see python train.py --help {key}"
         return [] if found.is_optional else [f"{shown}: cannot be null; {fix}"]
     if is_node:
-        return [f"{shown}: {key} is not a single key; set one in it, see train.py --help {key}"]
+        *above, last = key.split(".")
+        if found.field is None and find_key(f"{found.name}.{last}"):  # data.sources.path=FILE
+            mine = ".".join([*above, "mine", last])
+            return [f"{shown}: a name of your choice is missing: {mine}={as_text(value)}"]
+        first = next(
+            name for name in schema() if name.startswith(f"{found.name}.") and name[-1] != "*"
+        )
+        inside = f"{key}{first.removeprefix(found.name).replace('*', 'mine')}"
+        fix = f"set one in it, such as {inside} (python train.py --help {key})"
+        return [f"{shown}: {key} is not a single key; {fix}"]
     null = " or null" if found.is_optional else ""
     if value == "":
         return [f"{shown}: has no value; give {one(kind)}{null}"]

@@ -133,7 +133,7 @@ def find_files(path: str) -> DataFiles:
         if not entries:
             raise ValueError("no file matches")
     else:
-        raise ValueError("no such file")
+        raise ValueError("no such file" + ("" if file.is_absolute() else f" in {Path.cwd()}"))
     files, not_read = [], []
     for entry in entries:
         if suffix_of(entry) in BUILDERS and entry.is_file() and entry.name not in METADATA:

@@ -11,7 +11,7 @@ from helpers import MODELS, PRESETS, command, composed, register, train
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from rlhf import compose, help, run
+from rlhf import cli, compose, help, run
 from rlhf.base.errors import UserError
 from rlhf.config import keys
 from rlhf.config.schema import Config
@@ -364,6 +364,12 @@ def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
         ("rl=null", "rl=null: choose one of dr_grpo"),
         ("+actor=tiny", "+actor=tiny: leave out the +: actor=tiny"),
         ("rl.kl.coef=[", "cannot read 'rl.kl.coef=['"),
+        ("stage", "cannot read 'stage': write KEY=VALUE without spaces, as in stage=ppo"),
+        ("=", "cannot read '=': write KEY=VALUE without spaces"),
+        ("rl.lr=1e-5,", "cannot read 'rl.lr=1e-5,': remove the comma at the end: rl.lr=1e-5"),
+        ("data=a.jsonl", "data=a.jsonl: no such option; a file or hub id: data=jsonl data.sources"),
+        ("actor=/m/x", "actor=/m/x: no such option; a path or hub id: actor=custom actor.path=/m/"),
+        ("data.sources.path=x", "data.sources.path=x: a name of your choice is missing: data.sour"),
     ],
 )
 def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: str) -> None:
@@ -383,7 +389,15 @@ def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: s
         ("sft.epochs=[1,2]", "to try several: python train.py -m sft.epochs=1,2"),
         ("sft.betas=0.9", "sft.betas=0.9: must be a list; in quotes: 'sft.betas=[0.9]'"),
         ("deploy.precision=FP16", "fp32, bf16, fp16, autocast (did you mean fp16?)"),
-        ("rl.kl=3", "rl.kl=3: rl.kl is not a single key; set one in it, see"),
+        (
+            "rl.kl=3",
+            "rl.kl=3: rl.kl is not a single key; set one in it, such as rl.kl.coef (python",
+        ),
+        ("data.sources=x", "not a single key; set one in it, such as data.sources.mine.path ("),
+        (
+            "data.sources.me=x",
+            "set one in it, such as data.sources.me.path (python train.py --help",
+        ),
         ("actor.path=", "actor.path=: has no value; give a text"),
         ("rl.rewards={m: {weight: x}}", "rl.rewards.m.weight=x: must be a number"),
         ("+sft.lr=1", "+sft.lr=1: this key exists; leave out the +: sft.lr=1"),
@@ -394,6 +408,31 @@ def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: s
 def test_a_value_of_the_wrong_kind_gets_one_line(override: str, line: str) -> None:
     (said,) = compose.explain(override)
     assert line in said
+
+
+@pytest.mark.parametrize(
+    "flag, fix",
+    [
+        ("--stage=ppo", "keys have no dashes: stage=ppo"),
+        ("--plan", "keys have no dashes: plan=VALUE"),
+        ("-rl.lr=1e-5", "keys have no dashes: rl.lr=1e-5"),
+        ("--learning_rate", "no such flag; keys have no dashes, as in stage=ppo"),
+    ],
+)
+def test_a_key_with_dashes_gets_one_line(flag: str, fix: str) -> None:
+    (line,) = cli.explain_flag(flag)
+    assert line.startswith(f"{flag}: {fix}")
+
+
+def test_flags_of_hydra_are_not_refused() -> None:
+    for flag in cli.HYDRA_FLAGS:
+        assert cli.explain_flag(flag) == []
+
+
+def test_help_of_a_group_lists_its_options() -> None:
+    for name in ("stage", "experiment"):
+        assert f"{name}=OPTION chooses one of " in help.describe(name, OmegaConf.create({}))
+    assert cli.split_help("--help=rl.kl") == ["--help", "rl.kl"]
 
 
 def test_commas_without_m_get_the_fix() -> None:
