@@ -269,8 +269,8 @@ def test_what_is_not_there_is_known_before_anything_starts(
     given = [f"data.sources.{name}.path={path}" for name, path in paths.items()]
     lines = check_files(composed("data=jsonl", *given).data)
     assert lines == [
-        "data.sources.a.path=nowhere.jsonl: no such file",
+        f"data.sources.a.path=nowhere.jsonl: no such file in {tmp_path}",
         f"data.sources.b.path=here: no file ends in {ENDINGS}; the folder is empty",
-        "data.sources.c.path=here/pairs: no such file",
-        "data.sources.d.path=x/y/z: no such file",
+        f"data.sources.c.path=here/pairs: no such file in {tmp_path}",
+        f"data.sources.d.path=x/y/z: no such file in {tmp_path}",
     ]
