@@ -93,8 +93,9 @@ def check_before_training(command: Command) -> None:
         for stage in cfg.stage.runs
         if stage != "inspect" and (cfg.fresh or not read_summary(run_dir_for(command, stage)))
     ]
-    if to_train or "inspect" in cfg.stage.runs:
-        check_data_files(cfg)
+    reads_data = to_train or "inspect" in cfg.stage.runs
+    if reads_data and (problems := check_files(cfg.data)):
+        raise UserError("\n".join(problems))
     if to_train and cfg.wandb.mode == WandbMode.online:
         check_online()
     rehearse(command, to_train)
@@ -134,18 +135,11 @@ def name_unused_keys(command: Command) -> list[str]:
     ]
 
 
-def check_data_files(cfg: Config) -> None:
-    """Raises: UserError naming the sources that are not there."""
-    if problems := check_files(cfg.data):
-        raise UserError("\n".join(problems))
-
-
 def plan_stages(cfg: Config) -> None:
-    """Print the plan of each stage.
+    """Print the plan of each stage; the data may be on another machine.
 
-    Raises: UserError when one does not fit into memory, or a file of data is not there.
+    Raises: UserError when one does not fit into memory.
     """
-    check_data_files(cfg)
     plans = [make_plan(cfg, stage) for stage in cfg.stage.runs if stage != "inspect"]
     if "inspect" in cfg.stage.runs:
         print("inspect: loads no model and needs no GPU: it fits")

@@ -260,7 +260,7 @@ def test_what_is_not_there_is_known_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     paths = {
-        "a": "nowhere.jsonl",
+        "mine": "nowhere.jsonl",
         "b": "here",
         "c": "here/pairs",  # a folder here: no hub id
         "d": "x/y/z",  # a hub id has one slash
@@ -269,7 +269,7 @@ def test_what_is_not_there_is_known_before_anything_starts(
     given = [f"data.sources.{name}.path={path}" for name, path in paths.items()]
     lines = check_files(composed("data=jsonl", *given).data)
     assert lines == [
-        f"data.sources.a.path=nowhere.jsonl: no such file in {tmp_path}",
+        f"data.sources.mine.path=nowhere.jsonl: no such file in {tmp_path}",
         f"data.sources.b.path=here: no file ends in {ENDINGS}; the folder is empty",
         f"data.sources.c.path=here/pairs: no such file in {tmp_path}",
         f"data.sources.d.path=x/y/z: no such file in {tmp_path}",
