@@ -28,7 +28,7 @@ if __name__ == "__main__":
     end_at_interrupt()  # before imports that take a second
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import plural
+from rlhf.base.log import plural, printable, say
 from rlhf.chat.advice import start_of
 from rlhf.chat.conversation import LIMITS, Conversation, Number, read_param, read_params
 from rlhf.chat.feedback import Judge, Preferences, trace
@@ -155,20 +155,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 # ------------------------------------------------------------------------------------- the screen
 
 
-def clean(text: str) -> str:
-    """Replace escape codes and the like: no text of a model or a user may control the terminal."""
-    # no-break space and the joiner inside emoji do not count as printable, and are harmless
-    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u200d" else "\ufffd" for c in text)
-
-
-def say(line: str) -> None:
-    """Print a message."""
-    print(clean(line), file=sys.stderr, flush=True)
-
-
 def show(text: str) -> None:
     """Print a piece of a response."""
-    print(clean(text), end="", flush=True)
+    print(printable(text), end="", flush=True)
 
 
 def colour(difference: float) -> str:
@@ -259,8 +248,8 @@ class Session:
 
         table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
         for i in range(2):
-            table.add_column(Text(clean(self.heading(i))), ratio=1)
-        table.add_row(*(Text(clean(reply.text)) for reply in replies))
+            table.add_column(Text(printable(self.heading(i))), ratio=1)
+        table.add_row(*(Text(printable(reply.text)) for reply in replies))
         self.console.print(table)
 
     # ---------------------------------------------------------------------------------- commands
@@ -347,7 +336,7 @@ class Session:
         if self.console.color_system is None or self.console.no_color:
             show("".join(f"{difference:+8.3f}  {piece!r}\n" for piece, difference in tokens))
         else:
-            coloured = ((clean(piece), colour(difference)) for piece, difference in tokens)
+            coloured = ((printable(piece), colour(difference)) for piece, difference in tokens)
             self.console.print(Text.assemble(*coloured), soft_wrap=True)
         by_size = sorted(tokens, key=lambda token: -abs(token[1]))
         largest = ", ".join(f"{piece!r} {difference:+.2f}" for piece, difference in by_size[:3])

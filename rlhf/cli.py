@@ -21,11 +21,13 @@ from yaml import YAMLError
 from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError
 from rlhf.base.interrupts import interrupted
+from rlhf.base.log import say
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
 
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes
+DEFAULT_NAME = "default"  # experiment_name in conf/config.yaml
 # What stopped this command (not a sweep). It is raised again outside Hydra, which would add a line.
 stopped_by: list[Exception] = []
 HYDRA_FLAGS = ("--hydra-help", "--version", "--resolve", "--run", "-r", "--experimental-rerun")
@@ -165,10 +167,10 @@ def run_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
             "-m with deploy.node_rank: after a failed job the nodes would wait for each other; "
             "use deploy.hostfile"
         )
-    jobs = compose.check_sweep(overrides, folders)
-    if not any(arg.startswith(("experiment_name=", "experiment=")) for arg in overrides):
-        sys.argv.append(f"experiment_name={compose.sweep_name(overrides, folders)}")
-    sweep.begin(overrides, jobs)
+    jobs = sweep.check_jobs(overrides, folders)
+    if {job.experiment_name for job in jobs} == {DEFAULT_NAME}:
+        sys.argv.append(f"experiment_name={sweep.name_of(overrides, folders)}")
+    sweep.begin(overrides, len(jobs))
     try:
         run_hydra()
     except (RuntimeError, UserError, HydraException, OmegaConfBaseException):
@@ -197,8 +199,3 @@ def lines_of(error: Exception) -> list[str]:
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
     noise = ("reference_type", "object_type", "full_key", "To append", "Config search", "provider=")
     return ["; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))]
-
-
-def say(line: str) -> None:
-    """Print a line to the user."""
-    print(line, file=sys.stderr, flush=True)

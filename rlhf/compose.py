@@ -7,7 +7,6 @@ names), and once for each further algorithm that stage=eval names.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ from rlhf.config.stage_graph import is_rl, is_stage_name, parent_stages
 from rlhf.config.validation import check_config
 from rlhf.runs.checks import check_inputs
 from rlhf.runs.command import Command
-from rlhf.runs.identity import short_name
 
 MADE_GROUPS = ("actor", "reward", "pipeline")  # their options are made by register()
 OPTIONAL_GROUPS = ("recipe", "reward_recipe", "experiment", "sweep")
@@ -383,33 +381,12 @@ def group_of(arg: str) -> str:
     return arg.lstrip("+~").partition("=")[0]
 
 
-def check_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
-    """Check every job of a sweep before the first one starts. Returns: the number of jobs.
-
-    Raises: UserError with all problems.
-    """
-    problems: dict[str, None] = {}
-    jobs = list(itertools.product(*map(job_values, sweep_overrides(overrides, folders))))
-    for job in jobs:
-        cfg = typed_config(compose_alone(job, folders, hydra_too=False))
-        problems |= dict.fromkeys(check_config(cfg) + check_inputs(cfg))
-    if problems:
-        raise UserError("\n".join(problems))
-    return len(jobs)
-
-
 def sweep_overrides(overrides: Sequence[str], folders: Sequence[Path]) -> list[Override]:
     """The overrides of a sweep: those of its option files, and those that are typed."""
     chosen = [arg for arg in overrides if group_of(arg) == "sweep"]
     params = compose_alone(chosen, folders, hydra_too=True).hydra.sweeper.params or {}
     swept = [allow_user_names(f"{key}={value}") for key, value in params.items()]
     return [parse(arg) for arg in (*swept, *overrides)]
-
-
-def sweep_name(overrides: Sequence[str], folders: Sequence[Path]) -> str:
-    """A name for a sweep without experiment_name: the keys that it sweeps, "rl.kl.coef+seed"."""
-    swept = [o.key_or_group for o in sweep_overrides(overrides, folders) if o.is_sweep_override()]
-    return short_name("", sorted(set(swept))) or "one_job"
 
 
 def job_values(override: Override) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN
-from rlhf.base.log import log
+from rlhf.base.log import log, say
 from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import score_sources
@@ -115,7 +115,7 @@ def try_stage(cfg: Config, folder: Path) -> None:
     folder.mkdir()
     rows = try_functions(cfg, functions, open_data(cfg, folder))
     names = ", ".join(functions)
-    print(f"{cfg.stage.name}: tried {names} on {rows} held-out prompts", file=sys.stderr)
+    say(f"{cfg.stage.name}: tried {names} on {rows} held-out prompts")
 
 
 def try_model(cfg: Config, key: str, path: str) -> None:

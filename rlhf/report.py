@@ -18,6 +18,7 @@ if __name__ == "__main__":
     end_at_interrupt()  # before imports that take a second
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import say
 from rlhf.reporting.report_page import write_page
 from rlhf.reporting.tables import print_comparison, print_list
 from rlhf.runs.history import find_runs
@@ -47,7 +48,7 @@ def main() -> int:
     try:
         runs = find_runs(paths)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     if args.list:
         print_list(runs)

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.base.errors import UserError
 from rlhf.base.interrupts import raise_at_interrupt
+from rlhf.base.log import say
 from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
 from rlhf.config.choices import Device, WandbMode
@@ -109,15 +109,16 @@ def say_how_to_continue(command: Command, stage: str) -> Iterator[None]:
     except KeyboardInterrupt:
         directory = run_dir_for(command, stage)
         intact, _ = find_checkpoints(directory)
+        again = "the same command" + (" without fresh=true" if command.cfg.fresh else "")
         if stage != "inspect" and read_summary(directory):
             then = "prints its results" if stage == command.cfg.stage.runs[-1] else "continues"
-            line = f"Interrupted after {stage} was finished: the same command {then}."
+            line = f"Interrupted after {stage} was finished: {again} {then}."
         elif intact:
             step = intact[0][1]["step"]
-            line = f"Interrupted: the same command resumes {stage} after step {step}."
+            line = f"Interrupted: {again} resumes {stage} after step {step}."
         else:
             where = "" if stage in ("inspect", "eval") else " before the first checkpoint"
-            line = f"Interrupted{where}: the same command starts {stage} again."
+            line = f"Interrupted{where}: {again} starts {stage} again."
         raise KeyboardInterrupt(line) from None
 
 
@@ -269,7 +270,8 @@ def is_finished(command: Command, stage: str, directory: Path, inputs: Inputs) -
     say(f"{stage}: finished, {directory}")
     cfg = command.for_stage(stage).cfg
     if measured := measured_otherwise(summary.get("settings", {}), cfg, stage):
-        say(f"{stage}: it was evaluated with {measured}; stage=eval measures it again")
+        fix = "stage=eval measures it again, fresh=true trains it again"
+        say(f"{stage}: it was evaluated with {measured}; {fix}")
     return True
 
 
@@ -311,8 +313,3 @@ def help_first_node(command: Command, stage: str) -> None:
     check_machines(cfg)
     say(f"{stage}: node {cfg.deploy.node_rank} of {cfg.deploy.nodes}, {directory}")
     run_workers(directory, config_for_stage(cfg, stage, {}))
-
-
-def say(line: str) -> None:
-    """Print a line to the user."""
-    print(line, file=sys.stderr, flush=True)

@@ -1,23 +1,29 @@
-"""The jobs of a sweep (-m): their folders below multirun/, how they ended, and the comparison."""
+"""The jobs of a sweep (-m): what they are, their folders below multirun/, how they ended, and the
+comparison."""
 
 from __future__ import annotations
 
 import atexit
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from rlhf import compose, run
+from rlhf.base.errors import UserError
 from rlhf.base.interrupts import raise_at_interrupt
+from rlhf.base.log import say
+from rlhf.config.schema import Config
+from rlhf.config.validation import check_config
 from rlhf.reporting import tables
+from rlhf.runs.checks import check_inputs
 from rlhf.runs.history import find_runs
 from rlhf.runs.identity import short_name
 from rlhf.runs.launch import SWEEP_LOG, end_with_parent
@@ -25,6 +31,37 @@ from rlhf.runs.launch import SWEEP_LOG, end_with_parent
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
 SWEEP_SIZE = "RLHF_SWEEP_SIZE"  # number of jobs
 COPIED = ("config.yaml", "summary.json", "metrics.jsonl", "curves.png")
+
+
+# ---- what the jobs are
+
+
+def check_jobs(overrides: Sequence[str], folders: Sequence[Path]) -> list[Config]:
+    """Check every job of a sweep before the first one starts. Returns: their configurations.
+
+    Raises: UserError with all problems.
+    """
+    jobs = [
+        compose.typed_config(compose.compose_alone(job, folders, hydra_too=False))
+        for job in itertools.product(
+            *map(compose.job_values, compose.sweep_overrides(overrides, folders))
+        )
+    ]
+    problems = [line for cfg in jobs for line in check_config(cfg) + check_inputs(cfg)]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return jobs
+
+
+def name_of(overrides: Sequence[str], folders: Sequence[Path]) -> str:
+    """A name for a sweep without experiment_name: the keys that it sweeps, "rl.kl.coef+seed"."""
+    swept = [
+        o.key_or_group for o in compose.sweep_overrides(overrides, folders) if o.is_sweep_override()
+    ]
+    return short_name("", sorted(set(swept))) or "one_job"
+
+
+# ---- running the jobs
 
 
 def begin(overrides: Sequence[str], jobs: int) -> None:
@@ -59,7 +96,7 @@ def ended_jobs() -> list[dict[str, str]]:
 def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
     """One job of a sweep. Raises: what stopped it, after it is recorded."""
     job = " ".join(overrides)
-    print(f"\n--- job {number} of {os.environ[SWEEP_SIZE]}: {job}", file=sys.stderr, flush=True)
+    say(f"\n--- job {number} of {os.environ[SWEEP_SIZE]}: {job}")
     if os.environ[SWEEP_PROCESS] != str(os.getpid()):  # side by side: save when the sweep is gone
         end_with_parent()
     folder = Path(composed.root).expanduser() / "multirun" / composed.experiment_name
@@ -67,7 +104,7 @@ def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
         runs = run.run_command(compose.make_command(composed, overrides))
     except Exception as error:
         line = (str(error).splitlines() or [repr(error)])[0]
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        say(f"error: {line}")
         collect_job(folder, overrides, None, line)
         record_end(job, folder, line)
         raise
@@ -116,8 +153,8 @@ def report() -> list[str]:
         except Exception as error:  # the runs themselves are done
             line = (str(error).splitlines() or [""])[0]
             reason = f"{type(error).__name__}: {line}"
-            print(f"error: no report of {folder}: {reason}", file=sys.stderr)
+            say(f"error: no report of {folder}: {reason}")
     failed = [job for job in jobs if job["error"]]
     for job in failed:
-        print(f"failed: {job['job']}: {job['error']}", file=sys.stderr, flush=True)
+        say(f"failed: {job['job']}: {job['error']}")
     return [job["job"] for job in failed]

@@ -26,5 +26,5 @@ def override_text(text: str, always: bool = False) -> str:
     if not always and re.fullmatch(r"[A-Za-z0-9_./~-]+", text):
         return text
     # backslashes count only in front of a quote; there, each one is doubled
-    escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + (end[2] and '\\"'), text)
+    escaped = re.sub(r'(\\*)("|\Z)', lambda end: end[1] * 2 + (end[2] and '\\"'), text)
     return f'"{escaped}"'

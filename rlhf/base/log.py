@@ -39,6 +39,19 @@ def announced(what: str) -> Iterator[None]:
         timer.cancel()
 
 
+def printable(text: str) -> str:
+    """Replace escape codes and the like: no text of a model, a file or a user may control the
+    terminal."""
+    # no-break and wide spaces, and the joiner inside emoji, do not count as printable: harmless
+    harmless = "\n\t\u00a0\u3000\u200d"
+    return "".join(c if c.isprintable() or c in harmless else "\ufffd" for c in text)
+
+
+def say(line: str) -> None:
+    """Print a line to the user, on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
 def plural(count: int, noun: str, ending: str = "s") -> str:
     """`1 process`, `2 processes`: a number and its noun."""
     return f"{count} {noun}{'' if count == 1 else ending}"
@@ -51,8 +64,14 @@ def first_few(names: Sequence[str], count: int = 5) -> str:
 
 
 def is_listening(url: str) -> bool:
-    """Whether a server accepts connections at a URL within 2 seconds."""
+    """Whether a server accepts connections at a URL within 2 seconds; where the environment sets a
+    proxy for it (HTTPS_PROXY), whether the proxy does."""
+    from urllib.request import getproxies, proxy_bypass  # takes 0.05 s
+
     parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.hostname or ""):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout=2).close()

@@ -99,8 +99,8 @@ def fits(kind: Any, value: Any) -> bool:
         return False
     try:
         return float(value) == kind(value) and (kind is float or not isinstance(value, float))
-    except ValueError:
-        return str(value).lower() == "nan" and kind is float
+    except (ValueError, OverflowError):  # of int(inf)
+        return False
 
 
 def as_text(value: Any) -> str:

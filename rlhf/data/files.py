@@ -321,6 +321,4 @@ def _load_from_hub(source: Source, split: str) -> datasets.Dataset:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub is reachable; where a proxy is set, whether the proxy is."""
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    return is_listening(proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    return is_listening(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))

@@ -206,9 +206,11 @@ def why_nothing_held_out(data: Dataset, cfg: Data, stage: str) -> str:
     if held_out := sum(report.get("eval", 0) for report in data.report):
         what = "a rejected answer" if stage in ("rm", "dpo", "eval") else "an answer"
         return f"none of the {held_out:,} rows that are held out has {what}: add some that have it"
+    more = min(0.5, 4 * cfg.eval_share)
+    fix = f"raise it, for instance data.eval_share={more:g}, or " if more > cfg.eval_share else ""
     return (
         f"of {counts.prompts:,} prompts none is held out with data.eval_share={cfg.eval_share:g}:"
-        f" raise it, for instance data.eval_share={min(0.5, 4 * cfg.eval_share):g}, or add data"
+        f" {fix}add data"
     )
 
 
@@ -245,6 +247,6 @@ def data_arguments(cfg: Data) -> list[str]:
     if source.format:
         chosen.append(f"data.sources.mine.format={source.format.name}")
     if source.columns:
-        pairs = ", ".join(f"{field}: {column}" for field, column in source.columns.items())
-        chosen.append(f"+data.sources.mine.columns={{{pairs}}}")
+        names = [f"{field}: {override_text(name)}" for field, name in source.columns.items()]
+        chosen.append(f"+data.sources.mine.columns={{{', '.join(names)}}}")
     return chosen

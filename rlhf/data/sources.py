@@ -84,12 +84,7 @@ def load_sources(cfg: Data) -> Dataset:
         ),
         texts=datasets.concatenate_datasets(texts) if texts else None,
         report=[one.report for one in read],
-        counts=RowCounts(
-            rows=len(rows.prompt_hash),
-            prompts=len(np.unique(rows.prompt_hash)),
-            answers=int(rows.has_answer.sum()),
-            pairs=int(rows.is_pair.sum()),
-        ),
+        counts=counts_of(rows),
     )
 
 
@@ -118,6 +113,16 @@ def splits_of(name: str, source: Source) -> list[tuple[Source, str, bool]]:
             " eval_split is another file, folder or pattern to evaluate on"
         )
     return [train, (dataclasses.replace(source, path=source.eval_split), "eval", True)]
+
+
+def counts_of(rows: RowFacts) -> RowCounts:
+    """What the rows of all sources have."""
+    return RowCounts(
+        rows=len(rows.prompt_hash),
+        prompts=len(np.unique(rows.prompt_hash)),
+        answers=int(rows.has_answer.sum()),
+        pairs=int(rows.is_pair.sum()),
+    )
 
 
 def demonstrations_of(pairs: list[Pair]) -> list[Demonstration]:

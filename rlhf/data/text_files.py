@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import shlex
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +18,7 @@ from rlhf.base.model_files import GIT_LFS
 from rlhf.data.formats.rows import NOT_UTF8, first_repeated
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # between the fields of a .csv file
+BROKEN = (OSError, EOFError, zlib.error)  # a file that cannot be read, or a .gz that is cut off
 MARK_BYTES = "rlhf-mark"  # the name of `_mark_byte`, as `errors` of open()
 
 
@@ -45,7 +47,7 @@ def problem_at_start(file: Path) -> str:
     try:
         with open_compressed(file) as content:
             start = content.read(100)
-    except OSError as error:
+    except BROKEN as error:
         return first_line(error)
     if start.startswith(GIT_LFS):
         return "a Git LFS pointer, not the file itself: run git lfs pull there"
@@ -111,7 +113,7 @@ def what_is_wrong(file: Path, suffix: str, error: BaseException) -> str:
         return str(error)
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    if isinstance(error, OSError):
+    if isinstance(error, BROKEN):
         return first_line(error)
     if suffix != ".parquet":
         with open_compressed(file) as lines:

@@ -16,7 +16,7 @@ from rlhf.config.schema import Data, Source
 from rlhf.data.files import find_files, holds_lines, suffix_of
 from rlhf.data.formats.fields import detect_format
 from rlhf.data.formats.rows import Skip, parse_line, read_pairs
-from rlhf.data.text_files import open_compressed, separator_of
+from rlhf.data.text_files import BROKEN, open_compressed, separator_of
 
 # preference pairs of data sets on the hub, from their cards
 HUB_ROWS = {
@@ -79,7 +79,7 @@ def rows_of_source(source: Source, style: Template = Template.hh) -> Rows | None
         return Rows(count, count, count, 0)
     try:
         samples = [sample_file(file, source) for file in find_files(source.path).files]
-    except (ValueError, OSError, csv.Error):  # the stage says what is wrong
+    except (ValueError, RecursionError, csv.Error, *BROKEN):  # the stage says what is wrong
         return None
     count = limited(sum(sample.rows for sample in samples), source)
     first = [row for sample in samples for row in sample.first]
@@ -121,7 +121,7 @@ class FileSample(NamedTuple):
 def sample_file(file: Path, source: Source) -> FileSample:
     """The rows of a file as rlhf/data/files.py reads them, without the `datasets` library.
 
-    Raises: ValueError, OSError or csv.Error where it cannot be read.
+    Raises: ValueError, RecursionError, csv.Error or BROKEN where it cannot be read.
     """
     suffix = suffix_of(file)
     if suffix == ".parquet":
@@ -153,7 +153,7 @@ def sample_csv(file: Path, source: Source) -> FileSample:
     csv.field_size_limit(2**31 - 1)
     scores = [source.columns.get(name, name) for name in ("score_a", "score_b")]
     with open_compressed(file) as content:
-        text = io.TextIOWrapper(content, encoding="utf-8", newline="")
+        text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(text, delimiter=separator_of(file))
         first = [
             {

@@ -31,6 +31,11 @@ class SeedGroup:
         """The final metric of each finished run that has it."""
         return [run.metrics[metric] for run in self.runs if metric in run.metrics]
 
+    def is_measured(self, metric: str) -> bool:
+        """Whether there are values of a metric, all finite: a perplexity may be infinite."""
+        values = self.values(metric)
+        return bool(values) and all(map(math.isfinite, values))
+
     @property
     def finished(self) -> int:
         """The number of finished runs."""
@@ -247,17 +252,19 @@ def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
     metric = primary_metric(runs)
     sign = -1 if metric.higher_is_better else 1
 
-    def rank(group: SeedGroup) -> float:
-        values = group.values(metric.name)
-        return sign * statistics.fmean(values) if values else math.inf
+    def rank(group: SeedGroup) -> tuple[bool, float]:
+        if not group.is_measured(metric.name):
+            return True, 0.0
+        return False, sign * statistics.fmean(group.values(metric.name))
 
     return sorted(map(SeedGroup, labels, alike), key=rank)
 
 
 def confidence_half_width(values: Sequence[float]) -> float:
-    """Half the 95 % confidence interval of a mean, by Student's t; NaN for one value."""
+    """Half the 95 % confidence interval of a mean, by Student's t; NaN for one value, and where one
+    is not finite."""
     n = len(values)
-    if n < 2:
+    if n < 2 or not all(map(math.isfinite, values)):
         return math.nan
     return t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
 

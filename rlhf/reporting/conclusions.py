@@ -27,7 +27,7 @@ def conclusions(comparison: Comparison) -> list[str]:
     each other. Returns: sentences; none where no run is finished.
     """
     metric = comparison.primary
-    measured = [group for group in comparison.groups if group.values(metric.name)]
+    measured = [group for group in comparison.groups if group.is_measured(metric.name)]
     if not measured:
         return []
     if len(measured) == 1:
@@ -37,9 +37,13 @@ def conclusions(comparison: Comparison) -> list[str]:
         lines = [compare_best(some, metric) for some in ranked if len(some) > 1]
         if len(ranked) > 1:
             lines.append(why_not_ranked(measured, metric))
-    missing = [g.label for g in comparison.groups if g.finished and g not in measured]
-    if missing:
-        lines.append(f"Not compared, as they have no {metric.label}: {', '.join(missing)}.")
+    others = [g for g in comparison.groups if g.finished and not g.is_measured(metric.name)]
+    for reason, labels in {
+        f"they have no {metric.label}": [g.label for g in others if not g.values(metric.name)],
+        f"their {metric.label} is not finite": [g.label for g in others if g.values(metric.name)],
+    }.items():
+        if labels:
+            lines.append(f"Not compared, as {reason}: {', '.join(labels)}.")
     return lines + ([metric.caution] if metric.caution else [])
 
 
@@ -90,11 +94,12 @@ def compare_best(groups: Sequence[SeedGroup], metric: PrimaryMetric) -> str:
     (best, second), name = groups[:2], metric.name
     ours, theirs = best.values(name), second.values(name)
     difference = abs(statistics.fmean(ours) - statistics.fmean(theirs))
-    than = "higher" if metric.higher_is_better else "lower"
+    than = f"{difference:.3f} {'higher' if metric.higher_is_better else 'lower'} than"
+    than = than if difference else "equal to"
     interval, verdict = significance(ours, theirs, len(groups))
     return (
         f"Best of {len(groups)} settings by {metric.label}: {best.label} with "
-        f"{describe(best, metric)}, {difference:.3f} {than} than {second.label}{interval}. "
+        f"{describe(best, metric)}, {than} {second.label}{interval}. "
         f"{verdict}{kl_note(best, second)}"
     )
 

@@ -13,20 +13,25 @@ def summarize(results: EvalResults) -> list[str]:
     lines = []
     rates = [rate for rate in results.win_rates if rate.judge == results.judge]
     if rates:
-        lines.append(best_by_win_rate(max(rates, key=lambda rate: rate.rate), results))
+        lines.append(best_by_win_rate(rates, results))
     elif results.policies:
         lines.append(best_by_mean(results))
     lines += [trust(name, scorer, results) for name, scorer in results.reward_models.items()]
     return lines
 
 
-def best_by_win_rate(best: WinRate, results: EvalResults) -> str:
+def best_by_win_rate(rates: list[WinRate], results: EvalResults) -> str:
     """Which policy is best by the main judge, by how much, and whether it may be chance."""
+    best = max(rates, key=lambda rate: rate.rate)
     judge, mean = name_of_judge(best.judge), means(best, results)
     wins = f"{best.policy} wins {best.rate:.1%} of {best.prompts:,} prompts against {best.against}"
     wins += f" (95 % interval {best.low:.1%} to {best.high:.1%}; a tie counts half{mean})"
     if best.low > CHANCE:
         meaning = "The interval is above 50 %, so the difference is more than chance"
+        rivals = [f"{r.policy} ({r.rate:.1%})" for r in rates if r != best and r.high >= best.low]
+        if rivals:
+            meaning += f". The intervals of {', '.join(rivals)} overlap with it"
+            return f"{best.policy} leads by {judge}, but is not clearly best: {wins}. {meaning}."
         return f"{best.policy} is best by {judge}: {wins}. {meaning}."
     if best.high < CHANCE:
         meaning = "The interval is below 50 %, so the difference is more than chance"

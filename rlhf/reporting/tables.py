@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.base.commands import command_line
+from rlhf.base.log import printable
 from rlhf.reporting.comparison import (
     Comparison,
     compare_runs,
@@ -50,7 +51,7 @@ def wide_console() -> Console:
 
 def print_line(console: Console, line: str) -> None:
     """A line as it is: a path stays in one piece, and "[" is no markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 # ---- the end of a command

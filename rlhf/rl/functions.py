@@ -95,7 +95,7 @@ def score(function: RewardFunction, prompt: Prompt, response: str, where: str) -
         raise UserError(f"{where}: the function {what}") from error
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except Exception:  # whatever float() of it raises
         number = math.nan
     if not math.isfinite(number):
         what = f"returned {value!r:.80} for the response {response[:80]!r}"

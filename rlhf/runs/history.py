@@ -181,12 +181,13 @@ def runs_of_folder(path: Path) -> list[Run]:
     the jobs of sweeps that failed before they had a run."""
     outputs = path / "outputs"
     runs = {run.path: run for run in (runs_of_outputs(outputs) if outputs.is_dir() else [])}
+    has_outputs = bool(runs)
     for sweep in folders_of_sweeps(path / "multirun"):
         for job in sorted(file.parent for file in sweep.glob("*/overrides.txt")):
             run = runs.get((job / "run").resolve())
             if run and sweep.name not in run.sweeps:
                 run.sweeps.append(sweep.name)
-            elif not run and (not runs or (job / "error.txt").exists()):
+            elif not run and (not has_outputs or (job / "error.txt").exists()):
                 runs |= {one.path: one for one in runs_of_jobs([job])}
     return list(runs.values())
 

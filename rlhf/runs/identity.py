@@ -180,10 +180,10 @@ def short_name(head: str, changed: Sequence[str]) -> str:
     others = [part[:MAX_PART] for part in parts if part not in seed]
     for kept in range(len(others), -1, -1):
         more = [f"{len(others) - kept}more"] if kept < len(others) else []
-        name = "+".join([head, *others[:kept], *more, *seed])
-        if len(name) <= MAX_NAME:
+        tail = "".join(f"+{part}" for part in (*others[:kept], *more, *seed))
+        if len(head + tail) <= MAX_NAME:
             break
-    return name[:MAX_NAME].lstrip("+")
+    return (head[: MAX_NAME - len(tail)] + tail).lstrip("+")
 
 
 def run_dir_for(command: Command, stage: str) -> Path:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import first_line, log
+from rlhf.base.log import first_line, log, printable
 from rlhf.base.wandb_login import wandb_problem
 from rlhf.config.choices import WandbMode
 from rlhf.config.schema import Config
@@ -275,4 +275,4 @@ class TqdmHandler(logging.Handler):
     """Prints above a progress bar without tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)

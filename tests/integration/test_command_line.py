@@ -11,7 +11,7 @@ from helpers import MODELS, PRESETS, command, composed, register, train
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from rlhf import cli, compose, help, run
+from rlhf import cli, compose, help, run, sweep
 from rlhf.base.errors import UserError
 from rlhf.config import keys
 from rlhf.config.schema import Config
@@ -177,9 +177,9 @@ def test_a_source_of_the_score_is_added_by_its_key_and_removed_by_null() -> None
 
 def test_a_sweep_over_a_source_of_the_score() -> None:
     weights = compose.allow_user_names("rl.rewards.model.weight=1,2")
-    assert compose.check_sweep([weights, "seed=1,2"], []) == 4
+    assert len(sweep.check_jobs([weights, "seed=1,2"], [])) == 4
     with pytest.raises(UserError, match="rl.rewards: all weights are 0"):
-        compose.check_sweep([compose.allow_user_names("rl.rewards.model.weight=1,0")], [])
+        sweep.check_jobs([compose.allow_user_names("rl.rewards.model.weight=1,0")], [])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_option_files_of_the_user_are_options_like_ours(folder: Path) -> None:
     assert command("reward=mine", "stage=rm", folders=[folder]).cfg.reward.path == "org/mine"
     cfg = command("experiment=study", folders=[folder]).cfg
     assert (cfg.actor.name, cfg.seed) == ("mine", 7)
-    assert compose.check_sweep(["sweep=few", "seed=1,2,3"], [folder]) == 6
+    assert len(sweep.check_jobs(["sweep=few", "seed=1,2,3"], [folder])) == 6
     for group, option in (
         ("rl", "wide"),
         ("stage", "wide"),
@@ -385,6 +385,7 @@ def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: s
         ("sft.max_steps=x", "sft.max_steps=x: must be a whole number or null"),
         ("seed=1.5", "seed=1.5: must be a whole number"),
         ("seed=true", "seed=true: must be a whole number"),
+        ("seed=inf", "seed=inf: must be a whole number"),
         ("fresh=3", "fresh=3: must be true or false"),
         ("sft.epochs=[1,2]", "to try several: python train.py -m sft.epochs=1,2"),
         ("sft.betas=0.9", "sft.betas=0.9: must be a list; in quotes: 'sft.betas=[0.9]'"),
@@ -447,10 +448,20 @@ def test_commas_without_m_get_the_fix() -> None:
 
 
 def test_a_sweep_without_a_name_has_that_of_its_keys() -> None:
-    assert compose.sweep_name(["seed=1,2", "rl.kl.coef=0.02,0.1", "sft.lr=1"], []) == (
-        "rl.kl.coef+seed"
-    )
-    assert compose.sweep_name(["sweep=kl", "seed=1,2"], []) == "rl.kl.coef+seed"
+    assert sweep.name_of(["seed=1,2", "rl.kl.coef=0.02,0.1", "sft.lr=1"], []) == ("rl.kl.coef+seed")
+    assert sweep.name_of(["sweep=kl", "seed=1,2"], []) == "rl.kl.coef+seed"
+
+
+def test_a_sweep_keeps_the_name_that_it_is_given_in_any_way(folder: Path) -> None:
+    write(folder, "sweep/named", "# @package _global_\nexperiment_name: of_the_file\n")
+    for given, name in (
+        ("seed=1,2", cli.DEFAULT_NAME),
+        ("++experiment_name=mine", "mine"),
+        ("experiment=overoptimisation", "overoptimisation"),
+        ("sweep=named", "of_the_file"),
+    ):
+        (first, *_) = sweep.check_jobs([given], [folder])
+        assert first.experiment_name == name
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from helpers import REPO, SLOW, command, composed, register, running, train
 
 from rlhf import cli, compose, run
 from rlhf.base.errors import UserError
+from rlhf.base.log import say
 from rlhf.config import keys
 from rlhf.data.load import open_data
 from rlhf.models.loading import check_context
@@ -83,7 +84,7 @@ def parent(overrides: str) -> str:
             run.run_command(command(*args))
         except UserError as error:
             for line in cli.lines_of(error):
-                cli.say(f"error: {line}")
+                say(f"error: {line}")
     return printed.getvalue()
 
 

@@ -125,6 +125,15 @@ def test_runs_of_a_folder_know_the_sweeps_that_they_are_jobs_of(tmp_path: Path) 
     assert found[0].short_name == f"ppo-{runs[0].name[-8:]}" and found[3].short_name == "failed"
 
 
+def test_all_jobs_of_a_copied_sweep_are_there_without_its_runs(tmp_path: Path) -> None:
+    for number in range(3):
+        job = tmp_path / "multirun" / "a" / f"job-{number}"
+        job.mkdir(parents=True)
+        (job / "overrides.txt").write_text("")
+        (job / "run").symlink_to(tmp_path / "outputs" / "elsewhere")
+    assert [run.status for run in find_runs([tmp_path])] == ["failed: no run"] * 3
+
+
 def test_every_name_that_is_no_other_stage_is_an_online_rl_preset() -> None:
     assert view_of("ppo") is view_of("dr_grpo") is view_of("my_own") is ONLINE_RL
     assert view_of("dpo").kind == "policy" and "MY_OWN" in view_of("my_own").card_text("my_own")

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SLOW, SMALL, Demo, running
+from helpers import REPO, SLOW, SMALL, Demo, command, running
+
+from rlhf.run import say_how_to_continue
 
 Moment = Callable[[str], bool]  # of the output so far
 STARTED = 0.5  # seconds in which Python itself starts; before, it ends with a traceback
@@ -76,6 +78,13 @@ def test_without_a_checkpoint_the_same_command_starts_the_stage_again(
     text: str, line: str, tmp_path: Path
 ) -> None:
     assert check(*interrupt(TRAIN, tmp_path, said_so(text))) == line
+
+
+def test_with_fresh_the_same_command_would_start_again(tmp_path: Path) -> None:
+    small = command("stage=sft", "fresh=true", f"root={tmp_path}")
+    line = "the same command without fresh=true starts sft"
+    with pytest.raises(KeyboardInterrupt, match=line), say_how_to_continue(small, "sft"):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

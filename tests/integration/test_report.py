@@ -89,6 +89,19 @@ def test_the_sentence_answers_which_by_how_much_and_whether_it_is_chance() -> No
         assert "with one seed: repeat with -m seed=1,2,3." in compare_best(groups_of(values), GOLD)
     equal = compare_best(groups_of({"a": [3.0, 3.0], "b": [2.0, 2.0]}), GOLD)
     assert "the seeds have equal values" in equal
+    assert "a with 3.000, equal to b." in compare_best(groups_of({"a": [3.0], "b": [3.0]}), GOLD)
+
+
+def test_a_setting_with_an_infinite_value_is_shown_and_not_ranked(tmp_path: Path) -> None:
+    for coef, values in {"0.1": [1.0, 2.0], "0.2": [9.0, math.inf], "0.3": [3.0, math.nan]}.items():
+        for seed, gold in enumerate(values, 1):
+            write_run(tmp_path, f"rl.kl.coef={coef}", f"seed={seed}", gold=gold)
+    (comparison,) = compare_runs(find_runs([tmp_path]), "policy")
+    assert comparison.groups[0].label == "kl.coef=0.1"
+    one, others = conclusions(comparison)
+    assert one.startswith("Only one setting")
+    assert others == "Not compared, as their gold reward is not finite: kl.coef=0.2, kl.coef=0.3."
+    assert format_mean([9.0, math.inf]) == "inf"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -16,7 +16,7 @@ from prepared_data import config
 from rlhf.base.commands import command_line, override_text
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow
-from rlhf.config.schema import Config
+from rlhf.config.schema import Config, Source
 from rlhf.data import load
 from rlhf.data.load import summarize
 from rlhf.data.sources import load_sources
@@ -193,6 +193,12 @@ def test_few_prompts_may_leave_a_stage_nothing(tmp_path: Path) -> None:
         "data=mine: no rows to evaluate rm on: of 2 prompts none is held out with "
         "data.eval_share=0.05: raise it, for instance data.eval_share=0.2, or add data"
     )
+
+
+def test_names_of_columns_are_quoted_in_a_suggested_command() -> None:
+    columns = {"prompt": "a question, asked", "chosen": "answers.0"}
+    chosen = load.data_arguments(config(mine=Source(path="a.jsonl", columns=columns)))
+    assert command(*chosen, "stage=sft").cfg.data.sources["mine"].columns == columns
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -121,10 +122,20 @@ def test_every_answer_and_calls_of_tools_count(tmp_path: Path) -> None:
     assert estimate_rows(data, "sft", every_answer=True) == 750
 
 
+def test_a_mark_at_the_start_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufeffprompt,chosen\r\nq,a\r\n".encode())
+    assert rows_of_source(Source(path=str(tmp_path / "a.csv"))) == (1, 1, 0, 0)
+
+
 def test_what_is_not_known_before_it_is_read_is_not_estimated(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     for name, rows in (("b.jsonl", [{"query": "q"}]), ("c.jsonl", []), ("d.csv", [row])):
         file = jsonl(tmp_path / name, rows)
         assert estimate_rows(config(mine=file), "sft") is None
+    whole = gzip.compress(b'{"prompt": "q", "chosen": "a"}\n' * 2000)
+    (tmp_path / "e.jsonl.gz").write_bytes(whole[:-20])
+    (tmp_path / "f.json").write_text("[" * 10**5)
+    for name in ("e.jsonl.gz", "f.json"):
+        assert estimate_rows(config(mine=tmp_path / name), "sft") is None
     for path in (f"{tmp_path}/missing.jsonl", f"{tmp_path}/*.csv", "somebody/something"):
         assert estimate_rows(config(mine=path), "sft") is None

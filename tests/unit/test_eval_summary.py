@@ -55,6 +55,13 @@ def test_the_best_policy_with_its_interval() -> None:
     )
 
 
+def test_of_policies_whose_intervals_overlap_none_is_the_best() -> None:
+    rates = (rate("dpo", 75, 0.66, 0.82), rate("ppo", 80, 0.71, 0.87))
+    [line] = summarize(results(*rates, **THREE))
+    assert line.startswith("ppo leads by the gold reward, but is not clearly best: ppo wins 80.0%")
+    assert line.endswith("more than chance. The intervals of dpo (75.0%) overlap with it.")
+
+
 def test_what_may_be_chance_is_called_that() -> None:
     for wins, leader in ((55, "ppo"), (45, "sft")):
         [line] = summarize(results(rate("ppo", wins, 0.4, 0.6), **THREE))

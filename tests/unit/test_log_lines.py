@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import composed
 
-from rlhf.base.log import announced, log
+from rlhf.base.log import announced, is_listening, log, say
 from rlhf.training.tracker import Tracker, set_up_logging
 
 
@@ -57,3 +58,25 @@ def test_what_is_slow_is_named_and_what_is_quick_is_not(
     with announced("loading"):
         time.sleep(0.3)
     assert "loading ..." in logging_to.read_text() and "reading" not in logging_to.read_text()
+
+
+def test_no_text_of_a_file_controls_the_terminal(
+    logging_to: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say("role \x1b[31mred\x07, 日本\u3000語 👩\u200d🔬")
+    log.info("role \x1b[31mred")
+    assert capsys.readouterr().err == "role �[31mred�, 日本\u3000語 👩\u200d🔬\nrole �[31mred\n"
+
+
+def test_where_a_proxy_is_set_it_is_what_has_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        proxy = f"127.0.0.1:{server.getsockname()[1]}"
+        assert not is_listening("https://nowhere.invalid")
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        assert is_listening("https://nowhere.invalid")
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
+        assert is_listening("https://nowhere.invalid")
+        monkeypatch.setenv("NO_PROXY", "nowhere.invalid")
+        assert not is_listening("https://nowhere.invalid")

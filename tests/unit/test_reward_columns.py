@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from data_files import Record, jsonl
 from format_rows import message, read_row, source
 from helpers import composed
@@ -181,6 +182,10 @@ def no_score(turns: list[Turn], response: str) -> None:
     """Forgets to return."""
 
 
+def several_scores(turns: list[Turn], response: str) -> Any:
+    return torch.tensor([1.0, 2.0])
+
+
 def leaves(turns: list[Turn], response: str) -> float:
     sys.exit("no key")
 
@@ -199,6 +204,11 @@ def line_of(function: Callable[..., Any]) -> int:
         (
             no_score,
             f"returned None for the response 'x', not a finite number ({__file__}:{{first}})",
+        ),
+        (
+            several_scores,
+            "returned tensor([1., 2.]) for the response 'x', not a finite number "
+            f"({__file__}:{{first}})",
         ),
         (leaves, f"failed on the response 'x': SystemExit: no key ({__file__}:{{second}})"),
         (

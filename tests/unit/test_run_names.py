@@ -150,6 +150,8 @@ def test_a_long_name_keeps_stage_models_data_and_seed() -> None:
     assert len(full) <= 109
     assert short_name("", ["seed-12", "x-1"]) == "x-1+seed-12"
     assert short_name("sft-m", ["a-" + "b" * 200, "seed-1"]).endswith("b+seed-1")
+    longest = short_name("m" * 120, ["a-1", "seed-1"])
+    assert longest.endswith("m+1more+seed-1") and len(longest) == 100
 
 
 def test_the_values_of_an_experiment_file_are_in_the_name() -> None:

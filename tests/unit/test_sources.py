@@ -182,6 +182,10 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
         ".path={path}: line 4: a quote is not closed, or text follows a closing quote",
     ),
     ("deep.json", "[" * 100_000, ".path={path}: "),
+    *(
+        (name, gzip.compress(GOOD.encode() * 2000)[:-20], ".path={path}: Compressed file ended")
+        for name in ("cut.jsonl.gz", "cut.csv.gz")
+    ),
     (
         "columns.jsonl",
         '{"a": 1, "b": 2}\n',
@@ -312,7 +316,7 @@ def test_a_hub_name_without_network_is_refused_at_once(
 
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    for name in ("HTTPS_PROXY", "https_proxy"):
+    for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     started = time.time()
