@@ -104,9 +104,7 @@ def adapter_problem(path: str) -> str | None:
         return f"no {directory / WEIGHTS}: fetch it"
     if not isinstance(base, str) or not base:
         return f"{CONFIG} has no {BASE_KEY}: name the model there that it was trained on"
-    if is_directory(base):
-        return None
-    if base.count("/") > 1:  # a hub id is NAME or OWNER/NAME
+    if is_directory(base) and not model_directory(base).exists():
         return f"{BASE_KEY}={base}: no such directory: bring it back, or name it in {CONFIG}"
     revision = settings.get("revision")
     if ":" not in base and revision not in (None, "main"):
