@@ -123,7 +123,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=message, help=once)
     auto = "auto = the GPU where there is one (default: auto)"
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=auto)
-    return parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        words = " ".join(unknown)
+        parser.error(f"{words}: not understood; a run is given by --path, a message by --prompt")
+    return args
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:

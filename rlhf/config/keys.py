@@ -44,7 +44,7 @@ OLD_RL_NODES = ("ppo", "rloo", "grpo", "online")
 RENAMED = {
     "exp": "experiment_name",
     "deploy.gpus": "deploy.processes_per_node",
-    "data.path": "data.sources.mine.path",
+    "data.path": "data.sources.mine.path",  # never a name, but often typed
     "sft.train_on_prompt": "sft.train_on",
     **{f"{node}.{key}": new for node in OLD_RL_NODES for key, new in OLD_RL_KEYS.items()},
     **{node: "rl" for node in OLD_RL_NODES},

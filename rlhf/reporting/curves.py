@@ -23,7 +23,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 GRID_COLUMNS = 3
 PANEL_SIZE = (3.8, 2.9)  # inches
 DOTS_PER_INCH = 110
-ROOT_KL = "root of the KL to the SFT policy, nats per response"
+ROOT_KL = "square root of the KL to the SFT policy, nats per response"
 
 
 class FrontierReward(NamedTuple):
