@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no base": (lambda d: edit(d, **{KEY: None}), f"adapter_config.json has no {KEY}: name .*"),
     "base gone": (
         lambda d: edit(d, **{KEY: "/nowhere/model"}),
-        f"{KEY}=/nowhere/model: no model there .*; give a run, a model directory or a hub id",
+        f"{KEY}=/nowhere/model: no such directory: bring it back, .*",
     ),
     "relative": (
         lambda d: edit(d, **{KEY: "out/models/llama"}),
