@@ -36,7 +36,6 @@ from rlhf.planning.formulas import (
 from rlhf.planning.shapes import arch_of, lora_parameters, parameters
 from rlhf.planning.steps import Steps, count_steps
 
-
 ROOM = 0.9  # share of the memory that a plan should use at most
 
 

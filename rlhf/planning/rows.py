@@ -148,7 +148,7 @@ def sample_lines(file: Path) -> FileSample:
 
 
 def sample_csv(file: Path, source: Source) -> FileSample:
-    """Of a .csv file, whose fields may have line ends. An empty field is null; scores are numbers."""
+    """Of a .csv file: fields may have line ends, an empty one is null, and scores are numbers."""
     csv.field_size_limit(2**31 - 1)
     scores = [source.columns.get(name, name) for name in ("score_a", "score_b")]
     with open_compressed(file) as content:

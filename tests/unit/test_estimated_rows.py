@@ -90,7 +90,7 @@ def test_a_folder_an_evaluation_file_and_a_mix(tmp_path: Path) -> None:
 def test_files_of_every_kind_are_counted(tmp_path: Path, kind: str) -> None:
     rows = [
         {"prompt": f'q {i}\nand, "more"', "chosen": "a", "rejected": "b" if i % 2 else None}
-        for i in range(1000)
+        for i in range(4000)
     ]
     file = tmp_path / kind
     if kind == "lines.json":
@@ -102,7 +102,7 @@ def test_files_of_every_kind_are_counted(tmp_path: Path, kind: str) -> None:
     else:
         pandas.DataFrame(rows).to_csv(file, index=False)
     assert_about_right(config(mine=file))
-    assert rows_of_source(Source(path=str(file))) == (1000, 1000, 500, 0)
+    assert rows_of_source(Source(path=str(file))) == (4000, 4000, 2000, 0)
 
 
 def test_scores_of_a_csv_file_are_numbers(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import CONF, PRESETS, command, composed
+from helpers import PRESETS, command, composed
 
 from rlhf.base.errors import UserError
 from rlhf.compose import group_names
@@ -108,9 +108,9 @@ def test_other_data_have_another_name_and_the_sandbox_none() -> None:
     def readable(*overrides: str) -> str:
         return run_name(command("stage=sft", *overrides), "sft").rsplit("-", 1)[0]
 
-    mine = ["data=jsonl", f"data.sources.mine.path={CONF.parent}/tests/comparisons.jsonl"]
-    with pytest.raises(UserError):
-        readable(*mine)  # no such file
+    for file in ("pairs", "others"):
+        mine = readable("data=jsonl", f"data.sources.mine.path=/x/{file}.jsonl")
+        assert mine == f"sft-tiny-{file}"
     assert readable() == "sft-tiny"
     assert readable("data=rm_static") == "sft-tiny-rm_static"
     assert readable("data=[webgpt,rm_static]") == "sft-tiny-webgpt-rm_static"
