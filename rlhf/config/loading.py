@@ -78,7 +78,7 @@ def one(kind: Any) -> str:
     return f"a {name}" if name in ("number", "whole number", "text") else name
 
 
-def fits(kind: type, value: Any) -> bool:
+def fits(kind: Any, value: Any) -> bool:
     """Whether a single value can be of a type of the schema."""
     if issubclass(kind, Enum):
         return str(value).rpartition(".")[2] in kind.__members__

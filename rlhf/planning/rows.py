@@ -169,7 +169,7 @@ def sample_parquet(file: Path) -> FileSample:
 
     with open_compressed(file) as content, pyarrow.parquet.ParquetFile(content) as table:
         batches = table.iter_batches(batch_size=SAMPLE)
-        first = next((batch.to_pylist() for batch in batches), [])
+        first: list[dict[str, Any]] = next((batch.to_pylist() for batch in batches), [])
         return FileSample(table.metadata.num_rows, first)
 
 
