@@ -90,7 +90,7 @@ def fits(kind: Any, value: Any) -> bool:
         return False
     try:
         return float(value) == kind(value) and (kind is float or not isinstance(value, float))
-    except ValueError:
+    except (ValueError, OverflowError):
         return str(value).lower() == "nan" and kind is float
 
 
