@@ -6,6 +6,7 @@ No torch here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -87,10 +88,10 @@ def dispatch(argv: Sequence[str]) -> int:
             "start python train.py itself, without torchrun or deepspeed: it starts its workers, "
             "deploy.processes_per_node=N of them"
         )
+    if args.shell_completion and (shell := query_of(args.overrides)):
+        return print_completions(shell)
     folders = compose.user_folders(args.config_dir, args.overrides)
     compose.register(folders)
-    if args.shell_completion and (shell := query_of(args.overrides)):
-        return print_completions(shell, folders)
     if args.help:
         return print_help(args.overrides, folders)
     overrides = [compose.allow_user_names(arg) for arg in args.overrides]
@@ -141,9 +142,15 @@ def query_of(overrides: Sequence[str]) -> str | None:
     return next((a.removeprefix("query=") for a in overrides if a.startswith("query=")), None)
 
 
-def print_completions(shell: str, folders: Sequence[Path]) -> int:
+def print_completions(shell: str) -> int:
     """What tab completion offers for COMP_LINE. Hydra's own writes KlController.fixed for fixed."""
     line = os.environ["COMP_LINE"][: int(os.environ.get("COMP_POINT") or 10**6)]
+    words = line.split(" ")
+    named = [b for a, b in zip(words, words[1:]) if a in ("--config-dir", "-cd")]
+    folders: list[Path] = []
+    with contextlib.suppress(UserError):  # a folder that is not there, which the command will say
+        folders = compose.user_folders(next(iter(named), None), words[:-1])
+    compose.register(folders)
     print(("\n" if shell == "fish" else " ").join(help.complete(line, folders)))
     return DONE
 

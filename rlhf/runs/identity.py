@@ -31,7 +31,6 @@ MAX_HEAD = 75  # of stage, models and data in it; longer ones are cut to MAX_LAB
 MAX_LABEL = 20
 MAX_PART = 50  # of one key-value
 DATA_FILE = r"\.(jsonl|json|csv|parquet)(\.gz)?$"
-SOURCE_PATH = r"data\.sources\.[^.]+\.path"  # named by source_label
 
 
 def run_identity(command: Command, stage: str) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def run_name(command: Command, stage: str) -> str:
     changed = [
         f"{key}-{v}"
         for key, v in sorted(values.items())
-        if plain.get(key, default_of(key)) != v and not re.fullmatch(SOURCE_PATH, key)
+        if plain.get(key, default_of(key)) != v and not is_label(key, v)
     ]
     labels = [stage, *models, *data_labels(cfg.data)]
     if sum(map(len, labels)) > MAX_HEAD:
@@ -153,6 +152,12 @@ def data_labels(data: Data) -> list[str]:
     labels = [source_label(name, source.path) for name, source in data.sources.items()]
     more = [f"{len(labels) - 2}more"] if len(labels) > 3 else []
     return labels[:2] + more if more else labels
+
+
+def is_label(key: str, value: Any) -> bool:
+    """Whether a key is the path of a source that is named by it."""
+    found = re.fullmatch(r"data\.sources\.([^.]+)\.path", key)
+    return found is not None and source_label(found[1], value) != found[1]
 
 
 def source_label(name: str, path: str) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from rlhf.base.files import remove
-from rlhf.base.log import first_line, log
+from rlhf.base.log import announced, first_line, log
 from rlhf.config.deployment import placement
 from rlhf.config.schema import Config
 from rlhf.distributed import collectives
@@ -172,7 +172,8 @@ class Checkpoints:
                 )
             return False
         try:
-            self._write(temporary)
+            with announced(f"writing the checkpoint of step {step}"):
+                self._write(temporary)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
                 f"cannot write checkpoints/{target.name} (is the disk full?): {first_line(error)}"

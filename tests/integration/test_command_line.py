@@ -383,6 +383,7 @@ def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: s
         ("sft.lr=", "sft.lr=: has no value; give a number"),
         ("sft.lr=null", "sft.lr=null: cannot be null; give a number"),
         ("sft.max_steps=x", "sft.max_steps=x: must be a whole number or null"),
+        ("rl.max_steps=inf", "rl.max_steps=inf: must be a whole number or null"),
         ("seed=1.5", "seed=1.5: must be a whole number"),
         ("seed=true", "seed=true: must be a whole number"),
         ("seed=inf", "seed=inf: must be a whole number"),

@@ -136,6 +136,8 @@ def test_other_data_have_another_name_and_the_sandbox_none() -> None:
     assert readable() == "sft-tiny"
     assert readable("data=rm_static") == "sft-tiny-rm_static"
     assert readable("data=[webgpt,rm_static]") == "sft-tiny-webgpt-rm_static"
+    other = readable("data=rm_static", "data.sources.rm_static.path=org/other")
+    assert other == "sft-tiny-rm_static+data.sources.rm_static.path-org-other"
     assert readable("data=dschat_six") == "sft-tiny-rm_static-full_hh-4more"
     assert readable("data=rm_static", "data.sources.rm_static.rows=9") == (
         "sft-tiny-rm_static+data.sources.rm_static.rows-9"
