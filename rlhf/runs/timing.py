@@ -49,7 +49,8 @@ def measure_step(cfg: Config, stage: str) -> StepTime | None:
     runs = sorted(outputs.glob(f"{stage}-*/metrics.jsonl"), key=lambda file: -file.stat().st_mtime)
     for file in runs:
         with contextlib.suppress(UserError, OmegaConfBaseException, OSError, ValueError):
-            if sizes(load_config(file.parent / "config.yaml"), stage) != wanted:
+            other = load_config(file.parent / "config.yaml")
+            if other.stage.name != stage or sizes(other, stage) != wanted:
                 continue
             times = [row["time"] for row in read_lines(file) if "time" in row]
             if len(times) >= MIN_STEPS:

@@ -18,7 +18,8 @@ def made(root: Path, name: str, times: list[float], *overrides: str) -> Path:
     """A run directory with these times of its steps."""
     run = root / "outputs" / name
     run.mkdir(parents=True)
-    save_config(composed(f"root={root}", *overrides), run / "config.yaml")
+    stage = f"stage={name.split('-')[0]}"
+    save_config(composed(f"root={root}", *overrides, stage), run / "config.yaml")
     rows = [json.dumps({"step": i + 1, "time": time}) + "\n" for i, time in enumerate(times)]
     (run / "metrics.jsonl").write_text("".join(rows))
     return run
@@ -52,7 +53,7 @@ def test_the_plan_says_how_long_the_steps_take(tmp_path: Path) -> None:
     cfg = composed(f"root={tmp_path}", "stage=sft")
     unknown = "unknown before a run of this size; a short one measures it: sft.max_steps=5"
     assert time_text(make_plan(cfg, "sft"), cfg) == unknown
-    run = made(tmp_path, "sft-short-00000000", [0, 2, 4, 6], "stage=sft", "sft.max_steps=4")
+    run = made(tmp_path, "sft-short-00000000", [0, 2, 4, 6], "sft.max_steps=4")
     steps = make_plan(cfg, "sft").steps.number
     assert steps == 500
     assert time_text(make_plan(cfg, "sft"), cfg) == f"0:16:40 (h:mm:ss), at 2 s per step in {run}"
