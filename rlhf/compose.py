@@ -233,6 +233,8 @@ def allow_user_names(arg: str) -> str:
         return f"~{group_of(arg)}"
     key = arg.partition("=")[0]
     found = keys.find_key(key) if "=" in arg and not arg.startswith(("+", "~", "-")) else None
+    if found and f"{found.name}.*" in keys.schema():  # rl.rewards={NAME: {...}}
+        return f"++{arg}"
     if found is None or "*" not in found.name:
         return arg
     try:

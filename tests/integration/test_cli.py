@@ -212,7 +212,7 @@ def test_the_table_and_where_things_lie(demo: Demo) -> None:
         ):
             assert (run / file).exists(), file
         log = (run / "train.log").read_text()
-        assert "left" in log and "loss" in log or "scores" in log
+        assert " s left" in log and ("  loss " in log or "  score " in log)
     assert (demo.ppo / "critic" / "model.safetensors").exists()
     assert (demo.ppo / "rollouts.jsonl").exists() and (demo.ppo / "frontier.png").exists()
     assert not (demo.ppo / "model_ema").exists() and not (demo.ppo / "model_best").exists(), (

@@ -176,7 +176,7 @@ def test_every_run_says_what_it_read(alone: Path) -> None:
             "sandbox",
             64,
             64,
-            16,
+            256,  # held out; data.eval_rows of them are looked at
         )
         assert "sandbox/train: " in (runs[0] / "train.log").read_text(), stage
 
@@ -247,6 +247,7 @@ def test_preference_files_train_all_stages(tmp_path: Path) -> None:
     source = [
         "data=rm_static",
         f"data.sources.rm_static.path={file}",
+        "data.sources.rm_static.eval_split=null",
         "data.eval_share=0.2",
         "sft.batch_size=4",
         "rm.batch_size=4",
@@ -256,6 +257,7 @@ def test_preference_files_train_all_stages(tmp_path: Path) -> None:
     assert "eval/gold" not in summary(runs_in(tmp_path)["ppo"][0])["metrics"]
     dialogues = [
         f"data.sources.rm_static.path={file}",
+        "data.sources.rm_static.eval_split=null",
         "data.sources.rm_static.format=chosen_rejected",
     ]
     done = train("stage=rm", "data=rm_static", *dialogues, cwd=tmp_path)
