@@ -90,10 +90,13 @@ def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_onl
 ) -> None:
     """Two at once; the job that fails is one whose function is not there yet."""
     own = "~rl.rewards.model", "+rl.rewards={mine: {function: 'mine:f'}}"
-    fails_in_a_stage = (
-        "    if 'RANK' in os.environ:\n        raise KeyError('not yet')\n    return 0.0\n"
+    (tmp_path / "mine.py").write_text(  # in a stage, not when it is tried before
+        "import os\n"
+        "def f(turns, answer):\n"
+        "    if 'RANK' in os.environ:\n"
+        "        raise KeyError('not yet')\n"
+        "    return 0.0\n"
     )
-    (tmp_path / "mine.py").write_text(f"import os\ndef f(turns, answer):\n{fails_in_a_stage}")
     sweep = [
         "-m",
         "sweep=seeds",
