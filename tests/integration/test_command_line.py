@@ -175,6 +175,11 @@ def test_a_source_of_the_score_is_added_by_its_key_and_removed_by_null() -> None
     assert "gold" in evaluated.eval.rewards
 
 
+def test_all_sources_of_the_score_are_added_at_once_and_the_others_stay() -> None:
+    cfg = command("rl.rewards={gold: {function: 'rlhf.data.sandbox:gold'}}").cfg
+    assert list(cfg.rl.rewards) == ["model", "gold"]
+
+
 def test_a_sweep_over_a_source_of_the_score() -> None:
     weights = compose.allow_user_names("rl.rewards.model.weight=1,2")
     assert len(sweep.check_jobs([weights, "seed=1,2"], [])) == 4

@@ -57,7 +57,8 @@ def test_functions_that_work_are_named_and_the_stage_alone_checks_for_itself(
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: ppo: rl.rewards.mine.function=my_rewards:fails: held-out prompt")
     sft = f"eval.policies=[{runs_in(tmp_path)['sft'][0]}]"
-    judge = ["eval.rewards={mine: {function: 'my_rewards:fails'}}", "eval.against=null"]
+    judge = ["eval.rewards={mine: {function: 'my_rewards:fails'}}", "eval.rewards.model=null"]
+    judge.append("eval.against=null")
     done = train("stage=eval", sft, *judge, *SMALL, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "error: eval: eval.rewards.mine.function=my_rewards:fails: held-out" in done.stderr
