@@ -17,15 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.base.interrupts import (
-    INTERRUPTED,
-    end_at_interrupt,
-    raise_at_interrupt,
-    run_interruptible,
-)
+from rlhf.base import interrupts
 
 if __name__ == "__main__":
-    end_at_interrupt()  # before imports that take a second
+    interrupts.end_at_interrupt()  # before imports that take a second
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural, printable, say
@@ -68,10 +63,10 @@ def main() -> int:
     os.environ.update(thread_settings(threads))  # before a model is loaded, which imports torch
     try:
         session = Session(args)
-        raise_at_interrupt()
+        interrupts.raise_at_interrupt()
         if args.prompt is not None:
             replies = session.respond(functools.partial(session.talk.ask, args.prompt))
-            return INTERRUPTED if replies[-1].stopped else DONE
+            return interrupts.INTERRUPTED if replies[-1].stopped else DONE
         interact(session)
     except UserError as error:
         say(f"error: {error}")
@@ -400,4 +395,4 @@ def interact(session: Session) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_interruptible(main))
+    sys.exit(interrupts.run_interruptible(main))

@@ -160,7 +160,7 @@ def explain_value(key: str, arg: str, override: Override) -> list[str]:
     found = keys.find_key(key)
     if found is None:
         return [f"unknown key {suggest(key, arg)}"]
-    is_named = "*" in found.name or typing.get_origin(found.annotation) is dict
+    is_named = "*" in found.name or found.is_dictionary
     if override.is_delete():
         fix = f"set another value (python train.py --help {key})"
         return [] if is_named else [f"{arg}: this key cannot be removed; {fix}"]
@@ -233,7 +233,7 @@ def allow_user_names(arg: str) -> str:
         return f"~{group_of(arg)}"
     key = arg.partition("=")[0]
     found = keys.find_key(key) if "=" in arg and not arg.startswith(("+", "~", "-")) else None
-    if found and f"{found.name}.*" in keys.schema():  # rl.rewards={NAME: {...}}
+    if found and found.is_dictionary:  # rl.rewards={NAME: {...}}
         return f"++{arg}"
     if found is None or "*" not in found.name:
         return arg
@@ -256,8 +256,8 @@ def as_user_types(arg: str) -> str:
         return arg
     override = parse(arg)
     key, value = override.key_or_group, override.value()
-    found = keys.find_key(f"{key}.NAME")
-    if found is None or "*" not in found.name or found.name.split(".")[-1] != "*":
+    found = keys.find_key(key)
+    if found is None or not found.is_dictionary:
         return arg
     while isinstance(value, dict) and len(value) == 1:
         ((name, value),) = value.items()

@@ -149,5 +149,5 @@ def keys_below(node: str, cfg: DictConfig) -> list[str]:
 def has_keys(key: str, cfg: DictConfig) -> bool:
     """Whether a key is a node with keys now: not null."""
     found = find_key(key)
-    is_node = found is not None and (found.is_node or typing.get_origin(found.annotation) is dict)
+    is_node = found is not None and (found.is_node or found.is_dictionary)
     return is_node and OmegaConf.select(cfg, key) is not None

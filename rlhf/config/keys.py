@@ -163,6 +163,11 @@ class Key:
         return dataclasses.is_dataclass(node_type(self.annotation))
 
     @property
+    def is_dictionary(self) -> bool:
+        """Whether users add to it by names of their choice."""
+        return typing.get_origin(self.annotation) is dict
+
+    @property
     def is_optional(self) -> bool:
         return type(None) in typing.get_args(self.annotation)
 
