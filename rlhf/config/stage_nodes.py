@@ -28,7 +28,7 @@ from rlhf.config.field import key, placement
 
 @dataclass(kw_only=True)
 class Optim:
-    lr: float = key("peak learning rate", above=0, at_most=1)
+    lr: float = key("peak learning rate", above=0)
     schedule: Schedule = key("after the warm-up; linear and cosine end at final_lr")
     warmup_ratio: float = key(
         "linear warm-up over this share of the optimizer steps (online RL: rollouts)",
