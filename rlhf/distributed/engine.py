@@ -100,11 +100,25 @@ def build_engine(
         engine: Engine[Wrapper] = deepspeed.initialize(
             model=module, config=ds_config, model_parameters=groups
         )[0]
+    count_from_zero(engine.optimizer)
     engine.gradient_notes = track_nonfinite_grads(module)
     if collectives.world_size() == 1 and cfg.deploy.zero_stage == 0:
         # with one rank it would only copy all gradients there and back
         engine.enable_backward_allreduce = False
     return engine
+
+
+def count_from_zero(optimizer: torch.optim.Optimizer) -> None:
+    """Undo the step that DeepSpeed takes to allocate Adam's moments.
+
+    With weights in bf16 or fp16 and ZeRO 0 it steps once with gradients of zero before training.
+    The moments stay zero, but Adam counts the step: its first real update is then that of a second
+    step, 0.74 of the learning rate with betas (0.9, 0.95).
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps torch's
+    for state in inner.state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 def parameter_groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:

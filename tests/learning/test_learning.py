@@ -73,7 +73,7 @@ def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
         *own_reward("thanks"),
         "rollout.max_new_tokens=4",
         "rl.kl.coef=0.1",
-        "rl.lr=3e-4",
+        "rl.lr=1e-4",  # 3e-4: one of six runs took a step too far, and its KL stayed at 8
         "rl.prompt_epochs=2",
     ]
     rows, final = learn(demo, tmp_path, f"seed={seed}", *settings)
@@ -82,7 +82,7 @@ def test_it_finds_the_best_arm(demo: Demo, tmp_path: Path, seed: int) -> None:
         f"KL {final['eval/kl']:.2f}"
     )
     assert rows[0]["objective/scores"] < 0.3 and final["eval/score"] >= 0.95
-    assert final["eval/kl"] < 6  # to say it always costs ln 7 = 1.9
+    assert final["eval/kl"] < 3  # to say it always costs ln 7 = 1.9
 
 
 @pytest.mark.full
