@@ -27,10 +27,11 @@ def evaluate_policy(
 ) -> PolicyEvaluation:
     """Sample a response to each held-out prompt, with a fixed random stream per prompt; measure it.
 
-    Returns: the means over the responses, and a row per response with `prompt`, `completion` and
-    the same numbers: `eos_rate`, `length` (tokens), `repetition` (statistics.repetition), and where
-    they are known `gold`, `gold_best`, `score` (weighted sum), `score/NAME` of each of several
-    sources, `kl` (nats per response: the sum over tokens of log pi - log ref).
+    Returns: the means over the responses, and a row per response with `prompt`, `completion`, where
+    it has any the prompt's other `columns`, and the same numbers: `eos_rate`, `length` (tokens),
+    `repetition` (statistics.repetition), and where they are known `gold`, `gold_best`, `score`
+    (weighted sum), `score/NAME` of each of several sources, `kl` (nats per response: the sum over
+    tokens of log pi - log ref).
     Raises: UserError where all prompts are too long.
     """
     turns = [prompt.turns for prompt in data.eval_prompts]
@@ -49,6 +50,8 @@ def evaluate_policy(
     rows = []
     for i, prompt in enumerate(prompts.rows):
         row = response_row(models, experience, i, prompt.turns)
+        if columns := prompt.short_columns():
+            row["columns"] = columns
         if models.ref is not None:
             row["kl"] = float(kl[i])
         if data.gold:
@@ -56,7 +59,7 @@ def evaluate_policy(
         if data.best_gold:
             row["gold_best"] = data.best_gold(prompt.turns)
         rows.append(row)
-    metrics = [key for key in rows[0] if key not in ("prompt", "completion")]
+    metrics = [key for key in rows[0] if key not in ("prompt", "completion", "columns")]
     return {key: sum(row[key] for row in rows) / len(rows) for key in metrics}, rows
 
 
@@ -99,5 +102,6 @@ def before_and_after(before: PolicyEvaluation, after: PolicyEvaluation) -> Polic
         for key in ("score", "gold"):
             if key in b:
                 row |= {f"{key}_before": a[key], f"{key}_after": b[key]}
-        rows.append(row | {"kl": b["kl"], "length": b["length"]})
+        row |= {"kl": b["kl"], "length": b["length"]}
+        rows.append(row | ({"columns": b["columns"]} if "columns" in b else {}))
     return metrics, rows
