@@ -89,8 +89,8 @@ def check_data(cfg: Config) -> Iterator[str]:
         yield from check_used(name, source)
         if source.system_prompt is not None and cfg.data.template is Template.none:
             yield (
-                f"data.sources.{name}.system_prompt: data.template=none has no roles; choose another "
-                "data.template, or write it into the prompts"
+                f"data.sources.{name}.system_prompt: data.template=none has no roles; choose "
+                "another data.template, or write it into the prompts"
             )
         if source.system_prompt is not None and not source.system_prompt.strip():
             yield f"data.sources.{name}.system_prompt: it is empty; give a text, or null"

@@ -133,6 +133,23 @@ def test_an_object_that_the_prompt_is_a_part_of_stays_a_column() -> None:
     assert json.loads(pair.columns) == row | {}
 
 
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ("x" * 200, "x" * 200),
+        ("x" * 1201, "x" * 200 + " ... (1,001 more characters)"),
+        (["y"] * 20, ["y"] * 20),
+        (["y"] * 100, str(["y"] * 40).replace("'", '"')[:200] + " ... (300 more characters)"),
+        (7, 7),
+        (None, None),
+    ],
+)
+def test_logs_show_columns_up_to_a_length(value: Any, shown: Any) -> None:
+    prompt = Prompt([Turn("user", "Hi")], json.dumps({"a": value, "b": 1}))
+    assert prompt.short_columns() == {"a": shown, "b": 1}
+    assert Prompt([Turn("user", "Hi")]).short_columns() == {}
+
+
 @pytest.mark.usefixtures("cache")
 def test_a_system_prompt_is_put_in_front_of_rows_without_one(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [verl(n) for n in range(ROWS)]
