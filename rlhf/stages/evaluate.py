@@ -42,8 +42,9 @@ from rlhf.reporting.eval_results import (
     WinRate,
     side_by_side,
 )
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.trial import start_functions, try_functions
 from rlhf.rl.experience import Models
-from rlhf.rl.functions import RewardFunction, load_functions, try_functions
 from rlhf.rl.rewards import (
     Rewards,
     build_rewards,
@@ -61,7 +62,7 @@ NO_LIMIT = 10**6  # tokens of a prompt
 class Setup:
     """What is evaluated, and on what."""
 
-    functions: dict[str, RewardFunction]
+    functions: RewardProcess | None
     paths: dict[str, str]  # the model of each policy, by its label
     against: str | None  # label of the policy that the others are compared with
     scorers: list[str]  # paths of the reward models
@@ -132,7 +133,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 def prepare(cfg: Config, run_dir: Path) -> Setup:
     """Check all models, and find the prompts that fit all of them. Loads no weights."""
     node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
-    functions = load_functions(cfg)
+    functions = start_functions(cfg)
     check_reward_models(cfg)
     labels = policy_labels(node.policies)
     paths = {name: location_of(cfg, policy) for name, policy in labels.items()}
@@ -147,7 +148,7 @@ def prepare(cfg: Config, run_dir: Path) -> Setup:
     for name, path in paths.items():
         warn_of_template(name, path, tokenizers[name], cfg)
     data = open_data(cfg, run_dir)
-    try_functions(cfg, functions, data)
+    try_functions(functions, data)
     files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
     fixed = [Prompt([Turn("user", line)]) for file in files for line in read_prompt_lines(file)]
     contexts = [context for path in models if (context := context_length(path))]
