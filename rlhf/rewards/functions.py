@@ -60,10 +60,10 @@ class RewardFunction:
 class CallError(Exception):
     """What a function did wrong: the text after "the function", and the row where it is known."""
 
-    def __init__(self, what: str, row: int | None = None, late: bool = False):
+    def __init__(self, what: str, row: int | None = None, raised: bool = False):
         super().__init__(what)
         self.row = row
-        self.late = late  # it was the timeout
+        self.raised = raised  # an exception, which one of the rows may cause
 
 
 # ------------------------------------------------------------------------------------ loading
@@ -148,7 +148,7 @@ def call_function(function: RewardFunction, batch: Batch) -> Scores:
         else:
             returned = function.call(**arguments(function, batch))
     except (Exception, SystemExit) as error:
-        raise CallError(failed(error, batch, row), row) from error
+        raise CallError(failed(error, batch, row), row, raised=True) from error
     return check_values(function, returned, batch)
 
 
@@ -163,10 +163,10 @@ async def call_async(function: RewardFunction, batch: Batch, timeout: float) -> 
                 returned = await function.call(**arguments(function, batch))
     except TimeoutError as error:
         if str(error):  # one of its own
-            raise CallError(failed(error, batch, None)) from error
-        raise CallError(too_late(timeout, len(batch)), late=True) from error
+            raise CallError(failed(error, batch, None), raised=True) from error
+        raise CallError(too_late(timeout, len(batch))) from error
     except (Exception, SystemExit) as error:
-        raise CallError(failed(error, batch, None)) from error
+        raise CallError(failed(error, batch, None), raised=True) from error
     return check_values(function, returned, batch)
 
 
@@ -196,7 +196,7 @@ def find_row(function: RewardFunction, batch: Batch) -> CallError | None:
             else:
                 call_function(function, alone)
         except CallError as error:
-            if error.late:
+            if not error.raised:
                 return None
             text = text_of(batch.completions[row])[:80]
             what = str(error).replace("failed:", f"failed on the completion {text!r}:", 1)

@@ -304,7 +304,7 @@ def report(
         return
     if not spec.skip:
         found = outcome
-        if outcome.row is None and not outcome.late:
+        if outcome.row is None and outcome.raised:
             looking = {"started": [name], "seconds": 2 * SEARCH_SECONDS, "problem": str(outcome)}
             send(answers, looking)
             found = find_row(function, batch) or outcome
