@@ -6,7 +6,7 @@ Shapes: B responses, P prompt tokens (left-padded), R response tokens (right-pad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,6 +99,40 @@ class Prompts:
     rows: Sequence[Prompt]
     ids: Sequence[Sequence[int]]  # the same as token ids
     random: Tensor  # (B, R) in [0, 1), a number for each token of each response
+
+
+def pick_prompts(parts: Sequence[Prompts], index: Sequence[int]) -> Prompts:
+    """Some entries of several Prompts, counted through all of them."""
+    rows = [row for part in parts for row in part.rows]
+    ids = [row for part in parts for row in part.ids]
+    random = torch.cat([part.random for part in parts])
+    return replace(
+        parts[0],
+        rows=[rows[i] for i in index],
+        ids=[ids[i] for i in index],
+        random=random[list(index)],
+    )
+
+
+def concatenate(parts: Sequence[Experience], pad_id: int) -> Experience:
+    """The rows of several experiences as one, padded to the longest prompt and response."""
+    if len(parts) == 1:
+        return parts[0]
+    wide_p = max(part.prompt_ids.shape[1] for part in parts)
+    wide_r = max(part.response_ids.shape[1] for part in parts)
+    joined = {}
+    for name in sampled_fields():
+        fill = pad_id if name.endswith("_ids") else 0
+        rows = []
+        for part in parts:
+            value = getattr(part, name)
+            if name in PROMPT_FIELDS:
+                value = F.pad(value, (wide_p - value.shape[1], 0), value=fill)
+            elif name not in PER_RESPONSE:
+                value = F.pad(value, (0, wide_r - value.shape[1]), value=fill)
+            rows.append(value)
+        joined[name] = torch.cat(rows)
+    return Experience(**joined)
 
 
 @dataclass
