@@ -190,6 +190,11 @@ class Rl(Optim):
         "responses per rollout, over all processes; a multiple of responses_per_prompt", above=0
     )
     responses_per_prompt: int = key("responses sampled per prompt", above=0)
+    dynamic_sampling: Optional[int] = key(
+        "groups whose rewards are all equal are replaced by responses to the next prompts; the "
+        "prompts of a rollout are drawn N times at most; null: off",
+        at_least=2,
+    )
     prompt_epochs: int = key("passes over the prompts; decides the number of rollouts", above=0)
     max_steps: Optional[int] = key("stop after N rollouts; null: no limit", above=0)
     epochs: int = key("passes over each rollout", above=0)
@@ -208,10 +213,22 @@ class Rl(Optim):
         "subtracted from the score of a response without EOS, score units", at_least=0
     )
     length_penalty: float = key("subtracted from the score per response token", at_least=0)
+    overlong_penalty: Optional[int] = key(
+        "soft length penalty: over the last N tokens before rollout.max_new_tokens the score falls "
+        "by up to 1; null: off",
+        above=0,
+    )
+    mask_truncated: bool = key(
+        "responses without EOS are not in the loss; they still count for the others' advantages"
+    )
     scale_score: bool = key("divide scores by their running standard deviation")
     score_clip: Optional[float] = key("then limit them to +- this; null: no limit", above=0)
     clip_low: float = key("the ratio counts down to 1 - clip_low; 1 or more: no limit", above=0)
     clip_high: float = key("the ratio counts up to 1 + clip_high", above=0)
+    dual_clip: Optional[float] = key(
+        "a negative advantage counts up to this ratio; policy_loss=clip only; null: no limit",
+        above=1,
+    )
     loss_aggregation: LossAggregation = key("what the losses of actor and critic are means over")
     entropy_coef: float = key("weight of the entropy bonus, score units per nat", at_least=0)
     gamma: float = key("discount per token; gae and return only", at_least=0, at_most=1)

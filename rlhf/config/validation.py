@@ -21,6 +21,7 @@ from rlhf.config.choices import (
     KlController,
     KlEstimator,
     Normalize,
+    PolicyLoss,
     Precision,
 )
 from rlhf.config.deployment import describe_processes, world_size
@@ -193,6 +194,23 @@ def check_rl(cfg: Config) -> Iterator[str]:
         yield (
             f"rl.normalize=group with rl.advantage={rl.advantage.name}: only {fitting} compare "
             "the responses to a prompt; use batch or none"
+        )
+    if rl.dual_clip is not None and rl.policy_loss != PolicyLoss.clip:
+        yield (
+            f"rl.dual_clip={rl.dual_clip:g} with rl.policy_loss={rl.policy_loss.name}: it bounds "
+            "PPO's clipped loss; set it to null, or use rl.policy_loss=clip"
+        )
+    if rl.dynamic_sampling is not None and rl.responses_per_prompt == 1:
+        yield (
+            f"rl.dynamic_sampling={rl.dynamic_sampling} with rl.responses_per_prompt=1: it "
+            "compares responses to a prompt, so there must be at least 2; or set it to null"
+        )
+    longest = cfg.rollout.max_new_tokens
+    if rl.overlong_penalty is not None and rl.overlong_penalty >= longest:
+        yield (
+            f"rl.overlong_penalty={rl.overlong_penalty}: must be below "
+            f"rollout.max_new_tokens={longest}, of which it is the last part; "
+            f"try {max(1, longest // 5)}"
         )
     if not rl.rewards:
         yield "rl.rewards is empty: nothing to train on; give a source, see conf/rl/ppo.yaml"

@@ -30,6 +30,7 @@ from rlhf.reporting.eval_results import (
     win_rate_cells,
 )
 from rlhf.reporting.eval_summary import summarize
+from rlhf.runs.directory import read_warnings
 from rlhf.runs.history import Run
 from rlhf.runs.stage_views import KINDS, view_of
 
@@ -66,6 +67,8 @@ def print_runs(paths: list[Path], seconds: float) -> None:
         summary = json.loads((run / "summary.json").read_text())
         for label, before, after in result_rows(summary["stage"], summary["metrics"]):
             table.add_row(summary["stage"], label, before, after)
+        for line in read_warnings(run):
+            table.add_row(summary["stage"], escape(f"warning: {line}"), "", "")
         table.add_section()
     console = Console()
     if table.rows:

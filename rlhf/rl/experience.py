@@ -6,7 +6,7 @@ Shapes: B responses, P prompt tokens (left-padded), R response tokens (right-pad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,11 +31,8 @@ if TYPE_CHECKING:
     from rlhf.rl.rewards import Rewards
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
-PER_RESPONSE = (
-    "scores",
-    "finished",
-    "reward_errors",
-)  # every other field has a column for each response token
+# every other field has a column for each response token
+PER_RESPONSE = ("scores", "finished", "reward_errors")
 
 
 @dataclass
@@ -110,6 +107,40 @@ class Prompts:
     ids: Sequence[Sequence[int]]  # the same as token ids
     random: Tensor  # (B, R) in [0, 1), a number for each token of each response
     per_prompt: int = 1  # so many responses to a prompt lie side by side
+
+
+def pick_prompts(parts: Sequence[Prompts], index: Sequence[int]) -> Prompts:
+    """Some entries of several Prompts, counted through all of them."""
+    rows = [row for part in parts for row in part.rows]
+    ids = [row for part in parts for row in part.ids]
+    random = torch.cat([part.random for part in parts])
+    return replace(
+        parts[0],
+        rows=[rows[i] for i in index],
+        ids=[ids[i] for i in index],
+        random=random[list(index)],
+    )
+
+
+def concatenate(parts: Sequence[Experience], pad_id: int) -> Experience:
+    """The rows of several experiences as one, padded to the longest prompt and response."""
+    if len(parts) == 1:
+        return parts[0]
+    wide_p = max(part.prompt_ids.shape[1] for part in parts)
+    wide_r = max(part.response_ids.shape[1] for part in parts)
+    joined = {}
+    for name in [*sampled_fields(), "reward_errors"]:
+        fill = pad_id if name.endswith("_ids") else 0
+        rows = []
+        for part in parts:
+            value = getattr(part, name)
+            if name in PROMPT_FIELDS:
+                value = F.pad(value, (wide_p - value.shape[1], 0), value=fill)
+            elif name not in PER_RESPONSE:
+                value = F.pad(value, (0, wide_r - value.shape[1]), value=fill)
+            rows.append(value)
+        joined[name] = torch.cat(rows)
+    return Experience(**joined)
 
 
 @dataclass
