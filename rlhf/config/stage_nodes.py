@@ -229,9 +229,7 @@ class Eval(EvalSampling):
         "responses per held-out prompt; with functions in eval.rewards pass@k and maj@k up to this",
         above=0,
     )
-    by: list[str] = key(
-        "columns of the rows; pass rates are also given for each of their values"
-    )
+    by: list[str] = key("columns of the rows; pass rates are also given for each of their values")
     save_responses: Optional[str] = placement(
         "file (JSON lines) for all responses with their prompts and scores; null: none"
     )

@@ -49,7 +49,9 @@ def check_inputs(cfg: Config) -> list[str]:
 
     Loads nothing and runs no code of the user. One line per problem.
     """
-    lines = [line for stage in cfg.stage.runs for line in check_functions(cfg, stage)]
+    # stage=inspect tries the functions of online RL
+    scored = [cfg.rl.name if stage == "inspect" else stage for stage in cfg.stage.runs]
+    lines = [line for stage in scored for line in check_functions(cfg, stage)]
     if "eval" in cfg.stage.runs:
         lines += [*check_prompt_files(cfg), *check_response_file(cfg)]
     if cfg.data.template is Template.tokenizer:
