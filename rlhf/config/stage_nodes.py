@@ -4,7 +4,7 @@ evaluation and sampling. Values live in conf/."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from rlhf.config.choices import (
     Advantage,
@@ -17,6 +17,7 @@ from rlhf.config.choices import (
     KlEstimator,
     LossAggregation,
     Normalize,
+    OnError,
     PolicyLoss,
     RmLoss,
     RolloutEngine,
@@ -87,15 +88,38 @@ class Kl:
 
 
 @dataclass(kw_only=True)
+class Judge:
+    endpoint: str = key("OpenAI-compatible server, http://HOST:PORT/v1")
+    model: str = key("its name there")
+    rubric: str = key("text file with {prompt}, {completion} and, if needed, {ground_truth}")
+    api_key_env: Optional[str] = key(
+        "name of the environment variable with the key; null: none", default=None
+    )
+
+
+@dataclass(kw_only=True)
 class RewardSource:
     path: Optional[str] = key(
-        "reward model (run, directory, hub id); null without a function: rl.reward, or the rm run",
+        "reward model (run, directory, hub id); null with none of the others: rl.reward, or the rm "
+        "run",
         default=None,
     )
     function: Optional[str] = key(
-        '"module:name" of f(turns, response, **columns of the row) -> float; also looked for '
-        "in the current directory",
+        '"module:name" or "FILE.py:name" of f(prompts, completions, **columns) -> list[float | '
+        "None] (docs/rewards.md); modules are also looked for in the current directory",
         default=None,
+    )
+    url: Optional[str] = key(
+        "server that scores responses, by OpenRLHF's remote reward protocol", default=None
+    )
+    judge: Optional[Judge] = key("language model that grades responses", default=None)
+    kwargs: dict[str, Any] = key("further arguments of the function, by name", factory=dict)
+    timeout: float = placement(
+        "seconds that a call of the function may take", above=0, default=60.0
+    )
+    on_error: OnError = key(
+        "what an error of the function does: stop the run, or leave its responses without a score",
+        default=OnError.stop,
     )
     weight: float = key("in the sum of all sources; 0: only measured and logged", default=1.0)
 

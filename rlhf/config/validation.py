@@ -27,9 +27,11 @@ from rlhf.config.choices import (
 from rlhf.config.deployment import describe_processes, world_size
 from rlhf.config.keys import out_of_range
 from rlhf.config.schema import Config, Source
-from rlhf.config.stage_graph import is_rl, optimizer_nodes, score_sources
+from rlhf.config.stage_graph import function_sources, is_rl, optimizer_nodes, score_sources
+from rlhf.config.stage_nodes import RewardSource
 
 GOLD = "rlhf.data.sandbox:gold"
+FUNCTION = r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*"
 
 
 def check_config(cfg: Config) -> list[str]:
@@ -242,7 +244,7 @@ def check_eval(cfg: Config) -> Iterator[str]:
     node, policies = cfg.eval, cfg.eval.policies
     sources = score_sources(cfg, "eval")
     yield from check_sources(cfg, "eval", "eval")
-    if not policies and all(source.function for source in sources.values()):
+    if not policies and len(function_sources(cfg, "eval")) == len(sources):
         yield "eval.policies is empty and eval.rewards has no reward model: nothing to measure"
     if twice := sorted({policy for policy in policies if policies.count(policy) > 1}):
         yield f"eval.policies: {', '.join(twice)} is there twice"
@@ -260,7 +262,7 @@ def check_eval(cfg: Config) -> Iterator[str]:
             f"eval.samples={node.samples} with eval.decoding={node.decoding.name}: all responses "
             "to a prompt would be the same; use eval.decoding=sample, or eval.samples=1"
         )
-    if node.by and not any(source.function for source in sources.values()):
+    if node.by and not any(source.function or source.url for source in sources.values()):
         yield (
             f"eval.by={node.by}: it divides the pass rates of functions, and eval.rewards has "
             "none; give eval.rewards.NAME.function, or leave it out"
@@ -276,18 +278,35 @@ def check_sources(cfg: Config, node: str, stage: str) -> Iterator[str]:
         key = f"{node}.rewards.{name}"
         if not math.isfinite(source.weight):
             yield f"{key}.weight={source.weight}: must be a number"
-        if source.path is not None and source.function is not None:
-            yield f"{key}: path and function are both given: a source is one of them"
-        if source.function and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.function):
-            yield f"{key}.function={source.function}: give module:function, for instance {GOLD}"
+        yield from check_kind(key, source)
         if name == "gold" and source.function != GOLD:
             yield f"{key}: gold is the name of the sandbox's ground truth; choose another name"
-    trained = [name for name, s in sources.items() if s.path is None and s.function is None]
+    functions = function_sources(cfg, stage)
+    trained = [name for name, s in sources.items() if s.path is None and name not in functions]
     if len(trained) > 1:
         yield (
             f"{node}.rewards: {' and '.join(trained)} are both the reward model of this "
             "configuration: give one a path or function"
         )
+
+
+def check_kind(key: str, source: RewardSource) -> Iterator[str]:
+    """What one part of a score is: a reward model, a function, a server or a judge."""
+    kinds = ("path", "function", "url", "judge")
+    given = [kind for kind in kinds if getattr(source, kind) is not None]
+    if len(given) > 1:
+        yield f"{key}: {' and '.join(given)} are both given: a source is one of them"
+    if source.function and not re.fullmatch(FUNCTION, source.function):
+        yield (
+            f"{key}.function={source.function}: give module:function or FILE.py:function, for "
+            f"instance {GOLD}"
+        )
+    endpoint = source.judge.endpoint if source.judge else None
+    for name, address in {"url": source.url, "judge.endpoint": endpoint}.items():
+        if address is not None and not re.match(r"https?://[^/\s]+", address):
+            yield f"{key}.{name}={address}: give an address that begins with http:// or https://"
+    if source.kwargs and given in ([], ["path"]):
+        yield f"{key}.kwargs: they are arguments of a function, and this is a reward model"
 
 
 def nearest_multiple(value: int, divisor: int) -> int:

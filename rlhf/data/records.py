@@ -31,6 +31,7 @@ class Prompt:
 
     turns: list[Turn]
     columns: str = ""  # the row's other columns, for reward functions, as JSON
+    is_messages: bool = False  # whether the data set has it as messages, not as text
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
@@ -18,6 +18,7 @@ from rlhf.evaluation.best_of import sizes
 from rlhf.evaluation.statistics import majority_at_k, pass_at_k, wilson_interval
 from rlhf.evaluation.win_rates import Responses, judgement
 from rlhf.reporting.eval_results import PassRate
+from rlhf.rewards.batch import columns_of
 from rlhf.verifiers import final_answer
 
 PASSING_SCORE = 1.0
@@ -119,12 +120,6 @@ def values_of(prompts: Sequence[Prompt], column: str) -> list[str]:
     """The value of a column in each prompt's row, as text; null where a row does not have it."""
     values = [columns_of(prompt).get(column) for prompt in prompts]
     return [value if isinstance(value, str) else json.dumps(value) for value in values]
-
-
-def columns_of(prompt: Prompt) -> dict[str, Any]:
-    """The columns of a prompt's row."""
-    columns: dict[str, Any] = json.loads(prompt.columns or "{}")
-    return columns
 
 
 def in_order(value: str) -> tuple[bool, float, str]:

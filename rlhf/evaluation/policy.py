@@ -55,7 +55,7 @@ def evaluate_policy(
     streams = [uniforms("evaluation", range(len(kept)), 0, i, max_new_tokens) for i in range(n)]
     random = torch.stack(streams, 1).flatten(0, 1)
     repeated = [row for row in kept for _ in range(n)]
-    prompts = Prompts([prompt for prompt, _ in repeated], [ids for _, ids in repeated], random)
+    prompts = Prompts([prompt for prompt, _ in repeated], [ids for _, ids in repeated], random, n)
     experience = make_experience(replace(models, critic=None), prompts, sampling, micro_batch)
     kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
     rows = []

@@ -5,18 +5,17 @@ A verifier that refuses the right answers teaches nothing; stage=inspect finds t
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf.base.log import log
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import score_sources
 from rlhf.data.inspection.measuring import ReferenceCheck
 from rlhf.data.records import Prompt, Turn
-from rlhf.rl.functions import RewardFunction, load_function, score
+from rlhf.rewards.batch import columns_of, make_batch
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.trial import check_columns, spec_of
 
 if TYPE_CHECKING:
     import datasets
@@ -44,25 +43,28 @@ def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceChec
             f"one (an answer, or a column {', '.join(COLUMNS)})"
         )
         return []
-    sys.path.insert(0, os.getcwd())  # the user's modules may be where the command is run
-    checks = []
-    for name, source in sources.items():
-        key = f"rl.rewards.{name}.function={source.function}"
-        function = load_function(str(source.function), key)
-        scores = score_rows(function, prompts, answers, key)
-        checks.append(check_of(name, prompts, answers, scores))
-    return checks
+    specs = {name: spec_of(f"rl.rewards.{name}", source) for name, source in sources.items()}
+    process = RewardProcess(specs)
+    try:
+        check_columns(process, prompts)
+        return [
+            check_of(name, prompts, answers, scores)
+            for name, scores in score_rows(process, prompts, answers).items()
+        ]
+    finally:
+        process.close()
 
 
 def score_rows(
-    function: RewardFunction, prompts: Sequence[Prompt], responses: Sequence[str], where: str
-) -> list[float | None]:
-    """The score of each response; None where the function does not apply.
+    process: RewardProcess, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> dict[str, list[float | None]]:
+    """The scores of each function; None where it does not apply.
 
-    Args: where: the key of the function, which begins the messages.
-    Raises: UserError where it fails.
+    Raises: UserError where one fails.
     """
-    return [score(function, *row, where) for row in zip(prompts, responses)]
+    state = {"global_step": 0, "max_steps": 0}
+    batch = make_batch(prompts, responses, [[] for _ in responses], state)
+    return {name: result.scores for name, result in process.score(batch).items()}
 
 
 def check_of(
@@ -86,15 +88,16 @@ def reference_answers(table: datasets.Dataset) -> tuple[list[Prompt], list[str]]
     step = -(-len(table) // MOST_ROWS) or 1
     prompts, answers = [], []
     for row in table.select(range(0, len(table), step)):
-        if answer := row["chosen"] or reference_in(row["columns"]):
-            prompts.append(Prompt([Turn(**turn) for turn in row["prompt"]], row["columns"]))
+        prompt = Prompt([Turn(**turn) for turn in row["prompt"]], row["columns"])
+        if answer := row["chosen"] or reference_in(prompt):
+            prompts.append(prompt)
             answers.append(answer)
     return prompts, answers
 
 
-def reference_in(columns: str) -> str:
-    """The reference in a row's other columns, as text; "" without one. Args: columns: as JSON."""
-    row: dict[str, Any] = json.loads(columns or "{}")
+def reference_in(prompt: Prompt) -> str:
+    """The reference in the other columns of a prompt's row, as text; "" without one."""
+    row = columns_of(prompt)
     for name in COLUMNS:
         value = row.get(name)
         if isinstance(value, dict):  # verl: {"ground_truth": "7", "style": "rule"}

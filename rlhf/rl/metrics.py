@@ -64,12 +64,19 @@ def rollout_metrics(e: Experience, scored: Scored, kl_coef: float) -> dict[str, 
     return {name: float(value) for name, value in metrics.items()}
 
 
-def source_metrics(names: Sequence[str], scores: Tensor) -> dict[str, float]:
-    """Mean and standard deviation of each source's scores. Args: scores (B, sources)."""
+def source_metrics(names: Sequence[str], e: Experience) -> dict[str, float]:
+    """Mean and standard deviation of each source's scores, over the responses that have one.
+
+    With functions also the share of responses without a score, and that of errors (on_error=skip).
+    """
     metrics = {}
-    for name, column in zip(names, scores.unbind(1)):
-        metrics[f"reward/{name}/mean"] = float(column.mean())
-        metrics[f"reward/{name}/std"] = float(column.std(correction=0))
+    for i, (name, column) in enumerate(zip(names, e.scores.unbind(1))):
+        known = column[~column.isnan()]
+        metrics[f"reward/{name}/mean"] = float(known.mean())
+        metrics[f"reward/{name}/std"] = float(known.std(correction=0)) if len(known) else math.nan
+        if len(e.reward_errors):
+            metrics[f"reward/{name}/none_rate"] = 1 - len(known) / len(column)
+            metrics[f"reward/{name}/error_rate"] = float(e.reward_errors[:, i].mean())
     return metrics
 
 

@@ -38,6 +38,7 @@ from rlhf.config.stage_graph import (
     is_stage_name,
     score_sources,
 )
+from rlhf.config.stage_nodes import Judge
 
 PROMPTS = ASSETS / "prompts"  # one prompt per line, of each language
 POLICY, SCORER = "ForCausalLM", "ForSequenceClassification"  # ends of transformers' class names
@@ -187,18 +188,31 @@ def check_functions(cfg: Config, stage: str) -> Iterator[str]:
     """The python functions among the sources of the score."""
     node = "rl" if is_rl(stage) else stage
     for name, source in score_sources(cfg, stage).items():
+        if source.judge:
+            yield from check_judge(f"{node}.rewards.{name}.judge", source.judge)
         if not source.function or ":" not in source.function:
             continue
-        module, function = source.function.split(":", 1)
+        module, _, function = source.function.rpartition(":")
         key = f"{node}.rewards.{name}.function={source.function}"
         file = function_file(source.function)
-        if file is None:
+        if file is None and module.endswith(".py"):
+            yield f"{key}: there is no file {Path(module).expanduser().resolve()}"
+        elif file is None:
             yield (
                 f"{key}: there is no module {module}, neither here ({os.getcwd()}) nor among the "
                 "installed packages"
             )
         elif not may_define(file, function):
             yield f"{key}: there is no {function} in {file}"
+
+
+def check_judge(key: str, judge: Judge) -> Iterator[str]:
+    """The files and the key of a language model that grades responses."""
+    rubric, name = Path(judge.rubric).expanduser(), judge.api_key_env
+    if not rubric.is_file():
+        yield f"{key}.rubric={judge.rubric}: there is no file {rubric.resolve()}"
+    if name is not None and not os.environ.get(name):
+        yield f"{key}.api_key_env={name}: this environment variable is not set"
 
 
 def may_define(file: Path, name: str) -> bool:
@@ -257,8 +271,13 @@ def read_prompt_lines(file: Path) -> list[str]:
 
 
 def function_file(function: str) -> Path | None:
-    """The file of "module:name", in the current directory or an installed package; or None."""
-    parts = function.split(":")[0].split(".")
+    """The file of "module:name", in the current directory or an installed package, or of
+    "FILE.py:name"; None where there is none."""
+    place = function.rpartition(":")[0]
+    if place.endswith(".py"):
+        file = Path(place).expanduser()
+        return file if file.is_file() else None
+    parts = place.split(".")
     for root in (os.getcwd(), *sys.path):
         for file in (Path(root, *parts).with_suffix(".py"), Path(root, *parts, "__init__.py")):
             if file.is_file():

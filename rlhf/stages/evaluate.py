@@ -20,7 +20,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.config.choices import Decoding
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import policy_labels
+from rlhf.config.stage_graph import function_sources, policy_labels
 from rlhf.config.stage_nodes import Eval
 from rlhf.data import encoding
 from rlhf.data.load import open_data
@@ -45,8 +45,9 @@ from rlhf.reporting.eval_results import (
     side_by_side,
     summary_metrics,
 )
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.trial import start_functions, try_functions
 from rlhf.rl.experience import Models
-from rlhf.rl.functions import RewardFunction, load_functions, try_functions
 from rlhf.rl.rewards import (
     Rewards,
     build_rewards,
@@ -64,7 +65,7 @@ NO_LIMIT = 10**6  # tokens of a prompt
 class Setup:
     """What is evaluated, and on what."""
 
-    functions: dict[str, RewardFunction]
+    functions: RewardProcess | None
     paths: dict[str, str]  # the model of each policy, by its label
     against: str | None  # label of the policy that the others are compared with
     scorers: list[str]  # paths of the reward models
@@ -142,7 +143,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 def prepare(cfg: Config, run_dir: Path) -> Setup:
     """Check all models, and find the prompts that fit all of them. Loads no weights."""
     node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
-    functions = load_functions(cfg)
+    functions = start_functions(cfg)
     check_reward_models(cfg)
     labels = policy_labels(node.policies)
     paths = {name: location_of(cfg, policy) for name, policy in labels.items()}
@@ -157,9 +158,9 @@ def prepare(cfg: Config, run_dir: Path) -> Setup:
     for name, path in paths.items():
         warn_of_template(name, path, tokenizers[name], cfg)
     data = open_data(cfg, run_dir)
-    try_functions(cfg, functions, data)
+    try_functions(functions, data)
     check_columns(data.eval_prompts, node.by)
-    if node.samples > 1 and not functions:
+    if node.samples > 1 and not verifiers(cfg):
         log.warning(
             f"eval.samples={node.samples}: no function among eval.rewards checks responses, so "
             "there is no pass@k; the other numbers are means over all responses"
@@ -234,6 +235,12 @@ def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
     for source in rewards.sources:
         source.weight = 1.0
     return rewards
+
+
+def verifiers(cfg: Config) -> list[str]:
+    """The sources that check responses: functions and servers."""
+    sources = function_sources(cfg, "eval").items()
+    return [name for name, source in sources if source.function or source.url]
 
 
 def judges_of(node: Eval, data: Dataset) -> list[str]:
@@ -325,8 +332,7 @@ def evaluate_one(
     )
     results.metrics[name], results.responses[name] = metrics, responses[:: node.samples]
     prompts, sources = setup.data.eval_prompts, models.rewards.names if models.rewards else []
-    verifiers = [source for source in sources if source in setup.functions]
-    results.pass_rates[name] = pass_rates(name, prompts, responses, verifiers, node.by)
+    results.pass_rates[name] = pass_rates(name, prompts, responses, verifiers(cfg), node.by)
     if node.save_responses:
         results.lines[name] = response_lines(name, prompts, responses, sources, "held-out")
     demonstrations = encoding.encode_demonstrations(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,10 +28,11 @@ from rlhf.evaluation.during_training import Evaluations
 from rlhf.models.loading import check_context, load_scorer, save_engine
 from rlhf.models.wrappers import Scorer
 from rlhf.planning.memory import gather_for_rollout
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.trial import start_functions, try_functions
 from rlhf.rl.advantages import estimate_advantages, shape_scores, token_rewards
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 from rlhf.rl.experience import Experience, Models, Prompts, make_experience
-from rlhf.rl.functions import load_functions, try_functions
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import kl_estimate
 from rlhf.rl.metrics import Scored, response_rows, rollout_metrics, source_metrics
@@ -61,11 +61,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     Returns: the final metrics.
     """
     # 1. data
-    functions = load_functions(cfg)
+    functions = start_functions(cfg)
     check_reward_models(cfg)
     path = cfg.inputs["sft"]
     tokenizer, data = open_inputs(cfg, run_dir, path, samples=True, references=False)
-    try_functions(cfg, functions, data)
+    try_functions(functions, data)
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")
@@ -109,6 +109,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics, compared = state.evaluations.compare(rollouts)
     tracker.samples(rollouts, compared)
     save_models(learner, run_dir)
+    if functions:
+        functions.close()
     tracker.close(metrics)
     return metrics
 
@@ -156,6 +158,7 @@ def train_on_rollout(
     # 1. sample responses, and measure them
     started = time.time()
     asked = prompts_of_rollout(cfg, prompts, batch, rollout)
+    learner.rewards.progress = (rollout, learner.rollouts)
     sampling = Sampling(cfg.rollout.temperature, greedy=cfg.rl.dschat.greedy)
     experience = make_experience(
         models,
@@ -215,7 +218,7 @@ def log_rollout(
     rewards = learner.rewards
     metrics = rollout_metrics(experience, scored, state.kl.value)
     metrics |= state.evaluations.gold_metrics(experience, asked.rows)
-    metrics |= source_metrics(rewards.names, experience.scores)
+    metrics |= source_metrics(rewards.names, experience)
     count = learner.cfg.rollout.log_responses
     state.tracker.responses(rollout + 1, response_rows(experience, scored, rewards, count))
     return metrics
@@ -239,7 +242,7 @@ def prompts_of_rollout(
     numbers = [i + j * len(prompts) for i in batch for j in range(k)]
     random = uniforms("rollout", numbers, cfg.seed, rollout, cfg.rollout.max_new_tokens)
     rows, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(k)))
-    return Prompts(rows, ids, random)
+    return Prompts(rows, ids, random, k)
 
 
 def score_rollout(learner: Learner, state: State, experience: Experience) -> Scored:
@@ -290,7 +293,7 @@ def load_models(
     cfg: Config,
     data: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    functions: dict[str, Any],
+    functions: RewardProcess | None,
     run_dir: Path,
 ) -> Models:
     """The policy and its reference, what scores responses, and with rl.advantage=gae the critic."""

@@ -12,19 +12,20 @@ from helpers import composed
 from rlhf.runs.checks import check_inputs
 from rlhf.stages import inspect
 
-RIGHT = "def right(turns, response, answer):\n    return float(response == answer)\n"
-BROKEN = """
-def broken(turns, response, answer):
+FUNCTIONS = """
+def right(completions, answer):
+    return [float(one == wanted) for one, wanted in zip(completions, answer)]
+
+def broken(completions, **columns):
     # it misses thousands separators
-    return float(response.split()[-1].isdigit())
+    return [float(one.split()[-1].isdigit()) for one in completions]
 """
 
 
 @pytest.fixture
 def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "checks_of_mine.py").write_text(RIGHT + BROKEN)
+    (tmp_path / "checks_of_mine.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     rows = [
         {
             "question": f"What is <{n}> times 100?",

@@ -25,6 +25,7 @@ FLOORS = [  # from the ground up; imports run downwards only, or within a packag
     ["models"],
     ["sampling"],
     ["training", "verifiers"],
+    ["rewards"],
     ["chat", "rl"],
     ["evaluation"],
     ["stages"],

@@ -58,7 +58,8 @@ def test_a_function_that_applies_to_nothing_is_named() -> None:
 def test_the_reference_of_a_row_without_an_answer_is_in_a_column(
     columns: dict[str, object], reference: str
 ) -> None:
-    assert reference_in(json.dumps(columns) if columns else "") == reference
+    text = json.dumps(columns) if columns else ""
+    assert reference_in(Prompt([Turn("user", "?")], text)) == reference
 
 
 def test_the_rows_are_spread_over_all_that_have_a_reference(

@@ -171,7 +171,7 @@ from rlhf.config.validation import check_config
         ),
         (
             ["+rl.rewards={gold: {function: gold}}"],
-            "rl.rewards.gold.function=gold: give module:function, for instance "
+            "rl.rewards.gold.function=gold: give module:function or FILE.py:function, for instance "
             "rlhf.data.sandbox:gold",
         ),
         (

@@ -17,7 +17,7 @@ from rlhf.data.sandbox.ground_truth import (
     Request,
     all_prompts,
     best_gold,
-    gold,
+    gold_of_turns,
     gold_reward,
     request_of,
 )
@@ -207,7 +207,7 @@ def build_world(cfg: Sandbox, seed: int, held_out_prompts: int) -> World:
         eval_rm=[_label(one, temperature, rng_eval) for one in held_out_comparisons],
         eval_probe=[_probe(prompt, rng_eval) for prompt in held_out],
         eval_prompts=[[Turn("user", prompt)] for prompt in held_out],
-        gold=gold,
+        gold=gold_of_turns,
         best_gold=lambda turns: best_gold(turns[-1].text),
     )
 
