@@ -266,6 +266,14 @@ class Eval(EvalSampling):
     judge: Optional[str] = key(
         "eval/win_rate is by this source, or by gold; null: gold where known, else the first source"
     )
+    samples: int = key(
+        "responses per held-out prompt; with functions in eval.rewards pass@k and maj@k up to this",
+        above=0,
+    )
+    by: list[str] = key("columns of the rows; pass rates are also given for each of their values")
+    save_responses: Optional[str] = placement(
+        "file (JSON lines) for all responses with their prompts and scores; null: none"
+    )
     decoding: Decoding = key("how responses are generated")
     beams: int = key("number of beams with eval.decoding=beam", at_least=2)
     prompts: list[str] = key(

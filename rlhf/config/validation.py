@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from rlhf.base.constants import SANDBOX_HELD_OUT, SANDBOX_PROMPTS
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
+    Decoding,
     Device,
     DpoLoss,
     Format,
@@ -274,6 +275,16 @@ def check_eval(cfg: Config) -> Iterator[str]:
         yield f"eval.judge={node.judge}: give one of eval.rewards ({', '.join(sources)}), or gold"
     if node.judge == "gold" and cfg.data.sandbox is None:
         yield "eval.judge=gold: these data have no ground truth; name a source of eval.rewards"
+    if node.samples > 1 and node.decoding != Decoding.sample:
+        yield (
+            f"eval.samples={node.samples} with eval.decoding={node.decoding.name}: all responses "
+            "to a prompt would be the same; use eval.decoding=sample, or eval.samples=1"
+        )
+    if node.by and not any(source.function or source.url for source in sources.values()):
+        yield (
+            f"eval.by={node.by}: it divides the pass rates of functions, and eval.rewards has "
+            "none; give eval.rewards.NAME.function, or leave it out"
+        )
     if node.best_of == 1:
         yield "eval.best_of=1: the best of one is that one; give more, or 0 for no curve"
 

@@ -50,8 +50,11 @@ def check_inputs(cfg: Config) -> list[str]:
 
     Loads nothing and runs no code of the user. One line per problem.
     """
-    lines = [line for stage in cfg.stage.runs for line in check_functions(cfg, stage)]
-    lines += check_prompt_files(cfg) if "eval" in cfg.stage.runs else []
+    # stage=inspect tries the functions of online RL
+    scored = [cfg.rl.name if stage == "inspect" else stage for stage in cfg.stage.runs]
+    lines = [line for stage in scored for line in check_functions(cfg, stage)]
+    if "eval" in cfg.stage.runs:
+        lines += [*check_prompt_files(cfg), *check_response_file(cfg)]
     if cfg.data.template is Template.tokenizer:
         lines += check_chat_templates(cfg)
     return lines + [line for model in given_models(cfg) for line in check_model(*model)]
@@ -240,6 +243,20 @@ def check_prompt_files(cfg: Config) -> Iterator[str]:
             read_prompt_lines(file)
         except (OSError, UnicodeDecodeError) as error:
             yield f"eval.prompts: {name} cannot be read: {error}"
+
+
+def check_response_file(cfg: Config) -> Iterator[str]:
+    """Whether eval.save_responses can be written."""
+    if cfg.eval.save_responses is None:
+        return
+    key = f"eval.save_responses={cfg.eval.save_responses}"
+    file = Path(cfg.eval.save_responses).absolute()
+    if file.is_dir() or cfg.eval.save_responses.endswith("/"):
+        yield f"{key}: this is a folder; give a file in it, for instance responses.jsonl"
+    elif not file.parent.is_dir():
+        yield f"{key}: there is no folder {file.parent}; make it first"
+    elif not os.access(file.parent, os.W_OK | os.X_OK):
+        yield f"{key}: the folder {file.parent} cannot be written; give a file elsewhere"
 
 
 def prompt_file(name: str) -> Path:

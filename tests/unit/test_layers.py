@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; imports run downwards only, or within a packag
     ["reporting"],
     ["models"],
     ["sampling"],
-    ["training"],
+    ["training", "verifiers"],
     ["rewards"],
     ["chat", "rl"],
     ["evaluation"],
