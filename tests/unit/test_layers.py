@@ -15,12 +15,12 @@ from helpers import REPO
 
 PACKAGE = REPO / "rlhf"
 FLOORS = [  # from the ground up; imports run downwards only, or within a package without a circle
-    ["base"],
+    ["base", "verifiers"],
     ["config"],
     ["distributed"],
     ["runs"],
     ["data"],
-    ["planning"],
+    ["planning", "rewards"],
     ["reporting"],
     ["models"],
     ["sampling"],
