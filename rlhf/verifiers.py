@@ -233,9 +233,10 @@ def references_of(count: int, columns: dict[str, Any], column: str | None) -> li
     found = {name: columns[name] for name in names if columns.get(name) is not None}
     if not found:
         others = [n for n, v in columns.items() if v is not None and n not in NOT_COLUMNS]
+        there = ", ".join(others) or "none"
         raise ValueError(
-            f"the data have no column {' or '.join(names)}; "
-            f"they have {', '.join(others) or 'none'}: name the one with the reference in kwargs: {{column: NAME}}"
+            f"the data have no column {' or '.join(names)} (they have {there}): name the one with "
+            "the reference in kwargs: {column: NAME}"
         )
     rows = []
     for i in range(count):

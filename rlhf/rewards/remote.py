@@ -70,7 +70,7 @@ async def remote(
     Args:
         timeout: seconds for one request.
         column: the column with the reference.
-    Raises: UserError where the server fails, and for another number of rewards, or what is no number.
+    Raises: UserError where the server fails, and for another number of rewards, or no number.
 
     Source: github.com/OpenRLHF/OpenRLHF, openrlhf/cli/serve_rm.py.
     """
