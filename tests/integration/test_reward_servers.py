@@ -133,8 +133,8 @@ def test_what_a_server_does_wrong_is_one_line_with_the_url(
     with running(tmp_path, behaviour) as server:
         timeout = 0.3 if behaviour == "slow" else 60.0
         assert refused(server.url, timeout=timeout).startswith(f"{server.url}: {said}")
-        tries = {"500": 3, "die": 1}.get(behaviour, 1)
-        assert len(server.requests) == tries
+        if behaviour != "slow":  # a busy machine may not even have read that request
+            assert len(server.requests) == (3 if behaviour == "500" else 1)
 
 
 def test_a_wrong_url_is_refused_and_no_password_is_shown() -> None:

@@ -186,7 +186,8 @@ def test_a_column_that_is_not_there_is_named(verifier: Callable[..., Any]) -> No
     with pytest.raises(ValueError) as raised:
         verifier(["7"], prompts=["?"], completion_ids=[[5]], trainer_state=None, solution=["7"])
     assert str(raised.value) == (
-        f"the data have no column ground_truth or answer or reward_model (they have solution): {fix}"
+        "the data have no column ground_truth or answer or reward_model (they have solution): "
+        + fix
     )
     with pytest.raises(ValueError) as raised:
         verifier(["7"], column="goal")
