@@ -22,7 +22,7 @@ from rlhf.base.locations import BUILTIN
 from rlhf.base.log import log, say
 from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import score_sources
+from rlhf.config.stage_graph import function_sources
 from rlhf.runs.checks import given_models
 from rlhf.runs.command import Command
 from rlhf.runs.directory import config_for_stage
@@ -44,8 +44,10 @@ def rehearse(command: Command, stages: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
         for number, stage in enumerate(stages[1:]):
             cfg = command.for_stage(stage).cfg
-            functions = [one for one in score_sources(cfg, stage).values() if one.function]
-            if functions or {path for _, path in models_of(command, stage)} - read_by_first:
+            if (
+                function_sources(cfg, stage)
+                or {path for _, path in models_of(command, stage)} - read_by_first
+            ):
                 save_config(config_for_stage(cfg, stage, {}), Path(folder, f"{number}.yaml"))
         if not any(Path(folder).iterdir()):
             return
@@ -106,15 +108,19 @@ def try_stage(cfg: Config, folder: Path) -> None:
     """
     for key, path, _ in given_models(cfg):
         try_model(cfg, key, path)
-    if not any(source.function for source in score_sources(cfg, cfg.stage.name).values()):
+    if not function_sources(cfg, cfg.stage.name):
         return
     from rlhf.data.load import open_data
-    from rlhf.rl.functions import load_functions, try_functions
+    from rlhf.rewards.trial import start_functions, try_functions
 
-    functions = load_functions(cfg)
+    functions = start_functions(cfg)
+    assert functions is not None
     folder.mkdir()
-    rows = try_functions(cfg, functions, open_data(cfg, folder))
-    names = ", ".join(functions)
+    try:
+        rows = try_functions(functions, open_data(cfg, folder))
+    finally:
+        functions.close()
+    names = ", ".join(functions.specs)
     say(f"{cfg.stage.name}: tried {names} on {rows} held-out prompts")
 
 

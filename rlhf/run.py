@@ -269,6 +269,9 @@ def is_finished(command: Command, stage: str, directory: Path, inputs: Inputs) -
         )
     say(f"{stage}: finished, {directory}")
     cfg = command.for_stage(stage).cfg
+    if stage == "eval" and cfg.eval.save_responses:
+        key = f"eval.save_responses={cfg.eval.save_responses}"
+        say(f"{key}: nothing is written, as the evaluation is finished; fresh=true measures again")
     if measured := measured_otherwise(summary.get("settings", {}), cfg, stage):
         fix = "stage=eval measures it again, fresh=true trains it again"
         say(f"{stage}: it was evaluated with {measured}; {fix}")

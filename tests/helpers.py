@@ -221,7 +221,8 @@ def undocumented(names: set[str]) -> list[str]:
         short = (
             "`_" + name.rsplit("_", 1)[-1] + "`"
         )  # families are written `objective/scores`, `_std`
-        family = "`timing_s/*`" if name.startswith("timing_s/") else f"`{name}`"
+        families = ("timing_s/", "reward/difficulty/")
+        family = next((f"`{f}*`" for f in families if name.startswith(f)), f"`{name}`")
         if family not in page and not (short in page and f"`{name.rsplit('_', 1)[0]}`" in page):
             missing.append(name)
     return missing

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
 
-
-def minus_length(turns: list[Any], answer: str) -> float:
+def minus_length(completions: list[str]) -> list[float]:
     """Best: to say nothing."""
-    return -0.2 * len(answer.split())
+    return [-0.2 * len(answer.split()) for answer in completions]
 
 
-def thanks(turns: list[Any], answer: str) -> float:
+def thanks(completions: list[str]) -> list[float]:
     """A bandit with one good arm among many: 1 for a response that begins with this word, as one in
     eight of the SFT policy's responses does."""
-    return float(answer.startswith("Thanks"))
+    return [float(answer.startswith("Thanks")) for answer in completions]

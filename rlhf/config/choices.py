@@ -65,6 +65,13 @@ class BadRow(Enum):
     refuse = "refuse"  # stop with one line that names it
 
 
+class OnError(Enum):
+    """What an error of a reward function does."""
+
+    stop = "stop"  # the run ends with one line: function, row, response
+    skip = "skip"  # these responses have no score of this source; their share is logged
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"

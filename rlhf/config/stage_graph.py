@@ -96,8 +96,11 @@ def parent_stages(cfg: Config, stage: str) -> dict[str, str | None]:
 
 def uses_trained_reward_model(cfg: Config, stage: str) -> bool:
     """Whether a part of the stage's score is the reward model of this configuration."""
-    sources = score_sources(cfg, stage).values()
-    return any(source.path is None and source.function is None for source in sources)
+    functions = function_sources(cfg, stage)
+    return any(
+        source.path is None and name not in functions
+        for name, source in score_sources(cfg, stage).items()
+    )
 
 
 def score_sources(cfg: Config, stage: str) -> dict[str, RewardSource]:
@@ -106,6 +109,15 @@ def score_sources(cfg: Config, stage: str) -> dict[str, RewardSource]:
         return {}
     rewards = cfg.eval.rewards if stage == "eval" else cfg.rl.rewards
     return {name: source for name, source in rewards.items() if source is not None}
+
+
+def function_sources(cfg: Config, stage: str) -> dict[str, RewardSource]:
+    """The parts of the score that are no reward models: python functions, servers and judges."""
+    return {
+        name: source
+        for name, source in score_sources(cfg, stage).items()
+        if source.function or source.url or source.judge
+    }
 
 
 def is_stage_name(policy: str) -> bool:

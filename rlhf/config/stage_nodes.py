@@ -4,7 +4,7 @@ evaluation and sampling. Values live in conf/."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from rlhf.config.choices import (
     Advantage,
@@ -17,6 +17,7 @@ from rlhf.config.choices import (
     KlEstimator,
     LossAggregation,
     Normalize,
+    OnError,
     PolicyLoss,
     RmLoss,
     RolloutEngine,
@@ -87,15 +88,38 @@ class Kl:
 
 
 @dataclass(kw_only=True)
+class Judge:
+    endpoint: str = key("OpenAI-compatible server, http://HOST:PORT/v1")
+    model: str = key("its name there")
+    rubric: str = key("text file with {prompt}, {completion} and, if needed, {ground_truth}")
+    api_key_env: Optional[str] = key(
+        "name of the environment variable with the key; null: none", default=None
+    )
+
+
+@dataclass(kw_only=True)
 class RewardSource:
     path: Optional[str] = key(
-        "reward model (run, directory, hub id); null without a function: rl.reward, or the rm run",
+        "reward model (run, directory, hub id); null with none of the others: rl.reward, or the rm "
+        "run",
         default=None,
     )
     function: Optional[str] = key(
-        '"module:name" of f(turns, response, **columns of the row) -> float; also looked for '
-        "in the current directory",
+        '"module:name" or "FILE.py:name" of f(prompts, completions, **columns) -> list[float | '
+        "None] (docs/rewards.md); modules are also looked for in the current directory",
         default=None,
+    )
+    url: Optional[str] = key(
+        "server that scores responses, by OpenRLHF's remote reward protocol", default=None
+    )
+    judge: Optional[Judge] = key("language model that grades responses", default=None)
+    kwargs: dict[str, Any] = key("further arguments of the function, by name", factory=dict)
+    timeout: float = placement(
+        "seconds that a call of the function may take", above=0, default=60.0
+    )
+    on_error: OnError = key(
+        "what an error of the function does: stop the run, or leave its responses without a score",
+        default=OnError.stop,
     )
     weight: float = key("in the sum of all sources; 0: only measured and logged", default=1.0)
 
@@ -166,6 +190,11 @@ class Rl(Optim):
         "responses per rollout, over all processes; a multiple of responses_per_prompt", above=0
     )
     responses_per_prompt: int = key("responses sampled per prompt", above=0)
+    dynamic_sampling: Optional[int] = key(
+        "groups whose rewards are all equal are replaced by responses to the next prompts; the "
+        "prompts of a rollout are drawn N times at most; null: off",
+        at_least=2,
+    )
     prompt_epochs: int = key("passes over the prompts; decides the number of rollouts", above=0)
     max_steps: Optional[int] = key("stop after N rollouts; null: no limit", above=0)
     epochs: int = key("passes over each rollout", above=0)
@@ -184,10 +213,22 @@ class Rl(Optim):
         "subtracted from the score of a response without EOS, score units", at_least=0
     )
     length_penalty: float = key("subtracted from the score per response token", at_least=0)
+    overlong_penalty: Optional[int] = key(
+        "soft length penalty: over the last N tokens before rollout.max_new_tokens the score falls "
+        "by up to 1; null: off",
+        above=0,
+    )
+    mask_truncated: bool = key(
+        "responses without EOS are not in the loss; they still count for the others' advantages"
+    )
     scale_score: bool = key("divide scores by their running standard deviation")
     score_clip: Optional[float] = key("then limit them to +- this; null: no limit", above=0)
     clip_low: float = key("the ratio counts down to 1 - clip_low; 1 or more: no limit", above=0)
     clip_high: float = key("the ratio counts up to 1 + clip_high", above=0)
+    dual_clip: Optional[float] = key(
+        "a negative advantage counts up to this ratio; policy_loss=clip only; null: no limit",
+        above=1,
+    )
     loss_aggregation: LossAggregation = key("what the losses of actor and critic are means over")
     entropy_coef: float = key("weight of the entropy bonus, score units per nat", at_least=0)
     gamma: float = key("discount per token; gae and return only", at_least=0, at_most=1)
@@ -224,6 +265,14 @@ class Eval(EvalSampling):
     normalize_score: bool = key("as rl.normalize_score")
     judge: Optional[str] = key(
         "eval/win_rate is by this source, or by gold; null: gold where known, else the first source"
+    )
+    samples: int = key(
+        "responses per held-out prompt; with functions in eval.rewards pass@k and maj@k up to this",
+        above=0,
+    )
+    by: list[str] = key("columns of the rows; pass rates are also given for each of their values")
+    save_responses: Optional[str] = placement(
+        "file (JSON lines) for all responses with their prompts and scores; null: none"
     )
     decoding: Decoding = key("how responses are generated")
     beams: int = key("number of beams with eval.decoding=beam", at_least=2)

@@ -15,6 +15,7 @@ from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
     WORLDS,
+    Decoding,
     Device,
     DpoLoss,
     Format,
@@ -22,15 +23,18 @@ from rlhf.config.choices import (
     KlController,
     KlEstimator,
     Normalize,
+    PolicyLoss,
     Precision,
     Template,
 )
 from rlhf.config.deployment import describe_processes, world_size
 from rlhf.config.keys import out_of_range
 from rlhf.config.schema import Config, Source
-from rlhf.config.stage_graph import is_rl, optimizer_nodes, score_sources
+from rlhf.config.stage_graph import function_sources, is_rl, optimizer_nodes, score_sources
+from rlhf.config.stage_nodes import RewardSource
 
 GOLD = "rlhf.data.sandbox:gold"
+FUNCTION = r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*"
 
 
 def check_config(cfg: Config) -> list[str]:
@@ -209,6 +213,23 @@ def check_rl(cfg: Config) -> Iterator[str]:
             f"rl.normalize=group with rl.advantage={rl.advantage.name}: only {fitting} compare "
             "the responses to a prompt; use batch or none"
         )
+    if rl.dual_clip is not None and rl.policy_loss != PolicyLoss.clip:
+        yield (
+            f"rl.dual_clip={rl.dual_clip:g} with rl.policy_loss={rl.policy_loss.name}: it bounds "
+            "PPO's clipped loss; set it to null, or use rl.policy_loss=clip"
+        )
+    if rl.dynamic_sampling is not None and rl.responses_per_prompt == 1:
+        yield (
+            f"rl.dynamic_sampling={rl.dynamic_sampling} with rl.responses_per_prompt=1: it "
+            "compares responses to a prompt, so there must be at least 2; or set it to null"
+        )
+    longest = cfg.rollout.max_new_tokens
+    if rl.overlong_penalty is not None and rl.overlong_penalty >= longest:
+        yield (
+            f"rl.overlong_penalty={rl.overlong_penalty}: must be below "
+            f"rollout.max_new_tokens={longest}, of which it is the last part; "
+            f"try {max(1, longest // 5)}"
+        )
     if not rl.rewards:
         yield "rl.rewards is empty: nothing to train on; give a source, see conf/rl/ppo.yaml"
     elif not any(source and source.weight for source in rl.rewards.values()):
@@ -258,7 +279,7 @@ def check_eval(cfg: Config) -> Iterator[str]:
     node, policies = cfg.eval, cfg.eval.policies
     sources = score_sources(cfg, "eval")
     yield from check_sources(cfg, "eval", "eval")
-    if not policies and all(source.function for source in sources.values()):
+    if not policies and len(function_sources(cfg, "eval")) == len(sources):
         yield "eval.policies is empty and eval.rewards has no reward model: nothing to measure"
     if twice := sorted({policy for policy in policies if policies.count(policy) > 1}):
         yield f"eval.policies: {', '.join(twice)} is there twice"
@@ -271,6 +292,16 @@ def check_eval(cfg: Config) -> Iterator[str]:
         yield f"eval.judge={node.judge}: give one of eval.rewards ({', '.join(sources)}), or gold"
     if node.judge == "gold" and not cfg.data.world:
         yield "eval.judge=gold: these data have no ground truth; name a source of eval.rewards"
+    if node.samples > 1 and node.decoding != Decoding.sample:
+        yield (
+            f"eval.samples={node.samples} with eval.decoding={node.decoding.name}: all responses "
+            "to a prompt would be the same; use eval.decoding=sample, or eval.samples=1"
+        )
+    if node.by and not any(source.function or source.url for source in sources.values()):
+        yield (
+            f"eval.by={node.by}: it divides the pass rates of functions, and eval.rewards has "
+            "none; give eval.rewards.NAME.function, or leave it out"
+        )
     if node.best_of == 1:
         yield "eval.best_of=1: the best of one is that one; give more, or 0 for no curve"
 
@@ -282,18 +313,35 @@ def check_sources(cfg: Config, node: str, stage: str) -> Iterator[str]:
         key = f"{node}.rewards.{name}"
         if not math.isfinite(source.weight):
             yield f"{key}.weight={source.weight}: must be a number"
-        if source.path is not None and source.function is not None:
-            yield f"{key}: path and function are both given: a source is one of them"
-        if source.function and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.function):
-            yield f"{key}.function={source.function}: give module:function, for instance {GOLD}"
+        yield from check_kind(key, source)
         if name == "gold" and source.function != GOLD:
             yield f"{key}: gold is the name of the built-in ground truth; choose another name"
-    trained = [name for name, s in sources.items() if s.path is None and s.function is None]
+    functions = function_sources(cfg, stage)
+    trained = [name for name, s in sources.items() if s.path is None and name not in functions]
     if len(trained) > 1:
         yield (
             f"{node}.rewards: {' and '.join(trained)} are both the reward model of this "
             "configuration: give one a path or function"
         )
+
+
+def check_kind(key: str, source: RewardSource) -> Iterator[str]:
+    """What one part of a score is: a reward model, a function, a server or a judge."""
+    kinds = ("path", "function", "url", "judge")
+    given = [kind for kind in kinds if getattr(source, kind) is not None]
+    if len(given) > 1:
+        yield f"{key}: {' and '.join(given)} are both given: a source is one of them"
+    if source.function and not re.fullmatch(FUNCTION, source.function):
+        yield (
+            f"{key}.function={source.function}: give module:function or FILE.py:function, for "
+            f"instance {GOLD}"
+        )
+    endpoint = source.judge.endpoint if source.judge else None
+    for name, address in {"url": source.url, "judge.endpoint": endpoint}.items():
+        if address is not None and not re.match(r"https?://[^/\s]+", address):
+            yield f"{key}.{name}={address}: give an address that begins with http:// or https://"
+    if source.kwargs and given in ([], ["path"]):
+        yield f"{key}.kwargs: they are arguments of a function, and this is a reward model"
 
 
 def nearest_multiple(value: int, divisor: int) -> int:

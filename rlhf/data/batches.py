@@ -162,6 +162,40 @@ def with_progress(items: Sequence[T]) -> Iterator[T]:
         yield item
 
 
+class PromptOrder:
+    """The order in which online RL draws prompts: that of `global_batches`, epoch after epoch.
+
+    Where dynamic sampling draws more prompts than the epochs of a run have, further epochs follow.
+
+    Args: n: prompts.  batch_size: prompts of a rollout; what does not fill one is dropped.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int):
+        self.n, self.seed = n, seed
+        self.per_epoch = n // batch_size * batch_size
+        self.drawn = 0  # since the start of the run
+        self.epoch, self.rows = -1, np.empty(0, dtype=np.int64)
+
+    def take(self, count: int) -> list[int]:
+        """The next row numbers, the same on every rank."""
+        taken: list[int] = []
+        while len(taken) < count:
+            epoch, start = divmod(self.drawn, self.per_epoch)
+            if epoch != self.epoch:
+                self.epoch = epoch
+                self.rows = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            part = self.rows[start : min(start + count - len(taken), self.per_epoch)]
+            taken += part.tolist()
+            self.drawn += len(part)
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.drawn = state["drawn"]
+
+
 def uniforms(stream: str, numbers: Sequence[int], seed: int, step: int, n: int) -> Tensor:
     """Random numbers in [0, 1) for sampling, (len(numbers), n) float64.
 

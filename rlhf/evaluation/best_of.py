@@ -41,6 +41,9 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
     )
     shape = (len(prompts), node.best_of)
     scores = experience.scores[:, 0].view(shape).cpu()
+    scored = ~scores.isnan().any(1)  # prompts to all of whose responses the source applies
+    if not scored.any():
+        return []
     gold = None
     if data.gold:
         texts = [experience.text(i, models.tokenizer) for i in range(len(asked))]
@@ -48,9 +51,9 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
     return [
         BestOfPoint(
             n,
-            score=best_of_n(scores, scores, n),
+            score=best_of_n(scores[scored], scores[scored], n),
             kl=math.log(n) - (n - 1) / n,
-            gold=None if gold is None else best_of_n(scores, gold, n),
+            gold=None if gold is None else best_of_n(scores[scored], gold[scored], n),
         )
         for n in sizes(node.best_of)
     ]

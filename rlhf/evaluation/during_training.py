@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,9 @@ class Evaluations:
             cfg.deploy.eval_micro_batch,
         )
         # by the first KL coefficient, not the current one, so that evaluations can be compared
-        measured["objective"] = measured["score"] - cfg.rl.kl.coef * measured["kl"]
-        if settings.every and measured[settings.best_by.name] > self.best:
+        if "score" in measured:  # some source applies
+            measured["objective"] = measured["score"] - cfg.rl.kl.coef * measured["kl"]
+        if settings.every and measured.get(settings.best_by.name, -math.inf) > self.best:
             self.best = measured[settings.best_by.name]
             log.info(f"rollout {step}: best {settings.best_by.name} so far, {self.best:.3f}")
             save_engine(self.models.actor, self.models.tokenizer, self.run_dir / "model_best")

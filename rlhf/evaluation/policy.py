@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
@@ -27,11 +32,14 @@ def evaluate_policy(
 ) -> PolicyEvaluation:
     """Sample a response to each held-out prompt, with a fixed random stream per prompt; measure it.
 
+    With sampling.n > 1 several, side by side; the first ones are those of sampling.n = 1.
+
     Returns: the means over the responses, and a row per response with `prompt`, `completion`, where
     it has any the prompt's other `columns`, and the same numbers: `eos_rate`, `length` (tokens),
     `repetition` (statistics.repetition), and where they are known `gold`, `gold_best`, `score`
     (weighted sum), `score/NAME` of each of several sources, `kl` (nats per response: the sum over
-    tokens of log pi - log ref).
+    tokens of log pi - log ref). A score is None where no source applies to the response; it is not
+    in the mean.
     Raises: UserError where all prompts are too long.
     """
     turns = [prompt.turns for prompt in data.eval_prompts]
@@ -42,9 +50,13 @@ def evaluate_policy(
             f"all held-out prompts are too long (data.max_prompt_tokens={max_prompt_tokens}): "
             "raise it"
         )
-    log.info(f"evaluation: sampling responses to {len(kept):,} held-out prompts")
-    random = uniforms("evaluation", range(len(kept)), 0, 0, max_new_tokens)
-    prompts = Prompts([prompt for prompt, _ in kept], [ids for _, ids in kept], random)
+    n = sampling.n
+    each = f"{n} responses to each of" if n > 1 else "responses to"
+    log.info(f"evaluation: sampling {each} {len(kept):,} held-out prompts")
+    streams = [uniforms("evaluation", range(len(kept)), 0, i, max_new_tokens) for i in range(n)]
+    random = torch.stack(streams, 1).flatten(0, 1)
+    repeated = [row for row in kept for _ in range(n)]
+    prompts = Prompts([prompt for prompt, _ in repeated], [ids for _, ids in repeated], random, n)
     experience = make_experience(replace(models, critic=None), prompts, sampling, micro_batch)
     kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
     rows = []
@@ -59,8 +71,18 @@ def evaluate_policy(
         if data.best_gold:
             row["gold_best"] = data.best_gold(prompt.turns)
         rows.append(row)
-    metrics = [key for key in rows[0] if key not in ("prompt", "completion", "columns")]
-    return {key: sum(row[key] for row in rows) / len(rows) for key in metrics}, rows
+    return means(rows), rows
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each number over the rows that have it; one that no row has is left out."""
+    keys = [key for key in rows[0] if key not in ("prompt", "completion", "columns")]
+    known = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
+    if unscored := len(rows) - len(known.get("score", rows)):
+        log.info(
+            f"{unscored:,} of {len(rows):,} responses have no score: no source applies to them"
+        )
+    return {key: sum(values) / len(values) for key, values in known.items() if values}
 
 
 def response_row(
@@ -77,11 +99,17 @@ def response_row(
     }
     if models.rewards is not None:
         scores = experience.scores[i]
-        row["score"] = float(models.rewards.total(scores))
+        row["score"] = number(models.rewards.total(scores))
         if len(models.rewards.sources) > 1:
             names = models.rewards.names
-            row |= {f"score/{name}": float(score) for name, score in zip(names, scores)}
+            row |= {f"score/{name}": number(score) for name, score in zip(names, scores)}
     return row
+
+
+def number(score: Tensor) -> float | None:
+    """A score as a number; None where it is NaN, which means that no source applies."""
+    value = float(score)
+    return None if math.isnan(value) else value
 
 
 def before_and_after(before: PolicyEvaluation, after: PolicyEvaluation) -> PolicyEvaluation:

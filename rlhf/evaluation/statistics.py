@@ -1,8 +1,10 @@
-"""Statistics of evaluations: repetition, best-of-n, confidence intervals."""
+"""Statistics of evaluations: repetition, best-of-n, pass@k, maj@k, confidence intervals."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +35,51 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> float:
     return float((in_order * chances).sum(1).mean())
 
 
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that at least one of k responses to a prompt passes; unbiased, from samples >= k.
+
+    1 - C(samples - passed, k) / C(samples, k) (Chen 2021, arXiv:2107.03374, equation 1). The
+    binomials are exact integers, so no number of samples overflows.
+
+    Args: samples: responses to the prompt.  passed: how many of them pass.
+    """
+    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def majority_at_k(answers: Sequence[str | None], passed: Sequence[bool], k: int) -> float:
+    """How often the majority answer of k responses to a prompt is right (maj@k).
+
+    The responses vote in groups of k, in order; the last group is dropped where it is smaller.
+    Source: self-consistency (Wang 2022, arXiv:2203.11171).
+
+    Args: answers: the final answer of each response, None without one.  passed: whether it passes.
+    Returns: the mean of `vote` over the groups, in [0, 1].
+    """
+    starts = range(0, len(answers) - k + 1, k)
+    return sum(vote(answers[i : i + k], passed[i : i + k]) for i in starts) / len(starts)
+
+
+def vote(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
+    """Whether the most frequent final answer is right: the share of its responses that pass.
+
+    Answers with equally many votes share: the mean over them. Responses without a final answer do
+    not vote; 0 where no response has one. Args: as `majority_at_k`.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    right = Counter(answer for answer, passes in zip(answers, passed) if passes)
+    winners = [answer for answer, count in votes.items() if count == most]
+    return sum(right[answer] / most for answer in winners) / len(winners)
+
+
 def wilson_interval(wins: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share, in [0, 1] (Wilson 1927). Args: wins of n; ties count half."""
+    """The 95 % interval of a share, in [0, 1] (Wilson 1927).
+
+    Args: wins of n; ties count half. Also the sum of n shares: the interval is then too wide, not
+        too narrow, as shares vary less than zeros and ones with the same mean.
+    """
     z, p = 1.959964, wins / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))

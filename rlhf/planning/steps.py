@@ -115,5 +115,7 @@ def describe_batch(cfg: Config, stage: str) -> str:
         text += f"; {plural(prompts_per_rollout(rl), 'prompt')} per rollout, "
         if k > 1:
             text += f"{k} responses per prompt, "
+        if rl.dynamic_sampling:
+            text += f"drawn up to {rl.dynamic_sampling} times, "
         text += f"{rl.epochs} x {rl.minibatches} steps on each rollout"
     return text

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlhf.reporting.eval_results import BestOfPoint, ScorerResults, WinRate
+from rlhf.reporting.eval_results import BestOfPoint, PassRate, ScorerResults, WinRate
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -49,6 +49,32 @@ def win_rates(rates: Sequence[WinRate]) -> Figure:
     figure.add_hline(y=0.5, line=REFERENCE)
     figure.update_layout(**LAYOUT, showlegend=True, scattermode="group", scattergap=0.75)
     figure.update_yaxes(title_text="win rate", tickformat=".0%", range=[0, 1.02])
+    return figure
+
+
+def pass_rates(rates: Sequence[PassRate]) -> Figure:
+    """pass@k, and maj@k with a dashed line, over k: a line of each policy and verifier."""
+    from plotly import graph_objects
+
+    figure = graph_objects.Figure()
+    every = [rate for rate in rates if not rate.column]
+    names = dict.fromkeys((rate.policy, rate.verifier) for rate in every)
+    for name, color, symbol in zip(names, itertools.cycle(COLORS), itertools.cycle(SYMBOLS)):
+        for measure, dash in (("pass", "solid"), ("maj", "dash")):
+            line = [r for r in every if (r.policy, r.verifier) == name and r.measure == measure]
+            if line:
+                figure.add_scatter(
+                    x=[rate.k for rate in line],
+                    y=[rate.rate for rate in line],
+                    mode="lines+markers",
+                    name=f"{measure}@k: {name[0]} ({name[1]})",
+                    line={"color": color, "width": 2.5, "dash": dash},
+                    marker={"size": 11, "symbol": symbol},
+                )
+    sizes = sorted({rate.k for rate in every})
+    figure.update_xaxes(title_text="k", type="log", tickvals=sizes, ticktext=[*map(str, sizes)])
+    figure.update_yaxes(title_text="share of the prompts", tickformat=".0%", range=[0, 1.02])
+    figure.update_layout(**LAYOUT, showlegend=True)
     return figure
 
 

@@ -17,6 +17,8 @@ from rlhf.reporting.eval_results import (
     BestOfPoint,
     EvalResults,
     ScorerResults,
+    pass_rate_by_column_cells,
+    pass_rate_cells,
     policy_cells,
     scorer_cells,
     win_rate_cells,
@@ -51,6 +53,11 @@ def page(results: EvalResults, title: str) -> str:
         results=results,
         summary=summarize(results),
         policies=policies_table(results),
+        pass_rate_figure=figures.add(eval_figures.pass_rates(results.pass_rates), FIGURE_HEIGHT)
+        if results.samples > 1 and results.pass_rates
+        else "",
+        pass_rates=Table(*pass_rate_cells(results.pass_rates)),
+        pass_rates_by_column=Table(*pass_rate_by_column_cells(results.pass_rates)),
         win_rate_figure=figures.add(eval_figures.win_rates(results.win_rates), FIGURE_HEIGHT)
         if results.win_rates
         else "",
@@ -134,5 +141,5 @@ def responses_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def response_with_scores(row: dict[str, Any]) -> str:
     """A response and, in brackets, its scores."""
-    scores = [f"{key} {row[key]:.2f}" for key in ("score", "gold") if key in row]
+    scores = [f"{key} {row[key]:.2f}" for key in ("score", "gold") if row.get(key) is not None]
     return row["completion"] + (f"  [{', '.join(scores)}]" if scores else "")

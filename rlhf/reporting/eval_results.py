@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.runs.directory import write_json
 from rlhf.runs.stage_views import EVALUATED_METRICS
@@ -30,6 +30,28 @@ class WinRate:
     @property
     def losses(self) -> int:
         return self.prompts - self.wins - self.ties
+
+
+@dataclass(frozen=True)
+class PassRate:
+    """How often a policy's responses to held-out prompts pass a verifier."""
+
+    policy: str
+    verifier: str  # a function among the sources of the score
+    measure: Literal["pass", "maj"]
+    k: int  # pass: one of k responses passes; maj: the majority answer of k responses does
+    rate: float  # mean over the prompts
+    low: float  # 95 % Wilson interval
+    high: float
+    prompts: int
+    column: str = ""  # of the rows: only prompts with this value of it
+    value: str = ""
+
+    @property
+    def metric(self) -> str:
+        """Its name among the metrics, after the policy's."""
+        name = f"{self.measure}@{self.k}/{self.verifier}"
+        return f"{name}/{self.column}/{self.value}" if self.column else name
 
 
 @dataclass(frozen=True)
@@ -87,6 +109,8 @@ class EvalResults:
     where: dict[str, str]  # path or hub id of each policy
     answers: list[dict[str, Any]] = field(default_factory=list)  # rows of `side_by_side`
     fixed: list[dict[str, Any]] = field(default_factory=list)  # the same for fixed prompts
+    samples: int = 1  # responses of each policy to each prompt; win rates compare the first ones
+    pass_rates: list[PassRate] = field(default_factory=list)
 
     def write(self, file: Path) -> None:
         """Write eval.json."""
@@ -97,6 +121,7 @@ def read_results(file: Path) -> EvalResults:
     """Read eval.json."""
     content: dict[str, Any] = json.loads(file.read_text())
     content["win_rates"] = [WinRate(**rate) for rate in content["win_rates"]]
+    content["pass_rates"] = [PassRate(**rate) for rate in content.get("pass_rates", [])]
     content["best_of"] = [BestOfPoint(**point) for point in content["best_of"]]
     for name, scorer in content["reward_models"].items():
         scorer["reliability"] = [CalibrationBin(**bin) for bin in scorer["reliability"]]
@@ -139,6 +164,47 @@ def win_rate_cells(rates: Sequence[WinRate]) -> tuple[list[str], list[list[str]]
     return header, rows
 
 
+def pass_rate_cells(rates: Sequence[PassRate]) -> tuple[list[str], list[list[str]]]:
+    """The pass rates on all prompts as text: the header, and a row for each policy and verifier."""
+    every = [rate for rate in rates if not rate.column]
+    shown = {(rate.measure, rate.k): f"{rate.measure}@{rate.k}" for rate in every}
+    rows = []
+    for name in dict.fromkeys((rate.policy, rate.verifier) for rate in every):
+        found = {(r.measure, r.k): r for r in every if (r.policy, r.verifier) == name}
+        first = found["pass", 1]
+        rest = [f"{found[one].rate:.1%}" if one in found else "" for one in list(shown)[1:]]
+        rows.append(
+            [
+                f"{name[0]} ({name[1]})",
+                f"{first.prompts:,}",
+                f"{first.rate:.1%}",
+                f"{first.low:.1%} to {first.high:.1%}",
+                *rest,
+            ]
+        )
+    header = ["policy (verifier)", "prompts", "pass@1", "95 % interval"]
+    return [*header, *list(shown.values())[1:]], rows
+
+
+def pass_rate_by_column_cells(
+    rates: Sequence[PassRate],
+) -> tuple[list[str], list[list[str]]]:
+    """pass@1 by a column of the rows as text: the header, and a row for each value."""
+    header = ["policy (verifier)", "prompts with", "prompts", "pass@1", "95 % interval"]
+    rows = [
+        [
+            f"{rate.policy} ({rate.verifier})",
+            f"{rate.column} = {rate.value}",
+            f"{rate.prompts:,}",
+            f"{rate.rate:.1%}",
+            f"{rate.low:.1%} to {rate.high:.1%}",
+        ]
+        for rate in rates
+        if rate.column
+    ]
+    return header, rows
+
+
 def scorer_cells(scorers: dict[str, ScorerResults]) -> tuple[list[str], list[list[str]]]:
     """The reward models as text: the header, and a row for each."""
     header = ["reward model", "pairs", "accuracy", "agreement with gold"]
@@ -174,4 +240,44 @@ def side_by_side(
             },
         }
         for of_prompt in zip(*columns.values())
+    ]
+
+
+def summary_metrics(results: EvalResults) -> dict[str, float]:
+    """The metrics of summary.json: of each policy, the pass rates, win rates, reward models.
+
+    eval/win_rate is that of the last policy by the main judge.
+    """
+    metrics = {
+        f"eval/{name}/{key}": value
+        for name, policy in results.policies.items()
+        for key, value in policy.items()
+    }
+    metrics |= {f"eval/{rate.policy}/{rate.metric}": rate.rate for rate in results.pass_rates}
+    last = next((name for name in reversed(results.policies) if name != results.against), None)
+    for rate in results.win_rates:
+        metrics[f"eval/{rate.policy}/win_rate/{rate.judge}"] = rate.rate
+        if (rate.policy, rate.judge) == (last, results.judge):
+            metrics |= main_win_rate(rate)
+    for name, scorer in results.reward_models.items():
+        prefix = "eval" if len(results.reward_models) == 1 else f"eval/{name}"
+        metrics |= {f"{prefix}/accuracy": scorer.accuracy, f"{prefix}/ece": scorer.ece}
+    return metrics
+
+
+def main_win_rate(rate: WinRate) -> dict[str, float]:
+    """A win rate and its interval, under the names that runs are compared by."""
+    return {
+        "eval/win_rate": rate.rate,
+        "eval/win_rate_low": rate.low,
+        "eval/win_rate_high": rate.high,
+    }
+
+
+def sample_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `side_by_side` as plain columns, for samples.jsonl: the prompt, and each policy."""
+    return [
+        {"prompt": row["prompt"]}
+        | {name: response["completion"] for name, response in row["answers"].items()}
+        for row in rows
     ]

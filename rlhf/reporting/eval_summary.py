@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.reporting.eval_results import EvalResults, ScorerResults, WinRate
+from rlhf.reporting.eval_results import EvalResults, PassRate, ScorerResults, WinRate
 
 WORTH_TELLING = 0.05  # difference between two shares
 CHANCE = 0.5  # win rate of two policies that are equally good; accuracy of guesses
@@ -16,6 +16,7 @@ def summarize(results: EvalResults) -> list[str]:
         lines.append(best_by_win_rate(rates, results))
     elif results.policies:
         lines.append(best_by_mean(results))
+    lines += passing(results.pass_rates)
     lines += [trust(name, scorer, results) for name, scorer in results.reward_models.items()]
     return lines
 
@@ -71,6 +72,23 @@ def best_by_mean(results: EvalResults) -> str:
         f"{best} has the highest mean {label}, {known[best]:.2f} ({others}). Without eval.against"
         " there is no win rate and no interval: the difference may be chance."
     )
+
+
+def passing(rates: list[PassRate]) -> list[str]:
+    """A sentence for each verifier: the pass rates of the policies, the best one first."""
+    first = [rate for rate in rates if (rate.measure, rate.k, rate.column) == ("pass", 1, "")]
+    lines = []
+    for verifier in dict.fromkeys(rate.verifier for rate in first):
+        ranked = sorted(
+            (rate for rate in first if rate.verifier == verifier), key=lambda rate: -rate.rate
+        )
+        best = ranked[0]
+        line = f"{verifier}: {best.rate:.1%} of the responses of {best.policy} pass (95 % interval "
+        line += f"{best.low:.1%} to {best.high:.1%})"
+        if others := [f"{rate.policy} {rate.rate:.1%}" for rate in ranked[1:]]:
+            line += f"; {', '.join(others)}"
+        lines.append(f"{line}.")
+    return lines
 
 
 def trust(name: str, scorer: ScorerResults, results: EvalResults) -> str:

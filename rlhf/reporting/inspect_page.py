@@ -19,6 +19,7 @@ from rlhf.data.inspection.measuring import (
     Lengths,
     MeasuredSource,
     Measurement,
+    ReferenceCheck,
     longer_is_better,
     share,
 )
@@ -96,6 +97,11 @@ def page(
         ),
         bias_table=Table(BIAS_COLUMNS, [_bias_cells(*item) for item in pairs.items()]),
         bias_note=_bias_note(result["stages"]["rm"]),
+        reference_table=Table(
+            REFERENCE_COLUMNS,
+            [_reference_cells(one) for one in result["references"]],
+            ["first prompt", "its answer"],
+        ),
         histograms=[
             Histogram(
                 name,
@@ -121,6 +127,8 @@ SOURCE_COLUMNS = ["source", "rows", "skipped", "chosen = rejected", "duplicates"
 SOURCE_COLUMNS += ["sft", "rm", "ppo", "held out"]
 STAGE_COLUMNS = ["", "rows", "distinct prompts", "prompts", "chosen", "rejected"]
 STAGE_COLUMNS += ["prompts dropped", "shortened", "answers truncated"]
+REFERENCE_COLUMNS = ["reward", "reference answers", "below 1", "not applicable"]
+REFERENCE_COLUMNS += ["score of the first below 1", "first prompt", "its answer"]
 BIAS_COLUMNS = ["pairs of", "pairs", "chosen longer", "equal", "chosen shorter"]
 BIAS_COLUMNS += ["mean difference, tokens", "equal after truncation"]
 
@@ -183,6 +191,15 @@ def _bias_cells(name: str, numbers: Measurement) -> list[str]:
     shares = [f"{count / pairs:.1%}" for count in (longer, pairs - longer - shorter, shorter)]
     difference = f"{numbers['chosen_longer_by']:+.1f}"
     return [name, f"{pairs:,}", *shares, difference, f"{numbers['same_truncated']:,}"]
+
+
+def _reference_cells(check: ReferenceCheck) -> list[str]:
+    """Cells under REFERENCE_COLUMNS."""
+    counts = [f"{check['rows']:,}", f"{check['failed']:,}", f"{check['not_applicable']:,}"]
+    first = ["", "", ""]
+    if "score" in check:
+        first = [f"{check['score']:g}", check["prompt"], check["answer"]]
+    return [check["reward"], *counts, *first]
 
 
 def _bias_note(numbers: Measurement) -> str:

@@ -24,15 +24,19 @@ from rlhf.reporting.comparison import (
 from rlhf.reporting.conclusions import conclusions
 from rlhf.reporting.eval_results import (
     EvalResults,
+    pass_rate_by_column_cells,
+    pass_rate_cells,
     policy_cells,
     read_results,
     scorer_cells,
     win_rate_cells,
 )
 from rlhf.reporting.eval_summary import summarize
+from rlhf.runs.directory import read_warnings
 from rlhf.runs.history import Run
 from rlhf.runs.stage_views import KINDS, view_of
 
+TEXT_COLUMNS = ["policy", "policy (judge)", "policy (verifier)", "prompts with", "reward model"]
 RUN_FILES = ("curves.png", "frontier.png", "metrics.jsonl", "report.html", "eval.json", "model/")
 
 
@@ -66,6 +70,8 @@ def print_runs(paths: list[Path], seconds: float) -> None:
         summary = json.loads((run / "summary.json").read_text())
         for label, before, after in result_rows(summary["stage"], summary["metrics"]):
             table.add_row(summary["stage"], label, before, after)
+        for line in read_warnings(run):
+            table.add_row(summary["stage"], escape(f"warning: {line}"), "", "")
         table.add_section()
     console = Console()
     if table.rows:
@@ -102,10 +108,12 @@ def print_evaluation(results: EvalResults) -> None:
         print_line(console, line)
     for title, (header, rows) in {
         "Policies on held-out prompts": policy_cells(results.policies),
+        "Verifiers: share of the held-out prompts": pass_rate_cells(results.pass_rates),
+        "Verifiers by column": pass_rate_by_column_cells(results.pass_rates),
         f"Win rates against {results.against}": win_rate_cells(results.win_rates),
         "Reward models on held-out pairs": scorer_cells(results.reward_models),
     }.items():
-        table = make_table(title, header, ["policy", "policy (judge)", "reward model"])
+        table = make_table(title, header, TEXT_COLUMNS)
         for row in rows:
             table.add_row(*map(escape, row))
         if rows:

@@ -2,9 +2,14 @@
 
 All are pure functions, except that `shape_scores` updates the running scale. A new estimator is a
 member of config.choices.Advantage, in the sets below it, and a case of `estimate_advantages`.
+
+A response without a score (NaN: no reward source applies to it) is left out: of baselines and
+normalisation here, and of the loss by `loss_mask`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,20 +20,63 @@ from rlhf.rl.controllers import RunningScale
 from rlhf.rl.experience import Experience
 
 
-def shape_scores(raw: Tensor, experience: Experience, rl: Rl, scale: RunningScale) -> Tensor:
+def shape_scores(
+    raw: Tensor, experience: Experience, rl: Rl, longest: int, scale: RunningScale
+) -> Tensor:
     """Scores with the penalties for missing EOS and length, scaled and clipped as configured.
 
-    Args: raw (B,): weighted sum of the sources.  scale: knows the scores of earlier rollouts.
-    Returns: (B,), score units.
+    Args:
+        raw (B,): weighted sum of the sources; NaN where there is none.
+        longest: tokens that a response may have.
+        scale: knows the scores of earlier rollouts.
+    Returns: (B,), score units; NaN where `raw` is.
     """
     missing_eos = 1 - experience.finished
     length = experience.response_mask.sum(1)
     score = raw - rl.missing_eos_penalty * missing_eos - rl.length_penalty * length
+    if rl.overlong_penalty:
+        score = score - soft_overlong(length, longest, rl.overlong_penalty)
     if rl.scale_score:
         score = scale(score)
     if rl.score_clip:
         score = score.clamp(-rl.score_clip, rl.score_clip)
     return score
+
+
+def soft_overlong(length: Tensor, longest: int, buffer: int) -> Tensor:
+    """Penalty of long responses: 0 up to `longest` - `buffer` tokens, from there linearly up to 1
+    at `longest` tokens (DAPO, arXiv:2503.14476, eq. 13).
+
+    Args: length (B,), longest, buffer: tokens.  Returns: (B,), to be subtracted from the score.
+    """
+    return ((length - (longest - buffer)) / buffer).clamp(0, 1)
+
+
+def differ(raw: Tensor, responses_per_prompt: int) -> Tensor:
+    """Which groups have different rewards, so that their advantages are not all 0.
+
+    Args: raw (B,): weighted sum of the sources, without penalties; NaN where there is none.
+        Responses to a prompt lie side by side.
+    Returns: (prompts,) bool; False for a group with fewer than two scores.
+    """
+    groups = raw.view(-1, responses_per_prompt)
+    scored = ~groups.isnan()
+    highest = groups.masked_fill(~scored, -torch.inf).amax(1)
+    lowest = groups.masked_fill(~scored, torch.inf).amin(1)
+    equal = torch.isclose(highest, lowest, rtol=1e-5, atol=1e-6)  # a reward model's rounding
+    return (scored.sum(1) > 1) & ~equal
+
+
+def loss_mask(experience: Experience, raw: Tensor, mask_truncated: bool) -> Tensor:
+    """Tokens in the loss, (B, R): none of a response without a score, and with mask_truncated none
+    of one without EOS (overlong filtering: DAPO, arXiv:2503.14476, section 3.4).
+
+    Args: raw (B,): weighted sum of the sources; NaN where there is none.
+    """
+    kept = ~raw.isnan()
+    if mask_truncated:
+        kept &= experience.finished > 0
+    return experience.loss_mask * kept[:, None]
 
 
 def token_rewards(score: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
@@ -53,11 +101,18 @@ def estimate_advantages(
 ) -> tuple[Tensor, Tensor | None]:
     """Advantages of all response tokens, by rl.advantage and rl.normalize.
 
-    Args: rewards (B, R): of each token.  experience: responses to a prompt lie side by side.
-    Returns: advantages (B, R), and with a critic the returns it is trained on (B, R), else None.
+    Args:
+        rewards (B, R): of each token; a row with NaN has no score.
+        experience: responses to a prompt lie side by side.
+    Returns: advantages (B, R), and with a critic the returns it is trained on (B, R), else None;
+        both are zero where there is no score.
     """
-    mask, returns = experience.response_mask, None
-    groups = rewards.sum(1).view(-1, rl.responses_per_prompt)  # whole responses, by prompt
+    returns = None
+    totals = rewards.sum(1)  # of whole responses
+    missing = totals.isnan()
+    rewards = rewards.masked_fill(missing[:, None], 0.0)
+    mask = experience.response_mask.masked_fill(missing[:, None], 0.0)
+    groups = totals.view(-1, rl.responses_per_prompt)
     by_group = rl.normalize == Normalize.group
     if rl.whiten_rewards and rl.advantage in PER_TOKEN:
         rewards = whiten(rewards, mask, shift_mean=False)
@@ -67,9 +122,9 @@ def estimate_advantages(
         case "return":
             advantages = discounted_returns(rewards, mask, rl.gamma)
         case "leave_one_out":
-            advantages = leave_one_out(groups, by_group).view(-1, 1) * mask
+            advantages = of_scored(groups, by_group, leave_one_out).view(-1, 1) * mask
         case "group":
-            advantages = group_relative(groups, by_group).view(-1, 1) * mask
+            advantages = of_scored(groups, by_group, group_relative).view(-1, 1) * mask
         case other:
             raise NotImplementedError(f"rl.advantage={other}")
     if rl.normalize == Normalize.batch:
@@ -111,6 +166,21 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
         following = (rewards[:, t] + gamma * following) * mask[:, t]
         returns[:, t] = following
     return returns
+
+
+def of_scored(rewards: Tensor, by_group: bool, formula: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """A formula that compares the responses to a prompt, of those that have a score.
+
+    Args: rewards (N, k): NaN where there is none.  formula: leave_one_out or group_relative.
+    Returns: (N, k); 0 without a score, and in a group with fewer than two.
+    """
+    scored = ~rewards.isnan()
+    advantages = formula(rewards, by_group).masked_fill(~scored, 0.0)
+    for row in (~scored).any(1).nonzero()[:, 0].tolist():
+        there = scored[row]
+        some = rewards[row, there][None]
+        advantages[row, there] = formula(some, by_group)[0] if some.shape[1] > 1 else 0.0
+    return advantages
 
 
 def leave_one_out(rewards: Tensor, by_group: bool = False) -> Tensor:

@@ -59,8 +59,13 @@ class RunningScale:
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
     def __call__(self, score: Tensor) -> Tensor:
-        """Add the scores (B,) to the statistics, then divide them, unless all are equal."""
-        batch = score.double()
+        """Add the scores (B,) to the statistics, then divide them, unless all are equal.
+
+        NaN, no score, is not counted.
+        """
+        batch = score[~score.isnan()].double()
+        if not len(batch):
+            return score
         n, mean = len(batch), float(batch.mean())
         delta, total = mean - self.mean, self.count + n
         self.m2 += float(((batch - mean) ** 2).sum()) + delta**2 * self.count * n / total

@@ -6,7 +6,7 @@ Shapes: B responses, P prompt tokens (left-padded), R response tokens (right-pad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from rlhf.rl.rewards import Rewards
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
-PER_RESPONSE = ("scores", "finished")  # every other field has a column for each response token
+# every other field has a column for each response token
+PER_RESPONSE = ("scores", "finished", "reward_errors")
 
 
 @dataclass
@@ -47,10 +48,12 @@ class Experience:
     old_logprobs: Tensor  # (B, R) log pi of the policy that sampled, temperature applied
     ref_logprobs: Tensor  # (B, R) log pi of the reference
     values: Tensor  # (B, R) V(s_t) before token t, by the critic before the update
-    scores: Tensor  # (B, sources) of each source for the whole response
+    scores: Tensor  # (B, sources) of each source for the whole response; NaN: does not apply
     finished: Tensor  # (B,) 1 where the response ends with EOS
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, R), once estimated
     returns: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, R), with a critic
+    # (B, sources), 1 where a reward function failed and that is skipped; empty without functions
+    reward_errors: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def rows(self, index: Sequence[int]) -> Experience:
         """Some of the rows, without the columns that only pad them."""
@@ -73,8 +76,12 @@ class Experience:
 
     def text(self, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
         """The response of a row as text."""
-        ids = self.response_ids[row][self.response_mask[row] > 0]
-        return encoding.decode_response(tokenizer, ids.tolist())
+        return encoding.decode_response(tokenizer, self.tokens(row))
+
+    def tokens(self, row: int) -> list[int]:
+        """The token ids of the response of a row."""
+        ids: list[int] = self.response_ids[row][self.response_mask[row] > 0].tolist()
+        return ids
 
     @property
     def ids(self) -> Tensor:
@@ -99,6 +106,41 @@ class Prompts:
     rows: Sequence[Prompt]
     ids: Sequence[Sequence[int]]  # the same as token ids
     random: Tensor  # (B, R) in [0, 1), a number for each token of each response
+    per_prompt: int = 1  # so many responses to a prompt lie side by side
+
+
+def pick_prompts(parts: Sequence[Prompts], index: Sequence[int]) -> Prompts:
+    """Some entries of several Prompts, counted through all of them."""
+    rows = [row for part in parts for row in part.rows]
+    ids = [row for part in parts for row in part.ids]
+    random = torch.cat([part.random for part in parts])
+    return replace(
+        parts[0],
+        rows=[rows[i] for i in index],
+        ids=[ids[i] for i in index],
+        random=random[list(index)],
+    )
+
+
+def concatenate(parts: Sequence[Experience], pad_id: int) -> Experience:
+    """The rows of several experiences as one, padded to the longest prompt and response."""
+    if len(parts) == 1:
+        return parts[0]
+    wide_p = max(part.prompt_ids.shape[1] for part in parts)
+    wide_r = max(part.response_ids.shape[1] for part in parts)
+    joined = {}
+    for name in [*sampled_fields(), "reward_errors"]:
+        fill = pad_id if name.endswith("_ids") else 0
+        rows = []
+        for part in parts:
+            value = getattr(part, name)
+            if name in PROMPT_FIELDS:
+                value = F.pad(value, (wide_p - value.shape[1], 0), value=fill)
+            elif name not in PER_RESPONSE:
+                value = F.pad(value, (0, wide_r - value.shape[1]), value=fill)
+            rows.append(value)
+        joined[name] = torch.cat(rows)
+    return Experience(**joined)
 
 
 @dataclass
@@ -149,12 +191,16 @@ def make_experience(
         experience.scores = score(models.rewards, experience, asked, micro_batch)
     gathered = [collectives.all_gather_rows(getattr(experience, name)) for name in sampled_fields()]
     place = {row: i for i, row in enumerate(row for r in range(world) for row in order[r::world])}
-    return Experience(*gathered).rows([place[i] for i in range(len(prompts.ids))])
+    whole = Experience(*gathered).rows([place[i] for i in range(len(prompts.ids))])
+    if models.rewards is not None:
+        models.rewards.add_functions(whole, prompts)
+    return whole
 
 
 def sampled_fields() -> list[str]:
-    """The fields that make_experience fills."""
-    return [f.name for f in fields(Experience) if f.name not in ("advantages", "returns")]
+    """The fields that every response has as soon as it is sampled."""
+    later = ("advantages", "returns", "reward_errors")
+    return [f.name for f in fields(Experience) if f.name not in later]
 
 
 def sample_responses(

@@ -7,6 +7,7 @@ right is rl/monitor.py's. Costs: some forward passes of 4 rows per run, and comp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,7 @@ from rlhf.rl.experience import Experience, Models, policy_logprobs
 # How far two computations of the same log-prob may differ: mean, maximum over tokens; nats. Below
 # fp32 the maximum is reported only: one token of many may lie on an edge of the number format.
 TOLERANCE = {p: (1e-4, 1e-3) if p == Precision.fp32 else (0.05, math.inf) for p in Precision}
-MEASURED = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "scores")
+MEASURED = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values")
 
 
 class Guards:
@@ -86,15 +87,23 @@ class Guards:
             line = f"the {role} has dropout ({', '.join(on[:3])}): load it with rlhf.models"
             self.check("dropout", not on, line)
 
-    def check_rollout(self, e: Experience, eos_id: int, first: bool = True) -> None:
+    def check_rollout(
+        self, e: Experience, eos_id: int, first: bool = True, functions: Sequence[int] = ()
+    ) -> None:
         """Masks match what was sampled, everything is finite, and the sampling loop computed the
         same policy as the training forward pass.
 
         After the first rollout a policy with large logits may lie outside the limit of its number
         format, which is logged.
+
+        Args: functions: columns of the scores that may be NaN: those of functions, which need not
+            apply to a response.
         """
-        for name in MEASURED:
-            broken = int((~torch.isfinite(getattr(e, name))).sum())
+        measured = {name: getattr(e, name) for name in MEASURED}
+        of_models = [k for k in range(e.scores.shape[1]) if k not in functions]
+        measured["scores"] = e.scores[:, of_models]
+        for name, values in measured.items():
+            broken = int((~torch.isfinite(values)).sum())
             line = f"{name} is not finite in {broken} places: lower rl.lr, or set "
             self.check("finite", not broken, line + "deploy.precision=fp32")
         mask = e.response_mask

@@ -59,16 +59,17 @@ def token_weights(
 
     Args:
         mask (B, R): tokens in the loss of some of the responses.
-        tokens, sequences: number of them in the whole optimizer step, over all ranks.
+        tokens, sequences: number of tokens in the loss, and of responses with such tokens, in the
+            whole optimizer step, over all ranks.
         longest: tokens that a response may have.
     Returns: (B, R), zero outside the mask.
     """
     if aggregation == LossAggregation.token:
         return mask / max(tokens, 1.0)
     if aggregation == LossAggregation.constant:
-        return mask / (sequences * longest)
+        return mask / (max(sequences, 1) * longest)
     if aggregation == LossAggregation.sequence:
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(sequences, 1)
     raise NotImplementedError(f"rl.loss_aggregation={aggregation.name}")
 
 
@@ -78,13 +79,14 @@ def policy_loss(
     """The surrogate objective of each token, negated.
 
     clip   max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (Schulman 2017, arXiv:1707.06347, eq.
-           7; a higher upper clip as in DAPO)
+           7; a higher upper clip as in DAPO). With dual_clip = c, where A < 0, at most -A c (Ye
+           2019, arXiv:1912.09729): a token that has become much likelier gets no gradient
     cispo  -clip(r, ...) A log pi, the clipped ratio without gradient, so that clipped tokens still
            get one (MiniMax-M1, arXiv:2506.13585, eq. 4)
 
     Args:
         logprobs (B, R) with gradient; old_logprobs, advantages, mask (B, R).
-        rl: policy_loss, importance, clip_low, clip_high.
+        rl: policy_loss, importance, clip_low, clip_high, dual_clip.
     Returns: the loss (B, R), zero outside the mask; and sums over tokens for the log: clipfrac_low
         and clipfrac_high (tokens whose clip is active, by the side), approxkl (0.5 (log pi - log
         pi_old)^2), ratio, ratio_sq; ratio_max is a maximum.
@@ -99,6 +101,11 @@ def policy_loss(
         unclipped, clipped = -advantages * ratio, -advantages * bounded
         loss = torch.maximum(unclipped, clipped) * mask
         active = (clipped > unclipped) * mask
+        if rl.dual_clip is not None:
+            limit = -advantages * rl.dual_clip
+            beyond = (advantages < 0) & (loss > limit)
+            loss = torch.where(beyond, limit, loss)
+            active = torch.maximum(active, beyond * mask)
     else:
         raise NotImplementedError(f"rl.policy_loss={rl.policy_loss.name}")
     with torch.no_grad():

@@ -1,9 +1,13 @@
-"""Warn about training that goes wrong although the arithmetic is right: once per kind and run."""
+"""Warn about training that goes wrong although the arithmetic is right: once per kind and run.
+
+The warnings of a run are kept in warnings.json, and its table repeats them at the end.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 Metrics = dict[str, float]
 WINDOW = 8  # rollouts that a mean or median is taken over
@@ -15,22 +19,21 @@ class Monitor:
     def __init__(self, alert: Callable[[str, str], None]):
         self.alert = alert
         self.rows: list[Metrics] = []
-        self.alerted: set[str] = set()
+        self.alerted: dict[str, str] = {}  # title: the whole line, with the rollout
 
     def check(self, metrics: Metrics) -> None:
         """Add the metrics of a rollout, and warn of what is new."""
         self.rows.append(metrics)
         for title, text in warnings_of(self.rows):
             if title not in self.alerted:
-                self.alerted.add(title)
+                self.alerted[title] = f"{title} at rollout {len(self.rows)}: {text}"
                 self.alert(title, text)
 
-    def state_dict(self) -> dict[str, list[Metrics] | list[str]]:
-        return {"rows": self.rows, "alerted": sorted(self.alerted)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "alerted": self.alerted}
 
-    def load_state_dict(self, state: dict[str, list[Metrics] | list[str]]) -> None:
-        self.rows = list(state["rows"])  # type: ignore[arg-type]
-        self.alerted = set(state["alerted"])  # type: ignore[arg-type]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.alerted = list(state["rows"]), dict(state["alerted"])
 
 
 def warnings_of(rows: Sequence[Metrics]) -> list[tuple[str, str]]:
@@ -43,8 +46,18 @@ def warnings_of(rows: Sequence[Metrics]) -> list[tuple[str, str]]:
     all responses truncated   no response of a rollout has an EOS
     over-optimization  over the last 16 rollouts (means of halves) the score rose by more than 0.1,
                        and score - kl_coef x KL fell by more than 0.1
+    equal rewards      in more than half of the groups of the last 8 rollouts
+    responses without a score   more than half of a rollout
     """
-    checks = (kl_blow_up, entropy_collapse, broken_critic, truncation, over_optimization)
+    checks = (
+        kl_blow_up,
+        entropy_collapse,
+        broken_critic,
+        truncation,
+        over_optimization,
+        equal_rewards,
+        missing_scores,
+    )
     return [warning for check in checks if (warning := check(rows))]
 
 
@@ -95,3 +108,22 @@ def over_optimization(rows: Sequence[Metrics]) -> tuple[str, str] | None:
     text = f"score {before:.2f} to {now:.2f}, but score - kl_coef x KL "
     text += f"{objective_before:.2f} to {objective_now:.2f}"
     return "over-optimization", f"{text}: raise rl.kl.coef, lower rl.lr, or stop here"
+
+
+def equal_rewards(rows: Sequence[Metrics]) -> tuple[str, str] | None:
+    shares = [row.get("frac_reward_zero_std", 0.0) for row in rows[-WINDOW:]]
+    if len(shares) < WINDOW or statistics.fmean(shares) <= 0.5:
+        return None
+    text = f"in {statistics.fmean(shares):.0%} of the groups of the last {WINDOW} rollouts all "
+    text += "responses have the same reward, so nothing is learned from them"
+    fix = "set or raise rl.dynamic_sampling, raise rl.responses_per_prompt or rollout.temperature, "
+    return "equal rewards", f"{text}: {fix}or give prompts that are neither too easy nor too hard"
+
+
+def missing_scores(rows: Sequence[Metrics]) -> tuple[str, str] | None:
+    share = rows[-1].get("objective/unscored_frac", 0.0)
+    if share <= 0.5:
+        return None
+    text = f"{share:.0%} of the responses of a rollout have no score, and are not in the loss"
+    fix = "look at the reward functions, or add a source of rl.rewards that applies to them"
+    return "responses without a score", f"{text}: {fix}"

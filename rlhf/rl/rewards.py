@@ -1,8 +1,12 @@
-"""The score of a response: a weighted sum of reward models and python functions."""
+"""The score of a response: a weighted sum of reward models and reward functions.
+
+Reward models are loaded and asked here; functions run in a process of their own (rlhf/rewards).
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +20,11 @@ from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.config.choices import Template
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import is_rl, score_sources
+from rlhf.config.stage_graph import is_rl, node_name, score_sources
 from rlhf.data import encoding, template
 from rlhf.data.batches import map_across_ranks, pad_right
 from rlhf.data.records import Dataset, Prompt, Turn
+from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.models.loading import (
     check_context,
@@ -29,29 +34,23 @@ from rlhf.models.loading import (
     load_tokenizer,
 )
 from rlhf.models.wrappers import Scorer, sequence_scores
-from rlhf.rl.experience import Experience
-from rlhf.rl.functions import RewardFunction, function_key, node_name, score
+from rlhf.rewards.batch import make_batch
+from rlhf.rewards.process import RewardProcess
+from rlhf.rl.experience import Experience, Prompts
 
 NO_LIMIT = 10**9  # tokens
 
 
 @dataclass
 class Source:
-    """One part of the score: a reward model, or a function of the prompt's turns and a response."""
+    """One part of the score: a reward model, or a function of Rewards.functions."""
 
     name: str
     weight: float = 1.0
-    engine: Engine[Scorer] | None = None
+    engine: Engine[Scorer] | None = None  # None for a function
     tokenizer: PreTrainedTokenizerBase | None = None  # the reward model's own
     # its tokenizer or template is not the policy's, so responses are tokenized again
     reads_text: bool = False
-    function: RewardFunction | None = None
-    key: str = ""  # of the function, for messages
-
-    @property
-    def where(self) -> str:
-        """What a message about the function begins with."""
-        return self.key or f"rewards.{self.name}"
 
 
 @dataclass
@@ -60,15 +59,24 @@ class Rewards:
 
     sources: list[Source]
     tokenizer: PreTrainedTokenizerBase  # the policy's
+    functions: RewardProcess | None = None
+    progress: tuple[int, int] = (0, 0)  # rollouts that are done, and of all; functions may ask
 
     @property
     def names(self) -> list[str]:
         return [source.name for source in self.sources]
 
     def total(self, scores: Tensor) -> Tensor:
-        """The weighted sum. Args: scores (..., sources). Returns: (...)."""
+        """The weighted sum over the sources that apply.
+
+        Args: scores (..., sources), NaN where a source does not apply.
+        Returns: (...), NaN where no source with a weight applies.
+        """
         weights = torch.tensor([source.weight for source in self.sources], device=scores.device)
-        return scores @ weights
+        missing = scores.isnan()
+        total = scores.masked_fill(missing, 0.0) @ weights
+        counts = weights != 0 if weights.any() else torch.ones_like(weights, dtype=torch.bool)
+        return total.masked_fill((missing | ~counts).all(-1), math.nan)
 
     def for_policy(self, tokenizer: PreTrainedTokenizerBase) -> Rewards:
         """The same sources for the responses of a policy with this tokenizer."""
@@ -76,31 +84,61 @@ class Rewards:
             replace(s, reads_text=needs_text(tokenizer, s.tokenizer)) if s.tokenizer else s
             for s in self.sources
         ]
-        return Rewards(sources, tokenizer)
+        return replace(self, sources=sources, tokenizer=tokenizer)
 
     @torch.no_grad()
     def __call__(self, part: Experience, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores of the responses of some rows, (b, sources).
+        """Scores of the reward models for the responses of some rows, (b, sources).
 
         Args: prompts: of these rows.
-        Raises: UserError where a function fails, or returns no finite number.
+        Returns: NaN in the columns of functions, which `add_functions` fills in.
         """
         texts = []
-        if any(source.function or source.reads_text for source in self.sources):
+        if any(source.reads_text for source in self.sources):
             texts = [part.text(i, self.tokenizer) for i in range(len(prompts))]
-        scores = []
-        for source in self.sources:
-            if source.function:
-                values = [
-                    score(source.function, prompt, text, source.where)
-                    for prompt, text in zip(prompts, texts)
-                ]
-                device = part.response_mask.device
-                scores.append(torch.tensor(values, dtype=torch.float32, device=device))
-            else:
-                turns = [prompt.turns for prompt in prompts]
-                scores.append(self.model_scores(source, part, turns, texts))
+        turns = [prompt.turns for prompt in prompts]
+        unknown = part.response_mask.new_full((len(prompts),), math.nan)
+        scores = [
+            self.model_scores(source, part, turns, texts) if source.engine else unknown
+            for source in self.sources
+        ]
         return torch.stack(scores, 1)
+
+    def add_functions(self, experience: Experience, prompts: Prompts) -> None:
+        """Fill in the scores of functions, (B, sources), and which of them are errors.
+
+        Each rank calls them on some of the prompts; all responses to a prompt are in one call. A
+        score is NaN where the function gave None.
+
+        Raises: UserError as `RewardProcess.score`.
+        """
+        if self.functions is None:
+            return
+        rank, world = collectives.rank(), collectives.world_size()
+        k = prompts.per_prompt
+        groups = [range(i, i + k) for i in range(0, len(prompts.rows), k)]
+        rows = [row for group in groups[rank::world] for row in group]
+        scores = torch.zeros(2, len(prompts.rows), len(self.sources), dtype=torch.float64)
+        if rows:
+            done, of_all = self.progress
+            batch = make_batch(
+                [prompts.rows[row] for row in rows],
+                [experience.text(row, self.tokenizer) for row in rows],
+                [experience.tokens(row) for row in rows],
+                {"global_step": done, "max_steps": of_all},
+                k,
+            )
+            for name, result in self.functions.score(batch).items():
+                column = self.names.index(name)
+                values = [math.nan if value is None else value for value in result.scores]
+                scores[0, rows, column] = torch.tensor(values, dtype=torch.float64)
+                scores[1, rows, column] = torch.tensor(result.failed, dtype=torch.float64)
+        device = experience.scores.device
+        total = collectives.all_reduce_sum(scores.flatten().tolist(), device)
+        values, errors = torch.tensor(total, device=device).view(scores.shape).float()
+        columns = [i for i, source in enumerate(self.sources) if source.engine is None]
+        experience.scores[:, columns] = values[:, columns]
+        experience.reward_errors = errors
 
     def model_scores(
         self, source: Source, part: Experience, turns: Sequence[list[Turn]], texts: Sequence[str]
@@ -151,8 +189,9 @@ def check_reward_models(cfg: Config) -> None:
     for name, path in cfg.inputs.items():
         if (name == "rm" or name.startswith("rewards/")) and not is_reward_model(path):
             part = "reward" if name == "rm" else f"{name.replace('/', '.')}.path"
+            node = node_name(cfg.stage.name)
             raise UserError(
-                f"{node_name(cfg)}.{part}={path}: no reward model (*ForSequenceClassification), it "
+                f"{node}.{part}={path}: no reward model (*ForSequenceClassification), it "
                 "has no head that gives scores; give one that has"
             )
 
@@ -160,7 +199,7 @@ def check_reward_models(cfg: Config) -> None:
 def build_rewards(
     cfg: Config,
     data: Dataset,
-    functions: dict[str, RewardFunction],
+    functions: RewardProcess | None,
     tokenizer: PreTrainedTokenizerBase,
     run_dir: Path,
 ) -> Rewards:
@@ -174,12 +213,11 @@ def build_rewards(
     """
     sources = []
     for name, source in score_sources(cfg, cfg.stage.name).items():
-        if source.function:
-            key = function_key(cfg, name)
-            sources.append(Source(name, source.weight, function=functions[name], key=key))
+        if functions and name in functions.specs:
+            sources.append(Source(name, source.weight))
             continue
         path = cfg.inputs[f"rewards/{name}" if source.path else "rm"]
-        key = f"{node_name(cfg)}.rewards.{name}"
+        key = f"{node_name(cfg.stage.name)}.rewards.{name}"
         own = reward_tokenizer(path, cfg.data.template, key) if source.path else None
         own = own or load_tokenizer(path, cfg.data.template)
         foreign = needs_text(tokenizer, own)
@@ -195,7 +233,7 @@ def build_rewards(
         engine = build_engine(load, cfg, "reward", run_dir)
         set_unit(engine, cfg, data, own, key)
         sources.append(Source(name, source.weight, engine, own, foreign))
-    return Rewards(sources, tokenizer)
+    return Rewards(sources, tokenizer, functions)
 
 
 def reward_tokenizer(path: str, style: Template, key: str) -> PreTrainedTokenizerBase | None:
@@ -230,8 +268,9 @@ def set_unit(
     limits = cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     encoded = encoding.encode_demonstrations(tokenizer, data.score_unit, *limits)
     if not encoded:
+        name = node_name(cfg.stage.name)
         raise UserError(
-            f"{node_name(cfg)}.normalize_score=true: there are no SFT responses to measure {key} "
+            f"{name}.normalize_score=true: there are no SFT responses to measure {key} "
             "on; set it to false"
         )
     whole = [encoding.to_end(tokenizer, *row) for row in encoded]

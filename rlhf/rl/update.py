@@ -13,12 +13,17 @@ from functools import partial
 
 import numpy as np
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.config.choices import KlAppliedTo
 from rlhf.config.schema import Config
 from rlhf.data import tokenized
 from rlhf.data.batches import micro_batches
+from rlhf.data.records import Dataset
 from rlhf.distributed import collectives
+from rlhf.models.loading import check_context
 from rlhf.rl.controllers import MovingAverage
 from rlhf.rl.experience import Experience, Models, values_before
 from rlhf.rl.guards import Guards
@@ -79,6 +84,7 @@ class Minibatch:
     rows: list[int]  # row numbers of the experience, those of all ranks
     micro_batches: list[Sequence[int]]  # the same, of this rank only
     tokens: float  # tokens in the loss, over all ranks
+    sequences: int  # responses with such tokens, over all ranks
     kl_coef: float  # weight of the KL in the loss; 0 where it is part of the reward
     # filled in by the step
     stats: Stats = field(default_factory=Stats)  # of this rank
@@ -94,7 +100,7 @@ class Minibatch:
     def weights(self, part: Experience, cfg: Config) -> Tensor:
         """Weight of each token of a micro-batch in the step's loss, (b, r)."""
         aggregation, longest = cfg.rl.loss_aggregation, cfg.rollout.max_new_tokens
-        return token_weights(part.loss_mask, aggregation, self.tokens, len(self.rows), longest)
+        return token_weights(part.loss_mask, aggregation, self.tokens, self.sequences, longest)
 
 
 # --------------------------------------------------------------------- losses of micro-batches
@@ -164,6 +170,30 @@ def ptx_losses(learner: Learner, batch: Minibatch, texts: Texts) -> list[Callabl
     return [partial(ptx_loss, learner, batch, [chosen[i] for i in rows], tokens) for rows in cut]
 
 
+def pretraining_texts(cfg: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """What the pretraining loss reads: sources of plain text, else the SFT demonstrations.
+
+    Raises: UserError where there are neither.
+    """
+    longest = cfg.rl.ptx.max_tokens
+    if data.texts is not None:
+        note = ""
+        check_context(cfg.inputs["sft"], 0, longest, "rl.ptx.max_tokens")
+        texts = tokenized.texts(tokenizer, data.texts, longest, cfg.data.workers)
+    else:
+        note = ", as no source has plain text"
+        longest = min(longest, cfg.data.max_response_tokens)  # what SFT had room for
+        max_prompt, workers = cfg.data.max_prompt_tokens, cfg.data.workers
+        texts = tokenized.demonstrations(tokenizer, data.sft, max_prompt, longest, workers)
+    if not len(texts):
+        raise UserError(
+            f"rl.ptx.coef={cfg.rl.ptx.coef}: there are neither texts (a source of format text) nor "
+            "demonstrations; add data, or set it to 0"
+        )
+    log.info(f"pretraining loss: {texts}{note}")
+    return texts
+
+
 # -------------------------------------------------------------------------------------- update
 
 
@@ -216,6 +246,7 @@ def minibatches_of_pass(
                 rows.tolist(), lengths, cfg.deploy.micro_batch, rank, world, longest
             ),
             tokens=float(experience.loss_mask[rows].sum()),
+            sequences=int(experience.loss_mask[rows].any(1).sum()),
             kl_coef=in_loss,
         )
         for number, rows in enumerate(np.split(order, cfg.rl.minibatches))

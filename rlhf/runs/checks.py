@@ -38,6 +38,7 @@ from rlhf.config.stage_graph import (
     is_stage_name,
     score_sources,
 )
+from rlhf.config.stage_nodes import Judge
 
 PROMPTS = ASSETS / "prompts"  # one prompt per line, of each language
 POLICY, SCORER = "ForCausalLM", "ForSequenceClassification"  # ends of transformers' class names
@@ -49,8 +50,11 @@ def check_inputs(cfg: Config) -> list[str]:
 
     Loads nothing and runs no code of the user. One line per problem.
     """
-    lines = [line for stage in cfg.stage.runs for line in check_functions(cfg, stage)]
-    lines += check_prompt_files(cfg) if "eval" in cfg.stage.runs else []
+    # stage=inspect tries the functions of online RL
+    scored = [cfg.rl.name if stage == "inspect" else stage for stage in cfg.stage.runs]
+    lines = [line for stage in scored for line in check_functions(cfg, stage)]
+    if "eval" in cfg.stage.runs:
+        lines += [*check_prompt_files(cfg), *check_response_file(cfg)]
     if cfg.data.template is Template.tokenizer:
         lines += check_chat_templates(cfg)
     return lines + [line for model in given_models(cfg) for line in check_model(*model)]
@@ -184,18 +188,31 @@ def check_functions(cfg: Config, stage: str) -> Iterator[str]:
     """The python functions among the sources of the score."""
     node = "rl" if is_rl(stage) else stage
     for name, source in score_sources(cfg, stage).items():
+        if source.judge:
+            yield from check_judge(f"{node}.rewards.{name}.judge", source.judge)
         if not source.function or ":" not in source.function:
             continue
-        module, function = source.function.split(":", 1)
+        module, _, function = source.function.rpartition(":")
         key = f"{node}.rewards.{name}.function={source.function}"
         file = function_file(source.function)
-        if file is None:
+        if file is None and module.endswith(".py"):
+            yield f"{key}: there is no file {Path(module).expanduser().resolve()}"
+        elif file is None:
             yield (
                 f"{key}: there is no module {module}, neither here ({os.getcwd()}) nor among the "
                 "installed packages"
             )
         elif not may_define(file, function):
             yield f"{key}: there is no {function} in {file}"
+
+
+def check_judge(key: str, judge: Judge) -> Iterator[str]:
+    """The files and the key of a language model that grades responses."""
+    rubric, name = Path(judge.rubric).expanduser(), judge.api_key_env
+    if not rubric.is_file():
+        yield f"{key}.rubric={judge.rubric}: there is no file {rubric.resolve()}"
+    if name is not None and not os.environ.get(name):
+        yield f"{key}.api_key_env={name}: this environment variable is not set"
 
 
 def may_define(file: Path, name: str) -> bool:
@@ -228,6 +245,20 @@ def check_prompt_files(cfg: Config) -> Iterator[str]:
             yield f"eval.prompts: {name} cannot be read: {error}"
 
 
+def check_response_file(cfg: Config) -> Iterator[str]:
+    """Whether eval.save_responses can be written."""
+    if cfg.eval.save_responses is None:
+        return
+    key = f"eval.save_responses={cfg.eval.save_responses}"
+    file = Path(cfg.eval.save_responses).absolute()
+    if file.is_dir() or cfg.eval.save_responses.endswith("/"):
+        yield f"{key}: this is a folder; give a file in it, for instance responses.jsonl"
+    elif not file.parent.is_dir():
+        yield f"{key}: there is no folder {file.parent}; make it first"
+    elif not os.access(file.parent, os.W_OK | os.X_OK):
+        yield f"{key}: the folder {file.parent} cannot be written; give a file elsewhere"
+
+
 def prompt_file(name: str) -> Path:
     """The file of one of eval.prompts: of ours by its name, or the user's."""
     ours = PROMPTS / f"{name}.txt"
@@ -240,8 +271,13 @@ def read_prompt_lines(file: Path) -> list[str]:
 
 
 def function_file(function: str) -> Path | None:
-    """The file of "module:name", in the current directory or an installed package; or None."""
-    parts = function.split(":")[0].split(".")
+    """The file of "module:name", in the current directory or an installed package, or of
+    "FILE.py:name"; None where there is none."""
+    place = function.rpartition(":")[0]
+    if place.endswith(".py"):
+        file = Path(place).expanduser()
+        return file if file.is_file() else None
+    parts = place.split(".")
     for root in (os.getcwd(), *sys.path):
         for file in (Path(root, *parts).with_suffix(".py"), Path(root, *parts, "__init__.py")):
             if file.is_file():

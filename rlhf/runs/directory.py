@@ -28,6 +28,7 @@ PACKAGES = (
     "wandb",
     "numpy",
 )
+WARNINGS = "warnings.json"  # what went wrong in online RL: a line each
 AGAIN = "or add fresh=true to train it again (this attempt is kept in its attempts/)"
 
 
@@ -37,6 +38,14 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
         return json.loads((directory / "summary.json").read_text())
     except FileNotFoundError:
         return None
+
+
+def read_warnings(directory: Path) -> list[str]:
+    """What a finished run warned of, and what to do about it; none in an older run."""
+    try:
+        return json.loads((directory / WARNINGS).read_text())
+    except FileNotFoundError:
+        return []
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -59,6 +59,8 @@ def find_inputs(command: Command, stage: str) -> Inputs:
             inputs.add_model(f"rewards/{name}", source.path)
         elif source.function and (file := function_file(source.function)):
             inputs.ids[f"rewards/{name}"] = hash_of_file(file)  # another function, another run
+        elif source.judge:
+            inputs.ids[f"rewards/{name}"] = hash_of_file(Path(source.judge.rubric).expanduser())
     if stage == "eval":
         for i, policy in enumerate(cfg.eval.policies):
             if policy != BASE and not is_stage_name(policy):

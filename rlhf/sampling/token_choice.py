@@ -21,6 +21,7 @@ class Sampling:
     top_k: int = 0  # sample from the K most likely tokens; 0 = all
     greedy: bool = False  # take the most likely token
     beams: int = 1  # > 1: the most likely response that a beam search of this width finds
+    n: int = 1  # responses to each prompt, in evaluations; online RL repeats its prompts itself
 
 
 def scale_by_temperature(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -12,7 +12,6 @@ import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -21,7 +20,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.config.choices import Decoding
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import policy_labels
+from rlhf.config.stage_graph import function_sources, policy_labels
 from rlhf.config.stage_nodes import Eval
 from rlhf.data import encoding
 from rlhf.data.load import open_data
@@ -29,8 +28,10 @@ from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, release_engine
 from rlhf.evaluation.best_of import best_of
+from rlhf.evaluation.pass_rates import check_columns, pass_rates
 from rlhf.evaluation.policy import evaluate_policy
 from rlhf.evaluation.reward_model import evaluate_reward_model
+from rlhf.evaluation.saved_responses import response_lines, write_responses
 from rlhf.evaluation.win_rates import Responses, win_rates
 from rlhf.models.loading import check_context, context_length, load_policy, load_tokenizer, location
 from rlhf.planning.memory import gather_for_rollout
@@ -38,12 +39,15 @@ from rlhf.reporting import eval_page
 from rlhf.reporting.eval_results import (
     BestOfPoint,
     EvalResults,
+    PassRate,
     ScorerResults,
-    WinRate,
+    sample_rows,
     side_by_side,
+    summary_metrics,
 )
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.trial import start_functions, try_functions
 from rlhf.rl.experience import Models
-from rlhf.rl.functions import RewardFunction, load_functions, try_functions
 from rlhf.rl.rewards import (
     Rewards,
     build_rewards,
@@ -61,7 +65,7 @@ NO_LIMIT = 10**6  # tokens of a prompt
 class Setup:
     """What is evaluated, and on what."""
 
-    functions: dict[str, RewardFunction]
+    functions: RewardProcess | None
     paths: dict[str, str]  # the model of each policy, by its label
     against: str | None  # label of the policy that the others are compared with
     scorers: list[str]  # paths of the reward models
@@ -81,8 +85,10 @@ class PolicyResults:
     """What was measured of the policies, by their labels."""
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    responses: dict[str, Responses] = field(default_factory=dict)
+    responses: dict[str, Responses] = field(default_factory=dict)  # the first one to each prompt
     fixed_responses: dict[str, Responses] = field(default_factory=dict)
+    pass_rates: dict[str, list[PassRate]] = field(default_factory=dict)
+    lines: dict[str, list[str]] = field(default_factory=dict)  # for eval.save_responses
     best_of: list[BestOfPoint] = field(default_factory=list)
 
 
@@ -113,12 +119,17 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         where=setup.paths,
         answers=side_by_side(policies.responses, list(setup.paths)),
         fixed=side_by_side(policies.fixed_responses, list(setup.paths)),
+        samples=cfg.eval.samples,
+        pass_rates=[rate for name in setup.paths for rate in policies.pass_rates[name]],
     )
     metrics = summary_metrics(results)
     last_step = len(setup.paths) + 1
     tracker.log(last_step, {key.removeprefix("eval/"): value for key, value in metrics.items()})
     tracker.samples(last_step, sample_rows(results.fixed + results.answers))
     if collectives.rank() == 0:
+        if cfg.eval.save_responses:
+            lines = [line for name in setup.paths for line in policies.lines[name]]
+            write_responses(Path(cfg.eval.save_responses), lines)
         results.write(run_dir / "eval.json")
         title = f"Evaluation: {', '.join(setup.paths or cfg.eval.rewards)}"
         eval_page.write_page(results, run_dir / "report.html", title)
@@ -132,7 +143,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 def prepare(cfg: Config, run_dir: Path) -> Setup:
     """Check all models, and find the prompts that fit all of them. Loads no weights."""
     node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
-    functions = load_functions(cfg)
+    functions = start_functions(cfg)
     check_reward_models(cfg)
     labels = policy_labels(node.policies)
     paths = {name: location_of(cfg, policy) for name, policy in labels.items()}
@@ -147,7 +158,13 @@ def prepare(cfg: Config, run_dir: Path) -> Setup:
     for name, path in paths.items():
         warn_of_template(name, path, tokenizers[name], cfg)
     data = open_data(cfg, run_dir)
-    try_functions(cfg, functions, data)
+    try_functions(functions, data)
+    check_columns(data.eval_prompts, node.by)
+    if node.samples > 1 and not verifiers(cfg):
+        log.warning(
+            f"eval.samples={node.samples}: no function among eval.rewards checks responses, so "
+            "there is no pass@k; the other numbers are means over all responses"
+        )
     files = [Path(cfg.inputs[f"prompts/{i}"]) for i in range(len(node.prompts))]
     fixed = [Prompt([Turn("user", line)]) for file in files for line in read_prompt_lines(file)]
     contexts = [context for path in models if (context := context_length(path))]
@@ -218,6 +235,12 @@ def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
     for source in rewards.sources:
         source.weight = 1.0
     return rewards
+
+
+def verifiers(cfg: Config) -> list[str]:
+    """The sources that check responses: functions and servers."""
+    sources = function_sources(cfg, "eval").items()
+    return [name for name, source in sources if source.function or source.url]
 
 
 def judges_of(node: Eval, data: Dataset) -> list[str]:
@@ -302,11 +325,16 @@ def evaluate_one(
         node.top_k,
         greedy=node.decoding == Decoding.greedy,
         beams=node.beams if node.decoding == Decoding.beam else 1,
+        n=node.samples,
     )
     metrics, responses = evaluate_policy(
         models, setup.data, max_prompt, max_new, sampling, micro_batch
     )
-    results.metrics[name], results.responses[name] = metrics, responses
+    results.metrics[name], results.responses[name] = metrics, responses[:: node.samples]
+    prompts, sources = setup.data.eval_prompts, models.rewards.names if models.rewards else []
+    results.pass_rates[name] = pass_rates(name, prompts, responses, verifiers(cfg), node.by)
+    if node.save_responses:
+        results.lines[name] = response_lines(name, prompts, responses, sources, "held-out")
     demonstrations = encoding.encode_demonstrations(
         tokenizer, setup.data.eval_sft, max_prompt, cfg.data.max_response_tokens
     )
@@ -318,9 +346,17 @@ def evaluate_one(
         fixed = dataclasses.replace(
             setup.data, eval_prompts=setup.fixed_prompts, gold=None, best_gold=None
         )
-        _, results.fixed_responses[name] = evaluate_policy(
-            scored_by_models(models), fixed, setup.max_fixed_prompt, max_new, sampling, micro_batch
+        one_each = dataclasses.replace(sampling, n=1)
+        scored = scored_by_models(models)
+        _, responses = evaluate_policy(
+            scored, fixed, setup.max_fixed_prompt, max_new, one_each, micro_batch
         )
+        results.fixed_responses[name] = responses
+        if node.save_responses:
+            sources = scored.rewards.names if scored.rewards else []
+            results.lines[name] += response_lines(
+                name, setup.fixed_prompts, responses, sources, "fixed"
+            )
 
 
 def scored_by_models(models: Models) -> Models:
@@ -344,45 +380,3 @@ def evaluate_scorers(
         if source.engine and (scorer := evaluate_reward_model(source, setup.data, cfg)):
             results[source.name] = scorer
     return results
-
-
-# ---- 6. results
-
-
-def summary_metrics(results: EvalResults) -> dict[str, float]:
-    """The metrics of summary.json: of each policy, the win rates, the reward models.
-
-    eval/win_rate is that of the last policy by the main judge.
-    """
-    metrics = {
-        f"eval/{name}/{key}": value
-        for name, policy in results.policies.items()
-        for key, value in policy.items()
-    }
-    last = next((name for name in reversed(results.policies) if name != results.against), None)
-    for rate in results.win_rates:
-        metrics[f"eval/{rate.policy}/win_rate/{rate.judge}"] = rate.rate
-        if (rate.policy, rate.judge) == (last, results.judge):
-            metrics |= main_win_rate(rate)
-    for name, scorer in results.reward_models.items():
-        prefix = "eval" if len(results.reward_models) == 1 else f"eval/{name}"
-        metrics |= {f"{prefix}/accuracy": scorer.accuracy, f"{prefix}/ece": scorer.ece}
-    return metrics
-
-
-def main_win_rate(rate: WinRate) -> dict[str, float]:
-    """A win rate and its interval, under the names that runs are compared by."""
-    return {
-        "eval/win_rate": rate.rate,
-        "eval/win_rate_low": rate.low,
-        "eval/win_rate_high": rate.high,
-    }
-
-
-def sample_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `side_by_side` as plain columns, for samples.jsonl: the prompt, and each policy."""
-    return [
-        {"prompt": row["prompt"]}
-        | {name: response["completion"] for name, response in row["answers"].items()}
-        for row in rows
-    ]

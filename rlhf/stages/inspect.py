@@ -31,6 +31,7 @@ from rlhf.data.records import Dataset, Pair
 from rlhf.data.sources import splits_of
 from rlhf.data.splits import PARTS
 from rlhf.data.tokenized import split_answers
+from rlhf.evaluation.reference_answers import check_references, verdicts_on_references
 from rlhf.models.loading import check_context, load_tokenizer
 from rlhf.reporting.inspect_page import name_of, page
 from rlhf.runs.directory import write_json
@@ -75,7 +76,10 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
         if name in stages:
             stages[name]["distinct_prompts"] = count
 
-    # 3. judge and write the page
+    # 3. try the reward functions on the reference answers
+    references = check_references(cfg, data.ppo)
+
+    # 4. judge and write the page
     result = Inspection(
         verdicts=[],
         template=cfg.data.template.name,
@@ -83,8 +87,10 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
         sources=sources,
         stages=stages,
         leakage=shared,
+        references=references,
     )
     result["verdicts"] = verdicts(result, data, cfg) + on_marks
+    result["verdicts"] += verdicts_on_references(references)
     samples = {name: tables[name].table for name in ("sft", "rm", "ppo")}
     (run_dir / "report.html").write_text(
         page(result, lengths, samples, tokenizer, cfg), encoding="utf-8", errors="replace"

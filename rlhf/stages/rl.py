@@ -7,11 +7,10 @@ docs/ppo.md explains every step, docs/algorithms.md the differences.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -22,27 +21,33 @@ from rlhf.config import stage_graph
 from rlhf.config.choices import BestBy, KlAppliedTo
 from rlhf.config.schema import Config
 from rlhf.data import tokenized
-from rlhf.data.batches import global_batches, uniforms
+from rlhf.data.batches import PromptOrder, uniforms
 from rlhf.data.records import Dataset, Prompt
+from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.during_training import Evaluations
-from rlhf.models.loading import check_context, load_scorer, save_engine
+from rlhf.models.loading import load_scorer, save_engine
 from rlhf.models.wrappers import Scorer
 from rlhf.planning.memory import gather_for_rollout
-from rlhf.rl.advantages import estimate_advantages, shape_scores, token_rewards
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.trial import start_functions, try_functions
+from rlhf.rl.advantages import differ, estimate_advantages, loss_mask, shape_scores, token_rewards
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
-from rlhf.rl.experience import Experience, Models, Prompts, make_experience
-from rlhf.rl.functions import load_functions, try_functions
+from rlhf.rl.experience import (
+    Experience,
+    Models,
+    Prompts,
+    concatenate,
+    make_experience,
+    pick_prompts,
+)
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import kl_estimate
-from rlhf.rl.metrics import Scored, response_rows, rollout_metrics, source_metrics
+from rlhf.rl.metrics import Scored, drawn_metrics, response_rows, rollout_metrics, source_metrics
 from rlhf.rl.monitor import Monitor
-from rlhf.rl.rewards import (
-    Rewards,
-    build_rewards,
-    check_reward_models,
-)
-from rlhf.rl.update import Learner, Texts, update_policy
+from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models
+from rlhf.rl.update import Learner, pretraining_texts, update_policy
+from rlhf.runs.directory import WARNINGS, write_json
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints, Stateful
 from rlhf.training.setup import build_actor_and_reference, check_rows_left, open_inputs
@@ -61,11 +66,11 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     Returns: the final metrics.
     """
     # 1. data
-    functions = load_functions(cfg)
+    functions = start_functions(cfg)
     check_reward_models(cfg)
     path = cfg.inputs["sft"]
     tokenizer, data = open_inputs(cfg, run_dir, path, samples=True, references=False)
-    try_functions(cfg, functions, data)
+    try_functions(functions, data)
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")
@@ -84,6 +89,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     state = State(
         kl=KlCoefficient(cfg.rl.kl, rollouts - learner.warmup),
         scale=RunningScale(),
+        order=PromptOrder(len(prompts), stage_graph.prompts_per_rollout(cfg.rl), cfg.seed),
         tracker=tracker,
         monitor=Monitor(tracker.alert),
         evaluations=Evaluations(cfg, data, models, run_dir),
@@ -97,10 +103,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker.start_clock()
 
     # 4. rollouts
-    per_rollout = stage_graph.prompts_per_rollout(cfg.rl)
-    batches = global_batches(len(prompts), per_rollout, cfg.rl.prompt_epochs, cfg.seed)
-    for rollout, batch in islice(enumerate(batches), done, rollouts):
-        metrics = train_on_rollout(learner, state, prompts, batch, rollout)
+    for rollout in range(done, rollouts):
+        metrics = train_on_rollout(learner, state, prompts, rollout)
         tracker.log(rollout + 1, metrics)
         state.monitor.check(metrics)
         checkpoints.after(rollout + 1)
@@ -109,6 +113,10 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics, compared = state.evaluations.compare(rollouts)
     tracker.samples(rollouts, compared)
     save_models(learner, run_dir)
+    if functions:
+        functions.close()
+    if collectives.rank() == 0:
+        write_json(run_dir / WARNINGS, list(state.monitor.alerted.values()))
     tracker.close(metrics)
     return metrics
 
@@ -130,6 +138,7 @@ class State:
 
     kl: KlCoefficient
     scale: RunningScale
+    order: PromptOrder
     tracker: Tracker
     monitor: Monitor
     evaluations: Evaluations
@@ -143,37 +152,29 @@ class State:
 
 
 def train_on_rollout(
-    learner: Learner, state: State, prompts: PromptRows, batch: Sequence[int], rollout: int
+    learner: Learner, state: State, prompts: PromptRows, rollout: int
 ) -> dict[str, float]:
     """One rollout and the update on it.
 
-    Args:
-        batch: row numbers of its prompts.
-        rollout: its number, from 0.
+    Args: rollout: its number, from 0.
     Returns: metrics.
     """
     cfg, models, guards = learner.cfg, learner.models, learner.guards
     # 1. sample responses, and measure them
     started = time.time()
-    asked = prompts_of_rollout(cfg, prompts, batch, rollout)
-    sampling = Sampling(cfg.rollout.temperature, greedy=cfg.rl.dschat.greedy)
-    experience = make_experience(
-        models,
-        asked,
-        sampling,
-        cfg.deploy.eval_micro_batch,
-        rescore=rollout == 0,
-        pad_is_eos=cfg.rl.dschat.pad_is_eos,
-    )
+    learner.rewards.progress = (rollout, learner.rollouts)
+    asked, experience, drawn = sample_rollout(learner, state.order, prompts, rollout)
     sampled = time.time()
-    guards.check_rollout(experience, models.tokenizer.eos_token_id, first=rollout == 0)
+    functions = [k for k, source in enumerate(learner.rewards.sources) if source.engine is None]
+    guards.check_rollout(experience, models.tokenizer.eos_token_id, rollout == 0, functions)
     if rollout == 0:
         guards.check_start(experience)
         pad_id = models.tokenizer.pad_token_id
         guards.check_padding(models.actor, experience, cfg.rollout.temperature, pad_id)
 
-    # 2. from scores to the reward of each token
+    # 2. from scores to the reward of each token, and which tokens are in the loss
     scored = score_rollout(learner, state, experience)
+    experience.loss_mask = loss_mask(experience, scored.raw, cfg.rl.mask_truncated)
 
     # 3. advantages
     advantages, returns = estimate_advantages(scored.token_rewards, experience, cfg.rl)
@@ -188,7 +189,7 @@ def train_on_rollout(
         guards.report()
 
     # 5. metrics, and the controller that reads them
-    metrics = log_rollout(learner, state, experience, scored, asked, rollout)
+    metrics = drawn | log_rollout(learner, state, experience, scored, asked, rollout)
     size = len(asked.ids)
     if learner.actor_trains(rollout):  # before, the policy is the reference and has no KL
         state.kl.update(metrics["objective/kl"], size)
@@ -215,7 +216,7 @@ def log_rollout(
     rewards = learner.rewards
     metrics = rollout_metrics(experience, scored, state.kl.value)
     metrics |= state.evaluations.gold_metrics(experience, asked.rows)
-    metrics |= source_metrics(rewards.names, experience.scores)
+    metrics |= source_metrics(rewards.names, experience)
     count = learner.cfg.rollout.log_responses
     rows = response_rows(experience, scored, rewards, count)
     for row, prompt in zip(rows, asked.rows):
@@ -234,23 +235,71 @@ def evaluate_when_due(state: State, done: int, rollouts: int) -> dict[str, float
     return {f"eval/{name}": value for name, value in measured.items()}
 
 
+def sample_rollout(
+    learner: Learner, order: PromptOrder, prompts: PromptRows, rollout: int
+) -> tuple[Prompts, Experience, dict[str, float]]:
+    """Sample responses to the next prompts; measure and score them.
+
+    With rl.dynamic_sampling the groups whose rewards are all equal are replaced by responses to the
+    prompts that follow, as many draws as it allows. Where too few groups differ even then, the
+    first ones that do not fill the rollout.
+
+    Returns: prompts and responses of the rollout, and metrics of all that were drawn.
+    """
+    cfg, rl, pad_id = learner.cfg, learner.cfg.rl, learner.models.tokenizer.pad_token_id
+    k, wanted = rl.responses_per_prompt, stage_graph.prompts_per_rollout(rl)
+    sampling = Sampling(cfg.rollout.temperature, greedy=rl.dschat.greedy)
+    drawn: list[int] = []  # row numbers of prompts
+    asked, parts = [], []
+    useful: list[bool] = []  # of each prompt: whether its rewards differ
+    for _ in range(rl.dynamic_sampling or 1):
+        batch = order.take(wanted - sum(useful))
+        asked.append(prompts_of_rollout(cfg, prompts, batch, rollout, drawn))
+        part = make_experience(
+            learner.models,
+            asked[-1],
+            sampling,
+            cfg.deploy.eval_micro_batch,
+            rescore=rollout == 0,
+            pad_is_eos=rl.dschat.pad_is_eos,
+        )
+        drawn += batch
+        parts.append(part)
+        useful += differ(learner.rewards.total(part.scores), k).tolist()
+        if sum(useful) == wanted:
+            break
+    everything = concatenate(parts, pad_id)
+    metrics = drawn_metrics(asked, learner.rewards.total(everything.scores), k)
+    if len(parts) == 1:
+        return asked[0], everything, metrics
+    best = sorted(range(len(useful)), key=lambda group: not useful[group])  # keeps their order
+    rows = [group * k + j for group in sorted(best[:wanted]) for j in range(k)]
+    return pick_prompts(asked, rows), everything.rows(rows), metrics
+
+
 def prompts_of_rollout(
-    cfg: Config, prompts: PromptRows, batch: Sequence[int], rollout: int
+    cfg: Config, prompts: PromptRows, batch: Sequence[int], rollout: int, before: Sequence[int]
 ) -> Prompts:
-    """The prompts of a rollout, each as often as it gets a response, with their random numbers."""
-    k = cfg.rl.responses_per_prompt
-    # response j to prompt i has a number of its own, whatever else is in the rollout
-    numbers = [i + j * len(prompts) for i in batch for j in range(k)]
+    """Some prompts of a rollout, each as often as it gets a response, with their random numbers.
+
+    Args: batch: their row numbers.  before: those that were drawn for this rollout already.
+    """
+    k, times = cfg.rl.responses_per_prompt, Counter(before)
+    numbers = []
+    for i in batch:
+        # response j to prompt i has a number of its own, whatever else is in the rollout
+        numbers += [i + (times[i] * k + j) * len(prompts) for j in range(k)]
+        times[i] += 1
     random = uniforms("rollout", numbers, cfg.seed, rollout, cfg.rollout.max_new_tokens)
     rows, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(k)))
-    return Prompts(rows, ids, random)
+    return Prompts(rows, ids, random, k)
 
 
 def score_rollout(learner: Learner, state: State, experience: Experience) -> Scored:
     """Scores as they are, as they count, and as the reward of each token."""
     rl, kl = learner.cfg.rl, learner.cfg.rl.kl
     raw = learner.rewards.total(experience.scores)
-    score = shape_scores(raw, experience, rl, state.scale)
+    score = shape_scores(raw, experience, rl, learner.cfg.rollout.max_new_tokens, state.scale)
     coef = state.kl.value if kl.applied_to == KlAppliedTo.reward else 0.0
     estimate = kl_estimate(experience.old_logprobs, experience.ref_logprobs, kl.estimator)
     penalty: Tensor = coef * estimate
@@ -294,7 +343,7 @@ def load_models(
     cfg: Config,
     data: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    functions: dict[str, Any],
+    functions: RewardProcess | None,
     run_dir: Path,
 ) -> Models:
     """The policy and its reference, what scores responses, and with rl.advantage=gae the critic."""
@@ -342,27 +391,3 @@ def build_critic(
         return critic
 
     return build_engine(load_critic, cfg, "critic", run_dir)
-
-
-def pretraining_texts(cfg: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """What the pretraining loss reads: sources of plain text, else the SFT demonstrations.
-
-    Raises: UserError where there are neither.
-    """
-    longest = cfg.rl.ptx.max_tokens
-    if data.texts is not None:
-        note = ""
-        check_context(cfg.inputs["sft"], 0, longest, "rl.ptx.max_tokens")
-        texts = tokenized.texts(tokenizer, data.texts, longest, cfg.data.workers)
-    else:
-        note = ", as no source has plain text"
-        longest = min(longest, cfg.data.max_response_tokens)  # what SFT had room for
-        max_prompt, workers = cfg.data.max_prompt_tokens, cfg.data.workers
-        texts = tokenized.demonstrations(tokenizer, data.sft, max_prompt, longest, workers)
-    if not len(texts):
-        raise UserError(
-            f"rl.ptx.coef={cfg.rl.ptx.coef}: there are neither texts (a source of format text) nor "
-            "demonstrations; add data, or set it to 0"
-        )
-    log.info(f"pretraining loss: {texts}{note}")
-    return texts

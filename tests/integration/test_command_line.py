@@ -175,6 +175,20 @@ def test_a_source_of_the_score_is_added_by_its_key_and_removed_by_null() -> None
     assert "gold" in evaluated.eval.rewards
 
 
+def test_arguments_of_a_function_may_be_anything() -> None:
+    json = "rl.rewards.json.function=rlhf.verifiers:json_valid"
+    for typed in (
+        ["rl.rewards.json.kwargs.keys=[a,b]", "rl.rewards.json.kwargs.strict=true"],
+        ["rl.rewards.json.kwargs={keys: [a, b], strict: true}"],
+    ):
+        source = command(json, *typed).cfg.rl.rewards["json"]
+        assert source is not None and source.kwargs == {"keys": ["a", "b"], "strict": True}
+    judge = "{endpoint: 'http://localhost:8000/v1', model: m, rubric: README.md}"
+    of_judge = command(f"rl.rewards.j.judge={judge}").cfg.rl.rewards["j"]
+    assert of_judge is not None and of_judge.judge is not None
+    assert of_judge.judge.model == "m" and of_judge.judge.api_key_env is None
+
+
 def test_all_sources_of_the_score_are_added_at_once_and_the_others_stay() -> None:
     cfg = command("rl.rewards={gold: {function: 'rlhf.data.sandbox:gold'}}").cfg
     assert list(cfg.rl.rewards) == ["model", "gold"]
@@ -356,7 +370,7 @@ def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
 @pytest.mark.parametrize(
     "override, line",
     [
-        ("stage=gpro", "stage=gpro: no such option (did you mean grpo?)"),
+        ("stage=grppo", "stage=grppo: no such option (did you mean grpo?)"),
         ("pipeline=sft", "pipeline=sft: no such option; choose from"),
         ("actor=opt1.3", "actor=opt1.3: no such option (did you mean opt1.3b?)"),
         ("rl=ppo,grpoo", "rl=grpoo: no such option (did you mean grpo?)"),
@@ -366,7 +380,7 @@ def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
         ("data=rm-static", "data=rm-static: no such option (did you mean rm_static?)"),
         ("deploy=gpu", "deploy=gpu: no such option (did you mean single_gpu?)"),
         ("stage=reward", "stage=reward: no such option (did you mean rm?)"),
-        ("rl=null", "rl=null: choose one of dr_grpo"),
+        ("rl=null", "rl=null: choose one of cispo, dapo, dr_grpo"),
         ("+actor=tiny", "+actor=tiny: leave out the +: actor=tiny"),
         ("rl.kl.coef=[", "cannot read 'rl.kl.coef=['"),
         ("stage", "cannot read 'stage': write KEY=VALUE without spaces, as in stage=ppo"),
@@ -480,9 +494,9 @@ def test_a_sweep_keeps_the_name_that_it_is_given_in_any_way(folder: Path) -> Non
         ("actor=opt1", "actor=opt1.3b actor=opt125m actor=opt13b"),
         ("reward=tin", "reward=tiny"),
         ("data=rm", "data=rm_static"),
-        ("stage=g", "stage=grpo"),
-        ("pipeline=d", "pipeline=dpo pipeline=dr_grpo pipeline=dschat"),
-        ("rl=g", "rl=grpo"),
+        ("stage=gr", "stage=grpo"),
+        ("pipeline=d", "pipeline=dapo pipeline=dpo pipeline=dr_grpo pipeline=dschat"),
+        ("rl=g", "rl=grpo rl=gspo"),
         ("deploy=s", "deploy=single_gpu deploy=single_node"),
         ("sweep=s", "sweep=seeds"),
         ("experiment=o", "experiment=opt1.3b_lora experiment=overoptimisation"),

@@ -61,7 +61,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     dpo = prepare(
         root, "up", "dpo", {"sft": str(sft / "model")}, ["dpo.batch_size=8", "dpo.max_steps=4"]
     )
-    (root / "short_rewards.py").write_text("def length(turns, answer):\n    return len(answer)\n")
+    (root / "short_rewards.py").write_text(
+        "def length(completions):\n    return [len(c) for c in completions]\n"
+    )
     inputs = {"sft": str(sft / "model"), "rm": str(rm / "model"), "dpo": str(dpo / "model")}
     inputs |= {"prompts/0": str(prompt_file("zh"))}
     done = {}

@@ -22,7 +22,9 @@ from rlhf.base.log import say
 from rlhf.config import keys
 from rlhf.data.load import open_data
 from rlhf.models.loading import check_context
-from rlhf.rl import functions
+from rlhf.rewards import functions
+from rlhf.rewards.process import RewardProcess, Spec
+from rlhf.rewards.trial import try_functions
 from rlhf.rl.monitor import warnings_of
 from rlhf.runs.launch import first_failure
 
@@ -30,9 +32,9 @@ PAGE = (REPO / "docs" / "faq.md").read_text()
 MINE = "data=jsonl data.sources.mine.path=docs/examples/pairs.jsonl"
 REWARD = "rl.rewards.mine.function=my_rewards"
 FUNCTIONS = """
-def few(response): return 1.0
-def correct(turns, response, answer): return float(answer in response)
-def none(turns, response): return None
+def few(response): return [1.0]
+def correct(completions, answer): return [float(a in c) for a, c in zip(answer, completions)]
+def word(completions): return ["good"] * len(completions)
 """
 
 
@@ -124,18 +126,18 @@ def few_prompts() -> str:
 
 def function_of(name: str) -> str:
     key = f"{REWARD}:{name}"
-    return refused("ppo", lambda: functions.load_function(f"my_rewards:{name}", key))
+    return refused("ppo", lambda: functions.load_function(f"my_rewards:{name}", {}, key))
 
 
 def scored_by(name: str) -> str:
-    from rlhf.data.records import Prompt, Turn
+    from rlhf.data.records import Dataset, Prompt, Turn
 
-    key = f"{REWARD}:{name}"
-    function, prompt = (
-        functions.load_function(f"my_rewards:{name}", key),
-        Prompt([Turn("user", "Why?")]),
-    )
-    return refused("ppo", lambda: functions.score(function, prompt, "Because.", key))
+    process = RewardProcess({"mine": Spec(f"{REWARD}:{name}", f"my_rewards:{name}")})
+    data = Dataset(None, None, None, [], [], [Prompt([Turn("user", "Why?")])])
+    try:
+        return refused("ppo", lambda: try_functions(process, data))
+    finally:
+        process.close()
 
 
 def warned(**last: float) -> str:
@@ -187,7 +189,7 @@ QUICK: dict[str, Callable[[], str]] = {
     "The function does not exist": lambda: parent(f"stage=ppo {REWARD}:shrt"),
     "The function has the wrong parameters": lambda: function_of("few"),
     "The function wants a column that is not there": lambda: scored_by("correct"),
-    "The function fails, or returns None": lambda: scored_by("none"),
+    "The function fails, or returns no number": lambda: scored_by("word"),
     "KL blow-up": lambda: warned(objective__kl=30.0),
     "Entropy collapse": lambda: warned(policy__entropy_avg=0.1),
     "The critic is broken: negative explained variance": lambda: warned(

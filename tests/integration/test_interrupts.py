@@ -115,7 +115,7 @@ def test_with_a_checkpoint_the_same_command_resumes(tmp_path: Path) -> None:
 def test_a_function_that_is_tried_ends_with_the_command(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(
         "import sys, time\n"
-        "def slow(turns, response):\n"
+        "def slow(completions):\n"
         "    print('now', file=sys.stderr, flush=True)\n"
         "    time.sleep(300)\n"
     )

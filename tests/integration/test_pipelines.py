@@ -68,7 +68,8 @@ CALLS: dict[str, tuple[list[str], str]] = {
     ),
     "no such algorithm": (
         ["pipeline=sarsa"],
-        "pipeline=sarsa: no such option; choose from dr_grpo, dschat, grpo, ppo, rloo, dpo",
+        "pipeline=sarsa: no such option; choose from cispo, dapo, dr_grpo, dschat, grpo, gspo, "
+        "ppo, reinforce_pp, reinforce_pp_baseline, rloo, dpo",
     ),
     "no SFT": (["stage=dpo"], "dpo needs a trained policy: not in outputs/sft-tiny-"),
     "a key of an earlier version": (

@@ -12,10 +12,10 @@ from wandb_server import Server
 
 TINY = REPO / "rlhf" / "assets" / "tiny"
 FUNCTIONS = (
-    "def fails(turns, response):\n    table = {}\n    return table[response]\n\n"
-    "def needs_truth(turns, response, truth):\n    return 0.0\n\n"
-    "def leaves(turns, response):\n    raise SystemExit('no key')\n\n"
-    "def good(turns, response):\n    return -len(response)\n"
+    "def fails(completions):\n    table = {}\n    return [table[c] for c in completions]\n\n"
+    "def needs_truth(completions, truth):\n    return [0.0] * len(completions)\n\n"
+    "def leaves(completions):\n    raise SystemExit('no key')\n\n"
+    "def good(completions):\n    return [-len(c) for c in completions]\n"
 )
 
 
@@ -23,7 +23,7 @@ FUNCTIONS = (
     "name, said",
     [
         ("fails", ": KeyError: '"),
-        pytest.param("needs_truth", "has a parameter truth, and a row", marks=pytest.mark.full),
+        pytest.param("needs_truth", "has a parameter truth, and the rows", marks=pytest.mark.full),
         pytest.param("leaves", ": SystemExit: no key (", marks=pytest.mark.full),
     ],
 )
@@ -37,7 +37,7 @@ def test_a_wrong_function_stops_the_pipeline_before_its_first_stage(
     assert line.startswith(f"error: ppo: rl.rewards.mine.function=my_rewards:{name}: ")
     assert said in line
     if name == "fails":
-        assert ": held-out prompt '" in line and f"({tmp_path}/my_rewards.py:3)" in line
+        assert ": prompt '" in line and f"({tmp_path}/my_rewards.py:3)" in line
     assert not (tmp_path / "outputs").exists()
 
 
@@ -55,13 +55,13 @@ def test_functions_that_work_are_named_and_the_stage_alone_checks_for_itself(
     done = train(*wrong, cwd=tmp_path)
     assert done.returncode == 2 and "tried mine" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: ppo: rl.rewards.mine.function=my_rewards:fails: held-out prompt")
+    assert line.startswith("error: ppo: rl.rewards.mine.function=my_rewards:fails: prompt")
     sft = f"eval.policies=[{runs_in(tmp_path)['sft'][0]}]"
     judge = ["eval.rewards={mine: {function: 'my_rewards:fails'}}", "eval.rewards.model=null"]
     judge.append("eval.against=null")
     done = train("stage=eval", sft, *judge, *SMALL, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "error: eval: eval.rewards.mine.function=my_rewards:fails: held-out" in done.stderr
+    assert "error: eval: eval.rewards.mine.function=my_rewards:fails: prompt" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ SMALL_PPO = [
 def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_new_function_is_a_new_run(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "my_rewards.py").write_text("def length(turns, answer):\n    return -len(answer)\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completions):\n    return [-len(c) for c in completions]\n"
+    )
     only = [
         "data.sandbox.demonstrations=64",
         "sft.max_steps=2",
@@ -38,7 +40,9 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_new_functio
     assert summary(run)["parents"].keys() == {"sft", "rewards/mine"}
     again = train(*SMALL_PPO, *only, cwd=tmp_path)
     assert again.returncode == 0 and "ppo: finished" in again.stderr
-    (tmp_path / "my_rewards.py").write_text("def length(turns, answer):\n    return len(answer)\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completions):\n    return [len(c) for c in completions]\n"
+    )
     changed = train(*SMALL_PPO, *only, cwd=tmp_path)
     assert changed.returncode == 2 and "(changed: rewards/mine): add fresh=true" in changed.stderr
 
@@ -95,12 +99,15 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
 def test_grpo_compares_with_a_column_of_the_data(tmp_path: Path) -> None:
     """GSM8K's layout, from random weights: no stage below, no reward model."""
     (tmp_path / "my_rewards.py").write_text(
-        "def correct(turns, response, answer):\n"
-        "    first = turns[-1].text.split()[2]\n"
-        "    assert answer == f'It is {first}. #### {first}', (turns, answer)\n"
-        "    return float(answer.split('####')[1].strip() in response)\n\n"
-        "def needs_truth(turns, response, truth):\n"
-        "    return 0.0\n"
+        "def correct(prompts, completions, answer):\n"
+        "    scores = []\n"
+        "    for prompt, completion, truth in zip(prompts, completions, answer):\n"
+        "        first = prompt.split()[2]\n"
+        "        assert truth == f'It is {first}. #### {first}', (prompt, truth)\n"
+        "        scores.append(float(truth.split('####')[1].strip() in completion))\n"
+        "    return scores\n\n"
+        "def needs_truth(completions, truth):\n"
+        "    return [0.0] * len(completions)\n"
     )
     rows = [
         {"question": f"What is {n} ?", "answer": f"It is {n}. #### {n}", "level": n}
@@ -119,7 +126,7 @@ def test_grpo_compares_with_a_column_of_the_data(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert (
         "error: grpo: rl.rewards.mine.function=my_rewards:needs_truth: the function has a "
-        "parameter truth, and a row has no such column (it has answer, level): give it a default "
-        "value, or add the column to the data"
+        "parameter truth, and the rows have no such column (they have answer, level): give it a "
+        "default value, or add the column to the data"
     ) in wrong.stderr.splitlines()
     assert "sampling responses" not in wrong.stderr, "found before a model is loaded"

@@ -92,10 +92,10 @@ def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_onl
     own = "~rl.rewards.model", "+rl.rewards={mine: {function: 'mine:f'}}"
     (tmp_path / "mine.py").write_text(  # in a stage, not when it is tried before
         "import os\n"
-        "def f(turns, answer):\n"
+        "def f(completions):\n"
         "    if 'RANK' in os.environ:\n"
         "        raise KeyError('not yet')\n"
-        "    return 0.0\n"
+        "    return [0.0] * len(completions)\n"
     )
     sweep = [
         "-m",
@@ -116,7 +116,9 @@ def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_onl
         path.read_text().count("not yet")
         for path in (tmp_path / "multirun" / "both").glob("*/error.txt")
     ] == [1, 1]
-    (tmp_path / "mine.py").write_text("def f(turns, answer):\n    return len(answer)\n")
+    (tmp_path / "mine.py").write_text(
+        "def f(completions):\n    return [len(c) for c in completions]\n"
+    )
     second = train(*sweep, cwd=tmp_path)
     assert second.returncode == 0 and second.stderr.count("sft: finished") == 2, second.stderr
     third = train(*sweep, cwd=tmp_path)

@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import REPO, composed, read_offline_run
+from written_runs import write_run
 
 from rlhf.config.loading import save_config
+from rlhf.reporting.tables import print_runs
+from rlhf.rl.monitor import Monitor
+from rlhf.runs.directory import WARNINGS, read_warnings, write_json
 
 ALERT = """
 import sys, os
@@ -43,3 +48,19 @@ def test_a_warning_reaches_the_console_and_wandb(tmp_path: Path) -> None:
     assert any(
         "KL blow-up" in json.dumps(record) for record in records if record["type"] == "alert"
     )
+
+
+def test_the_table_at_the_end_says_that_the_kl_blew_up_and_what_to_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    run, monitor = write_run(tmp_path), Monitor(lambda title, text: None)
+    for kl in (2.0, 88.0):
+        row = {"kl": kl, "kl_per_token": kl / 20, "kl_coef": 0.05, "eos_rate": 1.0, "scores": 0.5}
+        monitor.check({f"objective/{key}": value for key, value in row.items()})
+    assert read_warnings(run) == [], "a run of an earlier version has none"
+    write_json(run / WARNINGS, list(monitor.alerted.values()))
+    print_runs([run], 1.0)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    line = "warning: KL blow-up at rollout 2: objective/kl is 88.0 nats per response, before 2.0: "
+    assert line + "raise rl.kl.coef or lower rl.lr" in text

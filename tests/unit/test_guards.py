@@ -242,6 +242,8 @@ def test_a_healthy_run_gets_no_warning() -> None:
         ("entropy collapse", [row(), row(entropy=0.09)]),
         ("critic broken", [row(explained=-0.1)] * 10),
         ("all responses truncated", [row(eos_rate=0.0)]),
+        ("equal rewards", [row() | {"frac_reward_zero_std": 0.6}] * 8),
+        ("responses without a score", [row(unscored_frac=0.51)]),
         (
             "over-optimization",
             [row()] * 8 + [row(scores=0.7, kl=4.9, kl_coef=0.2)] * 8,
@@ -263,6 +265,9 @@ def test_what_is_near_trouble_gets_none() -> None:
         == []
     )
     assert titles([row()] * 8 + [row(scores=0.7, kl=4.9)] * 8) == []  # both rise
+    assert titles([row() | {"frac_reward_zero_std": 1.0}] * 7) == []  # too few rollouts
+    assert titles([row() | {"frac_reward_zero_std": 0.5}] * 9) == []
+    assert titles([row(unscored_frac=0.5)]) == []
 
 
 def test_each_kind_is_said_once_per_run() -> None:
@@ -271,6 +276,12 @@ def test_each_kind_is_said_once_per_run() -> None:
     for _ in range(3):
         watch.check(row(eos_rate=0.0, kl_per_token=2.0))
     assert said == ["KL blow-up", "all responses truncated"]
+    kept = watch.alerted["KL blow-up"]
+    assert kept.startswith("KL blow-up at rollout 1: objective/kl is 2.0") and "lower rl.lr" in kept
+    resumed = Monitor(lambda title, text: said.append(title))
+    resumed.load_state_dict(watch.state_dict())
+    resumed.check(row(eos_rate=0.0, kl_per_token=2.0))
+    assert len(said) == 2 and resumed.alerted == watch.alerted
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(actor: Any) -> None:

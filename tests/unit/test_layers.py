@@ -15,7 +15,7 @@ from helpers import REPO
 
 PACKAGE = REPO / "rlhf"
 FLOORS = [  # from the ground up; imports run downwards only, or within a package without a circle
-    ["base"],
+    ["base", "verifiers"],
     ["config"],
     ["distributed"],
     ["runs"],
@@ -25,6 +25,7 @@ FLOORS = [  # from the ground up; imports run downwards only, or within a packag
     ["models"],
     ["sampling"],
     ["training"],
+    ["rewards"],
     ["chat", "rl"],
     ["evaluation"],
     ["stages"],

@@ -13,7 +13,6 @@ import torch
 from helpers import command, composed, train
 from transformers import PreTrainedConfig
 
-from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
@@ -23,8 +22,9 @@ from rlhf.data import template
 from rlhf.data.records import Pair, Prompt, Turn
 from rlhf.evaluation import reward_model
 from rlhf.models.loading import load_tokenizer
-from rlhf.rl import functions, rewards
-from rlhf.rl.experience import Experience
+from rlhf.rewards.process import RewardProcess, Spec
+from rlhf.rl import rewards
+from rlhf.rl.experience import Experience, Prompts
 from rlhf.rl.rewards import Rewards, Source
 from rlhf.runs.checks import check_functions
 from rlhf.runs.identity import run_identity, run_name
@@ -41,73 +41,52 @@ def sources(**settings: dict[str, Any]) -> Config:
 # ---------------------------------------------------------------------------------------- functions
 
 
-def test_a_function_gets_the_turns_and_the_answer(experience: Experience, tokenizer: Any) -> None:
-    seen = []
-
-    def function(turns: list[Turn], answer: str) -> int:
-        seen.append((turns, answer))
-        return len(answer)
-
-    scores = Rewards(
-        [Source("length", function=function), Source("one", 2.0, function=lambda t, a: True)],
-        tokenizer,
-    )(experience, ASKED)
-    assert seen == [(ASKED[i].turns, experience.text(i, tokenizer)) for i in range(4)]
-    assert (
-        scores.dtype == torch.float32
-        and scores[:, 0].tolist() == [len(answer) for _, answer in seen]
-        and scores[:, 1].tolist() == [1] * 4
-    )
-
-
-@pytest.mark.parametrize(
-    "function, said",
-    [
-        (lambda turns, answer: math.nan, "the function returned nan for the response"),
-        (
-            lambda turns, answer: turns[7],
-            "the function failed on the response .*: IndexError: list index out of range",
-        ),
-        (
-            lambda turns, answer: "good",
-            "the function returned 'good' for the response .*, not a finite number",
-        ),
-    ],
-)
-def test_a_function_that_fails_stops_the_run_with_its_name(
-    experience: Experience,
-    tokenizer: Any,
-    function: Any,
-    said: str,
+def test_functions_fill_in_their_columns_and_models_theirs(
+    experience: Experience, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=f"rewards.mine: {said}"):
-        Rewards([Source("mine", function=function)], tokenizer)(experience, ASKED)
-
-
-def test_functions_are_found_in_the_package_and_where_the_command_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_own_rewards.py").write_text(
-        "def short(turns, answer):\n    return -len(answer)\nnumber = 3\n"
+    """All responses to a prompt are in one call; None is no score, and leaves the others' sum."""
+    (tmp_path / "parts.py").write_text(
+        "def length(completions, completion_ids, trainer_state):\n"
+        "    assert trainer_state.global_step == 3 and trainer_state.max_steps == 9\n"
+        "    return [len(c) + len(i) / 100 for c, i in zip(completions, completion_ids)]\n"
+        "def only_a(prompts, completions):\n"
+        "    return [1.0 if prompt == 'a' else None for prompt in prompts]\n"
     )
-    (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
-    found = functions.load_functions(
-        sources(
-            gold={"function": "rlhf.data.sandbox:gold"},
-            short={"function": "my_own_rewards:short"},
-            model={"weight": 1.0},
-        )
+    specs = {name: Spec(name, f"parts:{name}") for name in ("length", "only_a")}
+    process = RewardProcess(specs)
+    parts = [Source("length"), Source("model", 2.0, engine=Fixed()), Source("only_a", -1.0)]  # type: ignore[arg-type]
+    rewards = Rewards(parts, tokenizer, process, progress=(3, 9))
+    experience.scores = rewards(experience, ASKED)
+    assert experience.scores[:, [0, 2]].isnan().all()
+    of_model = experience.scores[:, 1].clone()
+    asked = Prompts(ASKED, [[]] * 4, torch.zeros(4, 1), per_prompt=2)
+    rewards.add_functions(experience, asked)
+    process.close()
+    expected = [
+        len(experience.text(i, tokenizer)) + len(experience.tokens(i)) / 100 for i in range(4)
+    ]
+    scores = experience.scores
+    assert scores.dtype == torch.float32 and scores[:, 0].tolist() == pytest.approx(expected)
+    assert torch.equal(scores[:, 1], of_model)
+    assert scores[0, 2] == 1 and scores[1:, 2].isnan().all()
+    total = rewards.total(scores)
+    assert total[0] == pytest.approx(expected[0] + 2 * float(of_model[0]) - 1)
+    assert total[1:].tolist() == pytest.approx(
+        [expected[i] + 2 * float(of_model[i]) for i in (1, 2, 3)]
     )
-    assert found.keys() == {"gold", "short"} and found["short"]([], "abc") == -3
-    for function, said in (
-        ("my_own_rewards:long", "there is no long in my_own_rewards"),
-        ("my_own_rewards:number", "number is not a function"),
-        ("broken_rewards:f", "cannot import broken_rewards: ModuleNotFoundError"),
-    ):
-        with pytest.raises(ValueError, match=f"rl.rewards.mine.function={function}: {said}"):
-            functions.load_functions(sources(mine={"function": function}))
+    assert experience.reward_errors.tolist() == [[0.0] * 3] * 4
+
+
+def test_without_any_score_the_sum_is_none() -> None:
+    nan = math.nan
+    rows = torch.tensor([[1.0, 2.0, 5.0], [nan, 2.0, 5.0], [nan, nan, 5.0], [nan, nan, nan]])
+    both = Rewards([Source("a", 2.0), Source("b", -0.5), Source("measured", 0.0)], None)  # type: ignore[arg-type]
+    total = both.total(rows)
+    assert total[:2].tolist() == [1.0, -1.0] and total[2:].isnan().all()
+    only = Rewards([Source("measured", 0.0)], None)  # type: ignore[arg-type]
+    assert only.total(torch.tensor([[5.0]])).tolist() == [0.0]
+    assert only.total(torch.tensor([[nan]])).isnan().all()
 
 
 def test_a_module_that_is_not_there_is_told_before_anything_starts(
@@ -127,7 +106,7 @@ def test_a_function_that_is_not_there_is_told_before_anything_starts(
 ) -> None:
     """The file is read, and not run."""
     file = tmp_path / "my_scores.py"
-    file.write_text("raise SystemExit\ndef short(turns, answer): ...\nbrief = short\n")
+    file.write_text("raise SystemExit\ndef short(completions): ...\nbrief = short\n")
     monkeypatch.chdir(tmp_path)
     for name in ("short", "brief"):
         assert not list(check_functions(sources(mine={"function": f"my_scores:{name}"}), "ppo"))

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from helpers import rl_node
+from helpers import composed, rl_node
 from torch import Tensor
 
 from rlhf.config.choices import (
@@ -36,12 +36,15 @@ def t(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=F64)
 
 
-def settings(loss: str, importance: str, low: float = 0.2, high: float = 0.28) -> Rl:
+def settings(
+    loss: str, importance: str, low: float = 0.2, high: float = 0.28, dual: float | None = None
+) -> Rl:
     return rl_node(
         policy_loss=PolicyLoss[loss],
         importance=Importance[importance],
         clip_low=low,
         clip_high=high,
+        dual_clip=dual,
     )
 
 
@@ -79,6 +82,8 @@ def by_loops(
             else:
                 losses[i][j] = max(-a * ratio, -a * bounded)
                 active = -a * bounded > -a * ratio
+                if rl.dual_clip is not None and a < 0 and losses[i][j] > -a * rl.dual_clip:
+                    losses[i][j], active = -a * rl.dual_clip, True
                 slope = 0.0 if active else -a * ratio
                 if rl.importance == Importance.sequence:  # shared by all tokens of the response
                     for k in range(n):
@@ -106,6 +111,92 @@ def test_losses_and_gradients_equal_loops(seed: int, loss: str, importance: str)
     assert torch.allclose(logprobs.grad, t(*slopes), atol=1e-12)
     assert (sums["clipfrac_low"].item(), sums["clipfrac_high"].item()) == (low, high)
     assert low + high > 0
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_dual_clip_and_its_gradient_equal_loops(seed: int, importance: str) -> None:
+    logprobs, old, advantages, mask = batch(seed)
+    rl = settings("clip", importance, 0.1, 0.15, dual=1.2)
+    found, sums = policy_loss(logprobs, old, advantages, mask, rl)
+    found.sum().backward()
+    rows = [x.detach().tolist() for x in (logprobs, old, advantages)]
+    losses, slopes, low, high = by_loops(*rows, [int(n) for n in mask.sum(1)], rl)
+    assert torch.allclose(found, t(*losses), atol=1e-12)
+    assert logprobs.grad is not None
+    assert torch.allclose(logprobs.grad, t(*slopes), atol=1e-12)
+    assert (sums["clipfrac_low"].item(), sums["clipfrac_high"].item()) == (low, high)
+    plain, _ = policy_loss(logprobs, old, advantages, mask, settings("clip", importance, 0.1, 0.15))
+    assert ((found < plain) & (advantages < 0) & (mask > 0)).any() and (found <= plain).all()
+
+
+def test_the_dual_clip_by_hand() -> None:
+    # A = -2, c = 3: ratios 2, 2.9 and 5 lose 4, 5.8 and 6 instead of 10; with A = 2 it is PPO's
+    logprobs = t([2.0, 2.9, 5.0]).log().requires_grad_()
+    zeros, ones = t([0.0, 0.0, 0.0]), t([1, 1, 1])
+    rl = settings("clip", "token", dual=3.0)
+    loss, sums = policy_loss(logprobs, zeros, t([-2.0, -2.0, -2.0]), ones, rl)
+    loss.sum().backward()
+    assert loss[0].tolist() == pytest.approx([4.0, 5.8, 6.0])
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([4.0, 5.8, 0.0])
+    assert (sums["clipfrac_low"].item(), sums["clipfrac_high"].item()) == (0, 1)
+    positive, _ = policy_loss(logprobs, zeros, t([2.0, 2.0, 2.0]), ones, rl)
+    assert positive[0].tolist() == pytest.approx([-2.56] * 3)
+
+
+# ratio, advantage; loss and slope for log pi as each paper defines them, worked out by hand
+TABLE = {
+    "dapo": [  # min(r A, clip(r, 0.8, 1.28) A)
+        (1.0, 1.0, -1.0, -1.0),
+        (1.27, 1.0, -1.27, -1.27),
+        (1.4, 1.0, -1.28, 0.0),
+        (0.5, 1.0, -0.5, -0.5),
+        (0.5, -1.0, 0.8, 0.0),
+        (1.4, -1.0, 1.4, 1.4),
+    ],
+    "gspo": [  # the same of a response of one token, clip(r, 0.9997, 1.0004)
+        (1.0, 2.0, -2.0, -2.0),
+        (1.001, 2.0, -2.0008, 0.0),
+        (0.999, 2.0, -1.998, -1.998),
+        (0.999, -2.0, 1.9994, 0.0),
+        (1.001, -2.0, 2.002, 2.002),
+    ],
+    "cispo": [  # sg(min(r, 1.28)) A log pi, without a lower limit
+        (1.0, 1.0, 0.0, -1.0),
+        (1.28, 1.0, -1.28 * math.log(1.28), -1.28),
+        (2.0, 1.0, -1.28 * math.log(2), -1.28),
+        (2.0, -1.0, 1.28 * math.log(2), 1.28),
+        (0.25, 1.0, -0.25 * math.log(0.25), -0.25),
+    ],
+}
+CLIPS = {
+    "dapo": ("clip", "token", 0.2, 0.28),
+    "gspo": ("clip", "sequence", 3e-4, 4e-4),
+    "cispo": ("cispo", "token", 1.0, 0.28),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_published_losses_of_single_tokens_by_hand(name: str) -> None:
+    rows = TABLE[name]
+    ratios, advantages = t(*([row[0]] for row in rows)), t(*([row[1]] for row in rows))
+    logprobs = ratios.log().requires_grad_()
+    mask = torch.ones_like(ratios)
+    loss, _ = policy_loss(logprobs, 0 * ratios, advantages, mask, settings(*CLIPS[name]))
+    loss.sum().backward()
+    assert loss[:, 0].tolist() == pytest.approx([row[2] for row in rows])
+    assert logprobs.grad is not None
+    assert logprobs.grad[:, 0].tolist() == pytest.approx([row[3] for row in rows])
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_is_that_of_the_preset(name: str) -> None:
+    """The clip ranges of gspo are those of its paper; the preset has wider ones for tiny models."""
+    rl = composed(f"stage={name}").rl
+    assert (rl.policy_loss.name, rl.importance.name) == CLIPS[name][:2]
+    if name != "gspo":
+        assert (rl.clip_low, rl.clip_high) == CLIPS[name][2:]
 
 
 def test_cispo_of_three_tokens_by_hand() -> None:

@@ -50,6 +50,23 @@ from rlhf.config.validation import check_config
         (["deploy.master=here"], "deploy.master=here: give host:port"),
         (["deploy.master=here:99999"], "deploy.master=here:99999: give host:port"),
         (["seed=-1"], "seed=-1: must be at least 0"),
+        (
+            ["rl=cispo", "stage=cispo", "rl.dual_clip=3"],
+            "rl.dual_clip=3 with rl.policy_loss=cispo: it bounds PPO's clipped loss; set it to "
+            "null, or use rl.policy_loss=clip",
+        ),
+        (["rl.dual_clip=1"], "rl.dual_clip=1: must be above 1"),
+        (
+            ["rl.dynamic_sampling=3"],
+            "rl.dynamic_sampling=3 with rl.responses_per_prompt=1: it compares responses to a "
+            "prompt, so there must be at least 2; or set it to null",
+        ),
+        (["rl.dynamic_sampling=1"], "rl.dynamic_sampling=1: must be at least 2"),
+        (
+            ["rl.overlong_penalty=64"],
+            "rl.overlong_penalty=64: must be below rollout.max_new_tokens=64, of which it is the "
+            "last part; try 12",
+        ),
         (["rl.lr=inf"], "rl.lr=inf: must be a finite number, above 0"),
         (["experiment_name=../away"], "experiment_name=../away: give a plain name"),
         (
@@ -189,7 +206,7 @@ from rlhf.config.validation import check_config
         ),
         (
             ["+rl.rewards={gold: {function: gold}}"],
-            "rl.rewards.gold.function=gold: give module:function, for instance "
+            "rl.rewards.gold.function=gold: give module:function or FILE.py:function, for instance "
             "rlhf.data.sandbox:gold",
         ),
         (

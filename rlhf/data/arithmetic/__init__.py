@@ -8,7 +8,7 @@ Everything is made by code from `data.seed`; no files, no torch. The same seed m
 on every machine.
 """
 
-from rlhf.data.arithmetic.problems import gold, verify
+from rlhf.data.arithmetic.problems import gold
 from rlhf.data.arithmetic.world import build_world
 
-__all__ = ["build_world", "gold", "verify"]
+__all__ = ["build_world", "gold"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rlhf.base.errors import UserError
 from rlhf.data.records import Turn
+from rlhf.verifiers import number
 
 COUNT_WORDS = {2: "two", 3: "three"}
 
@@ -127,14 +128,10 @@ def final_number(response: str) -> str | None:
 
 
 def gold(turns: list[Turn], response: str) -> float:
-    """1 where the number at the end of a response is the answer of its prompt, else 0.
+    """1 where the number at the end of a response is the answer of its prompt, else 0: what
+    rlhf.verifiers:number says, the reward of conf/data/arithmetic.yaml.
 
     Raises: UserError when the prompt is not one of this world.
     """
-    return verify(turns, response, str(problem_of(turns[-1].text).answer))
-
-
-def verify(turns: list[Turn], response: str, answer: str) -> float:
-    """1 where the number at the end of a response is `answer`, else 0: the reward function of
-    conf/data/arithmetic.yaml."""
-    return float(final_number(response) == answer)
+    answer = problem_of(turns[-1].text).answer
+    return number([response], answer=[answer])[0] or 0.0

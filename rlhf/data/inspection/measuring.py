@@ -62,6 +62,18 @@ class MeasuredSource(SourceReport):
     tokens: NotRequired[Measurement]
 
 
+class ReferenceCheck(TypedDict):
+    """A reward function on the reference answers of online RL's prompts."""
+
+    reward: str  # its name in rl.rewards
+    rows: int  # with a reference answer
+    not_applicable: int  # of them: the function gives None
+    failed: int  # a score below 1
+    score: NotRequired[float]  # of the first that failed
+    prompt: NotRequired[str]  # its last turn
+    answer: NotRequired[str]
+
+
 class Inspection(TypedDict):
     """All results of stage=inspect, as result.json has them."""
 
@@ -71,6 +83,7 @@ class Inspection(TypedDict):
     sources: list[MeasuredSource]
     stages: dict[str, Measurement]
     leakage: dict[str, int]
+    references: list[ReferenceCheck]
 
 
 class _Prompts(NamedTuple):

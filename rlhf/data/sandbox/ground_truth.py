@@ -106,9 +106,14 @@ def gold_reward(prompt: str, answer: str) -> float:
     return sum(factors(prompt, answer).values())
 
 
-def gold(turns: list[Turn], answer: str) -> float:
-    """The gold reward as a reward function: {gold: {function: "rlhf.data.sandbox:gold"}}."""
+def gold_of_turns(turns: list[Turn], answer: str) -> float:
+    """The gold reward of an answer to a prompt's turns."""
     return gold_reward(turns[-1].text, answer)
+
+
+def gold(prompts: list[str], completions: list[str]) -> list[float]:
+    """The gold reward as a reward function: {gold: {function: "rlhf.data.sandbox:gold"}}."""
+    return [gold_reward(prompt, answer) for prompt, answer in zip(prompts, completions)]
 
 
 def best_gold(prompt: str) -> float:

@@ -16,7 +16,7 @@ from rlhf.data.sandbox.ground_truth import (
     Request,
     all_prompts,
     best_gold,
-    gold,
+    gold_of_turns,
     gold_reward,
     request_of,
 )
@@ -190,7 +190,7 @@ def build_world(cfg: Sandbox, seed: int, held_out_prompts: int) -> World:
         eval_probe=[_probe(prompt, rng_eval) for prompt in held_out],
         eval_prompts=[Prompt([Turn("user", prompt)]) for prompt in held_out],
         score_unit=references,
-        gold=gold,
+        gold=gold_of_turns,
         best_gold=lambda turns: best_gold(turns[-1].text),
     )
 

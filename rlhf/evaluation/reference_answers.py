@@ -1,0 +1,127 @@
+"""The reward functions on the reference answers of the data: what a verifier must pass.
+
+A verifier that refuses the right answers teaches nothing; stage=inspect finds that out in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhf.base.log import log
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import score_sources
+from rlhf.data.inspection.measuring import ReferenceCheck
+from rlhf.data.records import Prompt, Turn
+from rlhf.rewards.batch import columns_of, make_batch
+from rlhf.rewards.process import RewardProcess
+from rlhf.rewards.trial import check_columns, spec_of
+
+if TYPE_CHECKING:
+    import datasets
+
+MOST_ROWS = 1000  # of the prompts, spread over all of them
+PASSING_SCORE = 1.0
+COLUMNS = ("ground_truth", "answer", "reward_model")  # with the reference, where no answer is given
+
+
+def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceCheck]:
+    """Score the reference answers of online RL's prompts with each function of rl.rewards.
+
+    Args: table: Dataset.ppo.
+    Raises: UserError for a function that cannot be imported or called.
+    """
+    sources = {
+        name: source for name, source in score_sources(cfg, cfg.rl.name).items() if source.function
+    }
+    if not sources:
+        return []
+    prompts, answers = reference_answers(table)
+    if not prompts:
+        log.info(
+            f"{', '.join(sources)}: not tried on reference answers, as no prompt of online RL has "
+            f"one (an answer, or a column {', '.join(COLUMNS)})"
+        )
+        return []
+    specs = {name: spec_of(f"rl.rewards.{name}", source) for name, source in sources.items()}
+    process = RewardProcess(specs)
+    try:
+        check_columns(process, prompts)
+        return [
+            check_of(name, prompts, answers, scores)
+            for name, scores in score_rows(process, prompts, answers).items()
+        ]
+    finally:
+        process.close()
+
+
+def score_rows(
+    process: RewardProcess, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> dict[str, list[float | None]]:
+    """The scores of each function; None where it does not apply.
+
+    Raises: UserError where one fails.
+    """
+    state = {"global_step": 0, "max_steps": 0}
+    batch = make_batch(prompts, responses, [[] for _ in responses], state)
+    return {name: result.scores for name, result in process.score(batch).items()}
+
+
+def check_of(
+    name: str, prompts: Sequence[Prompt], answers: Sequence[str], scores: Sequence[float | None]
+) -> ReferenceCheck:
+    """How many answers do not pass, and the first of them."""
+    result = ReferenceCheck(
+        reward=name, rows=len(scores), not_applicable=scores.count(None), failed=0
+    )
+    for prompt, answer, value in zip(prompts, answers, scores):
+        if value is not None and value < PASSING_SCORE:
+            result["failed"] += 1
+            if "score" not in result:
+                result["score"] = value
+                result["prompt"], result["answer"] = prompt.turns[-1].text, answer
+    return result
+
+
+def reference_answers(table: datasets.Dataset) -> tuple[list[Prompt], list[str]]:
+    """The prompts of at most MOST_ROWS rows that have a reference answer, and these answers."""
+    step = -(-len(table) // MOST_ROWS) or 1
+    prompts, answers = [], []
+    for row in table.select(range(0, len(table), step)):
+        prompt = Prompt([Turn(**turn) for turn in row["prompt"]], row["columns"])
+        if answer := row["chosen"] or reference_in(prompt):
+            prompts.append(prompt)
+            answers.append(answer)
+    return prompts, answers
+
+
+def reference_in(prompt: Prompt) -> str:
+    """The reference in the other columns of a prompt's row, as text; "" without one."""
+    row = columns_of(prompt)
+    for name in COLUMNS:
+        value = row.get(name)
+        if isinstance(value, dict):  # verl: {"ground_truth": "7", "style": "rule"}
+            value = value.get("ground_truth")
+        if isinstance(value, str | int | float):
+            return str(value)
+    return ""
+
+
+def verdicts_on_references(checks: Sequence[ReferenceCheck]) -> list[str]:
+    """A line for each function that does not pass all reference answers."""
+    lines = []
+    for check in checks:
+        applies = check["rows"] - check["not_applicable"]
+        if not applies:
+            lines.append(
+                f"reward {check['reward']}: it applies to none of {check['rows']:,} reference "
+                "answers (None); look at the columns that it reads"
+            )
+        elif check["failed"]:
+            lines.append(
+                f"reward {check['reward']}: {check['failed']:,} of {applies:,} reference answers "
+                f"({check['failed'] / applies:.0%}) score less than 1, the first one"
+                f" {check['score']:g}: {check['answer'][:80]!r} to {check['prompt'][-80:]!r}; if it"
+                " checks answers, repair it or the data before training"
+            )
+    return lines

@@ -1,0 +1,110 @@
+"""The functions among a stage's rewards: as the configuration names them, and tried on real rows.
+
+A pipeline tries them before its first stage (rlhf/rehearsal.py), and each process of a stage at its
+start, before a model is loaded. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rlhf.base.errors import UserError
+from rlhf.base.log import log, plural
+from rlhf.config.choices import OnError
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import function_sources, node_name
+from rlhf.config.stage_nodes import RewardSource
+from rlhf.data.records import Dataset, Prompt
+from rlhf.rewards.batch import columns_of, make_batch
+from rlhf.rewards.functions import OF_THE_BATCH
+from rlhf.rewards.process import RewardProcess, Spec
+
+TRIED_ROWS = 4  # on which the functions are called before a model is loaded
+TRUTHS = ("ground_truth", "reward_model", "answer")  # where functions.verl_arguments looks
+ENDLESS = 1e6  # seconds for a call that limits each of its requests to a server itself
+SHORT_RESPONSE = "Yes."  # for prompts whose row has no answer
+REMOTE, JUDGE = "rlhf.rewards.remote:remote", "rlhf.rewards.remote:judge"
+
+
+def start_functions(cfg: Config) -> RewardProcess | None:
+    """Start the process of the functions among the sources; None where there are none.
+
+    Raises: UserError naming the key, for one that cannot be imported or called.
+    """
+    node = node_name(cfg.stage.name)
+    sources = function_sources(cfg, cfg.stage.name)
+    specs = {name: spec_of(f"{node}.rewards.{name}", one) for name, one in sources.items()}
+    return RewardProcess(specs) if specs else None
+
+
+def spec_of(key: str, source: RewardSource) -> Spec:
+    """A source as a python function: the user's, or ours that asks a server."""
+    timeout, skip = source.timeout, source.on_error == OnError.skip
+    if source.url:
+        of_server = {"url": source.url, "timeout": timeout, **source.kwargs}
+        return Spec(f"{key}.url={source.url}", REMOTE, of_server, ENDLESS, skip)
+    if source.judge:
+        endpoint = f"{key}.judge.endpoint={source.judge.endpoint}"
+        of_judge = asdict(source.judge) | {"timeout": timeout} | source.kwargs
+        return Spec(endpoint, JUDGE, of_judge, ENDLESS, skip)
+    assert source.function is not None
+    return Spec(f"{key}.function={source.function}", source.function, source.kwargs, timeout, skip)
+
+
+def try_functions(process: RewardProcess | None, data: Dataset) -> int:
+    """Try the functions on held-out rows.
+
+    The rows must have the columns that a function asks for. On at most TRIED_ROWS of them, spread
+    over all, the functions are called once, with the row's own answer as the response where it has
+    one.
+
+    Returns: the number of rows on which the functions were called.
+    Raises: UserError naming the key, and what is wrong.
+    """
+    prompts = data.eval_prompts
+    if process is None or not prompts:
+        return 0
+    check_columns(process, prompts)
+    rows = prompts[:: -(-len(prompts) // TRIED_ROWS)]
+    answers = {str(row.prompt): row.response for row in data.eval_sft}
+    responses = [answers.get(str(row.turns)) or SHORT_RESPONSE for row in rows]
+    state = {"global_step": 0, "max_steps": 0}
+    process.score(make_batch(rows, responses, [[] for _ in rows], state))
+    return len(rows)
+
+
+def check_columns(process: RewardProcess, prompts: Sequence[Prompt]) -> None:
+    """Raises: UserError for a parameter without a default value whose column no row has."""
+    rows = [columns_of(prompt) for prompt in prompts]
+    names = {name for row in rows for name in row}
+    for source, signature in process.signatures.items():
+        key = process.specs[source].key
+        for name in signature["columns"]:
+            with_it = sum(name in row for row in rows)
+            if not with_it:
+                there = ", ".join(sorted(names)) or "none"
+                raise UserError(
+                    f"{key}: the function has a parameter {name}, and the rows have no such column "
+                    f"(they have {there}): give it a default value, or add the column to the data"
+                )
+            if with_it < len(rows):
+                without = plural(len(rows) - with_it, "held-out row")
+                log.info(f"{key}: {without} without a column {name}: the function gets None there")
+        if signature["verl"] and not names & set(TRUTHS):
+            raise UserError(
+                f"{key}: a function of verl's kind compares with a ground truth, and the rows have "
+                f"no column {', '.join(TRUTHS[:-1])} or {TRUTHS[-1]}: add one to the data"
+            )
+        check_names(key, signature, names)
+
+
+def check_names(key: str, signature: dict[str, Any], names: set[str]) -> None:
+    """Say which columns a function cannot get, as an argument of its own has their name."""
+    hidden = sorted(names & set(OF_THE_BATCH))
+    if hidden and (signature["all"] or set(hidden) & set(signature["parameters"])):
+        log.info(
+            f"{key}: the column {hidden[0]} is not given to the function, whose argument of this "
+            "name is that of the responses; rename it in the data to use it"
+        )
