@@ -51,7 +51,8 @@ def main() -> int:
             raise
         say(
             f"error: {', '.join(inside)}: its node is null here and has no keys; remove it, or "
-            "choose an option that has this node (data.sandbox.*: data=sandbox)"
+            "choose an option that has this node (data.sandbox.*: data=sandbox, "
+            "data.arithmetic.*: data=arithmetic)"
         )
         return WRONG
     except YAMLError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from format_rows import assistant, message, user
 
-from rlhf.data.records import Pair
+from rlhf.data.records import Pair, Turn
 
 HH = [
     (
@@ -369,5 +369,55 @@ SETS: dict[str, list[tuple[dict[str, Any], Pair | str]]] = {
         (ultrafeedback(("7", "8"), (8.5, 2.0)), Pair([user("Name a prime.")], "7", "8")),
         (ultrafeedback(("7", "Seven"), (8.0, 8.0)), "tie"),
         (ultrafeedback(("7", ""), (8.0, 1.0)), "empty answer"),
+    ],
+    # how columns reach reward functions: test_verifiable_sets.py
+    "gsm8k": [
+        (
+            {"question": "What is 40 + 2? ", "answer": "It is 42.\n#### 42"},
+            Pair([user("What is 40 + 2?")], "It is 42.\n#### 42", None),
+        ),
+    ],
+    "math": [
+        (
+            {
+                "problem": "Find $40+2$.",
+                "level": "Level 1",
+                "type": "Prealgebra",
+                "solution": "$\\boxed{42}$",
+            },
+            Pair([user("Find $40+2$.")], "$\\boxed{42}$", None),
+        ),
+    ],
+    "deepscaler": [
+        (
+            {"problem": "Find $40+2$.", "answer": "42", "solution": ""},
+            Pair([user("Find $40+2$.")], "", None),
+        ),
+    ],
+    "dapo_math": [
+        (
+            {
+                "prompt": "Find $40+2$.",
+                "solution": "42",
+                "data_source": "math_dapo",
+                "source_prompt": [message("user", "Solve it. Find $40+2$.")],
+                "ability": "MATH",
+                "reward_model": {"ground_truth": "42", "style": "rule-lighteval/MATH_v2"},
+                "extra_info": {"index": "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079"},
+            },
+            Pair([user("Find $40+2$.")], "", None),
+        ),
+    ],
+    "verl": [
+        (
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": [message("system", "Think."), message("user", "What is 40 + 2?")],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": "42"},
+                "extra_info": {"split": "train", "index": 0},
+            },
+            Pair([Turn("system", "Think."), user("What is 40 + 2?")], "", None),
+        ),
     ],
 }

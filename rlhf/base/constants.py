@@ -14,8 +14,8 @@ KEPT_PROBABILITIES = 2**22
 # length x 5 about tone), and the shares of the training prompts at which the part of SFT and the
 # part of the reward model end; the rest is for the online algorithms
 SANDBOX_PROMPTS = 7200
-# held-out prompts of the built-in world, four pairs to each; data.eval_rows of them are looked at
-SANDBOX_HELD_OUT = 256
 SANDBOX_SPLIT = (0.4, 0.8)
+# held-out prompts of a built-in world; data.eval_rows of them are looked at
+WORLD_HELD_OUT = 256
 # held-out demonstrations that the unit of reward scores is measured on, whatever data.eval_rows is
 SCORE_UNIT_ROWS = 256

@@ -27,7 +27,8 @@ class RolloutEngine(Enum):
 class Format(Enum):
     """How a row of a source becomes a prompt and answers: rlhf/data/formats."""
 
-    sandbox = "sandbox"
+    sandbox = "sandbox"  # a built-in world, as arithmetic
+    arithmetic = "arithmetic"
     prompt_chosen_rejected = "prompt_chosen_rejected"  # without `rejected` for SFT only
     chosen_rejected = "chosen_rejected"  # two dialogues that differ in the last answer
     scored_answers = "scored_answers"  # a prompt and two answers with a score each
@@ -36,6 +37,9 @@ class Format(Enum):
     messages = "messages"  # a conversation whose last turn is the answer; for SFT only
     prompts = "prompts"  # prompts without answers, for online RL only
     text = "text"  # plain text, for the pretraining loss of online RL
+
+
+WORLDS = (Format.sandbox, Format.arithmetic)  # built in: data that code makes, without files
 
 
 class Template(Enum):

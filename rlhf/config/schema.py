@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from rlhf.config.choices import BadRow, Device, Format, Precision, Template, WandbMode
+from rlhf.config.choices import WORLDS, BadRow, Device, Format, Precision, Template, WandbMode
 from rlhf.config.field import key, placement
 from rlhf.config.stage_nodes import Dpo, Eval, Rl, Rm, Rollout, Sft
 
@@ -78,7 +78,7 @@ class Model:
 class Source:
     path: str = key(
         "hub id; .jsonl, .json, .parquet or .csv file (.gz too); folder or pattern (DIR/*.jsonl) "
-        "of such files; save_to_disk directory; builtin:sandbox"
+        "of such files; save_to_disk directory; builtin:sandbox or builtin:arithmetic"
     )
     format: Optional[Format] = key(
         "how a row is read; null: detected from its columns", default=None
@@ -98,6 +98,9 @@ class Source:
     )
     rows: Optional[int] = key("at most the first N rows; null: all", above=0, default=None)
     sft_only: bool = key("not for the reward model, whatever columns it has", default=False)
+    system_prompt: Optional[str] = key(
+        "first turn, the system's, of each row that has none; null: none is added", default=None
+    )
     min_score_ratio: float = key(
         "scored_answers: drop pairs whose scores are nearer; 1: only ties", at_least=1, default=1.0
     )
@@ -111,12 +114,21 @@ class Sandbox:
 
 
 @dataclass(kw_only=True)
+class Arithmetic:
+    demonstrations: int = key("demonstrations for SFT", above=0)
+    wrong: float = key("share of the demonstrations with a mistake", at_least=0, below=1)
+    prompts: int = key("distinct prompts for online RL", above=0, at_most=100_000)
+    pairs: int = key("pairs of a right and a wrong solution, for the reward model", above=0)
+    harder: bool = key("evaluate on problems with one more digit; training does not depend on it")
+
+
+@dataclass(kw_only=True)
 class Data:
-    seed: int = key("makes the sandbox's world and decides splits; not covered by seed", at_least=0)
+    seed: int = key("makes a built-in world and decides splits; not covered by seed", at_least=0)
     shares: list[int] = key("parts of the prompts for SFT, reward model, online RL", at_least=0)
     eval_share: float = key("share of the prompts held out from all three", above=0, at_most=0.5)
     eval_rows: int = key(
-        "held-out rows to evaluate on, at most (sandbox: 256); training does not depend on it",
+        "held-out rows to evaluate on, at most (built-in: 256); training does not depend on it",
         above=0,
     )
     max_prompt_tokens: int = key("longer prompts lose their first turns, or are dropped", above=0)
@@ -129,7 +141,13 @@ class Data:
         "processes that prepare the data; null: one per core, at most 8", above=0
     )
     sources: dict[str, Source] = key("by a name of your choice; several are mixed")
-    sandbox: Optional[Sandbox] = key("sizes of the built-in world; null without builtin:sandbox")
+    sandbox: Optional[Sandbox] = key("sizes of this built-in world; null without builtin:sandbox")
+    arithmetic: Optional[Arithmetic] = key("the same of builtin:arithmetic")
+
+    @property
+    def world(self) -> str:
+        """The name of the built-in world that these data are; "" for others."""
+        return next((world.name for world in WORLDS if getattr(self, world.name) is not None), "")
 
 
 @dataclass(kw_only=True)

@@ -52,9 +52,10 @@ def evaluation_keys(stage: str) -> list[str]:
     """
     if stage in ("eval", "inspect"):
         return []
+    looked_at = ["data.eval_rows", "data.arithmetic.harder"]
     if is_rl(stage):
-        return ["data.eval_rows", "rl.evaluation"]
-    return ["data.eval_rows", *(["rollout"] if stage == "dpo" else [])]  # dpo samples to evaluate
+        return [*looked_at, "rl.evaluation"]
+    return [*looked_at, *(["rollout"] if stage == "dpo" else [])]  # dpo samples to evaluate
 
 
 def unused_keys(cfg: Config) -> list[str]:

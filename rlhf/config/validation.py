@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Iterator
 
-from rlhf.base.constants import SANDBOX_HELD_OUT, SANDBOX_PROMPTS
+from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
+    WORLDS,
     Decoding,
     Device,
     DpoLoss,
@@ -24,6 +25,7 @@ from rlhf.config.choices import (
     Normalize,
     PolicyLoss,
     Precision,
+    Template,
 )
 from rlhf.config.deployment import describe_processes, world_size
 from rlhf.config.keys import out_of_range
@@ -82,41 +84,60 @@ def check_models(cfg: Config) -> Iterator[str]:
 
 
 def check_data(cfg: Config) -> Iterator[str]:
-    sources, sandbox = cfg.data.sources, cfg.data.sandbox
+    sources = cfg.data.sources
     if len(cfg.data.shares) != 3 or not any(cfg.data.shares):
         yield f"data.shares={cfg.data.shares}: give three parts, for sft, rm, online RL, not all 0"
     if not sources:
         yield "data.sources is empty: choose data=..., or give data.sources.NAME.path and .format"
     for name, source in sources.items():
-        if is_sandbox(source) != (source.format == Format.sandbox):
-            key = f"data.sources.{name}"
-            yield f"{key}: path=builtin:sandbox and format=sandbox go together, not {source.path}"
         yield from check_used(name, source)
-    builtin = any(is_sandbox(source) for source in sources.values())
-    if sandbox is not None and not any(s.format == Format.sandbox for s in sources.values()):
+        if source.system_prompt is not None and cfg.data.template is Template.none:
+            yield (
+                f"data.sources.{name}.system_prompt: data.template=none has no roles; choose "
+                "another data.template, or write it into the prompts"
+            )
+        if source.system_prompt is not None and not source.system_prompt.strip():
+            yield f"data.sources.{name}.system_prompt: it is empty; give a text, or null"
+    for world in WORLDS:
+        yield from check_world(cfg, world)
+
+
+def check_world(cfg: Config, world: Format) -> Iterator[str]:
+    """A built-in world has its sizes, and is the only source."""
+    name, path = world.name, f"builtin:{world.name}"
+    sources, has_sizes = cfg.data.sources, getattr(cfg.data, world.name) is not None
+    for key, source in sources.items():
+        if (source.path == path) != (source.format == world):
+            yield (
+                f"data.sources.{key}: path={path} and format={name} go together, not {source.path}"
+            )
+    if has_sizes and not any(source.format == world for source in sources.values()):
         yield (
-            "data.sandbox has sizes, but no source is the built-in world: choose data=..., or set "
-            "data.sandbox=null"
+            f"data.{name} has sizes, but no source is the built-in world: choose data=..., or set "
+            f"data.{name}=null"
         )
-    if builtin and sandbox is None:
-        yield "data.sandbox=null: the built-in source needs its sizes, see conf/data/sandbox.yaml"
-    if builtin and cfg.data.eval_rows > SANDBOX_HELD_OUT:
+    if not any(source.path == path for source in sources.values()):
+        return
+    if not has_sizes:
+        yield f"data.{name}=null: the built-in source needs its sizes, see conf/data/{name}.yaml"
+    if cfg.data.eval_rows > WORLD_HELD_OUT:
         yield (
-            f"data.eval_rows={cfg.data.eval_rows}: the sandbox has {SANDBOX_PROMPTS} prompts, of "
-            f"which {SANDBOX_HELD_OUT} are held out; give at most {SANDBOX_HELD_OUT}"
+            f"data.eval_rows={cfg.data.eval_rows}: {WORLD_HELD_OUT} prompts of the built-in {name} "
+            f"are held out; give at most {WORLD_HELD_OUT}"
         )
-    if builtin and len(sources) > 1:
-        others = [name for name, source in sources.items() if not is_sandbox(source)]
+    if others := [other for other, source in sources.items() if source.path != path]:
         yield (
-            f"data: the sandbox cannot be mixed with {', '.join(others)}: its ground truth covers "
-            "its own prompts only; your own file alone: data=jsonl data.sources.mine.path=FILE"
+            f"data: the built-in {name} cannot be mixed with {', '.join(others)}: its ground truth "
+            "covers its own prompts only; your own file alone: data=jsonl "
+            "data.sources.mine.path=FILE"
         )
 
 
 # keys of a source that rows of a format do not use
 UNUSED = {
-    Format.sandbox: [field.name for field in dataclasses.fields(Source)][2:],  # path and format are
-    Format.text: ["eval_split", "weight", "sft_only"],
+    # all but path and format
+    **dict.fromkeys(WORLDS, [field.name for field in dataclasses.fields(Source)][2:]),
+    Format.text: ["eval_split", "weight", "sft_only", "system_prompt"],
     Format.prompts: ["sft_only"],
 }
 
@@ -140,10 +161,6 @@ def check_used(name: str, source: Source) -> Iterator[str]:
             f"{where}.weight={source.weight:g}: online RL takes each prompt once; leave it out, or"
             " raise rl.prompt_epochs"
         )
-
-
-def is_sandbox(source: Source) -> bool:
-    return source.path == "builtin:sandbox"
 
 
 def check_batches(cfg: Config) -> Iterator[str]:
@@ -273,7 +290,7 @@ def check_eval(cfg: Config) -> Iterator[str]:
         )
     if node.judge is not None and node.judge not in (*sources, "gold"):
         yield f"eval.judge={node.judge}: give one of eval.rewards ({', '.join(sources)}), or gold"
-    if node.judge == "gold" and cfg.data.sandbox is None:
+    if node.judge == "gold" and not cfg.data.world:
         yield "eval.judge=gold: these data have no ground truth; name a source of eval.rewards"
     if node.samples > 1 and node.decoding != Decoding.sample:
         yield (
@@ -298,7 +315,7 @@ def check_sources(cfg: Config, node: str, stage: str) -> Iterator[str]:
             yield f"{key}.weight={source.weight}: must be a number"
         yield from check_kind(key, source)
         if name == "gold" and source.function != GOLD:
-            yield f"{key}: gold is the name of the sandbox's ground truth; choose another name"
+            yield f"{key}: gold is the name of the built-in ground truth; choose another name"
     functions = function_sources(cfg, stage)
     trained = [name for name, s in sources.items() if s.path is None and name not in functions]
     if len(trained) > 1:

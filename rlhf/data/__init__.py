@@ -1,4 +1,4 @@
-"""From files and the hub to batches of token ids: sources, formats, splits, templates, the sandbox.
+"""From files and the hub to batches of token ids: sources, formats, splits, templates.
 
-No model is loaded here.
+The built-in worlds, sandbox and arithmetic, are made by code. No model is loaded here.
 """

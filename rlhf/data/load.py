@@ -1,4 +1,4 @@
-"""Load the data of the stage that runs: from the sandbox, or from the configured sources."""
+"""Load the data of the stage that runs: from a built-in world, or from the configured sources."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.base.commands import command_line, override_text
-from rlhf.base.constants import SANDBOX_HELD_OUT
+from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.base.errors import UserError
-from rlhf.base.log import first_few, log
+from rlhf.base.log import first_few, log, plural
 from rlhf.config.schema import Config, Data
 from rlhf.data.records import (
     PAIR_COLUMNS,
     Dataset,
     Pair,
-    Prompt,
     RowCounts,
     SourceReport,
+    World,
     record_features,
 )
 from rlhf.data.sources import load_sources
@@ -83,31 +83,44 @@ def _check_rows(data: Dataset, cfg: Config) -> None:
 
 
 def load_data(cfg: Data) -> Dataset:
-    """The records of all stages, from the sandbox or from the configured sources.
+    """The records of all stages, from a built-in world or from the configured sources.
 
     Raises: UserError that names the source and what is wrong with it.
     """
-    if cfg.sandbox is None:
-        return load_sources(cfg)
-    from rlhf.data.sandbox import build_world
-    from rlhf.data.sandbox.world import PAIRS_PER_PROMPT
+    return data_of_world(cfg) if cfg.world else load_sources(cfg)
 
+
+def build_world(cfg: Data) -> World:
+    """Make the built-in world of these settings."""
     # what is held out does not depend on how much of it is looked at, so training does not either
-    world = build_world(cfg.sandbox, cfg.seed, SANDBOX_HELD_OUT)
+    if cfg.sandbox is not None:
+        from rlhf.data import sandbox
+
+        return sandbox.build_world(cfg.sandbox, cfg.seed, WORLD_HELD_OUT)
+    from rlhf.data import arithmetic
+
+    assert cfg.arithmetic is not None
+    return arithmetic.build_world(cfg.arithmetic, cfg.seed, WORLD_HELD_OUT)
+
+
+def data_of_world(cfg: Data) -> Dataset:
+    """The records of a built-in world, data.eval_rows of them for evaluation."""
+    world = build_world(cfg)
     looked_at = cfg.eval_rows
-    report = SourceReport(source="sandbox", split="train", rows=0, skipped={})
+    pairs_per_prompt = len(world.eval_rm) // len(world.eval_prompts)
+    report = SourceReport(source=cfg.world, split="train", rows=0, skipped={})
     report["sft"], report["rm"], report["ppo"] = len(world.sft), len(world.rm), len(world.ppo)
     report["eval"] = len(world.eval_sft)
     report["rows"] = sum(report[part] for part in PARTS)
     return Dataset(
         sft=table_of(Pair(d.prompt, d.response, None) for d in world.sft),
         rm=table_of(world.rm),
-        ppo=table_of(Pair(prompt, "", None) for prompt in world.ppo),
+        ppo=table_of(Pair(p.turns, "", None, columns=p.columns) for p in world.ppo),
         eval_sft=world.eval_sft[:looked_at],
-        eval_rm=world.eval_rm[: PAIRS_PER_PROMPT * looked_at],
-        eval_prompts=[Prompt(turns) for turns in world.eval_prompts[:looked_at]],
+        eval_rm=world.eval_rm[: pairs_per_prompt * looked_at],
+        eval_prompts=world.eval_prompts[:looked_at],
         eval_probe=world.eval_probe[:looked_at],
-        score_unit=world.eval_sft,
+        score_unit=world.score_unit,
         gold=world.gold,
         best_gold=world.best_gold,
         report=[report],
@@ -146,6 +159,8 @@ def summarize(data: Dataset) -> str:
             lines.append(f"  files: {first_few(files)}")
         if not_read := report.get("not_read"):
             lines.append(f"  not read: {first_few(not_read)}")
+        if own := report.get("own_system"):
+            lines.append(f"  system_prompt: {plural(own, 'row')} with a system turn, which stays")
         if unread := report.get("unread"):
             lines.append(
                 f"  columns not read, unless a reward function asks for them: {', '.join(unread)}"
@@ -180,7 +195,7 @@ def why_no_rows(data: Dataset, cfg: Data, stage: str) -> str:
     part = PART_OF_STAGE.get(stage, "ppo")
     counts, number = data.counts, PARTS.index(part)
     if counts is None:
-        return "the sandbox is too small for data.shares: raise data.sandbox.demonstrations, .pairs"
+        return f"the built-in world is too small: raise the sizes in data.{cfg.world}"
     everything = ["data.shares=[" + ",".join("01"[i == number] for i in range(3)) + "]"]
     if part == "sft" and not counts.answers:
         return f"none of the {counts.rows:,} rows has an answer; {use_of_rows(data, cfg)}"

@@ -25,7 +25,7 @@ from rlhf.data.cache import Columns, cached_map, digest
 from rlhf.data.files import SAVED, RawTable, kind_of_source, open_source
 from rlhf.data.formats import fields
 from rlhf.data.formats.rows import Skip, parse_line, read_pairs, read_text
-from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, record_features
+from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, Turn, record_features
 
 if TYPE_CHECKING:
     import datasets
@@ -83,6 +83,9 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     report["content"] = _content(table, readable)  # a resumed run must find the same
     if source.format == Format.text:
         return _texts(table, readable, report)
+    if source.system_prompt is not None:
+        own = count_own_system_turns(table, readable, source.system_prompt)
+        report |= {"own_system": own} if own else {}
     answers = pc.binary_join_element_wise(
         table.data.column("chosen"), table.data.column("calls"), ""
     )
@@ -98,6 +101,16 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         has_answer=has_answer.to_numpy(zero_copy_only=False)[readable],
         is_further=_column(table, "further")[readable],
     )
+
+
+def count_own_system_turns(table: datasets.Dataset, readable: np.ndarray, added: str) -> int:
+    """Rows whose system turn is their own, not the one that is added."""
+    own = 0
+    for batch in table.select_columns(["prompt"]).select(readable).iter(1000):
+        for prompt in batch["prompt"]:
+            texts = [turn["text"] for turn in prompt if turn["role"] == "system"]
+            own += bool(texts) and texts != [added]
+    return own
 
 
 def with_format(name: str, source: Source, first: dict[str, Any]) -> Source:
@@ -171,7 +184,15 @@ def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Da
         features = {**record_features(), "prompt_hash": hashes, "further": datasets.Value("bool")}
     features |= {"problem": strings, "row_hash": hashes}
     columns = sorted(source.columns.items())
-    settings = (source.format, columns, source.min_score_ratio, raw.by_line, cfg.seed, cfg.template)
+    settings = (
+        source.format,
+        columns,
+        source.min_score_ratio,
+        source.system_prompt,
+        raw.by_line,
+        cfg.seed,
+        cfg.template,
+    )
     package = Path(formats.__file__).parent.glob("*.py")
     code = [path.read_text() for path in [Path(__file__), *sorted(package)]]
     key = digest(raw.table._fingerprint, str(settings), *code)
@@ -301,14 +322,16 @@ def read_rows(
     """
     names = (*PAIR_COLUMNS, "prompt_hash", "problem", "row_hash", "further")
     columns: Columns = {name: [] for name in names}
+    configured = Turn("system", source.system_prompt or "")
     for row in _raw_rows(batch):
         pairs, prompt_hash, row_hashes, problem = [Pair([], "", None)], 0, [0], ""
         try:
             records = read_pairs(parse_line(row["text"]) if by_line else row, source, style)
-            # case and spaces do not make another prompt
+            # case, spaces and the configured system prompt do not make another prompt
             prompt = "|".join(
                 f"{turn.role}:{' '.join(turn.text.lower().split())}{turn.more}"
                 for turn in records[0].prompt
+                if turn != configured
             )
             prompt_hash = hash_text(f"{seed}|{prompt}")
             row_hashes = [hash_text(content_of(prompt, record)) for record in records]

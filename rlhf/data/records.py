@@ -5,12 +5,16 @@ Records are plain text; only `template` renders them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import datasets
+
+
+SHORT = 200  # characters of a column that logs show
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,19 @@ class Prompt:
 
     turns: list[Turn]
     columns: str = ""  # the row's other columns, for reward functions, as JSON
-    is_messages: bool = False  # whether the data set has it as messages, not as text
+    # the source's prompt is a list of messages, so reward functions get messages; else text
+    is_messages: bool = field(default=False, compare=False)
+
+    def short_columns(self) -> dict[str, Any]:
+        """The other columns for logs: a value of more than SHORT characters is cut, visibly."""
+        return {name: _shortened(value) for name, value in json.loads(self.columns or "{}").items()}
+
+
+def _shortened(value: Any) -> Any:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) <= SHORT:
+        return value
+    return f"{text[:SHORT]} ... ({len(text) - SHORT:,} more characters)"
 
 
 @dataclass(frozen=True)
@@ -50,9 +66,11 @@ class Pair:
     source: str = ""  # name of its source, where pairs are evaluated
     calls: str = ""  # `Turn.more` of the chosen answer, which may be a call of a tool
     columns: str = field(default="", compare=False)  # as in Prompt
+    is_messages: bool = field(default=False, compare=False)  # as in Prompt
 
 
-PAIR_COLUMNS = ("prompt", "chosen", "rejected", "calls", "columns")  # those of the tables
+# those of the tables
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "calls", "columns", "is_messages")
 
 
 def record_features() -> dict[str, Any]:
@@ -61,7 +79,8 @@ def record_features() -> dict[str, Any]:
 
     strings = datasets.Value("string")
     turns = datasets.List({"role": strings, "text": strings, "more": strings})
-    return {"prompt": turns} | dict.fromkeys(PAIR_COLUMNS[1:], strings)
+    features = {"prompt": turns} | dict.fromkeys(PAIR_COLUMNS[1:], strings)
+    return features | {"is_messages": datasets.Value("bool")}
 
 
 class SourceReport(TypedDict):
@@ -75,6 +94,7 @@ class SourceReport(TypedDict):
     files: NotRequired[list[str]]  # names of those of a folder or pattern that were read
     not_read: NotRequired[list[str]]  # other files and folders beside them
     further: NotRequired[int]  # pairs beyond the first that ranked responses of a row give
+    own_system: NotRequired[int]  # rows that keep a system turn of their own: no system_prompt
     unread: NotRequired[list[str]]  # columns and parts of messages that the format does not read
     unreadable: NotRequired[dict[str, int]]  # rows by kind, the most frequent ones
     first_unreadable: NotRequired[str]  # where the first unreadable row is, and what is wrong
@@ -120,4 +140,22 @@ class Dataset:
     best_gold: Callable[[list[Turn]], float] | None = None  # that of the best possible answer
     texts: datasets.Dataset | None = None  # column text: for PPO's pretraining loss
     report: list[SourceReport] = field(default_factory=list)  # one of each source and split
-    counts: RowCounts | None = None  # None for the sandbox
+    counts: RowCounts | None = None  # None for a built-in world
+
+
+class World(NamedTuple):
+    """The records of a built-in world by stage, and two functions of a prompt's turns.
+
+    The prompts of sft, rm, ppo and evaluation are disjoint.
+    """
+
+    sft: list[Demonstration]
+    rm: list[Pair]
+    ppo: list[Prompt]
+    eval_sft: list[Demonstration]
+    eval_rm: list[Pair]  # as many of each held-out prompt
+    eval_probe: list[Pair]
+    eval_prompts: list[Prompt]
+    score_unit: list[Demonstration]  # as in Dataset
+    gold: Callable[[list[Turn], str], float]  # gold reward of an answer
+    best_gold: Callable[[list[Turn]], float]  # gold reward of the best possible answer

@@ -80,7 +80,10 @@ def load_sources(cfg: Data) -> Dataset:
             for row, name in zip(table.select(held_out_pairs), names)
         ],
         eval_prompts=list(
-            {str(pair.prompt): Prompt(pair.prompt, pair.columns) for pair in evaluated}.values()
+            {
+                str(pair.prompt): Prompt(pair.prompt, pair.columns, pair.is_messages)
+                for pair in evaluated
+            }.values()
         ),
         texts=datasets.concatenate_datasets(texts) if texts else None,
         report=[one.report for one in read],

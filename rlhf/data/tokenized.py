@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+KEPT = ("columns", "is_messages")  # of a table of prompts, for reward functions
 Row = TypeVar("Row")
 Ids = list[int]
 
@@ -114,7 +115,7 @@ def prompts(
 
     def read(row: dict[str, Any]) -> tuple[Prompt, Ids]:
         turns = [Turn(**turn) for turn in row["turns"]]
-        return Prompt(turns, row["columns"]), row["prompt"]
+        return Prompt(turns, row["columns"], row["is_messages"]), row["prompt"]
 
     return Rows(_encode(tokenizer, table, [], max_prompt, 0, workers), read, "prompts")
 
@@ -170,7 +171,7 @@ def _encode(
     features = {"prompt": ids, **_facts(), **dict.fromkeys(columns, ids)}
     if not columns:
         record = record_features()
-        features |= {"turns": record["prompt"], "columns": record["columns"]}
+        features |= {"turns": record["prompt"], **{name: record[name] for name in KEPT}}
     key = digest(
         table._fingerprint,
         encoding.content(tokenizer),
@@ -240,7 +241,9 @@ def _encode_batch(
         "length": [len(ids or []) + answer for ids, answer in zip(prompts, longest)],
         **answers,
     }
-    return encoded | ({} if columns else {"turns": batch["prompt"], "columns": batch["columns"]})
+    if columns:
+        return encoded
+    return encoded | {"turns": batch["prompt"], **{name: batch[name] for name in KEPT}}
 
 
 def problem_of_row(

@@ -34,11 +34,12 @@ def evaluate_policy(
 
     With sampling.n > 1 several, side by side; the first ones are those of sampling.n = 1.
 
-    Returns: the means over the responses, and a row per response with `prompt`, `completion` and
-    the same numbers: `eos_rate`, `length` (tokens), `repetition` (statistics.repetition), and where
-    they are known `gold`, `gold_best`, `score` (weighted sum), `score/NAME` of each of several
-    sources, `kl` (nats per response: the sum over tokens of log pi - log ref). A score is None
-    where no source applies to the response; it is not in the mean.
+    Returns: the means over the responses, and a row per response with `prompt`, `completion`, where
+    it has any the prompt's other `columns`, and the same numbers: `eos_rate`, `length` (tokens),
+    `repetition` (statistics.repetition), and where they are known `gold`, `gold_best`, `score`
+    (weighted sum), `score/NAME` of each of several sources, `kl` (nats per response: the sum over
+    tokens of log pi - log ref). A score is None where no source applies to the response; it is not
+    in the mean.
     Raises: UserError where all prompts are too long.
     """
     turns = [prompt.turns for prompt in data.eval_prompts]
@@ -61,6 +62,8 @@ def evaluate_policy(
     rows = []
     for i, prompt in enumerate(prompts.rows):
         row = response_row(models, experience, i, prompt.turns)
+        if columns := prompt.short_columns():
+            row["columns"] = columns
         if models.ref is not None:
             row["kl"] = float(kl[i])
         if data.gold:
@@ -73,7 +76,7 @@ def evaluate_policy(
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean of each number over the rows that have it; one that no row has is left out."""
-    keys = [key for key in rows[0] if key not in ("prompt", "completion")]
+    keys = [key for key in rows[0] if key not in ("prompt", "completion", "columns")]
     known = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
     if unscored := len(rows) - len(known.get("score", rows)):
         log.info(
@@ -127,5 +130,6 @@ def before_and_after(before: PolicyEvaluation, after: PolicyEvaluation) -> Polic
         for key in ("score", "gold"):
             if key in b:
                 row |= {f"{key}_before": a[key], f"{key}_after": b[key]}
-        rows.append(row | {"kl": b["kl"], "length": b["length"]})
+        row |= {"kl": b["kl"], "length": b["length"]}
+        rows.append(row | ({"columns": b["columns"]} if "columns" in b else {}))
     return metrics, rows

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from rlhf.base.constants import SANDBOX_HELD_OUT, SANDBOX_PROMPTS, SANDBOX_SPLIT
+from rlhf.base.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT, WORLD_HELD_OUT
 from rlhf.base.log import plural
 from rlhf.config.choices import TrainOn
 from rlhf.config.deployment import world_size
-from rlhf.config.schema import Config, Sandbox
+from rlhf.config.schema import Config, Data
 from rlhf.config.stage_graph import is_aligned, is_rl, prompts_per_rollout
 from rlhf.config.stage_nodes import Dpo, Rm, Sft
 from rlhf.planning.rows import estimate_rows
@@ -23,24 +23,28 @@ def share_of(stage: str) -> str:
 
 
 def rows_for_stage(cfg: Config, stage: str) -> int | None:
-    """Training rows of a stage, before any is skipped: exact for the sandbox, else estimated.
+    """Training rows of a stage, before any is skipped: exact for a built-in world, else estimated.
 
     Returns: None where the number is unknown before the data are read.
     """
     share = share_of(stage)
-    if cfg.data.sandbox:
-        return sandbox_rows(cfg.data.sandbox, share)
+    if cfg.data.world:
+        return rows_of_world(cfg.data, share)
     every_answer = share == "sft" and cfg.sft.train_on is TrainOn.all
     return estimate_rows(cfg.data, share, every_answer)
 
 
-def sandbox_rows(sandbox: Sandbox, share: str) -> int:
-    """Rows of a share of the built-in world (rlhf/data/sandbox/world.py)."""
+def rows_of_world(data: Data, share: str) -> int:
+    """Rows of a share of a built-in world (rlhf/data/sandbox, rlhf/data/arithmetic)."""
+    sizes = data.sandbox or data.arithmetic
+    assert sizes is not None
     if share == "sft":
-        return sandbox.demonstrations
+        return sizes.demonstrations
     if share == "rm":
-        return sandbox.pairs
-    training = SANDBOX_PROMPTS - SANDBOX_HELD_OUT
+        return sizes.pairs
+    if data.arithmetic:
+        return data.arithmetic.prompts
+    training = SANDBOX_PROMPTS - WORLD_HELD_OUT
     return training - int(SANDBOX_SPLIT[-1] * training)
 
 
@@ -61,9 +65,9 @@ def count_steps(cfg: Config, stage: str) -> Steps:
     rows = rows_for_stage(cfg, stage)
     per_step, epochs, max_steps = schedule(cfg, stage)
     steps = None if rows is None else rows // per_step * epochs
-    certainty = "" if cfg.data.sandbox else "about "
+    certainty = "" if cfg.data.world else "about "
     if max_steps and (steps is None or steps >= max_steps):
-        steps, certainty = max_steps, "" if cfg.data.sandbox else "at most "
+        steps, certainty = max_steps, "" if cfg.data.world else "at most "
     response = cfg.rollout.max_new_tokens if online else cfg.data.max_response_tokens
     tokens = sequences_per_step(cfg, stage) * (cfg.data.max_prompt_tokens + response)
     total = None if steps is None else steps * tokens

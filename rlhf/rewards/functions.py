@@ -60,10 +60,12 @@ class RewardFunction:
 class CallError(Exception):
     """What a function did wrong: the text after "the function", and the row where it is known."""
 
-    def __init__(self, what: str, row: int | None = None, raised: bool = False):
+    def __init__(self, what: str, row: int | None = None, error: BaseException | None = None):
         super().__init__(what)
         self.row = row
-        self.raised = raised  # an exception, which one of the rows may cause
+        # an exception, which one of the rows may have caused; a UserError is about the whole call
+        self.raised = error is not None and not isinstance(error, UserError)
+        self.is_whole = isinstance(error, UserError)
 
 
 # ------------------------------------------------------------------------------------ loading
@@ -148,7 +150,7 @@ def call_function(function: RewardFunction, batch: Batch) -> Scores:
         else:
             returned = function.call(**arguments(function, batch))
     except (Exception, SystemExit) as error:
-        raise CallError(failed(error, batch, row), row, raised=True) from error
+        raise CallError(failed(error, batch, row), row, error) from error
     return check_values(function, returned, batch)
 
 
@@ -163,10 +165,10 @@ async def call_async(function: RewardFunction, batch: Batch, timeout: float) -> 
                 returned = await function.call(**arguments(function, batch))
     except TimeoutError as error:
         if str(error):  # one of its own
-            raise CallError(failed(error, batch, None), raised=True) from error
+            raise CallError(failed(error, batch, None), None, error) from error
         raise CallError(too_late(timeout, len(batch))) from error
     except (Exception, SystemExit) as error:
-        raise CallError(failed(error, batch, None), raised=True) from error
+        raise CallError(failed(error, batch, None), None, error) from error
     return check_values(function, returned, batch)
 
 
@@ -273,7 +275,9 @@ def checked(value: Any, batch: Batch, row: int, at: str) -> float | None:
 
 
 def cause(error: BaseException) -> str:
-    """An exception of the user's code in one line: type, message, and file and line."""
+    """An exception in one line; of the user's code with its type, and file and line."""
+    if isinstance(error, UserError):  # of our own functions: a line already
+        return str(error)
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
     libraries = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
     frames = [

@@ -313,10 +313,12 @@ def report(
         return
     scores: Scores = []
     failed: list[bool] = []
-    for rows in batch.groups():
+    for rows in [range(len(batch))] if outcome.is_whole else batch.groups():
         send(answers, {"started": [name], "seconds": spec.timeout})
         part = batch.rows(rows)
         try:
+            if outcome.is_whole:
+                raise outcome
             if function.is_async:
                 scores += asyncio.run(call_async(function, part, spec.timeout))
             else:

@@ -23,6 +23,7 @@ from rlhf.rewards.process import RewardProcess, Spec
 
 TRIED_ROWS = 4  # on which the functions are called before a model is loaded
 TRUTHS = ("ground_truth", "reward_model", "answer")  # where functions.verl_arguments looks
+ENDLESS = 1e6  # seconds for a call that limits each of its requests to a server itself
 SHORT_RESPONSE = "Yes."  # for prompts whose row has no answer
 REMOTE, JUDGE = "rlhf.rewards.remote:remote", "rlhf.rewards.remote:judge"
 
@@ -43,10 +44,11 @@ def spec_of(key: str, source: RewardSource) -> Spec:
     timeout, skip = source.timeout, source.on_error == OnError.skip
     if source.url:
         of_server = {"url": source.url, "timeout": timeout, **source.kwargs}
-        return Spec(f"{key}.url={source.url}", REMOTE, of_server, timeout, skip)
+        return Spec(f"{key}.url={source.url}", REMOTE, of_server, ENDLESS, skip)
     if source.judge:
         endpoint = f"{key}.judge.endpoint={source.judge.endpoint}"
-        return Spec(endpoint, JUDGE, asdict(source.judge) | source.kwargs, timeout, skip)
+        of_judge = asdict(source.judge) | {"timeout": timeout} | source.kwargs
+        return Spec(endpoint, JUDGE, of_judge, ENDLESS, skip)
     assert source.function is not None
     return Spec(f"{key}.function={source.function}", source.function, source.kwargs, timeout, skip)
 

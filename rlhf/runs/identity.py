@@ -147,8 +147,8 @@ def default_of(key: str) -> Any:
 
 def data_labels(data: Data) -> list[str]:
     """Short names of the sources, the first ones of many; none for the built-in sandbox."""
-    if data.sandbox is not None:
-        return []
+    if data.world:
+        return [] if data.sandbox is not None else [data.world]
     labels = [source_label(name, source.path) for name, source in data.sources.items()]
     more = [f"{len(labels) - 2}more"] if len(labels) > 3 else []
     return labels[:2] + more if more else labels

@@ -142,7 +142,7 @@ def how_to_do_without(cfg: Config, stage: str, parent: str) -> str:
 def no_rows(cfg: Config, stage: str) -> bool:
     """Whether data.shares leaves a stage without rows, which is known before the data are read."""
     sft, rm, rl = cfg.data.shares
-    if cfg.data.sandbox is not None:  # its sizes decide
+    if cfg.data.world:  # its sizes decide
         return False
     if stage == "sft":  # sources without pairs have no use for the share of the reward model
         return sft + rm == 0 and not any(one.sft_only for one in cfg.data.sources.values())

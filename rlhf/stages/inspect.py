@@ -134,7 +134,7 @@ def tables_of_sources(data: Dataset, cfg: Data) -> Iterator[datasets.Dataset]:
     """The readable rows of each entry of data.report, from the cache that load_data filled."""
     import datasets
 
-    if cfg.sandbox is not None:
+    if cfg.world:
         yield datasets.concatenate_datasets([data.sft, data.rm])
         return
     for name, source in cfg.sources.items():

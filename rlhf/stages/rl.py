@@ -218,7 +218,11 @@ def log_rollout(
     metrics |= state.evaluations.gold_metrics(experience, asked.rows)
     metrics |= source_metrics(rewards.names, experience)
     count = learner.cfg.rollout.log_responses
-    state.tracker.responses(rollout + 1, response_rows(experience, scored, rewards, count))
+    rows = response_rows(experience, scored, rewards, count)
+    for row, prompt in zip(rows, asked.rows):
+        if columns := prompt.short_columns():
+            row["columns"] = columns
+    state.tracker.responses(rollout + 1, rows)
     return metrics
 
 

@@ -107,8 +107,10 @@ class Tracker:
         def send(run: Run) -> None:
             import wandb
 
+            names = list(dict.fromkeys(name for row in rows[:32] for name in row))
             table = wandb.Table(
-                columns=list(rows[0]), data=[list(row.values()) for row in rows[:32]]
+                columns=names,
+                data=[[cell_of(row.get(name)) for name in names] for row in rows[:32]],
             )
             run.log({"step": step, "completions": table})
 
@@ -171,6 +173,11 @@ class Tracker:
             run.finish()
 
         self.send_to_wandb(send)
+
+
+def cell_of(value: Any) -> Any:
+    """A value for a table of W&B, whose columns have one type each: an object becomes JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:

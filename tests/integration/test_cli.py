@@ -84,7 +84,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
             ["data.max_prompt_tokens=500"],
             "data.max_response_tokens=64 is more than the 512 positions of builtin:tiny",
         ),
-        (["data.eval_rows=257"], "of which 256 are held out; give at most 256"),
+        (["data.eval_rows=257"], "sandbox are held out; give at most 256"),
         (["sft.epochs=1,2"], "sft.epochs=1,2: several values are a sweep: add -m"),
         (
             ["data.sources.mine.path=pairs.jsonl"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ from rlhf.config.schema import Config
 from rlhf.data import template
 from rlhf.data.batches import pad_right, uniforms
 from rlhf.data.records import Dataset, Prompt, Turn
-from rlhf.evaluation.policy import evaluate_policy
+from rlhf.evaluation.policy import before_and_after, evaluate_policy
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import last_token_score, model_inputs
 from rlhf.rl import experience as experience_module
@@ -320,6 +321,23 @@ def test_an_evaluation_measures_each_kept_prompt_and_repeats_itself(models_of_pp
     )
     alone, again = evaluate_policy(Models(m.tokenizer, m.actor), data, 48, 8, Sampling(1.0), 1)
     assert again[0]["completion"] == rows[0]["completion"] and not {"score", "kl"} & set(alone)
+
+
+def test_an_evaluation_has_the_other_columns_of_its_prompts(models_of_ppo: Engines) -> None:
+    m = models_of_ppo
+    columns = {"answer": "739", "info": {"n": 1}, "solution": "s" * 230}
+    prompts = [
+        Prompt([Turn("user", "147 + 592?")], json.dumps(columns)),
+        Prompt([Turn("user", "?")]),
+    ]
+    data = Dataset([], [], [], [], [], prompts)
+    start = evaluate_policy(m.models, data, 48, 8, Sampling(), 2)
+    means, rows = start
+    shown = {"answer": "739", "info": {"n": 1}, "solution": "s" * 200 + " ... (30 more characters)"}
+    assert rows[0]["columns"] == shown and "columns" not in {*rows[1], *means}
+    metrics, compared = before_and_after(start, start)
+    assert compared[0]["columns"] == shown and "columns" not in compared[1]
+    assert not [name for name in metrics if "columns" in name]
 
 
 def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(

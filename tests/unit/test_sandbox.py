@@ -18,9 +18,8 @@ from helpers import REPO
 from rlhf.config.choices import Precision
 from rlhf.config.schema import Sandbox
 from rlhf.data import encoding
-from rlhf.data.records import Pair, Turn
+from rlhf.data.records import Pair, Prompt, Turn, World
 from rlhf.data.sandbox import build_tiny, ground_truth, vocabulary, world
-from rlhf.data.sandbox.world import World
 from rlhf.models.loading import ASSETS, load_policy, load_tokenizer
 
 SIZES = Sandbox(demonstrations=400, pairs=2000, label_noise=0.06)
@@ -171,7 +170,7 @@ def plain(data: World) -> dict[str, Any]:
 
 
 def prompts_of(rows: Sequence[Any]) -> set[str]:
-    return {(row if isinstance(row, list) else row.prompt)[-1].text for row in rows}
+    return {(row.turns if isinstance(row, Prompt) else row.prompt)[-1].text for row in rows}
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another() -> None:

@@ -94,7 +94,25 @@ from rlhf.config.validation import check_config
         (["data.sandbox=null"], "data.sandbox=null: the built-in source needs its sizes"),
         (["data.shares=[1,2]"], "data.shares=[1, 2]: give three parts, for sft, rm"),
         (["data.shares=[0,0,0]"], "data.shares=[0, 0, 0]: give three parts, for sft, rm"),
-        (["data=[sandbox,rm_static]"], "data: the sandbox cannot be mixed"),
+        (["data=[sandbox,rm_static]"], "data: the built-in sandbox cannot be mixed"),
+        (["data=[arithmetic,rm_static]"], "data: the built-in arithmetic cannot be mixed"),
+        (["data=[arithmetic,sandbox]"], "built-in sandbox cannot be mixed with arithmetic"),
+        (["data=arithmetic", "data.arithmetic=null"], "data.arithmetic=null: the built-in source"),
+        (
+            ["data=arithmetic", "data.sources.arithmetic.format=prompts"],
+            "path=builtin:arithmetic and format=arithmetic go together",
+        ),
+        (["data=arithmetic", "data.eval_rows=257"], "arithmetic are held out; give at most 256"),
+        (["data=arithmetic", "data.arithmetic.wrong=1"], "data.arithmetic.wrong=1.0: must be"),
+        (
+            ["data=arithmetic", "data.sources.arithmetic.system_prompt=Hm"],
+            "data.sources.arithmetic.system_prompt=Hm: format=arithmetic does not use it",
+        ),
+        (
+            ["data=shp", "data.sources.shp.system_prompt=Hm", "data.template=none"],
+            "data.sources.shp.system_prompt: data.template=none has no roles",
+        ),
+        (["data=shp", "data.sources.shp.system_prompt=''"], "system_prompt: it is empty"),
         (["data=shp", "data.sources.shp.weight=0"], "data.sources.shp.weight=0.0: must be above 0"),
         (["data=shp", "data.sources.shp.rows=-1"], "data.sources.shp.rows=-1: must be above 0"),
         (

@@ -20,6 +20,7 @@ TOOLS_IN = Template.tokenizer  # the one style that can write what is about tool
 BEFORE = ["system", "history", "tools"]
 FIELDS: dict[Format, tuple[list[str], list[str]]] = {  # required and optional fields
     Format.sandbox: ([], []),
+    Format.arithmetic: ([], []),
     Format.prompt_chosen_rejected: (["prompt", "chosen"], ["rejected", *BEFORE]),
     Format.chosen_rejected: (["chosen", "rejected"], ["system", "tools"]),
     Format.scored_answers: (

@@ -111,15 +111,31 @@ def read_pairs(row: Row, source: Source, style: Template = Template.hh) -> list[
         pairs = _ranked_pairs(row, source)
     else:
         pairs = [_read(row, source)]
-    columns = _other_columns(row, source, style)
+    columns, is_messages = _other_columns(row, source, style), _has_messages(row, source)
+    pairs = [replace(pair, columns=columns, is_messages=is_messages) for pair in pairs]
+    prompt = with_system_prompt(pairs[0].prompt, source)  # all pairs of a row have this prompt
     if style is TOOLS_IN:
         tools = turn_of_tools(field(row, source, "tools"))
         before = [tools] if tools else []
-        return [replace(pair, prompt=before + pair.prompt, columns=columns) for pair in pairs]
+        return [replace(pair, prompt=before + prompt) for pair in pairs]
     if any(uses_tools([*p.prompt, Turn("assistant", p.chosen, p.calls)]) for p in pairs):
         raise ValueError("messages of or for tools need data.template=tokenizer")
-    prompt = [Turn(turn.role, turn.text) for turn in pairs[0].prompt]
-    return [replace(pair, prompt=prompt, calls="", columns=columns) for pair in pairs]
+    prompt = [Turn(turn.role, turn.text) for turn in prompt]
+    return [replace(pair, prompt=prompt, calls="") for pair in pairs]
+
+
+def with_system_prompt(prompt: list[Turn], source: Source) -> list[Turn]:
+    """The prompt, with the source's system prompt in front where it has no system turn."""
+    if source.system_prompt is None or any(turn.role == "system" for turn in prompt):
+        return prompt
+    return [Turn("system", source.system_prompt), *prompt]
+
+
+def _has_messages(row: Row, source: Source) -> bool:
+    """Whether the prompt is a list of messages in the row, and no text."""
+    names = {Format.messages: "messages", Format.chosen_rejected: "chosen"}
+    name = names.get(source.format or Format.prompts, "prompt")
+    return source.format != Format.instruction and isinstance(field(row, source, name), list)
 
 
 def _read(row: Row, source: Source) -> Pair:
@@ -205,10 +221,16 @@ def _other_columns(row: Row, source: Source, style: Template) -> str:
     """The columns that are no part of the conversation, as JSON, for reward functions.
 
     The only answer of a row is one of them: it may be the reference that a function compares with.
+    So is an object that the prompt or this answer is a part of.
     """
     read = columns_read(row, source, style)
+    partly = ["prompt"]
     if field(row, source, "rejected") is None:
-        read -= {path_of(row, source, name) for name in ("chosen", "output")}
+        answers = ("chosen", "output")
+        read -= {path_of(row, source, name) for name in answers}
+        partly += answers
+    paths = [path_of(row, source, name) for name in partly]
+    read -= {path.split(".")[0] for path in paths if path not in row}
     columns = {name: value for name, value in row.items() if name not in read}
     return json.dumps(columns, default=str) if columns else ""
 

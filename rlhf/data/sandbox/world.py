@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from rlhf.base.constants import SANDBOX_SPLIT
 from rlhf.config.schema import Sandbox
-from rlhf.data.records import Demonstration, Pair, Turn
+from rlhf.data.records import Demonstration, Pair, Prompt, Turn, World
 from rlhf.data.sandbox.ground_truth import (
     Request,
     all_prompts,
@@ -158,23 +157,6 @@ class Comparison(NamedTuple):
     margin: float  # gold reward of the first minus that of the second; never 0
 
 
-class World(NamedTuple):
-    """The records of the sandbox by stage, and two functions of a prompt's turns.
-
-    The prompts of sft, rm, ppo and evaluation are disjoint.
-    """
-
-    sft: list[Demonstration]
-    rm: list[Pair]
-    ppo: list[list[Turn]]
-    eval_sft: list[Demonstration]
-    eval_rm: list[Pair]
-    eval_probe: list[Pair]
-    eval_prompts: list[list[Turn]]
-    gold: Callable[[list[Turn], str], float]  # gold reward of an answer
-    best_gold: Callable[[list[Turn]], float]  # gold reward of the best possible answer
-
-
 def build_world(cfg: Sandbox, seed: int, held_out_prompts: int) -> World:
     """Make the world of `data.seed`.
 
@@ -202,11 +184,12 @@ def build_world(cfg: Sandbox, seed: int, held_out_prompts: int) -> World:
     return World(
         sft=[_demonstrate(rng_sft.choice(for_sft), rng_sft) for _ in range(cfg.demonstrations)],
         rm=[_label(one, temperature, rng_rm) for one in comparisons],
-        ppo=[[Turn("user", prompt)] for prompt in for_ppo],
-        eval_sft=[_demonstrate(prompt, rng_eval) for prompt in held_out],
+        ppo=[Prompt([Turn("user", prompt)]) for prompt in for_ppo],
+        eval_sft=(references := [_demonstrate(prompt, rng_eval) for prompt in held_out]),
         eval_rm=[_label(one, temperature, rng_eval) for one in held_out_comparisons],
         eval_probe=[_probe(prompt, rng_eval) for prompt in held_out],
-        eval_prompts=[[Turn("user", prompt)] for prompt in held_out],
+        eval_prompts=[Prompt([Turn("user", prompt)]) for prompt in held_out],
+        score_unit=references,
         gold=gold_of_turns,
         best_gold=lambda turns: best_gold(turns[-1].text),
     )
