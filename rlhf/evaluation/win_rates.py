@@ -13,6 +13,7 @@ from rlhf.evaluation.statistics import wilson_interval
 from rlhf.reporting.eval_results import WinRate
 from rlhf.rewards.pairwise import PairwiseJudge, compare
 
+OF_REQUESTS = ("concurrency", "max_tokens", "cache")  # a judge's kwargs that hold for pairs too
 Responses = list[dict[str, Any]]  # a row per prompt, as evaluate_policy returns them
 
 
@@ -57,8 +58,7 @@ def comparing_judges(cfg: Config) -> dict[str, PairwiseJudge]:
             source.judge.pair_rubric,
             source.judge.api_key_env,
             source.timeout,
-            source.kwargs.get("concurrency", 8),
-            source.kwargs.get("cache"),
+            **{key: source.kwargs[key] for key in OF_REQUESTS if key in source.kwargs},
         )
         for name, source in score_sources(cfg, "eval").items()
         if source.judge

@@ -51,9 +51,8 @@ class PairwiseJudge:
     api_key_env: str | None = None  # name of the environment variable with the key
     timeout: float = 60.0  # seconds of a request
     concurrency: int = 8  # largest number of requests at the same time
-    cache: str | None = (
-        None  # folder of the replies; None: rlhf/judge in the user's cache directory
-    )
+    max_tokens: int | None = None  # of a reply; None: as the server decides
+    cache: str | None = None  # folder of the replies; None: that of rlhf.rewards.remote
 
     @property
     def server(self) -> Server:
@@ -136,6 +135,7 @@ async def ask_all(judge: PairwiseJudge, questions: Sequence[str]) -> list[str]:
     """The reply to each question. The same question is asked once."""
     server, folder = judge.server, cache_folder(judge.cache)
     free = asyncio.Semaphore(judge.concurrency)
+    limit = {} if judge.max_tokens is None else {"max_tokens": judge.max_tokens}
     tasks: dict[str, asyncio.Task[str]] = {}
     try:
         async with server.open(), asyncio.TaskGroup() as group:
@@ -143,6 +143,7 @@ async def ask_all(judge: PairwiseJudge, questions: Sequence[str]) -> list[str]:
                 body = {
                     "model": judge.model,
                     "temperature": 0,
+                    **limit,
                     "messages": [{"role": "user", "content": question}],
                 }
                 tasks[question] = group.create_task(ask(server, body, folder, free))

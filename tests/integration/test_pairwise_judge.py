@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from helpers import composed
 from reward_server import Running, running
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import OnError
 from rlhf.config.stage_nodes import Judge, RewardSource
 from rlhf.data.records import Prompt, Turn
-from rlhf.evaluation.win_rates import win_rates
+from rlhf.evaluation.win_rates import comparing_judges, win_rates
 from rlhf.rewards import server as requests
 from rlhf.rewards.pairwise import PairwiseJudge, compare, in_both_orders, render, verdict
 from rlhf.rewards.trial import spec_of
@@ -43,6 +45,23 @@ def test_the_better_response_wins_in_both_orders(tmp_path: Path) -> None:
     assert len(asked) == 6 and "Count {first}." in asked[2] + asked[3], "the text of a prompt stays"
     assert {request["key"] for request in server.requests} == {f"Bearer {KEY}"}
     assert all(request["body"]["temperature"] == 0 for request in server.requests)
+
+
+def test_what_the_configuration_says_reaches_the_server(tmp_path: Path) -> None:
+    cfg = composed(
+        "stage=eval",
+        "eval.rewards.kind.judge.endpoint=http://127.0.0.1:1/v1",
+        "eval.rewards.kind.judge.model=judge",
+        "eval.rewards.kind.judge.rubric=r.txt",
+        "eval.rewards.kind.kwargs={max_tokens: 64, max_score: 5}",
+        "eval.rewards.kind.timeout=7",
+    )
+    judge = comparing_judges(cfg)["kind"]
+    assert judge == PairwiseJudge("http://127.0.0.1:1/v1", "judge", timeout=7.0, max_tokens=64)
+    with running(tmp_path) as server:
+        at_server = dataclasses.replace(judge, endpoint=server.endpoint)
+        assert compare(at_server, ["Hi"], ["a!"], ["b"]) == [1.0]
+    assert [request["body"]["max_tokens"] for request in server.requests] == [64, 64]
 
 
 def test_a_judge_that_always_prefers_the_first_sees_ties_only(tmp_path: Path) -> None:
