@@ -3,7 +3,7 @@
 python reward_server.py PORT LOG BEHAVIOUR ...: request number i gets behaviour number i, and the
 last one again and again. Port 0 = any free one. The first line of the output is the port; every
 request is a line of JSON in the file LOG. The reward of a text is its length; the judge's grade is
-the number of its exclamation marks.
+the number of its exclamation marks; of two responses it prefers the one with more of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from typing import Any
 
 SLOW = 2.0  # seconds
 STATUS = {"401": 401, "404": 404, "429": 429, "500": 500}
+
+
+def reply(content: str) -> dict[str, Any]:
+    """What a chat server answers."""
+    return {"choices": [{"message": {"role": "assistant", "content": content}}]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,9 +61,14 @@ class Handler(BaseHTTPRequestHandler):
         return {"rewards": rewards, "scores": [0.0] * len(rewards), "extra_logs": {}}
 
     def judge(self, body: dict[str, Any]) -> dict[str, Any]:
-        marks = body["messages"][0]["content"].count("!")
+        text = body["messages"][0]["content"]
+        if "[Response B]" in text:
+            first, second = (part.count("!") for part in text.split("[Response B]"))
+            verdict = "A" if first > second else "B" if first < second else "C"
+            return reply(f"They have {first} and {second} marks. [[{verdict}]]")
+        marks = text.count("!")
         content = f"It has {marks} marks.\nScore: {marks}" if marks else "I would rather not say."
-        return {"choices": [{"message": {"role": "assistant", "content": content}}]}
+        return reply(content)
 
     def changed(self, answer: dict[str, Any], behaviour: str) -> str:
         """The answer as a text, spoilt by the behaviour."""
@@ -71,6 +81,10 @@ class Handler(BaseHTTPRequestHandler):
                 return json.dumps({"rewards": ["good", *answer["rewards"][1:]]})
             case "null":
                 return json.dumps({"rewards": [None, *answer["rewards"][1:]]})
+            case "first":
+                return json.dumps(reply("The response that I read first: [[A]]"))
+            case "silent":
+                return json.dumps(reply("I would rather not say."))
             case "other":
                 return json.dumps({"results": answer.get("rewards", [])})
             case "text":

@@ -92,6 +92,11 @@ class Judge:
     endpoint: str = key("OpenAI-compatible server, http://HOST:PORT/v1")
     model: str = key("its name there")
     rubric: str = key("text file with {prompt}, {completion} and, if needed, {ground_truth}")
+    pair_rubric: Optional[str] = key(
+        "text file with {prompt}, {first} and {second} by which stage=eval compares two responses, "
+        "and verdicts [[A]], [[B]], [[C]]; null: built in",
+        default=None,
+    )
     api_key_env: Optional[str] = key(
         "name of the environment variable with the key; null: none", default=None
     )

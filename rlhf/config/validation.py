@@ -299,7 +299,7 @@ def check_eval(cfg: Config) -> Iterator[str]:
         )
     if node.by and not any(source.function or source.url for source in sources.values()):
         yield (
-            f"eval.by={node.by}: it divides the pass rates of functions, and eval.rewards has "
+            f"eval.by=[{','.join(node.by)}]: it divides the pass rates of functions, and there are "
             "none; give eval.rewards.NAME.function, or leave it out"
         )
     if node.best_of == 1:

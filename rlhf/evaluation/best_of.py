@@ -11,7 +11,7 @@ from rlhf.config.schema import Config
 from rlhf.data import encoding
 from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset
-from rlhf.evaluation.statistics import best_of_n
+from rlhf.evaluation.statistics import best_of_n, sizes
 from rlhf.reporting.eval_results import BestOfPoint
 from rlhf.rl.experience import Models, Prompts, make_experience
 from rlhf.sampling.token_choice import Sampling
@@ -57,9 +57,3 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
         )
         for n in sizes(node.best_of)
     ]
-
-
-def sizes(largest: int) -> list[int]:
-    """The powers of two up to `largest`, and `largest`."""
-    powers = [2**k for k in range(20) if 2**k <= largest]
-    return powers if largest in powers else [*powers, largest]

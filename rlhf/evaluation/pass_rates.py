@@ -14,8 +14,7 @@ from typing import NamedTuple
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.data.records import Prompt
-from rlhf.evaluation.best_of import sizes
-from rlhf.evaluation.statistics import majority_at_k, pass_at_k, wilson_interval
+from rlhf.evaluation.statistics import majority_at_k, pass_at_k, sizes, wilson_interval
 from rlhf.evaluation.win_rates import Responses, judgement
 from rlhf.reporting.eval_results import PassRate
 from rlhf.rewards.batch import columns_of

@@ -13,6 +13,7 @@ from rlhf.config.schema import Config
 from rlhf.config.stage_graph import score_sources
 from rlhf.data.inspection.measuring import ReferenceCheck
 from rlhf.data.records import Prompt, Turn
+from rlhf.evaluation.pass_rates import PASSING_SCORE
 from rlhf.rewards.batch import columns_of, make_batch
 from rlhf.rewards.process import RewardProcess
 from rlhf.rewards.trial import check_columns, spec_of
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
 
 MOST_ROWS = 1000  # of the prompts, spread over all of them
-PASSING_SCORE = 1.0
+CALL = 100  # rows of a call, as each call has a time limit
 COLUMNS = ("ground_truth", "answer", "reward_model")  # with the reference, where no answer is given
 
 
@@ -63,8 +64,14 @@ def score_rows(
     Raises: UserError where one fails.
     """
     state = {"global_step": 0, "max_steps": 0}
-    batch = make_batch(prompts, responses, [[] for _ in responses], state)
-    return {name: result.scores for name, result in process.score(batch).items()}
+    scores: dict[str, list[float | None]] = {name: [] for name in process.specs}
+    for start in range(0, len(prompts), CALL):
+        part = slice(start, start + CALL)
+        ids: list[list[int]] = [[] for _ in prompts[part]]
+        batch = make_batch(prompts[part], responses[part], ids, state)
+        for name, result in process.score(batch).items():
+            scores[name] += result.scores
+    return scores
 
 
 def check_of(

@@ -35,6 +35,12 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> float:
     return float((in_order * chances).sum(1).mean())
 
 
+def sizes(largest: int) -> list[int]:
+    """The powers of two up to `largest`, and `largest`."""
+    powers = [2**k for k in range(20) if 2**k <= largest]
+    return powers if largest in powers else [*powers, largest]
+
+
 def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The chance that at least one of k responses to a prompt passes; unbiased, from samples >= k.
 

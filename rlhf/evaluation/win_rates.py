@@ -2,45 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.config.schema import Config
+from rlhf.config.stage_graph import score_sources
+from rlhf.data.records import Prompt
+from rlhf.distributed import collectives
 from rlhf.evaluation.statistics import wilson_interval
 from rlhf.reporting.eval_results import WinRate
+from rlhf.rewards.pairwise import PairwiseJudge, compare
 
+OF_REQUESTS = ("concurrency", "max_tokens", "cache")  # a judge's kwargs that hold for pairs too
 Responses = list[dict[str, Any]]  # a row per prompt, as evaluate_policy returns them
 
 
 def win_rates(
-    responses: dict[str, Responses], against: str, judges: Sequence[str]
+    responses: dict[str, Responses],
+    against: str,
+    judges: Sequence[str],
+    prompts: Sequence[Prompt] = (),
+    comparing: Mapping[str, PairwiseJudge] | None = None,
 ) -> list[WinRate]:
     """The win rate of each policy over `against`, by each judge; a tie counts half.
 
     None by a judge that applies to no prompt.
+
+    Args:
+        prompts: of the responses; for `comparing` only.
+        comparing: the judges that read both responses, by name. The others compare their scores.
     """
-    rates = [
-        win_rate(responses, policy, against, judge)
-        for policy in responses
-        if policy != against
-        for judge in judges
-    ]
-    return [rate for rate in rates if rate]
+    rates = []
+    for policy in responses:
+        if policy == against:
+            continue
+        for name in judges:
+            rows, others = responses[policy], responses[against]
+            if comparing and name in comparing:
+                if collectives.rank() != 0:  # its results are not written
+                    continue
+                margins = compared(comparing[name], prompts, rows, others)
+            else:
+                margins = differences(rows, others, name)
+            if margins:
+                rates.append(win_rate(policy, against, name, margins))
+    return rates
 
 
-def win_rate(
-    responses: dict[str, Responses], policy: str, against: str, judge: str
-) -> WinRate | None:
-    """One policy over another by one judge, with the 95 % Wilson interval.
+def comparing_judges(cfg: Config) -> dict[str, PairwiseJudge]:
+    """The language models among the sources of stage=eval."""
+    return {
+        name: PairwiseJudge(
+            source.judge.endpoint,
+            source.judge.model,
+            source.judge.pair_rubric,
+            source.judge.api_key_env,
+            source.timeout,
+            **{key: source.kwargs[key] for key in OF_REQUESTS if key in source.kwargs},
+        )
+        for name, source in score_sources(cfg, "eval").items()
+        if source.judge
+    }
 
-    Prompts that the judge does not apply to are left out; None where that is all.
+
+def compared(
+    judge: PairwiseJudge, prompts: Sequence[Prompt], rows: Responses, others: Responses
+) -> list[float]:
+    """What a judge says that reads both responses: above 0 where the first is better.
+
+    A prompt without a verdict is left out.
     """
-    pairs = [
-        (judgement(a, judge), judgement(b, judge))
-        for a, b in zip(responses[policy], responses[against])
-    ]
-    margins = [a - b for a, b in pairs if a is not None and b is not None]
-    if not margins:
-        return None
+    texts = ["\n\n".join(spoken(prompt)) for prompt in prompts]
+    first, second = ([row["completion"] for row in side] for side in (rows, others))
+    return [one - 0.5 for one in compare(judge, texts, first, second) if one is not None]
+
+
+def spoken(prompt: Prompt) -> list[str]:
+    """The turns of a prompt as text; with their roles where there are several."""
+    if len(prompt.turns) == 1:
+        return [prompt.turns[0].text]
+    return [f"{turn.role}: {turn.text}" for turn in prompt.turns]
+
+
+def differences(rows: Responses, others: Responses, judge: str) -> list[float]:
+    """The differences of two policies' scores; prompts that have none are left out."""
+    pairs = [(judgement(a, judge), judgement(b, judge)) for a, b in zip(rows, others)]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def win_rate(policy: str, against: str, judge: str, margins: Sequence[float]) -> WinRate:
+    """One policy over another with the 95 % Wilson interval.
+
+    Args: margins: of each prompt; above 0 where the policy's response is better.
+    """
     wins, ties = sum(x > 0 for x in margins), sum(x == 0 for x in margins)
     prompts = len(margins)
     low, high = wilson_interval(wins + ties / 2, prompts)

@@ -193,14 +193,14 @@ class _Question:
         body = {**self.request, "messages": [{"role": "user", "content": self.text}]}
         key = hashlib.sha256(json.dumps([server.shown, body]).encode()).hexdigest()
         file = self.folder / key[:2] / f"{key}.json"
-        reply = _kept(file)
+        reply = kept(file)
         if reply is not None:
             return grade(reply, self.max_score), reply
         async with free:
-            reply = _content(await server.post(body), server.shown)
+            reply = content_of(await server.post(body), server.shown)
         score = grade(reply, self.max_score)
         if score is not None:
-            _keep(file, {"model": self.request["model"], "reply": reply})
+            keep(file, {"model": self.request["model"], "reply": reply})
         return score, reply
 
 
@@ -237,7 +237,7 @@ def grade(reply: str, max_score: float) -> float | None:
     return score if 0 <= score <= max_score else None
 
 
-def _content(reply: Any, url: str) -> str:
+def content_of(reply: Any, url: str) -> str:
     """The text in an answer of /chat/completions. Raises: UserError where it has none."""
     try:
         content = reply["choices"][0]["message"]["content"]
@@ -273,7 +273,7 @@ def cache_folder(given: str | None) -> Path:
     return folder
 
 
-def _kept(file: Path) -> str | None:
+def kept(file: Path) -> str | None:
     """A reply from the disk; None where there is none that can be read."""
     try:
         reply = json.loads(file.read_text(encoding="utf-8"))["reply"]
@@ -282,7 +282,7 @@ def _kept(file: Path) -> str | None:
     return reply if isinstance(reply, str) else None
 
 
-def _keep(file: Path, reply: Mapping[str, str]) -> None:
+def keep(file: Path, reply: Mapping[str, str]) -> None:
     """Write a reply in one step. Other processes may write the same one."""
     file.parent.mkdir(exist_ok=True)
     own = file.with_suffix(f".{os.getpid()}.tmp")

@@ -48,6 +48,7 @@ def spec_of(key: str, source: RewardSource) -> Spec:
     if source.judge:
         endpoint = f"{key}.judge.endpoint={source.judge.endpoint}"
         of_judge = asdict(source.judge) | {"timeout": timeout} | source.kwargs
+        del of_judge["pair_rubric"]  # of stage=eval's win rates
         return Spec(endpoint, JUDGE, of_judge, ENDLESS, skip)
     assert source.function is not None
     return Spec(f"{key}.function={source.function}", source.function, source.kwargs, timeout, skip)

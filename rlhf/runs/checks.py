@@ -208,9 +208,10 @@ def check_functions(cfg: Config, stage: str) -> Iterator[str]:
 
 def check_judge(key: str, judge: Judge) -> Iterator[str]:
     """The files and the key of a language model that grades responses."""
-    rubric, name = Path(judge.rubric).expanduser(), judge.api_key_env
-    if not rubric.is_file():
-        yield f"{key}.rubric={judge.rubric}: there is no file {rubric.resolve()}"
+    name = judge.api_key_env
+    for field, path in (("rubric", judge.rubric), ("pair_rubric", judge.pair_rubric)):
+        if path is not None and not Path(path).expanduser().is_file():
+            yield f"{key}.{field}={path}: there is no file {Path(path).expanduser().resolve()}"
     if name is not None and not os.environ.get(name):
         yield f"{key}.api_key_env={name}: this environment variable is not set"
 

@@ -61,6 +61,9 @@ def find_inputs(command: Command, stage: str) -> Inputs:
             inputs.ids[f"rewards/{name}"] = hash_of_file(file)  # another function, another run
         elif source.judge:
             inputs.ids[f"rewards/{name}"] = hash_of_file(Path(source.judge.rubric).expanduser())
+            if stage == "eval" and source.judge.pair_rubric:
+                pairs = Path(source.judge.pair_rubric).expanduser()
+                inputs.ids[f"rewards/{name}/pairs"] = hash_of_file(pairs)
     if stage == "eval":
         for i, policy in enumerate(cfg.eval.policies):
             if policy != BASE and not is_stage_name(policy):

@@ -32,7 +32,7 @@ from rlhf.evaluation.pass_rates import check_columns, pass_rates
 from rlhf.evaluation.policy import evaluate_policy
 from rlhf.evaluation.reward_model import evaluate_reward_model
 from rlhf.evaluation.saved_responses import response_lines, write_responses
-from rlhf.evaluation.win_rates import Responses, win_rates
+from rlhf.evaluation.win_rates import Responses, comparing_judges, win_rates
 from rlhf.models.loading import check_context, context_length, load_policy, load_tokenizer, location
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.reporting import eval_page
@@ -41,6 +41,7 @@ from rlhf.reporting.eval_results import (
     EvalResults,
     PassRate,
     ScorerResults,
+    WinRate,
     sample_rows,
     side_by_side,
     summary_metrics,
@@ -101,11 +102,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     tracker = Tracker(cfg, run_dir, len(setup.paths) + 1, ["score", "gold", "win_rate"])
     # 3. evaluate the policies one after the other
     policies = evaluate_policies(cfg, setup, rewards, tracker, run_dir)
-    # 4. compare their responses
-    judges = judges_of(cfg.eval, setup.data)
-    rates = win_rates(policies.responses, setup.against, judges) if setup.against else []
-    # 5. evaluate the reward models
+    # 4. evaluate the reward models
     scorers = evaluate_scorers(cfg, setup, rewards)
+    # 5. compare the policies' responses
+    judges = judges_of(cfg.eval, setup.data)
+    rates: list[WinRate] = []
+    if setup.against:
+        prompts, comparing = setup.data.eval_prompts, comparing_judges(cfg)
+        rates = win_rates(policies.responses, setup.against, judges, prompts, comparing)
     # 6. write everything
     results = EvalResults(
         policies={name: policies.metrics[name] for name in setup.paths},
@@ -368,7 +372,7 @@ def scored_by_models(models: Models) -> Models:
     return dataclasses.replace(models, rewards=rewards)
 
 
-# ---- 5. reward models
+# ---- 4. reward models
 
 
 def evaluate_scorers(

@@ -37,7 +37,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def config(path: str, *functions: str) -> Any:
-    given = [f"+rl.rewards.{name}={{function: 'checks_of_mine:{name}'}}" for name in functions]
+    given = [f"rl.rewards.{name}.function=checks_of_mine:{name}" for name in functions]
     mine = ["stage=inspect", "data=jsonl", f"data.sources.mine.path='{path}'"]
     return composed(*mine, "data.shares=[0,0,1]", "rl.rewards.model=null", *given)
 

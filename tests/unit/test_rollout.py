@@ -381,6 +381,18 @@ def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
     assert all(answers == likeliest for answers in same) and free != likeliest
 
 
+def test_several_responses_to_a_prompt_lie_side_by_side(models_of_ppo: Engines) -> None:
+    m = models_of_ppo
+    data = Dataset([], [], [], [], [], [Prompt([Turn("user", text)]) for text in QUESTIONS])
+    models = Models(m.tokenizer, m.actor)
+    _, one = evaluate_policy(models, data, 48, 8, Sampling(), 2)
+    means, three = evaluate_policy(models, data, 48, 8, Sampling(n=3), 2)
+    assert [row["prompt"] for row in three] == [text for text in QUESTIONS for _ in range(3)]
+    assert [row["completion"] for row in three[::3]] == [row["completion"] for row in one]
+    assert all(len({row["completion"] for row in three[i : i + 3]}) > 1 for i in (0, 3))
+    assert means["length"] == pytest.approx(sum(row["length"] for row in three) / len(three))
+
+
 def test_padding_on_the_right_serves_the_reward_model_as_well(models_of_ppo: Engines) -> None:
     """The reward stage pads on the right, the rollout on the left: the scores are the same."""
     m = models_of_ppo

@@ -1,0 +1,167 @@
+"""A language model that compares two responses to a prompt, asked in both orders.
+
+Judges prefer the response that they read first (Zheng 2023, arXiv:2306.05685, section 3.3), so each
+pair is asked twice with the positions swapped. Where the two verdicts differ, it is a tie.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.base.errors import UserError
+from rlhf.base.log import log
+from rlhf.rewards.remote import cache_folder, content_of, keep, kept
+from rlhf.rewards.server import Server
+
+PLACES = ("prompt", "first", "second")
+PLACEHOLDER = re.compile(r"\{(prompt|first|second)\}")
+VERDICT = re.compile(r"\[\[(A|B|C|tie)\]\]", re.IGNORECASE)
+FIRST_WINS = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5}
+# in the form of MT-Bench's: Zheng 2023, appendix A
+RUBRIC = """Compare the two responses below to the same prompt. Judge how helpful, relevant,
+accurate and complete they are. The order of the responses and their length must not matter.
+
+[Prompt]
+{prompt}
+
+[Response A]
+{first}
+
+[Response B]
+{second}
+
+Explain your comparison in a few sentences. Then end with your verdict: [[A]] if response A is
+better, [[B]] if response B is better, [[C]] for a tie."""
+
+
+@dataclass(frozen=True)
+class PairwiseJudge:
+    """A language model behind an OpenAI-compatible server."""
+
+    endpoint: str  # up to and including /v1
+    model: str
+    rubric: str | None = None  # file with {prompt}, {first}, {second}; None: RUBRIC
+    api_key_env: str | None = None  # name of the environment variable with the key
+    timeout: float = 60.0  # seconds of a request
+    concurrency: int = 8  # largest number of requests at the same time
+    max_tokens: int | None = None  # of a reply; None: as the server decides
+    cache: str | None = None  # folder of the replies; None: that of rlhf.rewards.remote
+
+    @property
+    def server(self) -> Server:
+        """Where it is asked."""
+        address = f"{self.endpoint.rstrip('/')}/chat/completions"
+        return Server(address, self.timeout, self.api_key_env)
+
+
+def compare(
+    judge: PairwiseJudge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> list[float | None]:
+    """Whether the first response to each prompt is better: 1.0, else 0.0; 0.5 is a tie.
+
+    Returns: None where one of the two replies has no verdict; a warning counts these.
+    Raises: UserError where the server fails, and for a rubric that cannot be used.
+    """
+    rubric = read_rubric(judge.rubric)
+    questions = [
+        render(rubric, prompt, *pair)
+        for prompt, a, b in zip(prompts, first, second)
+        for pair in ((a, b), (b, a))
+    ]
+    replies = asyncio.run(ask_all(judge, questions))
+    verdicts = [verdict(reply) for reply in replies]
+    if unclear := verdicts.count(None):
+        log.warning(
+            f"{judge.endpoint}: {unclear} of {len(verdicts)} replies have no verdict such as "
+            "[[A]]; their pairs are left out"
+        )
+    pairs = list(zip(verdicts[::2], verdicts[1::2]))
+    both = [(one, two) for one, two in pairs if one is not None and two is not None]
+    if both:
+        same = sum(one == 1 - two for one, two in both)
+        log.info(
+            f"{judge.endpoint}: the same verdict in both orders for {same} of {len(both)} pairs"
+        )
+    return [in_both_orders(one, two) for one, two in pairs]
+
+
+def in_both_orders(forward: float | None, swapped: float | None) -> float | None:
+    """The verdict on a pair; a tie where the two orders do not agree.
+
+    Args: forward: 1.0 where the response that is read first is better.  swapped: the same with the
+        responses in the other order.
+    """
+    if forward is None or swapped is None:
+        return None
+    return forward if forward == 1 - swapped else 0.5
+
+
+def verdict(reply: str) -> float | None:
+    """Whether response A is better, 1.0, 0.0, or 0.5 for a tie; the last verdict counts."""
+    found = VERDICT.findall(reply)
+    return FIRST_WINS[found[-1].lower()] if found else None
+
+
+def read_rubric(path: str | None) -> str:
+    """The text of a rubric. Raises: UserError where it cannot be read, or lacks a placeholder."""
+    if path is None:
+        return RUBRIC
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the rubric (pair_rubric={path}): {error}") from None
+    if missing := [name for name in PLACES if f"{{{name}}}" not in text]:
+        names = ", ".join(f"{{{name}}}" for name in missing)
+        raise UserError(
+            f"the rubric has no {names} (pair_rubric={path}): write it where it belongs"
+        )
+    return text
+
+
+def render(rubric: str, prompt: str, first: str, second: str) -> str:
+    """The question; what looks like a placeholder in a text stays."""
+    texts = {"prompt": prompt, "first": first, "second": second}
+    return PLACEHOLDER.sub(lambda name: texts[name[1]], rubric)
+
+
+async def ask_all(judge: PairwiseJudge, questions: Sequence[str]) -> list[str]:
+    """The reply to each question. The same question is asked once."""
+    server, folder = judge.server, cache_folder(judge.cache)
+    free = asyncio.Semaphore(judge.concurrency)
+    limit = {} if judge.max_tokens is None else {"max_tokens": judge.max_tokens}
+    tasks: dict[str, asyncio.Task[str]] = {}
+    try:
+        async with server.open(), asyncio.TaskGroup() as group:
+            for question in dict.fromkeys(questions):
+                body = {
+                    "model": judge.model,
+                    "temperature": 0,
+                    **limit,
+                    "messages": [{"role": "user", "content": question}],
+                }
+                tasks[question] = group.create_task(ask(server, body, folder, free))
+    except ExceptionGroup as failed:  # the first failure ends all other requests
+        raise failed.exceptions[0] from None
+    return [tasks[question].result() for question in questions]
+
+
+async def ask(
+    server: Server, body: dict[str, object], folder: Path, free: asyncio.Semaphore
+) -> str:
+    """The reply to a request; from the disk where it was asked before and had a verdict."""
+    key = hashlib.sha256(json.dumps([server.shown, body]).encode()).hexdigest()
+    file = folder / key[:2] / f"{key}.json"
+    if (reply := kept(file)) is not None:
+        return reply
+    async with free:
+        reply = content_of(await server.post(body), server.shown)
+    if verdict(reply) is not None:
+        keep(file, {"model": str(body["model"]), "reply": reply})
+    return reply
