@@ -67,6 +67,22 @@ def test_solutions_by_hand(problem: Problem, mistake: str, solution: str) -> Non
     assert worked_solution(problem, mistake) == solution
 
 
+@pytest.mark.parametrize(
+    "problem, columns",
+    [
+        (Problem("+", (12, 34)), ["46", "0 carries", "sum of two", "2"]),
+        (Problem("+", (58, 67)), ["125", "1 carry", "sum of two", "2"]),
+        (Problem("+", (950, 529)), ["1479", "0 carries", "sum of two", "3"]),
+        (Problem("+", (999, 9, 9)), ["1017", "2 carries", "sum of three", "3"]),
+        (Problem("*", (47, 6)), ["282", "1 carry", "product", "2"]),
+        (Problem("*", (7, 6)), ["42", "0 carries", "product", "1"]),
+    ],
+)
+def test_columns_by_hand(problem: Problem, columns: list[str]) -> None:
+    names = ["answer", "difficulty", "kind", "digits"]
+    assert problem.columns == dict(zip(names, columns))
+
+
 def some_problems() -> list[Problem]:
     """Many sums of two numbers with two digits, many products, and other sums."""
     rng = random.Random(0)
@@ -153,10 +169,11 @@ def test_harder_problems_have_one_more_digit_and_change_nothing_that_is_trained_
     usual, harder = plain(make()), plain(make(harder=True))
     same = [name for name in usual if usual[name] == harder[name]]
     assert same == ["sft", "rm", "ppo", "score_unit"]
-    digits = {json.loads(prompt.columns)["difficulty"] for prompt in make().eval_prompts}
-    assert digits == {"1 digit", "2 digits"}
+    columns = [json.loads(prompt.columns) for prompt in make().eval_prompts]
+    assert {row["digits"] for row in columns} == {"1", "2"}
+    assert {row["difficulty"] for row in columns} == {"0 carries", "1 carry"}
     for prompt in make(harder=True).eval_prompts:
-        assert json.loads(prompt.columns)["difficulty"] == "3 digits"
+        assert json.loads(prompt.columns)["digits"] == "3"
 
 
 def test_the_size_of_one_part_does_not_change_another() -> None:

@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import plural
 from rlhf.data.records import Turn
 from rlhf.verifiers import number
 
@@ -42,11 +41,19 @@ class Problem:
     def columns(self) -> dict[str, str]:
         """What a reward function gets besides the prompt, and evaluations group by."""
         kind = "product" if self.operator == "*" else f"sum of {COUNT_WORDS[len(self.numbers)]}"
-        return {
-            "answer": str(self.answer),
-            "difficulty": plural(self.digits, "digit"),
-            "kind": kind,
-        }
+        carries = "1 carry" if self.carries == 1 else f"{self.carries} carries"
+        digits = str(self.digits)
+        return {"answer": str(self.answer), "difficulty": carries, "kind": kind, "digits": digits}
+
+    @property
+    def carries(self) -> int:
+        """How often something is carried to the next column."""
+        carried, carry = 0, 0
+        for place in range(self.digits - 1):
+            _, result = _work_out_column(self, place, carry, slip=0)
+            carry = result // 10
+            carried += carry > 0
+        return carried
 
     @property
     def key(self) -> str:

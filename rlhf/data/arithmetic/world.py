@@ -19,7 +19,7 @@ from rlhf.data.records import Demonstration, Pair, Prompt, Turn, World
 
 DIGITS = {1: 0.2, 2: 0.8}  # of the numbers that stages are trained and evaluated on; shares
 HARDER = 3  # digits of the harder problems
-KINDS = {"sum of two": 0.7, "sum of three": 0.15, "product": 0.15}  # shares of the problems
+KINDS = {"sum of two": 0.9, "sum of three": 0.03, "product": 0.07}  # shares of the problems
 PARTS = {"eval": 0.1, "sft": 0.2, "rm": 0.2, "ppo": 0.5}  # shares of all problems
 PAIRS_PER_PROMPT = 2  # held-out pairs for each held-out prompt
 
