@@ -139,7 +139,7 @@ def test_an_object_that_the_prompt_is_a_part_of_stays_a_column() -> None:
         ("x" * 200, "x" * 200),
         ("x" * 1201, "x" * 200 + " ... (1,001 more characters)"),
         (["y"] * 20, ["y"] * 20),
-        (["y"] * 100, str(["y"] * 40).replace("'", '"')[:200] + " ... (300 more characters)"),
+        (["y"] * 100, str(["y"] * 50).replace("'", '"')[:200] + " ... (300 more characters)"),
         (7, 7),
         (None, None),
     ],
