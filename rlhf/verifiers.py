@@ -44,6 +44,14 @@ LATEX_FRACTION = re.compile(  # 2\frac{1}{2}, \frac12
     r"(\d{1,9})? ?\\[dt]?frac ?(?:\{ ?(-?\d{1,9}) ?\} ?\{ ?(\d{1,9}) ?\}|(\d) ?(\d)(?!\d))"
 )
 LONGEST_NUMBER = 1000  # characters
+# 9^{9^9}, 2^{99999}, 99999!: SymPy would compute them for minutes, and nothing but the end of the
+# process stops it
+HUGE = re.compile(
+    r"\d\s*(?:\^|\*\*)\s*(?:[{(][\d\s*+./-]*|\d+\s*)(?:\^|\*\*)"
+    r"|(?:\^|\*\*)\s*(?:[{(][\d\s*+./-]*)?\d{5,}"
+    r"|\d{5,}\s*[)}]?\s*!"
+)
+END = 200  # characters of a response, where its answer is
 
 
 # ------------------------------------------------------------------------------- with a reference
@@ -100,9 +108,9 @@ def math(
 
     The library math-verify finds the answer (in \boxed{} or $...$, else the last number) and
     compares it by SymPy: formulas, fractions, sets, intervals; numbers with 6 decimals. None where
-    it finds nothing in the reference. It has no time limit here; that of the reward
-    (`rl.rewards.NAME.timeout`) ends what takes too long, like 9^(9^9). The first call takes
-    seconds, as SymPy is imported.
+    it finds nothing in the reference. 0 for an answer that is too large to compute, like 9^(9^9).
+    There is no time limit here but that of the reward (`rl.rewards.NAME.timeout`). The first call
+    takes seconds, as SymPy is imported.
 
     >>> math(["It is $2x(x+1)$.", r"\boxed{0.5}", "So 3."], ground_truth=["2x^2+2x", "1/2", "4"])
     [1.0, 1.0, 0.0]
@@ -114,6 +122,8 @@ def math(
     parse = functools.partial(parse, parsing_timeout=None)
 
     def equal(text: str, truth: list[Any]) -> bool:
+        if HUGE.search(_last_boxed(text) or text[-END:]):
+            return False
         return bool(verify(truth, parse(text), timeout_seconds=None))
 
     columns |= {"ground_truth": ground_truth, "answer": answer}

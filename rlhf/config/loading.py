@@ -46,8 +46,8 @@ def wrong_values(key: str, value: Any) -> list[str]:
     inner = [a for a in typing.get_args(found.annotation) if a is not type(None)]
     kind = inner[0] if found.is_optional else found.annotation
     is_node = found.is_node or typing.get_origin(kind) is dict
-    if isinstance(value, str) and "${" in value:  # what it stands for is not known yet
-        return []
+    if kind is typing.Any or (isinstance(value, str) and "${" in value):
+        return []  # an argument of a user's function; or what it stands for is not known yet
     if is_node and isinstance(value, dict):
         return [
             line for name, item in value.items() for line in wrong_values(f"{key}.{name}", item)

@@ -22,6 +22,8 @@ def type_name(annotation: object) -> str:
     """A type as users write values: "number or null", "one of fixed, adaptive, linear"."""
     if annotation is bool:
         return "true or false"
+    if annotation is typing.Any:
+        return "any value"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return f"one of {', '.join(member.name for member in annotation)}"
     if isinstance(annotation, type):

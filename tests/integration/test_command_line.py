@@ -175,6 +175,20 @@ def test_a_source_of_the_score_is_added_by_its_key_and_removed_by_null() -> None
     assert "gold" in evaluated.eval.rewards
 
 
+def test_arguments_of_a_function_may_be_anything() -> None:
+    json = "rl.rewards.json.function=rlhf.verifiers:json_valid"
+    for typed in (
+        ["rl.rewards.json.kwargs.keys=[a,b]", "rl.rewards.json.kwargs.strict=true"],
+        ["rl.rewards.json.kwargs={keys: [a, b], strict: true}"],
+    ):
+        source = command(json, *typed).cfg.rl.rewards["json"]
+        assert source is not None and source.kwargs == {"keys": ["a", "b"], "strict": True}
+    judge = "{endpoint: 'http://localhost:8000/v1', model: m, rubric: README.md}"
+    of_judge = command(f"rl.rewards.j.judge={judge}").cfg.rl.rewards["j"]
+    assert of_judge is not None and of_judge.judge is not None
+    assert of_judge.judge.model == "m" and of_judge.judge.api_key_env is None
+
+
 def test_all_sources_of_the_score_are_added_at_once_and_the_others_stay() -> None:
     cfg = command("rl.rewards={gold: {function: 'rlhf.data.sandbox:gold'}}").cfg
     assert list(cfg.rl.rewards) == ["model", "gold"]

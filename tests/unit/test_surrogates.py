@@ -22,6 +22,7 @@ from rlhf.config.choices import (
     Normalize,
     PolicyLoss,
 )
+from rlhf.config.presets import preset_names
 from rlhf.config.stage_nodes import Rl
 from rlhf.rl.advantages import discounted_returns, estimate_advantages
 from rlhf.rl.experience import Experience
@@ -410,3 +411,36 @@ def test_scaled_rewards_keep_their_mean_and_are_for_advantages_per_token_only() 
     group = rl_node(advantage=Advantage["group"], responses_per_prompt=2, **one)
     found, _ = estimate_advantages(rewards, experience(mask, values), group)
     assert found.tolist() == [[-3.0, -3.0], [3.0, 3.0]]
+
+
+# Two responses of two tokens to each of two prompts, with scores 1, 3 and 2, 6 on the last token
+BY_PRESET = {
+    "grpo": [-0.70706, 0.70706, -0.70708, 0.70708],  # 1 / (sqrt 2 + 1e-4), 2 / (sqrt 8 + 1e-4)
+    "dapo": [-0.70706, 0.70706, -0.70708, 0.70708],
+    "gspo": [-0.70706, 0.70706, -0.70708, 0.70708],
+    "cispo": [-0.70706, 0.70706, -0.70708, 0.70708],
+    "dr_grpo": [-1, 1, -2, 2],
+    "rloo": [-2, 2, -4, 4],  # minus the other one
+    "reinforce_pp": [-1.06904, 0, -0.53452, 1.60357],  # mean 3, variance 3.5
+    "reinforce_pp_baseline": [-0.63246, 0.63246, -1.26491, 1.26491],  # variance 2.5
+}
+
+
+@pytest.mark.parametrize("name", BY_PRESET)
+def test_advantages_of_the_presets_by_hand(name: str) -> None:
+    rl = composed(f"stage={name}").rl
+    if rl.responses_per_prompt > 1:
+        rl.responses_per_prompt = 2
+    rewards = t([0, 1], [0, 3], [0, 2], [0, 6])
+    mask = torch.ones_like(rewards)
+    found, returns = estimate_advantages(rewards, experience(mask, 0 * mask), rl)
+    assert returns is None
+    assert torch.allclose(found, t(*([x, x] for x in BY_PRESET[name])), atol=1e-5)
+
+
+def test_every_preset_without_a_critic_is_in_the_table() -> None:
+    """A new preset gets a line of its own."""
+    critic = {
+        name for name in preset_names() if composed(f"stage={name}").rl.advantage in NEEDS_CRITIC
+    }
+    assert set(preset_names()) - critic == set(BY_PRESET)

@@ -55,7 +55,7 @@ from rlhf.config.validation import check_config
             "rl.dual_clip=3 with rl.policy_loss=cispo: it bounds PPO's clipped loss; set it to "
             "null, or use rl.policy_loss=clip",
         ),
-        (["rl.dual_clip=1"], "rl.dual_clip=1: must be above 1"),
+        (["rl.dual_clip=1"], "rl.dual_clip=1.0: must be above 1"),
         (
             ["rl.dynamic_sampling=3"],
             "rl.dynamic_sampling=3 with rl.responses_per_prompt=1: it compares responses to a "

@@ -230,6 +230,29 @@ def test_equal_formulas_are_equal(completion: str, truth: str, score: float) -> 
     assert math([completion], ground_truth=[truth]) == [score]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{9^{9^9}}",
+        r"\boxed{9^{9^{9}}}",
+        "so 9**9**9",
+        r"\boxed{2^{3 * 9^9}}",
+        r"so $2^{123456789}$",
+        r"so $2^{10 * 99999999}$",
+        r"\boxed{1000000!}",
+        r"\boxed{(1000000)!}",
+    ],
+)
+def test_what_takes_too_long_to_compute_is_wrong(text: str) -> None:
+    """SymPy takes minutes for each of these, in which no signal reaches the process."""
+    assert math([text], answer=["4"]) == [0.0]
+
+
+def test_large_powers_are_computed() -> None:
+    texts = [r"\boxed{2^{10}}", "$10^{100}$", r"\boxed{x^{2^3}}", r"\boxed{2^{x^2}}", "$5!$"]
+    assert math(texts, answer=["1024", "10^{50} * 10^{50}", "x^8", "2^{x^2}", "120"]) == [1.0] * 5
+
+
 def test_math_runs_in_a_thread() -> None:
     """The library's own time limits are signals, which fail there."""
     got: list[Any] = []

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
+from itertools import islice
 
 from rlhf.config.schema import Arithmetic
 from rlhf.data.arithmetic.problems import (
@@ -32,20 +33,20 @@ def build_world(cfg: Arithmetic, seed: int, held_out_prompts: int) -> World:
         held_out_prompts: distinct prompts that nothing is trained on.
     """
     streams = {part: random.Random(f"arithmetic-{seed}-{part}") for part in (*PARTS, "unit")}
-    for_sft = problems("sft", seed, streams["sft"])
-    for_rm = problems("rm", seed, streams["rm"])
-    distinct = without_repeats(problems("ppo", seed, streams["ppo"]))
-    held_out = take(without_repeats(problems("eval", seed, streams["eval"])), held_out_prompts)
+    # drawn one by one, so that the first records of a part do not depend on their number
+    for_sft = islice(problems("sft", seed, streams["sft"]), cfg.demonstrations)
+    for_rm = islice(problems("rm", seed, streams["rm"]), cfg.pairs)
+    for_ppo = islice(without_repeats(problems("ppo", seed, streams["ppo"])), cfg.prompts)
+    usual = without_repeats(problems("eval", seed, streams["eval"]))
+    held_out = list(islice(usual, held_out_prompts))
     unit = [demonstrate(one, cfg.wrong, streams["unit"]) for one in held_out]
     if cfg.harder:
-        held_out = take(without_repeats(harder_problems(seed)), held_out_prompts)
+        held_out = list(islice(without_repeats(harder_problems(seed)), held_out_prompts))
     rng = streams["eval"]
     return World(
-        sft=[
-            demonstrate(one, cfg.wrong, streams["sft"]) for one in take(for_sft, cfg.demonstrations)
-        ],
-        rm=[compare(one, streams["rm"]) for one in take(for_rm, cfg.pairs)],
-        ppo=[prompt_of(one) for one in take(distinct, cfg.prompts)],
+        sft=[demonstrate(one, cfg.wrong, streams["sft"]) for one in for_sft],
+        rm=[compare(one, streams["rm"]) for one in for_rm],
+        ppo=[prompt_of(one) for one in for_ppo],
         eval_sft=[demonstrate(one, 0.0, rng) for one in held_out],
         eval_rm=[compare(one, rng) for one in held_out for _ in range(PAIRS_PER_PROMPT)],
         eval_probe=[probe(one, rng) for one in held_out],
@@ -104,11 +105,6 @@ def without_repeats(rows: Iterator[Problem]) -> Iterator[Problem]:
         if problem.key not in seen:
             seen.add(problem.key)
             yield problem
-
-
-def take(rows: Iterator[Problem], count: int) -> list[Problem]:
-    """The next `count` problems."""
-    return [next(rows) for _ in range(count)]
 
 
 # ---- records
