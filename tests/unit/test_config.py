@@ -169,6 +169,8 @@ def test_fields_without_effect_on_results() -> None:
         *(f"Offload.{f.name}" for f in dataclasses.fields(Offload)),
         "Model.arch",
         "Model.pairs_with",
+        "Eval.save_responses",
+        "RewardSource.timeout",
         "Rl.name",
         "Rl.variant_of",
         "Data.workers",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.evaluation.policy import before_and_after, evaluate_policy
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import last_token_score, model_inputs
+from rlhf.rewards.process import RewardProcess, Spec
 from rlhf.rl import experience as experience_module
 from rlhf.rl.advantages import token_rewards
 from rlhf.rl.experience import Models, Prompts
@@ -137,19 +139,22 @@ def test_every_answer_is_scored_with_its_own_prompt(
     asked = [Prompt([Turn("user", text)]) for text in QUESTIONS]
     calls: list[int] = []
 
-    def rewards(part: experience_module.Experience, prompts: Sequence[Prompt]) -> Tensor:
-        calls.append(len(prompts))
-        assert len(part.response_mask) == len(prompts) <= micro_batch
-        texts = [part.text(i, m.tokenizer) for i in range(len(prompts))]
-        return torch.tensor(
-            [
-                [QUESTIONS.index(prompt.turns[-1].text), (ANSWERS + texts).index(text)]
-                for prompt, text in zip(prompts, texts)
-            ]
-        ).float()
+    class Numbered(Rewards):
+        """A response's score is the number of its question, and of its answer."""
+
+        def __call__(self, part: experience_module.Experience, prompts: Sequence[Prompt]) -> Tensor:
+            calls.append(len(prompts))
+            assert len(part.response_mask) == len(prompts) <= micro_batch
+            texts = [part.text(i, m.tokenizer) for i in range(len(prompts))]
+            return torch.tensor(
+                [
+                    [QUESTIONS.index(prompt.turns[-1].text), (ANSWERS + texts).index(text)]
+                    for prompt, text in zip(prompts, texts)
+                ]
+            ).float()
 
     e = experience_module.make_experience(
-        Models(m.tokenizer, m.actor, rewards=rewards),
+        Models(m.tokenizer, m.actor, rewards=Numbered([], m.tokenizer)),
         Prompts(asked, prompts, draws),
         Sampling(),
         micro_batch,
@@ -341,17 +346,23 @@ def test_an_evaluation_has_the_other_columns_of_its_prompts(models_of_ppo: Engin
 
 
 def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(
-    models_of_ppo: Engines,
+    models_of_ppo: Engines, tmp_path: Path
 ) -> None:
     m = models_of_ppo
+    (tmp_path / "long.py").write_text(
+        "def long(prompts, completions):\n"
+        "    return [len(p + c) for p, c in zip(prompts, completions)]\n"
+    )
     texts = ["What does my cat need?", "Hi"]
     data = Dataset([], [], [], [], [], [Prompt([Turn("user", text)]) for text in texts])
     sources = [
         Source("model", 1.0, m.reward),
-        Source("long", -0.5, function=lambda turns, answer: float(len(turns[-1].text + answer))),
+        Source("long", -0.5),
     ]
-    several = Models(m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer))
+    functions = RewardProcess({"long": Spec("long", f"{tmp_path}/long.py:long")})
+    several = Models(m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer, functions))
     means, rows = evaluate_policy(several, data, 48, 8, Sampling(), 2)
+    functions.close()
     _, one = evaluate_policy(m.models, data, 48, 8, Sampling(), 2)
     for row, alone in zip(rows, one):
         assert row["score/long"] == len(row["prompt"] + row["completion"])
