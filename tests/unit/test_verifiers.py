@@ -303,6 +303,8 @@ def test_the_penalty_for_length() -> None:
     assert length(texts, ids, target=10) == [-1.0, -0.5, 0.0, -0.5, -1.0, -1.0]
     assert length(texts, ids, max=10) == [0.0, 0.0, 0.0, -0.5, -1.0, -1.0]
     assert length(["a" * 6], target=4, unit="characters") == [-0.5]
+    columns: dict[str, Any] = {"target": [3], "unit": ["cm"]}  # of the data
+    assert length([""], [[1] * 15], max=10, **columns) == [-0.5]
 
 
 @pytest.mark.parametrize(
