@@ -51,7 +51,7 @@ def rollout_metrics(e: Experience, scored: Scored, kl_coef: float) -> dict[str, 
         "objective/non_score_reward": -(scored.penalty * mask).sum(1).mean(),
         "objective/rlhf_reward": known(scored.score - kl_coef * kl).mean(),
         "objective/scores": raw.mean(),
-        "objective/scores_std": raw.std(correction=0),
+        "objective/scores_std": raw.std(correction=0) if len(raw) else math.nan,
         "objective/scores_min": raw.min() if len(raw) else math.nan,
         "objective/scores_max": raw.max() if len(raw) else math.nan,
         "objective/unscored_frac": scored.raw.isnan().float().mean(),
@@ -88,7 +88,7 @@ def source_metrics(names: Sequence[str], scores: Tensor) -> dict[str, float]:
     metrics = {}
     for name, column in zip(names, map(known, scores.unbind(1))):
         metrics[f"reward/{name}/mean"] = float(column.mean())
-        metrics[f"reward/{name}/std"] = float(column.std(correction=0))
+        metrics[f"reward/{name}/std"] = float(column.std(correction=0)) if len(column) else math.nan
     return metrics
 
 
