@@ -348,28 +348,32 @@ def test_an_evaluation_has_the_other_columns_of_its_prompts(models_of_ppo: Engin
 def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(
     models_of_ppo: Engines, tmp_path: Path
 ) -> None:
+    """One source applies to the first prompt only."""
     m = models_of_ppo
-    (tmp_path / "long.py").write_text(
+    (tmp_path / "parts.py").write_text(
         "def long(prompts, completions):\n"
-        "    return [len(p + c) for p, c in zip(prompts, completions)]\n"
+        "    pairs = zip(prompts, completions)\n"
+        "    return [None if p == 'Hi' else float(len(p + c)) for p, c in pairs]\n"
     )
+    process = RewardProcess({"long": Spec("rl.rewards.long", f"{tmp_path}/parts.py:long")})
     texts = ["What does my cat need?", "Hi"]
     data = Dataset([], [], [], [], [], [Prompt([Turn("user", text)]) for text in texts])
-    sources = [
-        Source("model", 1.0, m.reward),
-        Source("long", -0.5),
-    ]
-    functions = RewardProcess({"long": Spec("long", f"{tmp_path}/long.py:long")})
-    several = Models(m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer, functions))
+    sources = [Source("model", 1.0, m.reward), Source("long", -0.5)]
+    several = Models(m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer, process))
     means, rows = evaluate_policy(several, data, 48, 8, Sampling(), 2)
-    functions.close()
+    alone = Models(m.tokenizer, m.actor, rewards=Rewards(sources[1:], m.tokenizer, process))
+    means_alone, rows_alone = evaluate_policy(alone, data, 48, 8, Sampling(), 2)
+    process.close()
     _, one = evaluate_policy(m.models, data, 48, 8, Sampling(), 2)
-    for row, alone in zip(rows, one):
-        assert row["score/long"] == len(row["prompt"] + row["completion"])
-        assert row["score/model"] == pytest.approx(alone["score"], abs=1e-5)
-        assert row["score"] == pytest.approx(row["score/model"] - 0.5 * row["score/long"], abs=1e-5)
-    for key in ("score", "score/model", "score/long"):
+    assert rows[0]["score/long"] == len(rows[0]["prompt"] + rows[0]["completion"])
+    assert rows[1]["score/long"] is None and means["score/long"] == rows[0]["score/long"]
+    for row, of_model in zip(rows, one):
+        assert row["score/model"] == pytest.approx(of_model["score"], abs=1e-5)
+        total = row["score/model"] - 0.5 * (row["score/long"] or 0.0)
+        assert row["score"] == pytest.approx(total, abs=1e-5)
+    for key in ("score", "score/model"):
         assert means[key] == pytest.approx(sum(row[key] for row in rows) / 2)
+    assert rows_alone[1]["score"] is None and means_alone["score"] == rows_alone[0]["score"]
 
 
 def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
