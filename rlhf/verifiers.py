@@ -46,11 +46,12 @@ LATEX_FRACTION = re.compile(  # 2\frac{1}{2}, \frac12
 )
 LONGEST_NUMBER = 1000  # characters
 # 9^{9^9}, 2^{99999}, 99999!: SymPy would compute them for minutes, and nothing but the end of the
-# process stops it
+# process stops it. Not **99999** and "It is 99999!"
+POWER = r"\s*(?:\^|(?<=[\w)}])\*\*(?=[\w({-]))\s*"
 HUGE = re.compile(
-    r"\d\s*(?:\^|\*\*)\s*(?:[{(][\d\s*+./-]*|\d+\s*)(?:\^|\*\*)"
-    r"|(?:\^|\*\*)\s*(?:[{(][\d\s*+./-]*)?\d{5,}"
-    r"|\d{5,}\s*[)}]?\s*!"
+    rf"\d{POWER}(?:[{{(][\d\s*+./-]*|\d+){POWER}"
+    rf"|{POWER}(?:[{{(][\d\s*+./-]*)?\d{{5,}}"
+    r"|\d{5,}\s*[)}]?\s*![\s)}]*[$+*/^]"
 )
 END = 200  # characters of a response, where its answer is
 
@@ -123,7 +124,8 @@ def math(
     parse = functools.partial(parse, parsing_timeout=None)
 
     def equal(text: str, truth: list[Any]) -> bool:
-        if HUGE.search(_last_boxed(text) or text[-END:]):
+        boxed = _last_boxed(text)
+        if HUGE.search(f"${boxed[-END:]}$" if boxed else text[-END:]):
             return False
         return bool(verify(truth, parse(text), timeout_seconds=None))
 
