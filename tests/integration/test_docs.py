@@ -26,7 +26,7 @@ PAGES = [REPO / "README.md", *sorted({*(REPO / "docs").glob("*.md")} - {REPO / "
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in page_commands(page)))
 OF_README = page_commands(PAGES[0])
 FAR = re.compile(
-    r"opt\d|_gpu|_node|data='?\[|data=(?!jsonl)"
+    r"opt\d|_gpu|_node|data='?\[|data=(?!jsonl|arithmetic)"
 )  # needs a GPU, or a model from the hub
 
 
@@ -92,12 +92,12 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     elif "--help" in args or "--cfg" in args:
         done = train(*args, cwd=tmp_path)
     else:
-        other_data = "data=jsonl" in args  # has no sizes of the sandbox
-        small = [
-            o
-            for o in SMALL
-            if o.split("=")[0] not in command and not (other_data and "sandbox" in o)
-        ]
+        other_data, world = "data=jsonl" in args, "data=arithmetic" in args
+        small = [o for o in SMALL if o.split("=")[0] not in command]
+        if other_data or world:  # without the sizes of the sandbox
+            small = [o for o in small if "sandbox" not in o]
+        if world:
+            small += ["data.arithmetic.demonstrations=64", "data.arithmetic.pairs=64"]
         root = tmp_path if other_data else shared
         if "stage=dpo" in args:
             assert train("stage=sft", *small, cwd=tmp_path, RLHF_ROOT=str(root)).returncode == 0

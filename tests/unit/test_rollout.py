@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.evaluation.policy import before_and_after, evaluate_policy
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import last_token_score, model_inputs
+from rlhf.rewards.process import RewardProcess, Spec
 from rlhf.rl import experience as experience_module
 from rlhf.rl.advantages import token_rewards
 from rlhf.rl.experience import Models, Prompts
@@ -137,19 +139,22 @@ def test_every_answer_is_scored_with_its_own_prompt(
     asked = [Prompt([Turn("user", text)]) for text in QUESTIONS]
     calls: list[int] = []
 
-    def rewards(part: experience_module.Experience, prompts: Sequence[Prompt]) -> Tensor:
-        calls.append(len(prompts))
-        assert len(part.response_mask) == len(prompts) <= micro_batch
-        texts = [part.text(i, m.tokenizer) for i in range(len(prompts))]
-        return torch.tensor(
-            [
-                [QUESTIONS.index(prompt.turns[-1].text), (ANSWERS + texts).index(text)]
-                for prompt, text in zip(prompts, texts)
-            ]
-        ).float()
+    class Numbered(Rewards):
+        """A response's score is the number of its question, and of its answer."""
+
+        def __call__(self, part: experience_module.Experience, prompts: Sequence[Prompt]) -> Tensor:
+            calls.append(len(prompts))
+            assert len(part.response_mask) == len(prompts) <= micro_batch
+            texts = [part.text(i, m.tokenizer) for i in range(len(prompts))]
+            return torch.tensor(
+                [
+                    [QUESTIONS.index(prompt.turns[-1].text), (ANSWERS + texts).index(text)]
+                    for prompt, text in zip(prompts, texts)
+                ]
+            ).float()
 
     e = experience_module.make_experience(
-        Models(m.tokenizer, m.actor, rewards=rewards),
+        Models(m.tokenizer, m.actor, rewards=Numbered([], m.tokenizer)),
         Prompts(asked, prompts, draws),
         Sampling(),
         micro_batch,
@@ -341,24 +346,34 @@ def test_an_evaluation_has_the_other_columns_of_its_prompts(models_of_ppo: Engin
 
 
 def test_an_evaluation_reports_the_weighted_sum_and_each_of_several_sources(
-    models_of_ppo: Engines,
+    models_of_ppo: Engines, tmp_path: Path
 ) -> None:
+    """One source applies to the first prompt only."""
     m = models_of_ppo
+    (tmp_path / "parts.py").write_text(
+        "def long(prompts, completions):\n"
+        "    pairs = zip(prompts, completions)\n"
+        "    return [None if p == 'Hi' else float(len(p + c)) for p, c in pairs]\n"
+    )
+    process = RewardProcess({"long": Spec("rl.rewards.long", f"{tmp_path}/parts.py:long")})
     texts = ["What does my cat need?", "Hi"]
     data = Dataset([], [], [], [], [], [Prompt([Turn("user", text)]) for text in texts])
-    sources = [
-        Source("model", 1.0, m.reward),
-        Source("long", -0.5, function=lambda turns, answer: float(len(turns[-1].text + answer))),
-    ]
-    several = Models(m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer))
+    sources = [Source("model", 1.0, m.reward), Source("long", -0.5)]
+    several = Models(m.tokenizer, m.actor, rewards=Rewards(sources, m.tokenizer, process))
     means, rows = evaluate_policy(several, data, 48, 8, Sampling(), 2)
+    alone = Models(m.tokenizer, m.actor, rewards=Rewards(sources[1:], m.tokenizer, process))
+    means_alone, rows_alone = evaluate_policy(alone, data, 48, 8, Sampling(), 2)
+    process.close()
     _, one = evaluate_policy(m.models, data, 48, 8, Sampling(), 2)
-    for row, alone in zip(rows, one):
-        assert row["score/long"] == len(row["prompt"] + row["completion"])
-        assert row["score/model"] == pytest.approx(alone["score"], abs=1e-5)
-        assert row["score"] == pytest.approx(row["score/model"] - 0.5 * row["score/long"], abs=1e-5)
-    for key in ("score", "score/model", "score/long"):
+    assert rows[0]["score/long"] == len(rows[0]["prompt"] + rows[0]["completion"])
+    assert rows[1]["score/long"] is None and means["score/long"] == rows[0]["score/long"]
+    for row, of_model in zip(rows, one):
+        assert row["score/model"] == pytest.approx(of_model["score"], abs=1e-5)
+        total = row["score/model"] - 0.5 * (row["score/long"] or 0.0)
+        assert row["score"] == pytest.approx(total, abs=1e-5)
+    for key in ("score", "score/model"):
         assert means[key] == pytest.approx(sum(row[key] for row in rows) / 2)
+    assert rows_alone[1]["score"] is None and means_alone["score"] == rows_alone[0]["score"]
 
 
 def test_an_evaluation_samples_as_it_is_told(models_of_ppo: Engines) -> None:
