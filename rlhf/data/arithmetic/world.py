@@ -19,7 +19,9 @@ from rlhf.data.records import Demonstration, Pair, Prompt, Turn, World
 
 DIGITS = {1: 0.2, 2: 0.8}  # of the numbers that stages are trained and evaluated on; shares
 HARDER = 3  # digits of the harder problems
-KINDS = {"sum of two": 0.9, "sum of three": 0.03, "product": 0.07}  # shares of the problems
+# shares of the problems; the demonstrations show more of those that are harder to learn
+KINDS = {"sum of two": 0.9, "sum of three": 0.03, "product": 0.07}
+KINDS_FOR_SFT = {"sum of two": 0.5, "sum of three": 0.15, "product": 0.35}
 PARTS = {"eval": 0.1, "sft": 0.2, "rm": 0.2, "ppo": 0.5}  # shares of all problems
 PAIRS_PER_PROMPT = 2  # held-out pairs for each held-out prompt
 
@@ -60,9 +62,9 @@ def build_world(cfg: Arithmetic, seed: int, held_out_prompts: int) -> World:
 # ---- problems
 
 
-def draw_problem(rng: random.Random, digits: int) -> Problem:
-    """A problem with numbers of this many digits."""
-    [kind] = rng.choices(list(KINDS), list(KINDS.values()))
+def draw_problem(rng: random.Random, digits: int, kinds: dict[str, float]) -> Problem:
+    """A problem with numbers of this many digits. Args: kinds: KINDS or KINDS_FOR_SFT."""
+    [kind] = rng.choices(list(kinds), list(kinds.values()))
 
     def number() -> int:
         return rng.randrange(10 ** (digits - 1), 10**digits)
@@ -85,9 +87,10 @@ def part_of(problem: Problem, seed: int) -> str:
 
 def problems(part: str, seed: int, rng: random.Random) -> Iterator[Problem]:
     """Random problems of a part, without end. They may repeat."""
+    kinds = KINDS_FOR_SFT if part == "sft" else KINDS
     while True:
         [digits] = rng.choices(list(DIGITS), list(DIGITS.values()))
-        problem = draw_problem(rng, digits)
+        problem = draw_problem(rng, digits, kinds)
         if part_of(problem, seed) == part:
             yield problem
 
@@ -96,7 +99,7 @@ def harder_problems(seed: int) -> Iterator[Problem]:
     """Random problems with more digits than any stage is trained on, without end."""
     rng = random.Random(f"arithmetic-{seed}-harder")
     while True:
-        yield draw_problem(rng, HARDER)
+        yield draw_problem(rng, HARDER, KINDS)
 
 
 def without_repeats(rows: Iterator[Problem]) -> Iterator[Problem]:
