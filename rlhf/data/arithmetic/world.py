@@ -20,8 +20,8 @@ from rlhf.data.records import Demonstration, Pair, Prompt, Turn, World
 DIGITS = {1: 0.2, 2: 0.8}  # of the numbers that stages are trained and evaluated on; shares
 HARDER = 3  # digits of the harder problems
 # shares of the problems; the demonstrations show more of those that are harder to learn
-KINDS = {"sum of two": 0.9, "sum of three": 0.03, "product": 0.07}
-KINDS_FOR_SFT = {"sum of two": 0.5, "sum of three": 0.15, "product": 0.35}
+KINDS = {"sum of two": 0.95, "sum of three": 0.02, "product": 0.03}
+KINDS_FOR_SFT = {"sum of two": 0.7, "sum of three": 0.15, "product": 0.15}
 PARTS = {"eval": 0.1, "sft": 0.2, "rm": 0.2, "ppo": 0.5}  # shares of all problems
 PAIRS_PER_PROMPT = 2  # held-out pairs for each held-out prompt
 
