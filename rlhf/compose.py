@@ -32,7 +32,7 @@ from rlhf.runs.checks import check_inputs
 from rlhf.runs.command import Command
 
 MADE_GROUPS = ("actor", "reward", "pipeline")  # their options are made by register()
-OPTIONAL_GROUPS = ("recipe", "reward_recipe", "experiment", "sweep")
+OPTIONAL_GROUPS = ("recipe", "reward_recipe", "rl_recipe", "experiment", "sweep")
 HIDDEN_GROUPS = ("hydra", "model")  # a model is chosen as actor or as reward
 
 

@@ -28,6 +28,7 @@ Message = dict[str, Any]  # {"role": ..., "content": ...}
 Text = str | list[Message]  # of a prompt or a completion
 Scores = list[float | None]
 Reference = TypeVar("Reference")
+Setting = TypeVar("Setting")
 
 REFERENCES = ("ground_truth", "answer", "reward_model")  # columns, the first that a row has
 NOT_COLUMNS = ("prompts", "completion_ids", "trainer_state")  # what else a function is given
@@ -45,11 +46,12 @@ LATEX_FRACTION = re.compile(  # 2\frac{1}{2}, \frac12
 )
 LONGEST_NUMBER = 1000  # characters
 # 9^{9^9}, 2^{99999}, 99999!: SymPy would compute them for minutes, and nothing but the end of the
-# process stops it
+# process stops it. Not **99999** and "It is 99999!"
+POWER = r"\s*(?:\^|(?<=[\w)}])\*\*(?=[\w({-]))\s*"
 HUGE = re.compile(
-    r"\d\s*(?:\^|\*\*)\s*(?:[{(][\d\s*+./-]*|\d+\s*)(?:\^|\*\*)"
-    r"|(?:\^|\*\*)\s*(?:[{(][\d\s*+./-]*)?\d{5,}"
-    r"|\d{5,}\s*[)}]?\s*!"
+    rf"\d{POWER}(?:[{{(][\d\s*+./-]*|\d+){POWER}"
+    rf"|{POWER}(?:[{{(][\d\s*+./-]*)?\d{{5,}}"
+    r"|\d{5,}\s*[)}]?\s*![\s)}]*[$+*/^]"
 )
 END = 200  # characters of a response, where its answer is
 
@@ -122,7 +124,8 @@ def math(
     parse = functools.partial(parse, parsing_timeout=None)
 
     def equal(text: str, truth: list[Any]) -> bool:
-        if HUGE.search(_last_boxed(text) or text[-END:]):
+        boxed = _last_boxed(text)
+        if HUGE.search(f"${boxed[-END:]}$" if boxed else text[-END:]):
             return False
         return bool(verify(truth, parse(text), timeout_seconds=None))
 
@@ -189,7 +192,7 @@ def length(
     completion_ids: Sequence[Sequence[int]] | None = None,
     target: float | None = None,
     max: float | None = None,
-    unit: str = "tokens",
+    unit: str | None = None,
     **columns: Any,
 ) -> Scores:
     """A penalty for the length, from 0 (as wished) to -1; give `target` or `max`, in `unit`.
@@ -197,7 +200,7 @@ def length(
     With `target` it is -|length - target| / target. With `max` it is 0 up to `max`, and then
     -(length - max) / max. It is never below -1, which is reached at twice the length given.
 
-    Args: unit: tokens or characters.
+    Args: unit: tokens (None is the same) or characters.
     Raises: ValueError without exactly one positive number, or for another unit.
 
     >>> length(["four", "four four"], target=8, unit="characters")
@@ -205,6 +208,8 @@ def length(
     >>> length(["a", "b", "c"], completion_ids=[[5] * 3, [5] * 5, [5] * 20], max=4)
     [0.0, -0.25, -1.0]
     """
+    target, max = _setting(target), _setting(max)
+    unit = _setting(unit) or "tokens"
     limit = target if max is None else max
     if limit is None or limit <= 0 or (target is not None and max is not None):
         raise ValueError(f"give either target or max above 0 (target={target}, max={max})")
@@ -218,6 +223,11 @@ def length(
         lengths = [len(ids) for ids in completion_ids]
     excess = [n - limit if max is not None and n < limit else abs(n - limit) for n in lengths]
     return [0.0 - sorted((0.0, share / limit, 1.0))[1] for share in excess]  # no -0.0
+
+
+def _setting(value: Setting | None) -> Setting | None:
+    """A setting; None where the data have a column of its name, whose values are a list."""
+    return None if isinstance(value, list) else value
 
 
 # ----------------------------------------------------------------------------- texts and references

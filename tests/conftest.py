@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,11 @@ from rlhf.runs.environment import SPIN_NAMES
 # Tests run side by side, so their threads must not spin. Torch reads this when it is imported.
 if not set(SPIN_NAMES) & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "passive"
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and commands that the tests
+# start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wants_demo(item: pytest.Item) -> bool:

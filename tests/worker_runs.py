@@ -63,7 +63,9 @@ def prepare(
     **deploy: object,
 ) -> Path:
     """A run directory with its configuration, as train.py makes it."""
-    cfg = composed(f"stage={stage}", *FIVE_STEPS, *overrides)
+    other_data = any(override.startswith("data=") for override in overrides)
+    steps = [one for one in FIVE_STEPS if not (other_data and "sandbox" in one)]
+    cfg = composed(f"stage={stage}", *steps, *overrides)
     for key, value in deploy.items():
         target = cfg.deploy.offload if key in ("optimizer", "parameters", "frozen") else cfg.deploy
         setattr(target, key, value)

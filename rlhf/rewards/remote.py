@@ -26,7 +26,8 @@ PLACEHOLDER = re.compile(r"\{(prompt|completion|ground_truth)\}")
 GRADE = re.compile(  # Score: 7, **Score:** 7/10, Score (0-10): 7, "score": 7, a score of 7
     r"score(?: of| is| \([^)\n]*\))?\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE
 )
-LAST_NUMBER = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)(?: ?(?:/|out of) ?\d+)?")  # 7 in 7/10
+NUMBER = r"(?<![\w.])(-?\d+(?:\.\d+)?)(?: ?(?:/|out of) ?\d+)?"  # 7 in 7/10 and 7 out of 10
+LAST_LINE = rf"(?m)^[^\w\n]*{NUMBER}[^\w\n]*\Z"  # of nothing but a number
 
 
 # ------------------------------------------------------------------------------------ texts of rows
@@ -131,9 +132,9 @@ async def judge(
     """Grades from a language model behind an OpenAI-compatible server, from 0 to 1.
 
     Each row is one request with the rubric as the user's message. The grade is the number after the
-    last "Score", else the last number in the reply, divided by `max_score`. A reply without such a
-    number from 0 to `max_score` gives None, and a warning counts these. With {ground_truth} in the
-    rubric, a row without a reference gets None without a request.
+    last "Score" in the reply, else a number that is its last line or its only number, divided by
+    `max_score`. A reply without one from 0 to `max_score` gives None, and a warning counts these.
+    With {ground_truth} in the rubric, a row without a reference gets None without a request.
 
     Replies with a grade are kept on disk by endpoint, model and message, so that the same question
     is not asked, or paid for, again.
@@ -228,11 +229,15 @@ def _rendered(template: str, prompt: Text, completion: Text, references: Sequenc
 
 
 def grade(reply: str, max_score: float) -> float | None:
-    """The grade in a judge's reply: the number after the last "Score", else the last number.
+    """The grade in a judge's reply: the number after the last "Score", else a number that is the
+    last line, else the only number. Not just the last one: a small model repeats the rubric, or
+    solves the task ("3 + 4 = 7").
 
-    Returns: None where there is no number, or one that is not from 0 to max_score.
+    Returns: None where there is none, or it is not from 0 to max_score.
     """
-    numbers = GRADE.findall(reply) or LAST_NUMBER.findall(reply)
+    numbers = GRADE.findall(reply) or re.findall(LAST_LINE, reply.strip())
+    if not numbers and len(every := re.findall(NUMBER, reply)) == 1:
+        numbers = every
     score = float(numbers[-1]) if numbers else -1.0
     return score if 0 <= score <= max_score else None
 

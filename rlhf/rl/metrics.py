@@ -51,7 +51,7 @@ def rollout_metrics(e: Experience, scored: Scored, kl_coef: float) -> dict[str, 
         "objective/non_score_reward": -(scored.penalty * mask).sum(1).mean(),
         "objective/rlhf_reward": known(scored.score - kl_coef * kl).mean(),
         "objective/scores": raw.mean(),
-        "objective/scores_std": raw.std(correction=0),
+        "objective/scores_std": raw.std(correction=0) if len(raw) else math.nan,
         "objective/scores_min": raw.min() if len(raw) else math.nan,
         "objective/scores_max": raw.max() if len(raw) else math.nan,
         "objective/unscored_frac": scored.raw.isnan().float().mean(),
@@ -89,7 +89,8 @@ def source_metrics(names: Sequence[str], e: Experience) -> dict[str, float]:
     for i, (name, column) in enumerate(zip(names, e.scores.unbind(1))):
         of_responses = known(column)
         metrics[f"reward/{name}/mean"] = float(of_responses.mean())
-        metrics[f"reward/{name}/std"] = float(of_responses.std(correction=0))
+        deviation = float(of_responses.std(correction=0)) if len(of_responses) else math.nan
+        metrics[f"reward/{name}/std"] = deviation
         if len(e.reward_errors):
             metrics[f"reward/{name}/none_rate"] = 1 - len(of_responses) / len(column)
             metrics[f"reward/{name}/error_rate"] = float(e.reward_errors[:, i].mean())

@@ -137,6 +137,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         results.write(run_dir / "eval.json")
         title = f"Evaluation: {', '.join(setup.paths or cfg.eval.rewards)}"
         eval_page.write_page(results, run_dir / "report.html", title)
+    if setup.functions:
+        setup.functions.close()
     tracker.close(metrics)
     return metrics
 

@@ -60,7 +60,7 @@ def test_functions_give_the_same_with_one_and_two_processes(
     """TRL's convention with a column and None, one that is async, and verl's."""
     names = ("has_letter", "length", "compute_score")
     given = [*files, *(reward(name, tmp_path) for name in names), "rl.responses_per_prompt=4"]
-    given += ["rollout.log_responses=-1", "data.sandbox=null"]
+    given += ["rollout.log_responses=-1"]
     inputs = {"sft": "builtin:tiny"}
     plain = prepare(tmp_path, "plain", "grpo", inputs, given)
     work([SMOOTH, plain, *last_bits(plain)], 1)

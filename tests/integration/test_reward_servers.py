@@ -301,6 +301,11 @@ def test_a_rubric_that_cannot_be_used_is_refused(tmp_path: Path, rubric: Path) -
         ("6", 6),
         ("I'd say 7 out of 10.", 7),
         ("It is worth 4/10", 4),
+        ("It has 2 errors.\n\n**7**\n", 7),
+        ("7 points of the possible ones", 7),
+        ("10 is right, 0 is wrong.", None),  # SmolLM2-135M repeats the rubric
+        ("3 + 4 = 7", None),  # or solves the task
+        ("\n" * 50_000 + "7", 7),  # in no time
         ("Score: 11", None),
         ("Score: -1", None),
         ("None at all", None),

@@ -154,9 +154,9 @@ def test_harder_problems_have_one_more_digit_and_change_nothing_that_is_trained_
     same = [name for name in usual if usual[name] == harder[name]]
     assert same == ["sft", "rm", "ppo", "score_unit"]
     digits = {json.loads(prompt.columns)["difficulty"] for prompt in make().eval_prompts}
-    assert digits == {"2 digits", "3 digits"}
+    assert digits == {"1 digit", "2 digits"}
     for prompt in make(harder=True).eval_prompts:
-        assert json.loads(prompt.columns)["difficulty"] == "4 digits"
+        assert json.loads(prompt.columns)["difficulty"] == "3 digits"
 
 
 def test_the_size_of_one_part_does_not_change_another() -> None:
@@ -206,7 +206,7 @@ def test_digits_are_single_tokens_and_everything_fits_its_limit() -> None:
         assert max(len(prompt) for prompt, _ in encoded) <= limits.max_prompt_tokens
         assert max(len(response) for _, response in encoded) <= limits.max_response_tokens
     # the longest that there can be
-    longest = [Problem("+", (9999,) * 3), Problem("*", (9999, 9))]
+    longest = [Problem("+", (999,) * 3), Problem("*", (999, 9))]
     prompts = [[Turn("user", problem.text)] for problem in longest]
     responses = [worked_solution(problem) for problem in longest]
     ids = encoding.encode_responses(tokenizer, responses, 10**9, prompts)

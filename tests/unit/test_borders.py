@@ -296,6 +296,7 @@ def test_every_key_of_a_source_is_used_or_refused() -> None:
         "weight": 2.0,
         "rows": 3,
         "sft_only": True,
+        "system_prompt": "Be brief.",
         "min_score_ratio": 2.0,
     }
     sandbox = Source(path="builtin:sandbox", format=Format.sandbox, **values)

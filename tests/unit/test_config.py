@@ -79,6 +79,17 @@ def test_recipe_files_name_existing_options() -> None:
             assert (CONF / "deploy" / f"{deploy}.yaml").exists(), path
 
 
+def test_values_for_a_model_with_an_algorithm_win_over_its_recipe_and_lose_to_the_command() -> None:
+    for path in (CONF / "rl_recipe").glob("*.yaml"):
+        preset, model = path.stem.split("-", 1)
+        assert (CONF / "rl" / f"{preset}.yaml").exists(), path
+        assert (CONF / "model" / f"{model}.yaml").exists(), path
+    assert composed("stage=grpo").rl.lr == composed("stage=ppo").rl.lr == 3e-4
+    assert composed("stage=dapo").rl.lr == composed("pipeline=dapo").rl.lr == 8e-5
+    assert composed("stage=dapo", "rl.lr=1e-5").rl.lr == 1e-5
+    assert composed("stage=dapo", "rl_recipe=null").rl.lr == 3e-4
+
+
 def test_ppo_defaults_are_those_promised() -> None:
     rl = OmegaConf.load(CONF / "rl" / "ppo.yaml")
     assert (rl.epochs, rl.minibatches, rl.kl.coef, rl.gamma, rl.gae_lambda) == (
@@ -169,6 +180,8 @@ def test_fields_without_effect_on_results() -> None:
         *(f"Offload.{f.name}" for f in dataclasses.fields(Offload)),
         "Model.arch",
         "Model.pairs_with",
+        "Eval.save_responses",
+        "RewardSource.timeout",
         "Rl.name",
         "Rl.variant_of",
         "Data.workers",

@@ -129,6 +129,7 @@ def test_rollout_metrics_equal_loops_and_do_not_see_padding() -> None:
         "objective/scores_std": statistics.pstdev(raw_score.tolist()),
         "objective/scores_min": min(raw_score.tolist()),
         "objective/scores_max": max(raw_score.tolist()),
+        "objective/unscored_frac": 0.0,
         "objective/eos_rate": 2 / 3,
         "val/num_eos_tokens": 2,
         "val/sampler_logp_diff": sum(

@@ -9,7 +9,7 @@ from format_rows import assistant, message, read_row, scored, source, user
 from helpers import composed
 from public_sets import shp
 
-from rlhf.config.choices import Format
+from rlhf.config.choices import WORLDS, Format
 from rlhf.config.schema import Source
 from rlhf.data.formats import fields as formats
 from rlhf.data.formats.fields import check_columns, detect_format, field
@@ -293,7 +293,7 @@ def test_formats_are_told_from_the_columns(columns: list[str], expected: str | N
 
 def test_a_detected_format_has_its_columns() -> None:
     for format, (required, optional) in formats.FIELDS.items():
-        if format != Format.sandbox:
+        if format not in WORLDS:
             required = [*required, "ranks"] if format == Format.ranked else required
             for columns in (required, required + optional):
                 assert detect_format(columns) == format

@@ -274,9 +274,16 @@ def test_metrics_of_what_was_drawn() -> None:
 
 
 def test_metrics_of_sources_are_of_the_responses_they_apply_to() -> None:
-    found = source_metrics(["a", "b"], t([1, NAN], [3, NAN], [NAN, NAN]))
+    e = experience(torch.ones(3, 1), scores=t([1, NAN], [3, NAN], [NAN, NAN]))
+    found = source_metrics(["a", "b"], e)
     assert (found["reward/a/mean"], found["reward/a/std"]) == (2, 1)
     assert math.isnan(found["reward/b/mean"])
+    assert not any("rate" in name for name in found), "rates are those of functions"
+    e.reward_errors = t([0, 1], [0, 0], [0, 0])
+    rates = source_metrics(["a", "b"], e)
+    assert rates["reward/a/none_rate"] == pytest.approx(1 / 3) and rates["reward/b/none_rate"] == 1
+    assert rates["reward/a/error_rate"] == 0
+    assert rates["reward/b/error_rate"] == pytest.approx(1 / 3)
 
 
 def test_a_missing_score_is_no_broken_reward_model() -> None:

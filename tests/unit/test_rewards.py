@@ -166,7 +166,7 @@ def test_the_weighted_sum_and_the_name_of_the_truth() -> None:
         and both.total(torch.tensor([1.0, 0.0])) == 2.0
     )
     (line,) = check_config(sources(gold={"function": "my_rewards:thanks"}))
-    assert line.startswith("rl.rewards.gold: gold is the name of the sandbox's ground truth")
+    assert line.startswith("rl.rewards.gold: gold is the name of the built-in ground truth")
     assert check_config(sources(gold={"function": "rlhf.data.sandbox:gold"})) == []
 
 

@@ -139,19 +139,22 @@ def test_every_answer_is_scored_with_its_own_prompt(
     asked = [Prompt([Turn("user", text)]) for text in QUESTIONS]
     calls: list[int] = []
 
-    def rewards(part: experience_module.Experience, prompts: Sequence[Prompt]) -> Tensor:
-        calls.append(len(prompts))
-        assert len(part.response_mask) == len(prompts) <= micro_batch
-        texts = [part.text(i, m.tokenizer) for i in range(len(prompts))]
-        return torch.tensor(
-            [
-                [QUESTIONS.index(prompt.turns[-1].text), (ANSWERS + texts).index(text)]
-                for prompt, text in zip(prompts, texts)
-            ]
-        ).float()
+    class Numbered(Rewards):
+        """A response's score is the number of its question, and of its answer."""
+
+        def __call__(self, part: experience_module.Experience, prompts: Sequence[Prompt]) -> Tensor:
+            calls.append(len(prompts))
+            assert len(part.response_mask) == len(prompts) <= micro_batch
+            texts = [part.text(i, m.tokenizer) for i in range(len(prompts))]
+            return torch.tensor(
+                [
+                    [QUESTIONS.index(prompt.turns[-1].text), (ANSWERS + texts).index(text)]
+                    for prompt, text in zip(prompts, texts)
+                ]
+            ).float()
 
     e = experience_module.make_experience(
-        Models(m.tokenizer, m.actor, rewards=rewards),
+        Models(m.tokenizer, m.actor, rewards=Numbered([], m.tokenizer)),
         Prompts(asked, prompts, draws),
         Sampling(),
         micro_batch,

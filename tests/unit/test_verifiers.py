@@ -241,6 +241,8 @@ def test_equal_formulas_are_equal(completion: str, truth: str, score: float) -> 
         r"so $2^{10 * 99999999}$",
         r"\boxed{1000000!}",
         r"\boxed{(1000000)!}",
+        "so $12345678!$",
+        "so 9^9^9^9",
     ],
 )
 def test_what_takes_too_long_to_compute_is_wrong(text: str) -> None:
@@ -248,9 +250,11 @@ def test_what_takes_too_long_to_compute_is_wrong(text: str) -> None:
     assert math([text], answer=["4"]) == [0.0]
 
 
-def test_large_powers_are_computed() -> None:
+def test_large_powers_are_computed_and_loud_numbers_are_read() -> None:
     texts = [r"\boxed{2^{10}}", "$10^{100}$", r"\boxed{x^{2^3}}", r"\boxed{2^{x^2}}", "$5!$"]
     assert math(texts, answer=["1024", "10^{50} * 10^{50}", "x^8", "2^{x^2}", "120"]) == [1.0] * 5
+    texts = ["It is **123456**.", "Step 2: **5** + **123451** = **123456**", "It is 123456!"]
+    assert math(texts, answer=[123456] * 3) == [1.0] * 3
 
 
 def test_math_runs_in_a_thread() -> None:
@@ -303,6 +307,8 @@ def test_the_penalty_for_length() -> None:
     assert length(texts, ids, target=10) == [-1.0, -0.5, 0.0, -0.5, -1.0, -1.0]
     assert length(texts, ids, max=10) == [0.0, 0.0, 0.0, -0.5, -1.0, -1.0]
     assert length(["a" * 6], target=4, unit="characters") == [-0.5]
+    columns: dict[str, Any] = {"target": [3], "unit": ["cm"]}  # of the data
+    assert length([""], [[1] * 15], max=10, **columns) == [-0.5]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import plural
 from rlhf.data.records import Turn
 from rlhf.verifiers import number
 
@@ -41,7 +42,11 @@ class Problem:
     def columns(self) -> dict[str, str]:
         """What a reward function gets besides the prompt, and evaluations group by."""
         kind = "product" if self.operator == "*" else f"sum of {COUNT_WORDS[len(self.numbers)]}"
-        return {"answer": str(self.answer), "difficulty": f"{self.digits} digits", "kind": kind}
+        return {
+            "answer": str(self.answer),
+            "difficulty": plural(self.digits, "digit"),
+            "kind": kind,
+        }
 
     @property
     def key(self) -> str:

@@ -17,8 +17,8 @@ from rlhf.data.arithmetic.problems import (
 )
 from rlhf.data.records import Demonstration, Pair, Prompt, Turn, World
 
-DIGITS = (2, 3)  # of the numbers that stages are trained and evaluated on
-HARDER = 4  # digits of the harder problems
+DIGITS = {1: 0.2, 2: 0.8}  # of the numbers that stages are trained and evaluated on; shares
+HARDER = 3  # digits of the harder problems
 KINDS = {"sum of two": 0.7, "sum of three": 0.15, "product": 0.15}  # shares of the problems
 PARTS = {"eval": 0.1, "sft": 0.2, "rm": 0.2, "ppo": 0.5}  # shares of all problems
 PAIRS_PER_PROMPT = 2  # held-out pairs for each held-out prompt
@@ -86,7 +86,8 @@ def part_of(problem: Problem, seed: int) -> str:
 def problems(part: str, seed: int, rng: random.Random) -> Iterator[Problem]:
     """Random problems of a part, without end. They may repeat."""
     while True:
-        problem = draw_problem(rng, rng.choice(DIGITS))
+        [digits] = rng.choices(list(DIGITS), list(DIGITS.values()))
+        problem = draw_problem(rng, digits)
         if part_of(problem, seed) == part:
             yield problem
 
