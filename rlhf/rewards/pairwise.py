@@ -79,7 +79,7 @@ def compare(
     verdicts = [verdict(reply) for reply in replies]
     if unclear := verdicts.count(None):
         log.warning(
-            f"{judge.endpoint}: {unclear} of {len(verdicts)} replies have no verdict such as "
+            f"{judge.server.shown}: {unclear} of {len(verdicts)} replies have no verdict such as "
             "[[A]]; their pairs are left out"
         )
     pairs = list(zip(verdicts[::2], verdicts[1::2]))
@@ -87,7 +87,7 @@ def compare(
     if both:
         same = sum(one == 1 - two for one, two in both)
         log.info(
-            f"{judge.endpoint}: the same verdict in both orders for {same} of {len(both)} pairs"
+            f"{judge.server.shown}: the same verdict in both orders for {same} of {len(both)} pairs"
         )
     return [in_both_orders(one, two) for one, two in pairs]
 

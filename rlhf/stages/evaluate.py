@@ -244,9 +244,10 @@ def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
 
 
 def verifiers(cfg: Config) -> list[str]:
-    """The sources that check responses: functions and servers."""
+    """The sources that check responses: functions and servers, but for the sandbox's gold reward,
+    which is a grade."""
     sources = function_sources(cfg, "eval").items()
-    return [name for name, source in sources if source.function or source.url]
+    return [name for name, one in sources if (one.function or one.url) and name != "gold"]
 
 
 def judges_of(node: Eval, data: Dataset) -> list[str]:
