@@ -68,6 +68,7 @@ def prepare(
     cfg = composed(f"stage={stage}", *steps, *overrides)
     for key, value in deploy.items():
         target = cfg.deploy.offload if key in ("optimizer", "parameters", "frozen") else cfg.deploy
+        assert hasattr(target, key), key
         setattr(target, key, value)
     assert check_config(cfg) == []
     run = root / f"{name}-{stage}"

@@ -308,7 +308,9 @@ def test_two_processes_and_zero_3_change_nothing(
         "rl.clip_low=5",
     ]
     one = prepare(tmp_path, "one", stage, inputs, more)
-    two = prepare(tmp_path, "two", stage, inputs, more, gpus=2, zero_stage=3, micro_batch=3)
+    two = prepare(
+        tmp_path, "two", stage, inputs, more, processes_per_node=2, zero_stage=3, micro_batch=3
+    )
     work([SMOOTH, one, *last_bits(one)], 1)
     work([SMOOTH, two], 2)
     compare(one, two, stage)

@@ -86,7 +86,9 @@ def test_a_killed_run_resumes_bit_for_bit(inputs: dict[str, str], tmp_path: Path
 def test_two_processes_draw_the_same_prompts(inputs: dict[str, str], tmp_path: Path) -> None:
     more = [*TWINS, "rl.dynamic_sampling=3"]
     one = prepare(tmp_path, "one", "dapo", inputs, more)
-    two = prepare(tmp_path, "two", "dapo", inputs, more, gpus=2, zero_stage=2, micro_batch=3)
+    two = prepare(
+        tmp_path, "two", "dapo", inputs, more, processes_per_node=2, zero_stage=2, micro_batch=3
+    )
     work([SMOOTH, one, *last_bits(one)], 1)
     work([SMOOTH, two], 2)
     compare(one, two, "dapo")

@@ -268,7 +268,7 @@ def test_two_processes_and_zero_3_measure_the_same(runs: dict[str, Path], tmp_pa
         "eval",
         cfg.inputs,
         ["pipeline=dpo", *FEW],
-        gpus=2,
+        processes_per_node=2,
         zero_stage=3,
         micro_batch=3,
     )
