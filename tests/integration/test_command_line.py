@@ -88,6 +88,10 @@ def test_presets_differ_from_ppo_in_what_their_files_say_only() -> None:
             said |= set(dict(keys.values(OmegaConf.to_container(node))))
             parents = [p for p in node.get("defaults") or [] if p not in ("_self_", "ppo")]
             node = OmegaConf.load(compose.CONF / "rl" / f"{parents[0]}.yaml") if parents else None
+        recipe = compose.CONF / "rl_recipe" / f"{name}-tiny.yaml"
+        if recipe.exists():
+            of_model = OmegaConf.to_container(OmegaConf.load(recipe))
+            said |= {key.removeprefix("rl.") for key in dict(keys.values(of_model))}
         now = dict(keys.values(composed(f"stage={name}").rl))
         changed = {key for key in now if now[key] != ppo.get(key)}
         follow = {"clip_high", "critic.adam_eps"}  # they follow a key that the file sets
@@ -568,7 +572,7 @@ def test_help_of_a_node_has_meaning_type_range_and_value_of_its_keys() -> None:
     assert first.startswith("rl.kl: ")
     by_key = {block.splitlines()[0]: block for block in blocks}
     assert list(by_key) == [f"rl.kl.{name}" for name in vars(composed("stage=grpo").rl.kl)]
-    assert "number, at least 0" in by_key["rl.kl.coef"] and "value: 0.04" in by_key["rl.kl.coef"]
+    assert "number, at least 0" in by_key["rl.kl.coef"] and "value: 0.3" in by_key["rl.kl.coef"]
     assert "one of fixed, adaptive, linear" in by_key["rl.kl.controller"]
     assert "value: loss" in by_key["rl.kl.applied_to"]
 
@@ -584,7 +588,7 @@ def test_help_of_one_key_and_of_one_that_is_not_there() -> None:
 def test_help_of_a_key_shows_the_value_that_a_command_would_have(tmp_path: Path) -> None:
     done = train("--help", "rl.lrr", "rl.kl.coef", "stage=grpo", cwd=tmp_path)
     assert done.returncode == 0 and "did you mean rl.lr?" in done.stdout
-    assert "value: 0.04" in done.stdout
+    assert "value: 0.3" in done.stdout
 
 
 # ------------------------------------------------------------------------------------ unused keys
