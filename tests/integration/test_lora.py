@@ -200,7 +200,7 @@ LORA = [
 def test_all_stages_with_adapters(tmp_path: Path, processes: int, zero: int) -> None:
     """PPO starts from the merged SFT model and is its own reference; with trained embeddings it is
     not."""
-    placed = {"gpus": processes, "zero_stage": zero}
+    placed = {"processes_per_node": processes, "zero_stage": zero}
     sft, rm = (prepare(tmp_path, "lora", stage, {}, LORA, **placed) for stage in ("sft", "rm"))
     inputs = {"sft": str(sft / "model"), "rm": str(rm / "model")}
     ppo = prepare(tmp_path, "lora", "ppo", inputs, LORA, **placed)

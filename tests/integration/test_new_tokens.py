@@ -175,7 +175,14 @@ def test_a_run_with_new_rows_is_resumed_bit_for_bit(
 ) -> None:
     more = [*FEW, "sft.max_steps=10", "checkpoint.every_steps=5"]
     whole, killed = (
-        sft_run(tmp_path, name, model("llama", tied), *more, gpus=processes, zero_stage=zero)
+        sft_run(
+            tmp_path,
+            name,
+            model("llama", tied),
+            *more,
+            processes_per_node=processes,
+            zero_stage=zero,
+        )
         for name in ("whole", "killed")
     )
     work([whole], processes)
@@ -196,7 +203,14 @@ def test_zero3_in_two_processes_trains_the_same_rows(
     model: Callable[..., str], tmp_path: Path, tied: bool
 ) -> None:
     plain, sharded = (
-        sft_run(tmp_path, f"zero{zero}", model("llama", tied), *FEW, gpus=n, zero_stage=zero)
+        sft_run(
+            tmp_path,
+            f"zero{zero}",
+            model("llama", tied),
+            *FEW,
+            processes_per_node=n,
+            zero_stage=zero,
+        )
         for n, zero in ((1, 0), (2, 3))
     )
     work([plain], 1)

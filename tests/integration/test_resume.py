@@ -64,7 +64,7 @@ def make(
         stage,
         given,
         [*TEN_STEPS, *options, *more],
-        gpus=processes,
+        processes_per_node=processes,
         zero_stage=zero,
         micro_batch=3,
     )
