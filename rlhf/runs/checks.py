@@ -223,7 +223,8 @@ def may_define(file: Path, name: str) -> bool:
     except (SyntaxError, ValueError, OSError):
         return True  # importing it says what is wrong
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    names |= {node.name for node in tree.body if isinstance(node, defined)}
     names |= {
         alias.asname or alias.name
         for node in ast.walk(tree)

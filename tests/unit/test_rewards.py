@@ -106,9 +106,12 @@ def test_a_function_that_is_not_there_is_told_before_anything_starts(
 ) -> None:
     """The file is read, and not run."""
     file = tmp_path / "my_scores.py"
-    file.write_text("raise SystemExit\ndef short(completions): ...\nbrief = short\n")
+    file.write_text(
+        "raise SystemExit\ndef short(completions): ...\nbrief = short\n"
+        "async def asked(completions): ...\n"
+    )
     monkeypatch.chdir(tmp_path)
-    for name in ("short", "brief"):
+    for name in ("short", "brief", "asked"):
         assert not list(check_functions(sources(mine={"function": f"my_scores:{name}"}), "ppo"))
     (line,) = check_functions(sources(mine={"function": "my_scores:long"}), "ppo")
     assert line == f"rl.rewards.mine.function=my_scores:long: there is no long in {file}"
