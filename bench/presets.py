@@ -20,18 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.presets import preset_names
+
 REPO = Path(__file__).parents[1]
-PRESETS = (
-    "ppo",
-    "rloo",
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "gspo",
-    "cispo",
-    "reinforce_pp",
-    "reinforce_pp_baseline",
-)
+PRESETS = [name for name in preset_names() if name != "dschat"]  # that is for comparison only
 ALWAYS = ["wandb.mode=disabled", "deploy.threads=1", "rollout.log_responses=0"]
 START = "<!-- table: bench/presets.py --docs -->\n"
 END = "<!-- end of table of presets -->\n"
@@ -78,22 +70,23 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for preset, seeds in results.items():
-
-        def each(key: str, form: str, seeds: list[dict[str, Any]] = seeds) -> str:
-            return ", ".join(format(one[key], form) for one in seeds)
-
         cells = [
             f"`{preset}`",
             str(seeds[0]["rollouts"]),
-            each("closed", ".0%"),
-            each("gold", ".2f"),
-            each("kl", ".1f"),
-            each("worst_kl", ".1f"),
-            each("score", ".2f"),
+            each(seeds, "closed", ".0%"),
+            each(seeds, "gold", ".2f"),
+            each(seeds, "kl", ".1f"),
+            each(seeds, "worst_kl", ".1f"),
+            each(seeds, "score", ".2f"),
             f"{statistics.fmean(one['seconds'] for one in seeds):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def each(seeds: list[dict[str, Any]], key: str, form: str) -> str:
+    """A number of each seed, one after the other."""
+    return ", ".join(format(one[key], form) for one in seeds)
 
 
 def write_docs(text: str) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from rlhf.base.files import atomic_path
 from rlhf.base.log import log
 from rlhf.data.records import Prompt
+from rlhf.data.template import message_of
 from rlhf.evaluation.win_rates import Responses, judgement
-from rlhf.rewards.batch import columns_of, message_of
+from rlhf.rewards.batch import columns_of
 
 
 def response_lines(

@@ -8,10 +8,12 @@ from typing import Any
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import score_sources
 from rlhf.data.records import Prompt
+from rlhf.data.template import message_of
 from rlhf.distributed import collectives
 from rlhf.evaluation.statistics import wilson_interval
 from rlhf.reporting.eval_results import WinRate
 from rlhf.rewards.pairwise import PairwiseJudge, compare
+from rlhf.rewards.remote import question_text
 
 OF_REQUESTS = ("concurrency", "max_tokens", "cache")  # a judge's kwargs that hold for pairs too
 Responses = list[dict[str, Any]]  # a row per prompt, as evaluate_policy returns them
@@ -72,16 +74,9 @@ def compared(
 
     A prompt without a verdict is left out.
     """
-    texts = ["\n\n".join(spoken(prompt)) for prompt in prompts]
+    texts = [question_text([message_of(turn) for turn in prompt.turns]) for prompt in prompts]
     first, second = ([row["completion"] for row in side] for side in (rows, others))
     return [one - 0.5 for one in compare(judge, texts, first, second) if one is not None]
-
-
-def spoken(prompt: Prompt) -> list[str]:
-    """The turns of a prompt as text; with their roles where there are several."""
-    if len(prompt.turns) == 1:
-        return [prompt.turns[0].text]
-    return [f"{turn.role}: {turn.text}" for turn in prompt.turns]
 
 
 def differences(rows: Responses, others: Responses, judge: str) -> list[float]:

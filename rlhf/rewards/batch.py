@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.records import Prompt, Turn
+from rlhf.data.records import Prompt
+from rlhf.data.template import message_of
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
@@ -82,10 +83,6 @@ def as_given(prompt: Prompt) -> Any:
         return prompt.turns[0].text
     spoken = [f"\n\n{SPEAKERS.get(turn.role, turn.role)}: {turn.text}" for turn in prompt.turns]
     return "".join(spoken) + "\n\nAssistant:"
-
-
-def message_of(turn: Turn) -> dict[str, Any]:
-    return {"role": turn.role, "content": turn.text} | json.loads(turn.more or "{}")
 
 
 def text_of(value: Any) -> str:

@@ -8,8 +8,6 @@ No torch here.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
-from rlhf.rewards.remote import cache_folder, content_of, keep, kept
+from rlhf.rewards.remote import Asking, cache_folder
 from rlhf.rewards.server import Server
 
 PLACES = ("prompt", "first", "second")
@@ -60,6 +58,13 @@ class PairwiseJudge:
         address = f"{self.endpoint.rstrip('/')}/chat/completions"
         return Server(address, self.timeout, self.api_key_env)
 
+    @property
+    def asking(self) -> Asking:
+        """How it is asked."""
+        limit = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
+        request = {"model": self.model, "temperature": 0, **limit}
+        return Asking(self.server, request, cache_folder(self.cache), self.concurrency)
+
 
 def compare(
     judge: PairwiseJudge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
@@ -75,8 +80,8 @@ def compare(
         for prompt, a, b in zip(prompts, first, second)
         for pair in ((a, b), (b, a))
     ]
-    replies = asyncio.run(ask_all(judge, questions))
-    verdicts = [verdict(reply) for reply in replies]
+    replies = asyncio.run(judge.asking.ask_all(questions, lambda reply: verdict(reply) is not None))
+    verdicts = [verdict(replies[question]) for question in questions]
     if unclear := verdicts.count(None):
         log.warning(
             f"{judge.server.shown}: {unclear} of {len(verdicts)} replies have no verdict such as "
@@ -129,39 +134,3 @@ def render(rubric: str, prompt: str, first: str, second: str) -> str:
     """The question; what looks like a placeholder in a text stays."""
     texts = {"prompt": prompt, "first": first, "second": second}
     return PLACEHOLDER.sub(lambda name: texts[name[1]], rubric)
-
-
-async def ask_all(judge: PairwiseJudge, questions: Sequence[str]) -> list[str]:
-    """The reply to each question. The same question is asked once."""
-    server, folder = judge.server, cache_folder(judge.cache)
-    free = asyncio.Semaphore(judge.concurrency)
-    limit = {} if judge.max_tokens is None else {"max_tokens": judge.max_tokens}
-    tasks: dict[str, asyncio.Task[str]] = {}
-    try:
-        async with server.open(), asyncio.TaskGroup() as group:
-            for question in dict.fromkeys(questions):
-                body = {
-                    "model": judge.model,
-                    "temperature": 0,
-                    **limit,
-                    "messages": [{"role": "user", "content": question}],
-                }
-                tasks[question] = group.create_task(ask(server, body, folder, free))
-    except ExceptionGroup as failed:  # the first failure ends all other requests
-        raise failed.exceptions[0] from None
-    return [tasks[question].result() for question in questions]
-
-
-async def ask(
-    server: Server, body: dict[str, object], folder: Path, free: asyncio.Semaphore
-) -> str:
-    """The reply to a request; from the disk where it was asked before and had a verdict."""
-    key = hashlib.sha256(json.dumps([server.shown, body]).encode()).hexdigest()
-    file = folder / key[:2] / f"{key}.json"
-    if (reply := kept(file)) is not None:
-        return reply
-    async with free:
-        reply = content_of(await server.post(body), server.shown)
-    if verdict(reply) is not None:
-        keep(file, {"model": str(body["model"]), "reply": reply})
-    return reply

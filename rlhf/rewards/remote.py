@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ def prompt_text(prompt: Text) -> str:
         return text_of(prompt)
     turns = [f"{message['role']}: {message['content'] or ''}" for message in prompt]
     return "\n\n".join([*turns, "assistant: "])
+
+
+def question_text(prompt: Text) -> str:
+    """A prompt as a judge reads it: as `prompt_text`, without the beginning of the answer."""
+    return prompt_text(prompt).removesuffix("\n\nassistant: ")
 
 
 def has_references(columns: Mapping[str, Any], column: str | None) -> bool:
@@ -159,50 +164,58 @@ async def judge(
         references = references_of(len(prompts), columns, column)
     rows = zip(prompts, completions, references)
     questions = [_rendered(template, *row) if row[2] else None for row in rows]
-    folder = cache_folder(cache)
-    request = {"model": model, "temperature": 0}
+    request: dict[str, Any] = {"model": model, "temperature": 0}
     if max_tokens is not None:
         request["max_tokens"] = max_tokens
     server = Server(f"{endpoint.rstrip('/')}/chat/completions", timeout, api_key_env)
-    asked = [*dict.fromkeys(question for question in questions if question is not None)]
-    free = asyncio.Semaphore(concurrency)
-    tasks = {}
-    try:
-        async with server.open(), asyncio.TaskGroup() as group:
-            for question in asked:
-                one = _Question(question, request, folder, max_score)
-                tasks[question] = group.create_task(one.ask(server, free))
-    except ExceptionGroup as failed:  # the first failure ends all other requests
-        raise failed.exceptions[0] from None
-    grades = {question: task.result() for question, task in tasks.items()}
+    asking = Asking(server, request, cache_folder(cache), concurrency)
+    asked = [question for question in questions if question is not None]
+    replies = await asking.ask_all(asked, lambda reply: grade(reply, max_score) is not None)
+    grades = {question: (grade(reply, max_score), reply) for question, reply in replies.items()}
     _warn(list(grades.values()), max_score, server.shown)
     scores = [grades[question][0] if question is not None else None for question in questions]
     return [None if score is None else score / max_score for score in scores]
 
 
 @dataclass
-class _Question:
-    """One message to the judge, and where the reply is kept."""
+class Asking:
+    """How questions are put to a language model, and where its replies are kept."""
 
-    text: str
-    request: Mapping[str, Any]  # the other fields of the request
+    server: Server
+    request: Mapping[str, Any]  # the other fields of a request
     folder: Path
-    max_score: float
+    concurrency: int  # largest number of requests at the same time
 
-    async def ask(self, server: Server, free: asyncio.Semaphore) -> tuple[float | None, str]:
-        """The grade, None where there is none, and the reply; from the disk where it was asked."""
-        body = {**self.request, "messages": [{"role": "user", "content": self.text}]}
-        key = hashlib.sha256(json.dumps([server.shown, body]).encode()).hexdigest()
+    async def ask_all(
+        self, questions: Sequence[str], usable: Callable[[str], bool]
+    ) -> dict[str, str]:
+        """The reply to each question; the same question is asked once. Usable replies are kept.
+
+        Raises: UserError of the first request that fails, which ends all others.
+        """
+        free = asyncio.Semaphore(self.concurrency)
+        tasks = {}
+        try:
+            async with self.server.open(), asyncio.TaskGroup() as group:
+                for question in dict.fromkeys(questions):
+                    tasks[question] = group.create_task(self._ask(question, usable, free))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return {question: task.result() for question, task in tasks.items()}
+
+    async def _ask(
+        self, question: str, usable: Callable[[str], bool], free: asyncio.Semaphore
+    ) -> str:
+        body = {**self.request, "messages": [{"role": "user", "content": question}]}
+        key = hashlib.sha256(json.dumps([self.server.shown, body]).encode()).hexdigest()
         file = self.folder / key[:2] / f"{key}.json"
-        reply = kept(file)
-        if reply is not None:
-            return grade(reply, self.max_score), reply
+        if (reply := kept(file)) is not None:
+            return reply
         async with free:
-            reply = content_of(await server.post(body), server.shown)
-        score = grade(reply, self.max_score)
-        if score is not None:
+            reply = content_of(await self.server.post(body), self.server.shown)
+        if usable(reply):
             keep(file, {"model": self.request["model"], "reply": reply})
-        return score, reply
+        return reply
 
 
 def read_rubric(path: str) -> str:
@@ -221,7 +234,7 @@ def read_rubric(path: str) -> str:
 def _rendered(template: str, prompt: Text, completion: Text, references: Sequence[str]) -> str:
     """The rubric with the texts of a row; what looks like a placeholder in a text stays."""
     texts = {
-        "prompt": prompt_text(prompt).removesuffix("\n\nassistant: "),
+        "prompt": question_text(prompt),
         "completion": text_of(completion),
         "ground_truth": " or ".join(references),
     }

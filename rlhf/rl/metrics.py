@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from rlhf.config.choices import KlEstimator
 from rlhf.data.records import Prompt
+from rlhf.rewards.batch import columns_of
 from rlhf.rl.advantages import differ, masked_mean
 from rlhf.rl.experience import Experience, Prompts
 from rlhf.rl.losses import kl_estimate
@@ -120,7 +120,7 @@ def difficulty_metrics(prompts: Sequence[Prompt], raw: Tensor) -> dict[str, floa
     """
     levels: dict[str, list[float]] = defaultdict(list)
     for prompt, score in zip(prompts, raw.tolist()):
-        level = json.loads(prompt.columns or "{}").get("difficulty")
+        level = columns_of(prompt).get("difficulty")
         if isinstance(level, str | int) and not math.isnan(score):
             levels[str(level)].append(score)
     return {f"reward/difficulty/{level}": sum(s) / len(s) for level, s in sorted(levels.items())}
