@@ -27,33 +27,32 @@ COLUMNS = ("ground_truth", "answer", "reward_model")  # with the reference, wher
 
 
 def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceCheck]:
-    """Score the reference answers of online RL's prompts with each function of rl.rewards.
+    """Score the reference answers of online RL's prompts with each function and reward URL of
+    rl.rewards. A judge is not asked: its grade of a right answer may be any.
 
     Args: table: Dataset.ppo.
-    Raises: UserError for a function that cannot be imported or called.
+    Raises: UserError for a function or server that cannot be called.
     """
-    sources = {
-        name: source for name, source in score_sources(cfg, cfg.rl.name).items() if source.function
-    }
-    if not sources:
-        return []
-    prompts, answers = reference_answers(table)
-    if not prompts:
-        log.info(
-            f"{', '.join(sources)}: not tried on reference answers, as no prompt of online RL has "
-            f"one (an answer, or a column {', '.join(COLUMNS)})"
-        )
-        return []
-    specs = {name: spec_of(f"rl.rewards.{name}", source) for name, source in sources.items()}
-    process = RewardProcess(specs)
-    try:
-        check_columns(process, prompts)
-        return [
-            check_of(name, prompts, answers, scores)
-            for name, scores in score_rows(process, prompts, answers).items()
-        ]
-    finally:
-        process.close()
+    checks = []
+    for name, source in score_sources(cfg, cfg.rl.name).items():
+        if not (source.function or source.url):
+            continue
+        columns = [source.kwargs["column"]] if source.kwargs.get("column") else COLUMNS
+        prompts, answers = reference_answers(table, columns)
+        if not prompts:
+            log.info(
+                f"{name}: not tried on reference answers, as no prompt of online RL has one (an "
+                f"answer, or a column {', '.join(columns)})"
+            )
+            continue
+        process = RewardProcess({name: spec_of(f"rl.rewards.{name}", source)})
+        try:
+            check_columns(process, prompts)
+            scores = score_rows(process, prompts, answers)
+        finally:
+            process.close()
+        checks.append(check_of(name, prompts, answers, scores[name]))
+    return checks
 
 
 def score_rows(
@@ -90,22 +89,27 @@ def check_of(
     return result
 
 
-def reference_answers(table: datasets.Dataset) -> tuple[list[Prompt], list[str]]:
-    """The prompts of at most MOST_ROWS rows that have a reference answer, and these answers."""
+def reference_answers(
+    table: datasets.Dataset, columns: Sequence[str]
+) -> tuple[list[Prompt], list[str]]:
+    """The prompts of at most MOST_ROWS rows that have a reference answer, and these answers.
+
+    Args: columns: where the reference is, in a row without an answer.
+    """
     step = -(-len(table) // MOST_ROWS) or 1
     prompts, answers = [], []
     for row in table.select(range(0, len(table), step)):
         prompt = Prompt([Turn(**turn) for turn in row["prompt"]], row["columns"])
-        if answer := row["chosen"] or reference_in(prompt):
+        if answer := row["chosen"] or reference_in(prompt, columns):
             prompts.append(prompt)
             answers.append(answer)
     return prompts, answers
 
 
-def reference_in(prompt: Prompt) -> str:
-    """The reference in the other columns of a prompt's row, as text; "" without one."""
+def reference_in(prompt: Prompt, columns: Sequence[str]) -> str:
+    """The reference in one of the columns of a prompt's row, as text; "" without one."""
     row = columns_of(prompt)
-    for name in COLUMNS:
+    for name in columns:
         value = row.get(name)
         if isinstance(value, dict):  # verl: {"ground_truth": "7", "style": "rule"}
             value = value.get("ground_truth")

@@ -37,7 +37,7 @@ class FrontierReward(NamedTuple):
 
 FRONTIER_REWARDS = (
     FrontierReward("Gold reward", "points", "reward/gold/mean", "eval/gold"),
-    FrontierReward("Score", "standard deviations", "objective/scores", "eval/score"),
+    FrontierReward("Score", "weighted sum of rl.rewards", "objective/scores", "eval/score"),
 )
 
 

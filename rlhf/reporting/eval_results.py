@@ -226,27 +226,28 @@ def scorer_cells(scorers: dict[str, ScorerResults]) -> tuple[list[str], list[lis
 def side_by_side(
     responses: dict[str, list[dict[str, Any]]], order: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row per prompt: `prompt`, and under `answers` each policy's response with its scores.
+    """A row per prompt: `prompt`, `columns` where the prompt has any, and under `answers` each
+    policy's response with its scores.
 
     Args: responses: a row per prompt of each policy, as evaluate_policy gives them.
     """
-    columns = {name: responses[name] for name in order if name in responses}
-    return [
-        {
-            "prompt": of_prompt[0]["prompt"],
-            "answers": {
-                name: {key: value for key, value in row.items() if key != "prompt"}
-                for name, row in zip(columns, of_prompt)
-            },
+    of_policies = {name: responses[name] for name in order if name in responses}
+    rows = []
+    for of_prompt in zip(*of_policies.values()):
+        of_all = {key: of_prompt[0][key] for key in ("prompt", "columns") if key in of_prompt[0]}
+        answers = {
+            name: {key: value for key, value in row.items() if key not in of_all}
+            for name, row in zip(of_policies, of_prompt)
         }
-        for of_prompt in zip(*columns.values())
-    ]
+        rows.append({**of_all, "answers": answers})
+    return rows
 
 
 def summary_metrics(results: EvalResults) -> dict[str, float]:
     """The metrics of summary.json: of each policy, the pass rates, win rates, reward models.
 
-    eval/win_rate is that of the last policy by the main judge.
+    eval/win_rate is that of the last policy by the main judge; eval/pass@1 that of the last policy
+    by the first verifier.
     """
     metrics = {
         f"eval/{name}/{key}": value
@@ -254,6 +255,10 @@ def summary_metrics(results: EvalResults) -> dict[str, float]:
         for key, value in policy.items()
     }
     metrics |= {f"eval/{rate.policy}/{rate.metric}": rate.rate for rate in results.pass_rates}
+    if first_of_last := [
+        rate.rate for rate in results.pass_rates if rate.policy == list(results.policies)[-1]
+    ]:
+        metrics["eval/pass@1"] = first_of_last[0]
     last = next((name for name in reversed(results.policies) if name != results.against), None)
     for rate in results.win_rates:
         metrics[f"eval/{rate.policy}/win_rate/{rate.judge}"] = rate.rate
@@ -275,9 +280,9 @@ def main_win_rate(rate: WinRate) -> dict[str, float]:
 
 
 def sample_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `side_by_side` as plain columns, for samples.jsonl: the prompt, and each policy."""
+    """Rows of `side_by_side` for samples.jsonl: a response in place of a policy's `answers`."""
     return [
-        {"prompt": row["prompt"]}
+        {key: value for key, value in row.items() if key != "answers"}
         | {name: response["completion"] for name, response in row["answers"].items()}
         for row in rows
     ]

@@ -203,7 +203,7 @@ def frontier_figure(drawn: Sequence[DrawnSetting]) -> Figure | None:
             traces.append(frontier_trace(f"{one.label}, held out", i, points, **look))
     if not any(trace["x"] for trace in traces):
         return None
-    y_title = "gold reward, points" if has_gold else "score, standard deviations"
+    y_title = "gold reward, points" if has_gold else "score, weighted sum of rl.rewards"
     return {"data": traces, "layout": layout(ROOT_KL, y_title)}
 
 

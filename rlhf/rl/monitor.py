@@ -76,8 +76,9 @@ def entropy_collapse(rows: Sequence[Metrics]) -> tuple[str, str] | None:
     if not entropies or entropies[-1] >= 0.1 * entropies[0]:
         return None
     text = f"policy/entropy_avg fell from {entropies[0]:.3g} to {entropies[-1]:.3g} nats per token"
+    text += ", responses to a prompt hardly differ. Fine where each prompt has one right answer and"
     fix = "raise rl.kl.coef or rl.entropy_coef, or lower rl.lr"
-    return "entropy collapse", f"{text}, responses repeat themselves: {fix}"
+    return "entropy collapse", f"{text} the score is high; else {fix}"
 
 
 def broken_critic(rows: Sequence[Metrics]) -> tuple[str, str] | None:
@@ -115,9 +116,9 @@ def equal_rewards(rows: Sequence[Metrics]) -> tuple[str, str] | None:
     if len(shares) < WINDOW or statistics.fmean(shares) <= 0.5:
         return None
     text = f"in {statistics.fmean(shares):.0%} of the groups of the last {WINDOW} rollouts all "
-    text += "responses have the same reward, so nothing is learned from them"
-    fix = "set or raise rl.dynamic_sampling, raise rl.responses_per_prompt or rollout.temperature, "
-    return "equal rewards", f"{text}: {fix}or give prompts that are neither too easy nor too hard"
+    text += "responses have the same reward, so nothing is learned from them. Where nearly all are "
+    text += "right, stop here or give harder prompts; else set or raise rl.dynamic_sampling, raise "
+    return "equal rewards", f"{text}rl.responses_per_prompt or give easier prompts"
 
 
 def missing_scores(rows: Sequence[Metrics]) -> tuple[str, str] | None:

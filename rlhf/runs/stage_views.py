@@ -142,7 +142,7 @@ ONLINE_RL = StageView(  # whatever preset: ppo, grpo, a user's own
     kind="policy",
     rows=(ResultRow("score", "score", before="score_before"), *POLICY_ROWS),
     panels=(
-        Panel("Score", ("objective/scores",), "standard deviations"),
+        Panel("Score", ("objective/scores",), "weighted sum of rl.rewards"),
         Panel("Gold reward", ("reward/gold/mean",), "points"),
         Panel("KL to the SFT policy", ("objective/kl",), "nats per response"),
         Panel("Length", ("tokens/response_mean",), "tokens per response"),
@@ -188,6 +188,7 @@ EVAL = StageView(
         "eval/win_rate",
         "eval/win_rate_low",
         "eval/win_rate_high",
+        "eval/pass@1",
         "eval/accuracy",
         "eval/ece",
     ),
@@ -197,6 +198,7 @@ EVAL = StageView(
             "win rate",
             defined_by=("reward.", "rm.", "eval.against", "eval.judge", "eval.rewards"),
         ),
+        PrimaryMetric("eval/pass@1", "pass@1", defined_by=("eval.rewards",)),
         PrimaryMetric("eval/accuracy", "accuracy of the reward model"),
     ),
 )

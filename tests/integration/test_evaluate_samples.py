@@ -105,7 +105,10 @@ def test_rates_and_file_in_one_and_two_processes(folder: Path) -> None:
         sum(r["scores"]["odd"] or 0 for r in held_out)
         / sum(r["scores"]["odd"] is not None for r in held_out)
     )
+    samples = [json.loads(line) for line in (run / "samples.jsonl").open()]
+    assert {row["columns"]["level"] for row in samples if "columns" in row} == {"<b>hard", "easy"}
     metrics = summary(run)["metrics"]
+    assert metrics["eval/pass@1"] == metrics["eval/base/pass@1/odd"]
     assert metrics["eval/base/pass@4/half"] == 0 < metrics["eval/base/pass@4/odd"]
     for word in ("pass@4", "base (odd)", "level = <b>hard"):
         assert word in done.stdout

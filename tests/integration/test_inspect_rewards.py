@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_files import jsonl
 from helpers import composed
+from reward_server import running
 
 from rlhf.runs.checks import check_inputs
 from rlhf.stages import inspect
@@ -36,10 +38,12 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(jsonl(tmp_path / "sums.jsonl", rows))
 
 
-def config(path: str, *functions: str) -> Any:
-    given = [f"rl.rewards.{name}.function=checks_of_mine:{name}" for name in functions]
-    mine = ["stage=inspect", "data=jsonl", f"data.sources.mine.path='{path}'"]
-    return composed(*mine, "data.shares=[0,0,1]", "rl.rewards.model=null", *given)
+def config(path: str, *functions: str, given: Sequence[str] = ()) -> Any:
+    """Args: functions: of checks_of_mine.py. given: further keys."""
+    keys = ["stage=inspect", "data=jsonl", f"data.sources.mine.path='{path}'"]
+    keys += ["data.shares=[0,0,1]", "rl.rewards.model=null"]
+    keys += [f"rl.rewards.{name}.function=checks_of_mine:{name}" for name in functions]
+    return composed(*keys, *given)
 
 
 def test_a_broken_verifier_is_found_before_training(rewards: str, tmp_path: Path) -> None:
@@ -72,3 +76,21 @@ def test_a_function_that_is_not_there_gets_one_line(rewards: str) -> None:
     assert line.startswith(
         "rl.rewards.missing.function=checks_of_mine:missing: there is no missing"
     )
+
+
+def test_the_reference_is_in_the_column_that_a_verifier_names(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is <{n}> + 1?", "target": str(n + 1)} for n in range(40)]
+    path = str(jsonl(tmp_path / "targets.jsonl", rows))
+    verifier = "rl.rewards.number={function: 'rlhf.verifiers:number', kwargs: {column: target}}"
+    [check] = inspect.run(config(path, given=[verifier]), tmp_path)["references"]
+    assert check["rows"] > 20 and check["failed"] == check["not_applicable"] == 0
+
+
+def test_a_reward_url_is_asked_too_and_a_judge_is_not(rewards: str, tmp_path: Path) -> None:
+    (tmp_path / "r.txt").write_text("Grade this: {completion}")
+    with running(tmp_path) as server:
+        url = f"rl.rewards.far.url={server.url}"
+        judge = f"rl.rewards.judge.judge={{endpoint: '{server.endpoint}', model: m, rubric: r.txt}}"
+        [check] = inspect.run(config(rewards, given=[url, judge]), tmp_path)["references"]
+        assert check["reward"] == "far" and check["rows"] > 20
+        assert all("query" in request["body"] for request in server.requests)

@@ -214,6 +214,7 @@ def test_terminal_page_file_and_metrics_have_them_all(tmp_path: Any, capsys: Any
     assert "level = &lt;script&gt;" in html and "<script>alert(1)" not in html
     assert "pass@k: grpo (number)" in html and "4 responses to each held-out prompt" in html
     metrics = summary_metrics(shown)
+    assert metrics["eval/pass@1"] == 1.0, "of the last policy"
     assert metrics["eval/grpo/pass@4/number"] == 1.0 and metrics["eval/sft/maj@4/number"] == 0.5
     shown.write(tmp_path / "eval.json")
     assert read_results(tmp_path / "eval.json") == shown
