@@ -62,8 +62,7 @@ def test_harder_problems_evaluate_the_same_runs(grpo: Path) -> None:
 
 @pytest.mark.full
 def test_a_learned_reward_model_and_dpo_train_on_its_pairs(grpo: Path) -> None:
-    learned = ["rl.rewards.verifier=null", "rl.rewards.model={weight: 1}"]
-    for command in (["pipeline=ppo", *learned], ["pipeline=dpo"]):
+    for command in (["pipeline=ppo", "experiment=arithmetic_learned"], ["pipeline=dpo"]):
         done = train(*command, *TINY, cwd=grpo)
         assert done.returncode == 0, done.stderr
     runs = runs_in(grpo)

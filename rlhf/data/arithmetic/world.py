@@ -17,9 +17,11 @@ from rlhf.data.arithmetic.problems import (
 )
 from rlhf.data.records import Demonstration, Pair, Prompt, Turn, World
 
-DIGITS = {1: 0.2, 2: 0.8}  # of the numbers that stages are trained and evaluated on; shares
-HARDER = 3  # digits of the harder problems
-# shares of the problems; the demonstrations show more of those that are harder to learn
+# Shares of the problems by the digits of their numbers, and by kind. The demonstrations show more
+# of what is harder to learn, and some problems with 3 digits, which no other stage sees.
+DIGITS = {1: 0.2, 2: 0.8}
+DIGITS_FOR_SFT = {1: 0.15, 2: 0.6, 3: 0.25}
+HARDER = {3: 1.0}  # data.arithmetic.harder: held out, of these digits only
 KINDS = {"sum of two": 0.95, "sum of three": 0.02, "product": 0.03}
 KINDS_FOR_SFT = {"sum of two": 0.7, "sum of three": 0.15, "product": 0.15}
 PARTS = {"eval": 0.1, "sft": 0.2, "rm": 0.2, "ppo": 0.5}  # shares of all problems
@@ -43,7 +45,8 @@ def build_world(cfg: Arithmetic, seed: int, held_out_prompts: int) -> World:
     held_out = list(islice(usual, held_out_prompts))
     unit = [demonstrate(one, cfg.wrong, streams["unit"]) for one in held_out]
     if cfg.harder:
-        held_out = list(islice(without_repeats(harder_problems(seed)), held_out_prompts))
+        of_3_digits = problems("eval", seed, random.Random(f"arithmetic-{seed}-harder"), HARDER)
+        held_out = list(islice(without_repeats(of_3_digits), held_out_prompts))
     rng = streams["eval"]
     return World(
         sft=[demonstrate(one, cfg.wrong, streams["sft"]) for one in for_sft],
@@ -85,21 +88,18 @@ def part_of(problem: Problem, seed: int) -> str:
     return part
 
 
-def problems(part: str, seed: int, rng: random.Random) -> Iterator[Problem]:
-    """Random problems of a part, without end. They may repeat."""
-    kinds = KINDS_FOR_SFT if part == "sft" else KINDS
+def problems(
+    part: str, seed: int, rng: random.Random, shares: dict[int, float] = DIGITS
+) -> Iterator[Problem]:
+    """Random problems of a part, without end. They may repeat. Args: shares: by digits."""
+    kinds = KINDS
+    if part == "sft":
+        kinds, shares = KINDS_FOR_SFT, DIGITS_FOR_SFT
     while True:
-        [digits] = rng.choices(list(DIGITS), list(DIGITS.values()))
+        [digits] = rng.choices(list(shares), list(shares.values()))
         problem = draw_problem(rng, digits, kinds)
         if part_of(problem, seed) == part:
             yield problem
-
-
-def harder_problems(seed: int) -> Iterator[Problem]:
-    """Random problems with more digits than any stage is trained on, without end."""
-    rng = random.Random(f"arithmetic-{seed}-harder")
-    while True:
-        yield draw_problem(rng, HARDER, KINDS)
 
 
 def without_repeats(rows: Iterator[Problem]) -> Iterator[Problem]:
