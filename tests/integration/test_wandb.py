@@ -87,6 +87,7 @@ def test_dead_at_the_start_it_is_written_down_and_sent_later(tmp_path: Path) -> 
         environment = os.environ | dead.environment
         sent = subprocess.run(
             [BIN / "wandb", "sync", str(offline)],
+            cwd=run,  # it leaves a folder there
             env=environment,
             capture_output=True,
             text=True,
@@ -124,6 +125,7 @@ def test_dead_at_the_end_the_run_ends_all_the_same(server: Server, tmp_path: Pat
         environment = os.environ | server.environment
         sent = subprocess.run(
             [BIN / "wandb", "sync", str(online)],
+            cwd=run,
             env=environment,
             capture_output=True,
             text=True,
