@@ -17,13 +17,13 @@ from rlhf.evaluation.pass_rates import PASSING_SCORE
 from rlhf.rewards.batch import columns_of, make_batch
 from rlhf.rewards.process import RewardProcess
 from rlhf.rewards.trial import check_columns, spec_of
+from rlhf.verifiers import REFERENCES
 
 if TYPE_CHECKING:
     import datasets
 
 MOST_ROWS = 1000  # of the prompts, spread over all of them
 CALL = 100  # rows of a call, as each call has a time limit
-COLUMNS = ("ground_truth", "answer", "reward_model")  # with the reference, where no answer is given
 
 
 def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceCheck]:
@@ -41,7 +41,7 @@ def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceChec
     if not prompts:
         log.info(
             f"{', '.join(sources)}: not tried on reference answers, as no prompt of online RL has "
-            f"one (an answer, or a column {', '.join(COLUMNS)})"
+            f"one (an answer, or a column {', '.join(REFERENCES)})"
         )
         return []
     specs = {name: spec_of(f"rl.rewards.{name}", source) for name, source in sources.items()}
@@ -105,7 +105,7 @@ def reference_answers(table: datasets.Dataset) -> tuple[list[Prompt], list[str]]
 def reference_in(prompt: Prompt) -> str:
     """The reference in the other columns of a prompt's row, as text; "" without one."""
     row = columns_of(prompt)
-    for name in COLUMNS:
+    for name in REFERENCES:
         value = row.get(name)
         if isinstance(value, dict):  # verl: {"ground_truth": "7", "style": "rule"}
             value = value.get("ground_truth")
