@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SEEDS = range(6)
+B, R = 6, 5  # rows and columns of `some_batch`
 F64 = torch.float64
 
 
@@ -47,3 +48,12 @@ def policy_loss_by_token(
     if -advantage * ratio >= -advantage * clipped:
         return -advantage * ratio, -advantage * ratio
     return -advantage * clipped, 0.0
+
+
+def some_batch(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs with gradient, old ones, advantages and the mask; one row has no token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([[R], [0], [1], [2], [3], [R]])
+    mask = (torch.arange(R) < lengths).to(F64)
+    old, advantages, move = (torch.randn(B, R, generator=generator, dtype=F64) for _ in range(3))
+    return (old + 0.4 * move).requires_grad_(), old, advantages, mask

@@ -150,6 +150,13 @@ def register_own() -> None:
     compose.register()
 
 
+def write_option(folder: Path, option: str, text: str) -> None:
+    """An option file of the user. Args: option: group/name."""
+    file = folder / f"{option}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
 def some(cases: Iterable[Any], every: int) -> list[Any]:
     """Cases for parametrize: every n-th one in the quick tests, the others in make test-all."""
     return [

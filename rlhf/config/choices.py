@@ -88,7 +88,7 @@ Advantage = Enum(
         "return",  # discounted rewards from the token on, without a baseline (REINFORCE)
     ],
 )
-# What each of them reads; every member is in one of the last two (tests/unit/test_surrogates.py).
+# What each of them reads; every member is in one of the last two (tests/unit/test_advantages.py).
 NEEDS_CRITIC = {Advantage["gae"]}
 PER_TOKEN = {Advantage["gae"], Advantage["return"]}  # rl.gamma and rl.whiten_rewards
 COMPARES_RESPONSES = {Advantage["leave_one_out"], Advantage["group"]}  # several to each prompt

@@ -17,13 +17,13 @@ from rlhf.evaluation.pass_rates import PASSING_SCORE
 from rlhf.rewards.batch import columns_of, make_batch
 from rlhf.rewards.process import RewardProcess
 from rlhf.rewards.trial import check_columns, spec_of
+from rlhf.verifiers import REFERENCES
 
 if TYPE_CHECKING:
     import datasets
 
 MOST_ROWS = 1000  # of the prompts, spread over all of them
 CALL = 100  # rows of a call, as each call has a time limit
-COLUMNS = ("ground_truth", "answer", "reward_model")  # with the reference, where no answer is given
 
 
 def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceCheck]:
@@ -37,7 +37,7 @@ def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceChec
     for name, source in score_sources(cfg, cfg.rl.name).items():
         if not (source.function or source.url):
             continue
-        columns = [source.kwargs["column"]] if source.kwargs.get("column") else COLUMNS
+        columns = [source.kwargs["column"]] if source.kwargs.get("column") else REFERENCES
         prompts, answers = reference_answers(table, columns)
         if not prompts:
             log.info(

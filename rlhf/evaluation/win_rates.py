@@ -12,8 +12,8 @@ from rlhf.data.template import message_of
 from rlhf.distributed import collectives
 from rlhf.evaluation.statistics import wilson_interval
 from rlhf.reporting.eval_results import WinRate
+from rlhf.rewards.batch import question_text
 from rlhf.rewards.pairwise import PairwiseJudge, compare
-from rlhf.rewards.remote import question_text
 
 OF_REQUESTS = ("concurrency", "max_tokens", "cache")  # a judge's kwargs that hold for pairs too
 Responses = list[dict[str, Any]]  # a row per prompt, as evaluate_policy returns them
@@ -57,9 +57,9 @@ def comparing_judges(cfg: Config) -> dict[str, PairwiseJudge]:
         name: PairwiseJudge(
             source.judge.endpoint,
             source.judge.model,
-            source.judge.pair_rubric,
             source.judge.api_key_env,
             source.timeout,
+            rubric=source.judge.pair_rubric,
             **{key: source.kwargs[key] for key in OF_REQUESTS if key in source.kwargs},
         )
         for name, source in score_sources(cfg, "eval").items()

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.data.records import Prompt
 from rlhf.data.template import message_of
+from rlhf.verifiers import Text, text_of
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
@@ -85,6 +86,23 @@ def as_given(prompt: Prompt) -> Any:
     return "".join(spoken) + "\n\nAssistant:"
 
 
-def text_of(value: Any) -> str:
+def last_text(value: Any) -> str:
     """A prompt or completion as text, for messages to the user: of messages the last one's."""
     return str(value[-1]["content"]) if isinstance(value, list) and value else str(value)
+
+
+def prompt_text(prompt: Text) -> str:
+    """A prompt as one text that a completion can follow.
+
+    A single message is its content. Several are written one after the other with their roles, and
+    then `assistant: `.
+    """
+    if isinstance(prompt, str) or len(prompt) == 1:
+        return text_of(prompt)
+    turns = [f"{message['role']}: {message['content'] or ''}" for message in prompt]
+    return "\n\n".join([*turns, "assistant: "])
+
+
+def question_text(prompt: Text) -> str:
+    """A prompt as a judge reads it: as `prompt_text`, without the beginning of the answer."""
+    return prompt_text(prompt).removesuffix("\n\nassistant: ")

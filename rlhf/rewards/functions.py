@@ -26,11 +26,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from rlhf.base.errors import UserError
-from rlhf.rewards.batch import Batch, text_of
+from rlhf.rewards.batch import Batch, last_text
+from rlhf.verifiers import Scores
 
 OF_THE_BATCH = ("prompts", "completions", "completion_ids", "trainer_state")
 OF_VERL = {"solution_str", "ground_truth"}  # a function with both has verl's convention
-Scores = list[float | None]
 SEARCH_SECONDS = 5.0  # to find the row on which a function fails
 
 
@@ -174,7 +174,7 @@ async def call_async(function: RewardFunction, batch: Batch, timeout: float) -> 
 
 def failed(error: BaseException, batch: Batch, row: int | None) -> str:
     """What an exception did, for CallError."""
-    on = f" on the completion {text_of(batch.completions[row])[:80]!r}" if row is not None else ""
+    on = f" on the completion {last_text(batch.completions[row])[:80]!r}" if row is not None else ""
     return f"failed{on}: {cause(error)}"
 
 
@@ -200,7 +200,7 @@ def find_row(function: RewardFunction, batch: Batch) -> CallError | None:
         except CallError as error:
             if not error.raised:
                 return None
-            text = text_of(batch.completions[row])[:80]
+            text = last_text(batch.completions[row])[:80]
             what = str(error).replace("failed:", f"failed on the completion {text!r}:", 1)
             return CallError(what, row)
     return None
@@ -237,7 +237,7 @@ def verl_arguments(function: RewardFunction, batch: Batch, row: int) -> dict[str
         "extra_info": None,
         "data_source": "",
         **columns,
-        "solution_str": text_of(batch.completions[row]),
+        "solution_str": last_text(batch.completions[row]),
         "ground_truth": next((truth for truth in truths if truth is not None), None),
         **function.kwargs,
     }
@@ -266,7 +266,7 @@ def checked(value: Any, batch: Batch, row: int, at: str) -> float | None:
     except Exception:  # whatever float() of it raises
         number = math.nan
     if not math.isfinite(number):
-        text = text_of(batch.completions[row])[:80]
+        text = last_text(batch.completions[row])[:80]
         raise CallError(
             f"returned {value!r:.80} for the completion {text!r}, not a finite number or None{at}",
             row,

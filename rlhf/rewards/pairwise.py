@@ -11,15 +11,11 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from rlhf.base.errors import UserError
 from rlhf.base.log import log
-from rlhf.rewards.remote import Asking, cache_folder
-from rlhf.rewards.server import Server
+from rlhf.rewards.language_model import LanguageModel
+from rlhf.rewards.rubric import read_rubric, render
 
-PLACES = ("prompt", "first", "second")
-PLACEHOLDER = re.compile(r"\{(prompt|first|second)\}")
 VERDICT = re.compile(r"\[\[(A|B|C|tie)\]\]", re.IGNORECASE)
 FIRST_WINS = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5}
 # in the form of MT-Bench's: Zheng 2023, appendix A
@@ -40,30 +36,16 @@ better, [[B]] if response B is better, [[C]] for a tie."""
 
 
 @dataclass(frozen=True)
-class PairwiseJudge:
-    """A language model behind an OpenAI-compatible server."""
+class PairwiseJudge(LanguageModel):
+    """A language model, and the question that it is asked about a pair."""
 
-    endpoint: str  # up to and including /v1
-    model: str
     rubric: str | None = None  # file with {prompt}, {first}, {second}; None: RUBRIC
-    api_key_env: str | None = None  # name of the environment variable with the key
-    timeout: float = 60.0  # seconds of a request
-    concurrency: int = 8  # largest number of requests at the same time
-    max_tokens: int | None = None  # of a reply; None: as the server decides
-    cache: str | None = None  # folder of the replies; None: that of rlhf.rewards.remote
 
-    @property
-    def server(self) -> Server:
-        """Where it is asked."""
-        address = f"{self.endpoint.rstrip('/')}/chat/completions"
-        return Server(address, self.timeout, self.api_key_env)
-
-    @property
-    def asking(self) -> Asking:
-        """How it is asked."""
-        limit = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
-        request = {"model": self.model, "temperature": 0, **limit}
-        return Asking(self.server, request, cache_folder(self.cache), self.concurrency)
+    def read_rubric(self) -> str:
+        """The text of the rubric. Raises: UserError where it cannot be used."""
+        if self.rubric is None:
+            return RUBRIC
+        return read_rubric(self.rubric, "pair_rubric", ["prompt", "first", "second"])
 
 
 def compare(
@@ -74,13 +56,13 @@ def compare(
     Returns: None where one of the two replies has no verdict; a warning counts these.
     Raises: UserError where the server fails, and for a rubric that cannot be used.
     """
-    rubric = read_rubric(judge.rubric)
+    rubric = judge.read_rubric()
     questions = [
-        render(rubric, prompt, *pair)
+        render(rubric, {"prompt": prompt, "first": one, "second": other})
         for prompt, a, b in zip(prompts, first, second)
-        for pair in ((a, b), (b, a))
+        for one, other in ((a, b), (b, a))
     ]
-    replies = asyncio.run(judge.asking.ask_all(questions, lambda reply: verdict(reply) is not None))
+    replies = asyncio.run(judge.ask_all(questions, lambda reply: verdict(reply) is not None))
     verdicts = [verdict(replies[question]) for question in questions]
     if unclear := verdicts.count(None):
         log.warning(
@@ -112,25 +94,3 @@ def verdict(reply: str) -> float | None:
     """Whether response A is better, 1.0, 0.0, or 0.5 for a tie; the last verdict counts."""
     found = VERDICT.findall(reply)
     return FIRST_WINS[found[-1].lower()] if found else None
-
-
-def read_rubric(path: str | None) -> str:
-    """The text of a rubric. Raises: UserError where it cannot be read, or lacks a placeholder."""
-    if path is None:
-        return RUBRIC
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the rubric (pair_rubric={path}): {error}") from None
-    if missing := [name for name in PLACES if f"{{{name}}}" not in text]:
-        names = ", ".join(f"{{{name}}}" for name in missing)
-        raise UserError(
-            f"the rubric has no {names} (pair_rubric={path}): write it where it belongs"
-        )
-    return text
-
-
-def render(rubric: str, prompt: str, first: str, second: str) -> str:
-    """The question; what looks like a placeholder in a text stays."""
-    texts = {"prompt": prompt, "first": first, "second": second}
-    return PLACEHOLDER.sub(lambda name: texts[name[1]], rubric)

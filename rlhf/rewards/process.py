@@ -25,18 +25,18 @@ from typing import IO, Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
-from rlhf.rewards.batch import Batch, text_of
+from rlhf.rewards.batch import Batch, last_text
 from rlhf.rewards.functions import (
     SEARCH_SECONDS,
     CallError,
     RewardFunction,
-    Scores,
     call_async,
     call_function,
     find_row,
     load_function,
     too_late,
 )
+from rlhf.verifiers import Scores
 
 LOADING_SECONDS = 120.0  # to import the modules of all functions
 GRACE_SECONDS = 2.0  # beyond the timeout, for a function that is `async def` to report it itself
@@ -163,7 +163,7 @@ class RewardProcess:
             self._warn(name, what)
             return Result([None] * len(batch), [True] * len(batch))
         first = "" if row is not None else "first "
-        prompt = text_of(batch.prompts[row or 0])[-80:]
+        prompt = last_text(batch.prompts[row or 0])[-80:]
         raise UserError(f"{spec.key}: {first}prompt {prompt!r}: the function {what}")
 
     def _warn(self, name: str, what: str) -> None:

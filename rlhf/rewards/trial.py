@@ -25,7 +25,7 @@ TRIED_ROWS = 4  # on which the functions are called before a model is loaded
 TRUTHS = ("ground_truth", "reward_model", "answer")  # where functions.verl_arguments looks
 ENDLESS = 1e6  # seconds for a call that limits each of its requests to a server itself
 SHORT_RESPONSE = "Yes."  # for prompts whose row has no answer
-REMOTE, JUDGE = "rlhf.rewards.remote:remote", "rlhf.rewards.remote:judge"
+REMOTE, JUDGE = "rlhf.rewards.remote:remote", "rlhf.rewards.judge:judge"
 
 
 def start_functions(cfg: Config) -> RewardProcess | None:

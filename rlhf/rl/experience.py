@@ -155,6 +155,10 @@ class Models:
     gather: bool = True  # ZeRO-3: gather the actor's weights while sampling, else for every token
     engine: RolloutEngine = RolloutEngine.native
 
+    def trained(self) -> dict[str, Engine[Policy] | Engine[Scorer]]:
+        """The engines that are trained, by role."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+
 
 def make_experience(
     models: Models,

@@ -68,8 +68,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     # 1. data
     functions = start_functions(cfg)
     check_reward_models(cfg)
-    path = cfg.inputs["sft"]
-    tokenizer, data = open_inputs(cfg, run_dir, path, samples=True, references=False)
+    tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True, references=False)
     try_functions(functions, data)
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
@@ -93,10 +92,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         tracker=tracker,
         monitor=Monitor(tracker.alert),
         evaluations=Evaluations(cfg, data, models, run_dir),
+        ema=ema,
     )
-    engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
-    remembered = state.parts() | ({"ema": ema} if ema else {})
-    checkpoints = Checkpoints(cfg, run_dir, rollouts, engines, remembered)
+    checkpoints = Checkpoints(cfg, run_dir, rollouts, models.trained(), state.parts())
     done = checkpoints.resume()
     if not done:
         state.evaluations.remember_start()
@@ -142,10 +140,12 @@ class State:
     tracker: Tracker
     monitor: Monitor
     evaluations: Evaluations
+    ema: MovingAverage | None  # of the policy's weights
 
     def parts(self) -> dict[str, Stateful]:
-        """The fields by name, as a checkpoint stores them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The fields that the run has, by name, as a checkpoint stores them."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 # ----------------------------------------------------------------------------------- one rollout

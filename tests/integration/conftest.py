@@ -1,13 +1,17 @@
-"""Fixtures of the tests of chat.py: two policies, a reward model, and a user who types."""
+"""Fixtures of the tests of chat.py: two policies, a reward model, and a user who types; and of the
+command line: options that are made from files."""
 
 from __future__ import annotations
 
+import copy
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers import register
 
 if TYPE_CHECKING:
     from chats import Chat
@@ -61,3 +65,26 @@ def talk_to(
         return capsys.readouterr()
 
     return run
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def options() -> None:
+    """The options that are made from files, as train.py makes them."""
+    register()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for the user's option files; what Hydra learns of it is forgotten afterwards."""
+    from hydra.core.config_store import ConfigStore
+
+    from rlhf import compose
+
+    store = ConfigStore.instance()
+    before = copy.deepcopy(store.repo)
+    yield tmp_path
+    store.repo = before
+    compose.register()

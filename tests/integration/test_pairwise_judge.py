@@ -15,7 +15,8 @@ from rlhf.config.stage_nodes import Judge, RewardSource
 from rlhf.data.records import Prompt, Turn
 from rlhf.evaluation.win_rates import comparing_judges, win_rates
 from rlhf.rewards import server as requests
-from rlhf.rewards.pairwise import PairwiseJudge, compare, in_both_orders, render, verdict
+from rlhf.rewards.pairwise import PairwiseJudge, compare, in_both_orders, verdict
+from rlhf.rewards.rubric import render
 from rlhf.rewards.trial import spec_of
 
 VARIABLE, KEY = "TEST_JUDGE_KEY", "sk-secret-5f0c"
@@ -32,7 +33,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def judge_at(server: Running, rubric: str | None = None) -> PairwiseJudge:
-    return PairwiseJudge(server.endpoint, "judge", rubric, VARIABLE, timeout=10.0)
+    return PairwiseJudge(server.endpoint, "judge", VARIABLE, timeout=10.0, rubric=rubric)
 
 
 def test_the_better_response_wins_in_both_orders(tmp_path: Path) -> None:
@@ -150,7 +151,8 @@ def test_the_last_verdict_of_a_reply_counts() -> None:
 
 
 def test_a_text_that_looks_like_a_placeholder_stays() -> None:
-    assert render("{prompt}|{first}|{second}", "{second}", "{first}", "x") == "{second}|{first}|x"
+    texts = {"prompt": "{second}", "first": "{first}", "second": "x"}
+    assert render("{prompt}|{first}|{second}|{third}", texts) == "{second}|{first}|x|{third}"
 
 
 def test_the_rubric_for_pairs_is_no_argument_of_the_judge_of_one_response() -> None:

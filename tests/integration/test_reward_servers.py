@@ -15,7 +15,9 @@ from reward_server import running
 
 from rlhf.base.errors import UserError
 from rlhf.rewards import server as requests
-from rlhf.rewards.remote import cache_folder, grade, judge, remote
+from rlhf.rewards.judge import grade, judge
+from rlhf.rewards.language_model import cache_folder
+from rlhf.rewards.remote import remote
 
 PROMPTS = ["3 + 4?", [{"role": "user", "content": "5 + 6?"}]]
 COMPLETIONS = ["7", [{"role": "assistant", "content": "eleven"}]]
@@ -151,8 +153,8 @@ def grades(
     endpoint: str, rubric: Path, completions: list[Any], **settings: Any
 ) -> list[float | None]:
     prompts = ["Say hello."] * len(completions)
-    given: dict[str, Any] = {"api_key_env": VARIABLE, **settings}
-    return asyncio.run(judge(prompts, completions, endpoint, "m", str(rubric), **given))
+    server = {"endpoint": endpoint, "model": "m", "api_key_env": VARIABLE}
+    return asyncio.run(judge(prompts, completions, str(rubric), **(server | settings)))
 
 
 @pytest.fixture
@@ -321,9 +323,9 @@ def test_the_grade_in_a_reply(reply: str, score: float | None) -> None:
 
 ASK = """
 import asyncio, json, sys
-from rlhf.rewards.remote import judge
+from rlhf.rewards.judge import judge
 texts = [f"{i}!" for i in range(20)]
-scores = asyncio.run(judge(["x"] * 20, texts, sys.argv[1], "m", sys.argv[2]))
+scores = asyncio.run(judge(["x"] * 20, texts, sys.argv[2], endpoint=sys.argv[1], model="m"))
 print(json.dumps(scores), any(name in sys.modules for name in ("torch", "transformers")))
 """
 

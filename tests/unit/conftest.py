@@ -1,4 +1,5 @@
-"""Shared by the quick tests: a policy in one process, a rollout of it, settings, and a cache."""
+"""Shared by the quick tests: a policy in one process, a rollout of it, engines, settings, and a
+cache."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import composed
+from rollouts import Engines, build
 
 from rlhf.config.choices import Precision
 from rlhf.config.schema import Config
@@ -56,6 +58,14 @@ def cfg() -> Config:
     rates = ["rl.lr=1e-3", "rl.critic.lr=1e-3", "rl.schedule=constant", "rl.warmup_steps=0"]
     few = ["rl.epochs=1", "rl.minibatches=1", "rl.kl.coef=0.1"]
     return composed("stage=ppo", *few, *rates)
+
+
+@pytest.fixture(scope="module")
+def models_of_ppo(
+    cfg: Config, one_process: None, tmp_path_factory: pytest.TempPathFactory
+) -> Engines:
+    """Actor and reference with the same weights, a reward model and a critic; all untrained."""
+    return build(cfg, tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture

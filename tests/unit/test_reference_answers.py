@@ -9,12 +9,8 @@ import pytest
 from rlhf.data.load import table_of
 from rlhf.data.records import Pair, Prompt, Turn
 from rlhf.evaluation import reference_answers
-from rlhf.evaluation.reference_answers import (
-    COLUMNS,
-    check_of,
-    reference_in,
-    verdicts_on_references,
-)
+from rlhf.evaluation.reference_answers import check_of, reference_in, verdicts_on_references
+from rlhf.verifiers import REFERENCES
 
 PROMPTS = [Prompt([Turn("user", f"{n} + 1")]) for n in range(4)]
 ANSWERS = ["1", "2", "3", "4"]
@@ -64,7 +60,7 @@ def test_the_reference_of_a_row_without_an_answer_is_in_a_column(
     columns: dict[str, object], reference: str
 ) -> None:
     text = json.dumps(columns) if columns else ""
-    assert reference_in(Prompt([Turn("user", "?")], text), COLUMNS) == reference
+    assert reference_in(Prompt([Turn("user", "?")], text), REFERENCES) == reference
 
 
 def test_the_rows_are_spread_over_all_that_have_a_reference(
@@ -75,6 +71,6 @@ def test_the_rows_are_spread_over_all_that_have_a_reference(
     pairs = [Pair(one, "", None, columns=f'{{"answer": "{n}"}}') for n, one in enumerate(turns)]
     pairs[6] = Pair(turns[6], "six", None)
     pairs[9] = Pair(turns[9], "", None)
-    prompts, answers = reference_answers.reference_answers(table_of(pairs), COLUMNS)
+    prompts, answers = reference_answers.reference_answers(table_of(pairs), REFERENCES)
     assert answers == ["0", "3", "six"]
     assert [prompt.turns[-1].text for prompt in prompts] == ["0", "3", "6"]

@@ -1,4 +1,4 @@
-"""Files of every kind, files and rows that cannot be read, and what a stage says of its data."""
+"""Files and rows that cannot be read, and what a stage says of its data."""
 
 # T.. and D.. name the tests and flaws of the survey of DeepSpeed-Chat that a test answers.
 
@@ -7,14 +7,12 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from data_files import Record, jsonl, row, rows
+from data_files import jsonl, row, rows
 from helpers import composed
-from prepared_data import assert_counts_add_up, config, questions_of, saved
+from prepared_data import assert_counts_add_up, config
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow, Format
@@ -23,99 +21,6 @@ from rlhf.data import load
 from rlhf.data.sources import load_sources
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-# --- kinds of files
-
-
-def written(path: Path, records: list[Record]) -> Path:
-    """A file or directory of the kind that the name says."""
-    import datasets
-
-    table = datasets.Dataset.from_list(records)
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    match path.name.split(".", 1)[1]:
-        case "jsonl":
-            path.write_text(text)
-        case "bom.jsonl":
-            path.write_text("\ufeff" + text)
-        case "lines.json":
-            path.write_text(text)
-        case "json":
-            path.write_text(json.dumps(records, indent=1))
-        case "jsonl.gz":
-            path.write_bytes(gzip.compress(text.encode()))
-        case "json.gz":
-            path.write_bytes(gzip.compress(json.dumps(records).encode()))
-        case "parquet":
-            table.to_parquet(str(path))
-        case "csv":
-            table.to_csv(str(path))
-        case "csv.gz":
-            path.write_bytes(gzip.compress(table.to_pandas().to_csv(index=False).encode()))
-        case "saved":
-            table.save_to_disk(str(path))
-    return path
-
-
-KINDS = [
-    "jsonl",
-    "bom.jsonl",
-    "jsonl.gz",
-    "json",
-    "lines.json",
-    "json.gz",
-    "parquet",
-    "csv",
-    "csv.gz",
-    "saved",
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_gives_the_same(tmp_path: Path, kind: str) -> None:
-    records = rows(*range(60)) + [
-        {"prompt": 'Größe, "日本"\n☃?', "chosen": "a,b\nc", "rejected": "x\ty"}
-    ]
-    wanted = load_sources(config(mine=jsonl(tmp_path / "wanted.jsonl", records)))
-    data = load_sources(config(mine=written(tmp_path / f"a.{kind}", records)))
-    for part in ("sft", "rm", "ppo"):
-        assert getattr(data, part).to_list() == getattr(wanted, part).to_list()
-    assert (data.eval_sft, data.eval_rm, data.report) == (
-        wanted.eval_sft,
-        wanted.eval_rm,
-        wanted.report,
-    )
-
-
-def test_a_csv_file_is_text(tmp_path: Path) -> None:
-    """ "NA" is an answer, and so is 42; nothing at all is null."""
-    file = tmp_path / "a.csv"
-    file.write_text(
-        "prompt,chosen,rejected\n"
-        + "".join(f"What is {i}?,NA,{i}\nAnd {i}?,null,\n" for i in range(100))
-    )
-    data = load_sources(config(mine=file))
-    found = {(record["chosen"], record["rejected"] is None) for record in [*data.sft, *data.ppo]}
-    assert found == {("NA", False), ("null", True)} and {
-        record["chosen"] for record in data.rm
-    } == {"NA"}
-    scores = tmp_path / "scores.csv"
-    scores.write_text(
-        "prompt,answer_a,answer_b,score_a,votes\n"
-        + "".join(f"What is {i}?,1,2,{i}.5,50\n" for i in range(100))
-    )
-    columns = {"score_b": "votes"}
-    data = load_sources(
-        config(mine=Source(path=str(scores), format=Format.scored_answers, columns=columns))
-    )
-    assert {
-        (int(text.split()[-1][:-1]) > 49, r["chosen"])
-        for r, text in zip(data.rm, questions_of(data.rm))
-    } == {(True, "1"), (False, "2")}
-
-
-# --- bad input
 
 
 def broken(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -248,25 +153,6 @@ def test_columns_that_are_missing_are_named_with_those_there_are(tmp_path: Path)
         load_sources(config(mine=Source(path=str(file), format=Format.chosen_rejected)))
 
 
-def test_a_split_that_is_not_there_is_named_with_those_there_are(tmp_path: Path) -> None:
-    directory = saved(tmp_path / "set", train=rows(1), validation=rows(2))
-    for source in (
-        Source(path=str(directory), split="test"),
-        Source(path=str(directory), eval_split="test"),
-    ):
-        with pytest.raises(
-            UserError,
-            match=rf"data.sources.mine: {directory} has no split test; it has train, validation",
-        ):
-            load_sources(config(mine=source))
-    written(tmp_path / "one.saved", rows(1, 2))
-    with pytest.raises(UserError, match="has no split test; it has train"):
-        load_sources(config(mine=Source(path=str(tmp_path / "one.saved"), eval_split="test")))
-    (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match="other: no file ends in .jsonl, .*; the folder is empty"):
-        load_sources(config(mine=tmp_path / "other"))
-
-
 BAD = [
     ("{not json", "not JSON (Expecting property name"),
     ("[1, 2]", "JSON, but not an object"),
@@ -305,71 +191,6 @@ def test_a_bad_row_among_many_is_skipped_and_shown_or_refused(
     with pytest.raises(UserError) as error:
         load_sources(config(BadRow.refuse, mine=file))
     assert str(error.value).startswith(where)
-
-
-def test_a_hub_name_without_network_is_refused_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The library alone would try for 23 s. The server here takes no connection."""
-    import datasets
-    import huggingface_hub
-
-    for module in (datasets.config, huggingface_hub.constants):
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    for name in ("HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    started = time.time()
-    with pytest.raises(UserError) as error:
-        load_sources(config(mine="somebody/unknown", other="somebody/else"))
-    assert time.time() - started < 5
-    expected = (
-        "data.sources.mine.path=somebody/unknown: no such file, not in the cache, and the hub "
-        "does not answer"
-    )
-    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
-
-
-def test_hub_sets_that_are_programs_are_read_as_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """miracl and jaquad are programs, which the library does not run; the hub has parquet files."""
-    import datasets
-
-    called = []
-
-    def load_dataset(*args: Any, **kwargs: Any) -> Any:
-        called.append((args, kwargs))
-        if "revision" not in kwargs:
-            raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
-        return datasets.Dataset.from_list(rows(*range(50)))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert (
-        load_sources(config(mine=Source(path="a/b", config="c", split="dev"))).report[0]["rows"]
-        == 50
-    )
-    assert called[1] == (("a/b", "c"), {"split": "dev", "revision": "refs/convert/parquet"})
-
-
-def test_the_hubs_own_splits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def load_dataset(*args: Any, **kwargs: Any) -> Any:
-        raise ValueError("Unknown split \"dev\". Should be one of ['train', 'test'].")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError,
-        match=(
-            r"data.sources.mine.split=dev: Unknown split .dev.. Should be one of \['train', "
-            r"'test'\]"
-        ),
-    ):
-        load_sources(config(mine=Source(path="a/b", split="dev")))
-
-
-# --- for the stages
 
 
 def stage(name: str, file: Path, *overrides: str) -> Config:
