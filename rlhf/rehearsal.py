@@ -111,16 +111,13 @@ def try_stage(cfg: Config, folder: Path) -> None:
     if not function_sources(cfg, cfg.stage.name):
         return
     from rlhf.data.load import open_data
-    from rlhf.rewards.trial import start_functions, try_functions
+    from rlhf.rewards.trial import running_functions, try_functions
 
-    functions = start_functions(cfg)
-    assert functions is not None
+    names = ", ".join(function_sources(cfg, cfg.stage.name))
+    say(f"{cfg.stage.name}: trying {names} ...")
     folder.mkdir()
-    try:
+    with running_functions(cfg) as functions:
         rows = try_functions(functions, open_data(cfg, folder))
-    finally:
-        functions.close()
-    names = ", ".join(functions.specs)
     say(f"{cfg.stage.name}: tried {names} on {rows} held-out prompts")
 
 

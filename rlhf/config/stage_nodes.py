@@ -100,6 +100,14 @@ class Judge:
     api_key_env: Optional[str] = key(
         "name of the environment variable with the key; null: none", default=None
     )
+    max_score: float = key(
+        "highest grade of the rubric, which is a reward of 1", above=0, default=10.0
+    )
+    max_tokens: Optional[int] = key("of a reply; null: the server decides", above=0, default=None)
+    concurrency: int = placement("largest number of requests at the same time", above=0, default=8)
+    cache: Optional[str] = placement(
+        "folder of the replies; null: rlhf/judge in the user's cache folder", default=None
+    )
 
 
 @dataclass(kw_only=True)

@@ -342,6 +342,9 @@ def check_kind(key: str, source: RewardSource) -> Iterator[str]:
             yield f"{key}.{name}={address}: give an address that begins with http:// or https://"
     if source.kwargs and given in ([], ["path"]):
         yield f"{key}.kwargs: they are arguments of a function, and this is a reward model"
+    unknown = source.kwargs.keys() - {"column"}
+    if unknown and given in (["url"], ["judge"]):
+        yield f"{key}.kwargs.{min(unknown)}: of a server only `column` is read, the reference's"
 
 
 def nearest_multiple(value: int, divisor: int) -> int:

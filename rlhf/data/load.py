@@ -162,9 +162,7 @@ def summarize(data: Dataset) -> str:
         if own := report.get("own_system"):
             lines.append(f"  system_prompt: {plural(own, 'row')} with a system turn, which stays")
         if unread := report.get("unread"):
-            lines.append(
-                f"  columns not read, unless a reward function asks for them: {', '.join(unread)}"
-            )
+            lines.append(f"  columns not read, except by reward functions: {', '.join(unread)}")
             if "tools" in unread:
                 lines.append("  tools are read with data.template=tokenizer")
         if separators := report.get("separators"):
@@ -248,7 +246,7 @@ def use_of_rows(data: Dataset, cfg: Data) -> str:
     command = command_line("train.py", "stage=grpo", *data_arguments(cfg), *more)
     return (
         "prompts alone are for online RL, which starts from a trained policy and a reward model of"
-        f" yours:  {command}"
+        f" yours, or reward functions (docs/rewards.md):  {command}"
     )
 
 
@@ -264,4 +262,6 @@ def data_arguments(cfg: Data) -> list[str]:
     if source.columns:
         names = [f"{field}: {override_text(name)}" for field, name in source.columns.items()]
         chosen.append(f"+data.sources.mine.columns={{{', '.join(names)}}}")
+    if source.system_prompt:
+        chosen.append(f"data.sources.mine.system_prompt={override_text(source.system_prompt)}")
     return chosen

@@ -14,7 +14,7 @@ from rlhf.config.stage_graph import score_sources
 from rlhf.data.inspection.measuring import ReferenceCheck
 from rlhf.data.records import Prompt, Turn
 from rlhf.evaluation.pass_rates import PASSING_SCORE
-from rlhf.rewards.batch import columns_of, make_batch
+from rlhf.rewards.batch import NOT_TRAINING, make_batch, reference_in
 from rlhf.rewards.process import RewardProcess
 from rlhf.rewards.trial import check_columns, spec_of
 from rlhf.verifiers import REFERENCES
@@ -62,12 +62,11 @@ def score_rows(
 
     Raises: UserError where one fails.
     """
-    state = {"global_step": 0, "max_steps": 0}
     scores: dict[str, list[float | None]] = {name: [] for name in process.specs}
     for start in range(0, len(prompts), CALL):
         part = slice(start, start + CALL)
         ids: list[list[int]] = [[] for _ in prompts[part]]
-        batch = make_batch(prompts[part], responses[part], ids, state)
+        batch = make_batch(prompts[part], responses[part], ids, NOT_TRAINING)
         for name, result in process.score(batch).items():
             scores[name] += result.scores
     return scores
@@ -76,12 +75,15 @@ def score_rows(
 def check_of(
     name: str, prompts: Sequence[Prompt], answers: Sequence[str], scores: Sequence[float | None]
 ) -> ReferenceCheck:
-    """How many answers do not pass, and the first of them."""
+    """How many answers do not pass, and the first of them; to how many it does not apply, and the
+    first of them."""
     result = ReferenceCheck(
         reward=name, rows=len(scores), not_applicable=scores.count(None), failed=0
     )
     for prompt, answer, value in zip(prompts, answers, scores):
-        if value is not None and value < PASSING_SCORE:
+        if value is None:
+            result.setdefault("without_score", answer)
+        elif value < PASSING_SCORE:
             result["failed"] += 1
             if "score" not in result:
                 result["score"] = value
@@ -106,18 +108,6 @@ def reference_answers(
     return prompts, answers
 
 
-def reference_in(prompt: Prompt, columns: Sequence[str]) -> str:
-    """The reference in one of the columns of a prompt's row, as text; "" without one."""
-    row = columns_of(prompt)
-    for name in columns:
-        value = row.get(name)
-        if isinstance(value, dict):  # verl: {"ground_truth": "7", "style": "rule"}
-            value = value.get("ground_truth")
-        if isinstance(value, str | int | float):
-            return str(value)
-    return ""
-
-
 def verdicts_on_references(checks: Sequence[ReferenceCheck]) -> list[str]:
     """A line for each function that does not pass all reference answers."""
     lines = []
@@ -128,7 +118,14 @@ def verdicts_on_references(checks: Sequence[ReferenceCheck]) -> list[str]:
                 f"reward {check['reward']}: it applies to none of {check['rows']:,} reference "
                 "answers (None); look at the columns that it reads"
             )
-        elif check["failed"]:
+            continue
+        if check["not_applicable"]:
+            lines.append(
+                f"reward {check['reward']}: it does not apply to {check['not_applicable']:,} of "
+                f"{check['rows']:,} reference answers (None), the first one "
+                f"{check['without_score'][:80]!r}: these rows have no score from it"
+            )
+        if check["failed"]:
             lines.append(
                 f"reward {check['reward']}: {check['failed']:,} of {applies:,} reference answers "
                 f"({check['failed'] / applies:.0%}) score less than 1, the first one"

@@ -15,7 +15,6 @@ from rlhf.reporting.eval_results import WinRate
 from rlhf.rewards.batch import question_text
 from rlhf.rewards.pairwise import PairwiseJudge, compare
 
-OF_REQUESTS = ("concurrency", "max_tokens", "cache")  # a judge's kwargs that hold for pairs too
 Responses = list[dict[str, Any]]  # a row per prompt, as evaluate_policy returns them
 
 
@@ -60,7 +59,9 @@ def comparing_judges(cfg: Config) -> dict[str, PairwiseJudge]:
             source.judge.api_key_env,
             source.timeout,
             rubric=source.judge.pair_rubric,
-            **{key: source.kwargs[key] for key in OF_REQUESTS if key in source.kwargs},
+            max_tokens=source.judge.max_tokens,
+            concurrency=source.judge.concurrency,
+            cache=source.judge.cache,
         )
         for name, source in score_sources(cfg, "eval").items()
         if source.judge

@@ -9,8 +9,9 @@ from typing import Any
 
 from rlhf.data.records import Prompt
 from rlhf.data.template import message_of
-from rlhf.verifiers import Text, text_of
+from rlhf.verifiers import REFERENCES, Text, text_of
 
+NOT_TRAINING = {"global_step": 0, "max_steps": 1}  # of trainer_state
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
@@ -73,16 +74,30 @@ def columns_of(prompt: Prompt) -> dict[str, Any]:
     return columns
 
 
+def reference_in(prompt: Prompt, columns: Sequence[str] = REFERENCES) -> str:
+    """The reference in one of the columns of a prompt's row, as text; "" without one."""
+    row = columns_of(prompt)
+    for name in columns:
+        value = row.get(name)
+        if isinstance(value, dict):  # verl: {"ground_truth": "7", "style": "rule"}
+            value = value.get("ground_truth")
+        if isinstance(value, str | int | float):
+            return str(value)
+    return ""
+
+
 def as_given(prompt: Prompt) -> Any:
     """A prompt as its data set has it: messages, or text.
 
-    A text with several turns is written as in Anthropic's data, "\\n\\nHuman: ...\\n\\nAssistant:".
+    The system turn before a text is not in it. A text with several turns is written as in
+    Anthropic's data, "\\n\\nHuman: ...\\n\\nAssistant:".
     """
     if prompt.is_messages:
         return [message_of(turn) for turn in prompt.turns if turn.role != "tools"]
-    if len(prompt.turns) == 1:
-        return prompt.turns[0].text
-    spoken = [f"\n\n{SPEAKERS.get(turn.role, turn.role)}: {turn.text}" for turn in prompt.turns]
+    turns = prompt.turns[prompt.turns[0].role == "system" :]
+    if len(turns) == 1:
+        return turns[0].text
+    spoken = [f"\n\n{SPEAKERS.get(turn.role, turn.role)}: {turn.text}" for turn in turns]
     return "".join(spoken) + "\n\nAssistant:"
 
 

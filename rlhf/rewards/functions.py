@@ -11,7 +11,8 @@ Either may be `async def`. This runs in the helper process (rlhf/rewards/process
 from __future__ import annotations
 
 import asyncio
-import importlib
+import contextlib
+import copy
 import importlib.util
 import inspect
 import math
@@ -21,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,7 +33,9 @@ from rlhf.verifiers import Scores
 
 OF_THE_BATCH = ("prompts", "completions", "completion_ids", "trainer_state")
 OF_VERL = {"solution_str", "ground_truth"}  # a function with both has verl's convention
+OF_VERL_ALL = {*OF_VERL, "data_source", "extra_info"}
 SEARCH_SECONDS = 5.0  # to find the row on which a function fails
+LARGEST = 1e30  # of a score, whose weighted sum must be finite in fp32
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,22 @@ class RewardFunction:
 class CallError(Exception):
     """What a function did wrong: the text after "the function", and the row where it is known."""
 
-    def __init__(self, what: str, row: int | None = None, error: BaseException | None = None):
+    def __init__(
+        self,
+        what: str,
+        row: int | None = None,
+        error: BaseException | None = None,
+        is_timeout: bool = False,
+    ):
         super().__init__(what)
         self.row = row
-        # an exception, which one of the rows may have caused; a UserError is about the whole call
-        self.raised = error is not None and not isinstance(error, UserError)
-        self.is_whole = isinstance(error, UserError)
+        self.error = error  # what the function raised
+        # about the whole call: to try its rows one by one would be in vain
+        self.is_whole = is_timeout or isinstance(error, UserError)
+
+    def is_like(self, other: CallError) -> bool:
+        """Whether both are the same exception with the same message."""
+        return type(self.error) is type(other.error) and message(self.error) == message(other.error)
 
 
 # ------------------------------------------------------------------------------------ loading
@@ -79,13 +93,16 @@ def load_function(path: str, kwargs: dict[str, Any], key: str) -> RewardFunction
     """
     place, _, name = path.rpartition(":")
     try:
-        function = getattr(import_module(place), name, None)
-    except (Exception, SystemExit) as error:
+        module = import_file(Path(place)) if place.endswith(".py") else import_module(place)
+        function = getattr(module, name, None)
+    except BaseException as error:
         raise UserError(f"{key}: cannot import {place}: {cause(error)}") from error
     if function is None:
         raise UserError(f"{key}: there is no {name} in {place}")
     if not callable(function):
         raise UserError(f"{key}: {name} is not a function")
+    if inspect.isclass(function):
+        raise UserError(f"{key}: {name} is a class: name a function, or an object of the class")
     try:
         signature = inspect.signature(function)
     except ValueError:
@@ -93,17 +110,18 @@ def load_function(path: str, kwargs: dict[str, Any], key: str) -> RewardFunction
     return read_signature(function, signature, kwargs, f"{key}: {name}")
 
 
-def import_module(place: str) -> ModuleType:
-    """A module by its name, or by the path of its file."""
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    file = Path(place).expanduser().resolve()
-    sys.path.insert(0, str(file.parent))  # for the modules beside it
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+def import_file(path: Path) -> ModuleType:
+    """A file as a module, once. Its name is not that of the file: that may be a library's."""
+    file = path.expanduser().resolve()
+    name = f"reward file {file}"
+    if name in sys.modules:
+        return sys.modules[name]
+    sys.path.append(str(file.parent))  # for the modules beside it
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -123,15 +141,17 @@ def read_signature(
             f"{where} has the parameters ({', '.join(p.name for p in every)}), and gets lists by "
             "name: write def f(prompts, completions, **columns) -> list[float | None]"
         )
+    if taken := sorted(kwargs.keys() & {*OF_THE_BATCH, "solution_str"}):
+        raise UserError(
+            f"{where}: kwargs have {taken[0]}, which is an argument of its own: drop it"
+        )
     if not takes_all and (unknown := sorted(kwargs.keys() - names)):
         raise UserError(
             f"{where} has no parameter {unknown[0]}, which kwargs give; it has "
             f"{', '.join(sorted(names))}"
         )
     of_object: object = type(function).__call__  # async where the function is an object
-    is_async = any(
-        inspect.iscoroutinefunction(one) for one in (inspect.unwrap(function), of_object)
-    )
+    is_async = any(inspect.iscoroutinefunction(one) for one in (function, of_object))
     required = frozenset(p.name for p in by_name if p.default is p.empty)
     return RewardFunction(function, names, required, takes_all, is_async, kwargs)
 
@@ -146,10 +166,10 @@ def call_function(function: RewardFunction, batch: Batch) -> Scores:
         if function.is_verl:
             returned = []
             for row in range(len(batch)):
-                returned.append(function.call(**verl_arguments(function, batch, row)))
+                returned.append(awaited(function.call(**verl_arguments(function, batch, row))))
         else:
-            returned = function.call(**arguments(function, batch))
-    except (Exception, SystemExit) as error:
+            returned = awaited(function.call(**arguments(function, batch)))
+    except BaseException as error:
         raise CallError(failed(error, batch, row), row, error) from error
     return check_values(function, returned, batch)
 
@@ -166,10 +186,19 @@ async def call_async(function: RewardFunction, batch: Batch, timeout: float) -> 
     except TimeoutError as error:
         if str(error):  # one of its own
             raise CallError(failed(error, batch, None), None, error) from error
-        raise CallError(too_late(timeout, len(batch))) from error
-    except (Exception, SystemExit) as error:
+        raise CallError(too_late(timeout, len(batch)), is_timeout=True) from error
+    except BaseException as error:
         raise CallError(failed(error, batch, None), None, error) from error
     return check_values(function, returned, batch)
+
+
+def awaited(returned: Any) -> Any:
+    """What a function returned, also one that hides an `async def` in a plain function."""
+
+    async def result() -> Any:
+        return await returned
+
+    return asyncio.run(result()) if inspect.isawaitable(returned) else returned
 
 
 def failed(error: BaseException, batch: Batch, row: int | None) -> str:
@@ -183,27 +212,34 @@ def too_late(timeout: float, rows: int) -> str:
     return f"gave no answer within {timeout:g} s (timeout) for {rows} completions"
 
 
-def find_row(function: RewardFunction, batch: Batch) -> CallError | None:
-    """The error of the first row on which a function fails alone; None where none does, or where
-    looking for it takes too long."""
+def find_row(function: RewardFunction, batch: Batch, error: CallError) -> CallError:
+    """The error with the first row on which the function fails alone in the same way; as it is
+    where there is none, where looking for it takes too long, and where the first and the last row
+    fail alike: then it is not about a row."""
     until = time.monotonic() + SEARCH_SECONDS
-    for row in range(len(batch)):
-        left = until - time.monotonic()
-        if left <= 0:
-            return None
+
+    def fails(row: int) -> bool:
         alone = batch.rows([row])
         try:
             if function.is_async:
-                asyncio.run(call_async(function, alone, left))
+                asyncio.run(call_async(function, alone, max(0.0, until - time.monotonic())))
             else:
                 call_function(function, alone)
-        except CallError as error:
-            if not error.raised:
-                return None
+        except CallError as found:
+            return found.is_like(error)
+        return False
+
+    last = len(batch) - 1
+    if last and fails(0) and fails(last):
+        return error
+    for row in range(len(batch)):
+        if time.monotonic() > until:
+            break
+        if fails(row):
             text = last_text(batch.completions[row])[:80]
             what = str(error).replace("failed:", f"failed on the completion {text!r}:", 1)
             return CallError(what, row)
-    return None
+    return error
 
 
 def arguments(function: RewardFunction, batch: Batch) -> dict[str, Any]:
@@ -216,9 +252,9 @@ def arguments(function: RewardFunction, batch: Batch) -> dict[str, Any]:
         "trainer_state": SimpleNamespace(**batch.trainer_state),
         **function.kwargs,
     }
-    if function.takes_all:
-        return given
-    return {name: value for name, value in given.items() if name in function.parameters}
+    names = given.keys() if function.takes_all else given.keys() & function.parameters
+    # a copy, as a function may change its lists, which others read
+    return {name: copy.deepcopy(given[name]) for name in names}
 
 
 def verl_arguments(function: RewardFunction, batch: Batch, row: int) -> dict[str, Any]:
@@ -241,15 +277,22 @@ def verl_arguments(function: RewardFunction, batch: Batch, row: int) -> dict[str
         "ground_truth": next((truth for truth in truths if truth is not None), None),
         **function.kwargs,
     }
-    return {name: value for name, value in given.items() if name in function.parameters}
+    # verl gives its four and those of the configuration; columns only where they are named
+    names = {*function.parameters, *OF_VERL_ALL, *function.kwargs}
+    if not function.takes_all:
+        names &= function.parameters
+    return {name: value for name, value in given.items() if name in names}
 
 
 def check_values(function: RewardFunction, returned: Any, batch: Batch) -> Scores:
     """What a function returned as numbers. Raises: CallError."""
     at = defined_at(function.call)
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    values = returned
+    if hasattr(returned, "tolist"):  # an array or a tensor
+        with contextlib.suppress(Exception):
+            values = returned.tolist()
     if not isinstance(values, list | tuple):
-        raise CallError(f"returned {values!r:.80}, not a list of {len(batch)} scores{at}")
+        raise CallError(f"returned {written(values)}, not a list of {len(batch)} scores{at}")
     if len(values) != len(batch):
         raise CallError(f"returned {len(values)} scores for {len(batch)} completions{at}")
     return [checked(value, batch, row, at) for row, value in enumerate(values)]
@@ -265,20 +308,35 @@ def checked(value: Any, batch: Batch, row: int, at: str) -> float | None:
         number = math.nan if isinstance(value, str) else float(value)
     except Exception:  # whatever float() of it raises
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:  # nor is NaN
         text = last_text(batch.completions[row])[:80]
-        raise CallError(
-            f"returned {value!r:.80} for the completion {text!r}, not a finite number or None{at}",
-            row,
-        )
+        wanted = f"at most {LARGEST:g}" if math.isfinite(number) else "a finite number or None"
+        what = f"returned {written(value)} for the completion {text!r}, not {wanted}{at}"
+        raise CallError(what, row)
     return number
+
+
+def written(value: Any) -> str:
+    """The beginning of a value, for messages."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # whatever its own code raises
+        return f"a {type(value).__name__}"
+
+
+def message(error: BaseException | None) -> str:
+    """What an exception says, in one line."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:  # whatever its own code raises
+        return "(it cannot be written)"
 
 
 def cause(error: BaseException) -> str:
     """An exception in one line; of the user's code with its type, and file and line."""
     if isinstance(error, UserError):  # of our own functions: a line already
         return str(error)
-    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    what = f"{type(error).__name__}: {message(error)}"
     libraries = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
     frames = [
         frame

@@ -114,14 +114,18 @@ class RewardProcess:
         arguments = self._process.stdout, self._lines
         threading.Thread(target=read_lines, args=arguments, daemon=True).start()
         self._send({name: asdict(spec) for name, spec in self.specs.items()})
-        answer = self._receive(LOADING_SECONDS)
+        answer, name = self._receive(LOADING_SECONDS), ""
+        while answer and "loading" in answer:
+            name = answer["loading"]
+            answer = self._receive(LOADING_SECONDS)
         if answer is None:
+            code = self._process.poll()
             self.close()
-            keys = ", ".join(spec.key for spec in self.specs.values())
-            raise UserError(
-                f"{keys}: importing the functions ended their process, or took longer "
-                f"than {LOADING_SECONDS:g} s"
+            key = (
+                self.specs[name].key if name else ", ".join(one.key for one in self.specs.values())
             )
+            how = f"took longer than {LOADING_SECONDS:g} s" if code is None else ended(code)
+            raise UserError(f"{key}: importing the function {how}")
         if "error" in answer:
             self.close()
             raise UserError(answer["error"])
@@ -180,15 +184,17 @@ class RewardProcess:
     def _receive(self, seconds: float) -> dict[str, Any] | None:
         """The next message; None after so many seconds, or where the process has ended."""
         assert self._process is not None
-        try:
-            line = self._lines.get(timeout=seconds)
-        except queue.Empty:
-            return None
-        if line is None:
-            self._process.wait()
-            return None
-        message: dict[str, Any] = json.loads(line)
-        return message
+        while True:
+            try:
+                line = self._lines.get(timeout=seconds)
+            except queue.Empty:
+                return None
+            if line is None:
+                self._process.wait()
+                return None
+            with contextlib.suppress(ValueError):  # written into our channel by a function
+                message: dict[str, Any] = json.loads(line)
+                return message
 
 
 def read_lines(stream: IO[str], lines: queue.Queue[str | None]) -> None:
@@ -201,7 +207,10 @@ def read_lines(stream: IO[str], lines: queue.Queue[str | None]) -> None:
 
 def ended(code: int) -> str:
     """What a function did that ended its process."""
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    how = f"exit code {code}"
+    if code < 0:
+        names = {one.value: one.name for one in signal.Signals}
+        how = f"signal {names.get(-code, -code)}"
     return f"ended the process that it runs in ({how})"
 
 
@@ -215,11 +224,11 @@ def main() -> None:
     requests, answers = take_channels()
     sys.path.insert(0, os.getcwd())  # the user's modules may be where the command is run
     specs = {name: Spec(**spec) for name, spec in json.loads(requests.readline()).items()}
+    functions: dict[str, RewardFunction] = {}
     try:
-        functions = {
-            name: load_function(spec.function, spec.kwargs, spec.key)
-            for name, spec in specs.items()
-        }
+        for name, spec in specs.items():
+            send(answers, {"loading": name})
+            functions[name] = load_function(spec.function, spec.kwargs, spec.key)
     except UserError as error:
         send(answers, {"error": str(error)})
         return
@@ -304,29 +313,29 @@ def report(
         return
     if not spec.skip:
         found = outcome
-        if outcome.row is None and outcome.raised:
+        if outcome.row is None and outcome.error and not outcome.is_whole:
             looking = {"started": [name], "seconds": 2 * SEARCH_SECONDS, "problem": str(outcome)}
             send(answers, looking)
-            found = find_row(function, batch) or outcome
+            found = find_row(function, batch, outcome)
         nothing = {"scores": [None] * len(batch), "failed": [True] * len(batch)}
         send(answers, {"name": name, "error": str(found), "row": found.row} | nothing)
         return
-    scores: Scores = []
-    failed: list[bool] = []
-    for rows in [range(len(batch))] if outcome.is_whole else batch.groups():
+    scores: Scores = [None] * len(batch)
+    failed = [True] * len(batch)
+    for rows in [] if outcome.is_whole else batch.groups():
         send(answers, {"started": [name], "seconds": spec.timeout})
         part = batch.rows(rows)
         try:
-            if outcome.is_whole:
-                raise outcome
             if function.is_async:
-                scores += asyncio.run(call_async(function, part, spec.timeout))
+                found_here = asyncio.run(call_async(function, part, spec.timeout))
             else:
-                scores += call_function(function, part)
-            failed += [False] * len(part)
-        except CallError:
-            scores += [None] * len(part)
-            failed += [True] * len(part)
+                found_here = call_function(function, part)
+        except CallError as error:
+            if error.is_whole:  # the others would wait as long
+                break
+        else:
+            place = slice(rows.start, rows.stop)
+            scores[place], failed[place] = found_here, [False] * len(part)
     first = {"error": str(outcome), "row": outcome.row}
     send(answers, {"name": name, "scores": scores, "failed": failed} | first)
 

@@ -6,7 +6,8 @@ start, before a model is loaded. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlhf.config.schema import Config
 from rlhf.config.stage_graph import function_sources, node_name
 from rlhf.config.stage_nodes import RewardSource
 from rlhf.data.records import Dataset, Prompt
-from rlhf.rewards.batch import columns_of, make_batch
+from rlhf.rewards.batch import NOT_TRAINING, columns_of, make_batch, reference_in
 from rlhf.rewards.functions import OF_THE_BATCH
 from rlhf.rewards.process import RewardProcess, Spec
 
@@ -28,15 +29,22 @@ SHORT_RESPONSE = "Yes."  # for prompts whose row has no answer
 REMOTE, JUDGE = "rlhf.rewards.remote:remote", "rlhf.rewards.judge:judge"
 
 
-def start_functions(cfg: Config) -> RewardProcess | None:
-    """Start the process of the functions among the sources; None where there are none.
+@contextlib.contextmanager
+def running_functions(cfg: Config) -> Iterator[RewardProcess | None]:
+    """The process of the functions among the sources, until the end of this context, where it ends
+    with whatever they started; None where there are none.
 
     Raises: UserError naming the key, for one that cannot be imported or called.
     """
     node = node_name(cfg.stage.name)
     sources = function_sources(cfg, cfg.stage.name)
     specs = {name: spec_of(f"{node}.rewards.{name}", one) for name, one in sources.items()}
-    return RewardProcess(specs) if specs else None
+    process = RewardProcess(specs) if specs else None
+    try:
+        yield process
+    finally:
+        if process:
+            process.close()
 
 
 def spec_of(key: str, source: RewardSource) -> Spec:
@@ -59,7 +67,7 @@ def try_functions(process: RewardProcess | None, data: Dataset) -> int:
 
     The rows must have the columns that a function asks for. On at most TRIED_ROWS of them, spread
     over all, the functions are called once, with the row's own answer as the response where it has
-    one.
+    one, else its reference.
 
     Returns: the number of rows on which the functions were called.
     Raises: UserError naming the key, and what is wrong.
@@ -70,9 +78,8 @@ def try_functions(process: RewardProcess | None, data: Dataset) -> int:
     check_columns(process, prompts)
     rows = prompts[:: -(-len(prompts) // TRIED_ROWS)]
     answers = {str(row.prompt): row.response for row in data.eval_sft}
-    responses = [answers.get(str(row.turns)) or SHORT_RESPONSE for row in rows]
-    state = {"global_step": 0, "max_steps": 0}
-    process.score(make_batch(rows, responses, [[] for _ in rows], state))
+    responses = [answers.get(str(row.turns)) or reference_in(row) or SHORT_RESPONSE for row in rows]
+    process.score(make_batch(rows, responses, [[] for _ in rows], NOT_TRAINING))
     return len(rows)
 
 

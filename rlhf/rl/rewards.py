@@ -60,7 +60,7 @@ class Rewards:
     sources: list[Source]
     tokenizer: PreTrainedTokenizerBase  # the policy's
     functions: RewardProcess | None = None
-    progress: tuple[int, int] = (0, 0)  # rollouts that are done, and of all; functions may ask
+    progress: tuple[int, int] = (0, 1)  # rollouts that are done, and of all; functions may ask
 
     @property
     def names(self) -> list[str]:

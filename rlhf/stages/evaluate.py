@@ -47,7 +47,7 @@ from rlhf.reporting.eval_results import (
     summary_metrics,
 )
 from rlhf.rewards.process import RewardProcess
-from rlhf.rewards.trial import start_functions, try_functions
+from rlhf.rewards.trial import running_functions, try_functions
 from rlhf.rl.experience import Models
 from rlhf.rl.rewards import (
     Rewards,
@@ -95,8 +95,14 @@ class PolicyResults:
 
 def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Evaluate; write run_dir/eval.json and report.html. Returns the metrics."""
+    with running_functions(cfg) as functions:
+        return evaluate(cfg, run_dir, functions)
+
+
+def evaluate(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> dict[str, float]:
+    """As `run`. Args: functions: reward functions, which run in a process of their own."""
     # 1. check models and tokenizers; keep the prompts that fit all of them
-    setup = prepare(cfg, run_dir)
+    setup = prepare(cfg, run_dir, functions)
     # 2. load what scores the responses
     rewards = load_judges(cfg, setup, run_dir)
     tracker = Tracker(cfg, run_dir, len(setup.paths) + 1, ["score", "gold", "win_rate"])
@@ -137,8 +143,6 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
         results.write(run_dir / "eval.json")
         title = f"Evaluation: {', '.join(setup.paths or cfg.eval.rewards)}"
         eval_page.write_page(results, run_dir / "report.html", title)
-    if setup.functions:
-        setup.functions.close()
     tracker.close(metrics)
     return metrics
 
@@ -146,10 +150,9 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 # ---- 1. models, tokenizers, prompts
 
 
-def prepare(cfg: Config, run_dir: Path) -> Setup:
+def prepare(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> Setup:
     """Check all models, and find the prompts that fit all of them. Loads no weights."""
     node, max_prompt, max_new = cfg.eval, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
-    functions = start_functions(cfg)
     check_reward_models(cfg)
     labels = policy_labels(node.policies)
     paths = {name: location_of(cfg, policy) for name, policy in labels.items()}

@@ -171,8 +171,8 @@ def verdicts(result: Inspection, data: Dataset, cfg: Config) -> list[str]:
         lines += _skipped_rows(source)
         if unread := source.get("unread"):
             lines.append(
-                f"columns of {name_of(source)} that are not read, unless a reward function asks "
-                f"for them: {', '.join(unread)}"
+                f"columns of {name_of(source)} that nothing but reward functions reads: "
+                f"{', '.join(unread)}"
             )
     return lines
 

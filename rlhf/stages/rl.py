@@ -30,7 +30,7 @@ from rlhf.models.loading import load_scorer, save_engine
 from rlhf.models.wrappers import Scorer
 from rlhf.planning.memory import gather_for_rollout
 from rlhf.rewards.process import RewardProcess
-from rlhf.rewards.trial import start_functions, try_functions
+from rlhf.rewards.trial import running_functions, try_functions
 from rlhf.rl.advantages import differ, estimate_advantages, loss_mask, shape_scores, token_rewards
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
 from rlhf.rl.experience import (
@@ -65,8 +65,13 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     Returns: the final metrics.
     """
+    with running_functions(cfg) as functions:
+        return train(cfg, run_dir, functions)
+
+
+def train(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> dict[str, float]:
+    """As `run`. Args: functions: reward functions, which run in a process of their own."""
     # 1. data
-    functions = start_functions(cfg)
     check_reward_models(cfg)
     tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True, references=False)
     try_functions(functions, data)
@@ -96,6 +101,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     )
     checkpoints = Checkpoints(cfg, run_dir, rollouts, models.trained(), state.parts())
     done = checkpoints.resume()
+    learner.rewards.progress = (done, rollouts)
     if not done:
         state.evaluations.remember_start()
     tracker.start_clock()
@@ -111,8 +117,6 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics, compared = state.evaluations.compare(rollouts)
     tracker.samples(rollouts, compared)
     save_models(learner, run_dir)
-    if functions:
-        functions.close()
     if collectives.rank() == 0:
         write_json(run_dir / WARNINGS, list(state.monitor.alerted.values()))
     tracker.close(metrics)
@@ -162,7 +166,6 @@ def train_on_rollout(
     cfg, models, guards = learner.cfg, learner.models, learner.guards
     # 1. sample responses, and measure them
     started = time.time()
-    learner.rewards.progress = (rollout, learner.rollouts)
     asked, experience, drawn = sample_rollout(learner, state.order, prompts, rollout)
     sampled = time.time()
     functions = [k for k, source in enumerate(learner.rewards.sources) if source.engine is None]
@@ -184,6 +187,7 @@ def train_on_rollout(
 
     # 4. update
     updated = update_policy(learner, experience, state.kl.value, rollout)
+    learner.rewards.progress = (rollout + 1, learner.rollouts)
     seconds = time.time() - started
     if rollout == learner.warmup:
         guards.report()

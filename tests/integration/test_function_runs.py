@@ -93,7 +93,7 @@ def test_functions_give_the_same_with_one_and_two_processes(
         ),
         pytest.param(
             "fails_at_the_second_rollout",
-            "the function failed on the completion",
+            "the function failed: ValueError: no connection",
             marks=pytest.mark.full,
         ),
     ],

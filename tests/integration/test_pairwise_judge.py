@@ -55,7 +55,8 @@ def test_what_the_configuration_says_reaches_the_server(tmp_path: Path) -> None:
         "eval.rewards.kind.judge.endpoint=http://127.0.0.1:1/v1",
         "eval.rewards.kind.judge.model=judge",
         "eval.rewards.kind.judge.rubric=r.txt",
-        "eval.rewards.kind.kwargs={max_tokens: 64, max_score: 5}",
+        "eval.rewards.kind.judge.max_tokens=64",
+        "eval.rewards.kind.judge.max_score=5",
         "eval.rewards.kind.timeout=7",
     )
     judge = comparing_judges(cfg)["kind"]

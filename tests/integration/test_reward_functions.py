@@ -99,7 +99,9 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
 def test_grpo_compares_with_a_column_of_the_data(tmp_path: Path) -> None:
     """GSM8K's layout, from random weights: no stage below, no reward model."""
     (tmp_path / "my_rewards.py").write_text(
-        "def correct(prompts, completions, answer):\n"
+        "def correct(prompts, completions, answer, trainer_state):\n"
+        "    with open('states', 'a') as file:\n"
+        "        print(trainer_state.global_step, trainer_state.max_steps, file=file)\n"
         "    scores = []\n"
         "    for prompt, completion, truth in zip(prompts, completions, answer):\n"
         "        first = prompt.split()[2]\n"
@@ -119,7 +121,9 @@ def test_grpo_compares_with_a_column_of_the_data(tmp_path: Path) -> None:
     grpo += ["rl.max_steps=1", *SMALL_PPO[3:]]
     done = train(*grpo, "+rl.rewards={mine: {function: 'my_rewards:correct'}}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "  columns not read, unless a reward function asks for them: level" in done.stderr
+    assert "  columns not read, except by reward functions: level" in done.stderr
+    # tried, evaluated, trained on, evaluated
+    assert (tmp_path / "states").read_text().splitlines() == ["0 1", "0 1", "0 1", "1 1"]
     (run,) = runs_in(tmp_path)["grpo"]
     assert 0 <= summary(run)["metrics"]["eval/score"] <= 1
     wrong = train(*grpo, "+rl.rewards={mine: {function: 'my_rewards:needs_truth'}}", cwd=tmp_path)

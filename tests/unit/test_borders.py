@@ -121,7 +121,7 @@ def test_columns_and_parts_of_messages_that_nobody_reads_are_named(tmp_path: Pat
         for i in range(40)
     ]
     path = write(tmp_path / "talks.jsonl", talks)
-    line = "  columns not read, unless a reward function asks for them: tools"
+    line = "  columns not read, except by reward functions: tools"
     assert line in summary(mine=Source(path=path)).splitlines()
 
 

@@ -154,7 +154,7 @@ def test_the_column_tools_alone_is_named_or_read(tmp_path: Path) -> None:
         for n in range(40)
     ]
     file = jsonl(tmp_path / "a.jsonl", rows)
-    line = "  columns not read, unless a reward function asks for them: tools"
+    line = "  columns not read, except by reward functions: tools"
     assert said(file)[1:] == [line, "  tools are read with data.template=tokenizer"]
     assert said(file, Template.tokenizer)[1:] == []
     table = loaded(file, Template.tokenizer).sft
@@ -171,7 +171,7 @@ def test_numbers_as_answers_in_a_csv(tmp_path: Path) -> None:
     file = tmp_path / "sums.csv"
     file.write_text("question,answer,level\n" + "\n".join(lines) + "\n")
     data = loaded(file)
-    line = "  columns not read, unless a reward function asks for them: level"
+    line = "  columns not read, except by reward functions: level"
     assert summarize(data).splitlines()[1:] == [line]
     for row in data.sft:
         number = int(row["prompt"][0]["text"].split()[3])
@@ -195,8 +195,7 @@ def test_prompts_with_a_ground_truth(tmp_path: Path) -> None:
         first == f"mine/train: 60 rows: sft 0, rm 0, ppo {len(data.ppo)}, eval {60 - len(data.ppo)}"
     )
     assert line == (
-        "  columns not read, unless a reward function asks for them: data_source, reward_model, "
-        "extra_info"
+        "  columns not read, except by reward functions: data_source, reward_model, extra_info"
     )
     for row in data.ppo:
         number = int(row["prompt"][0]["text"].split()[0])

@@ -236,7 +236,7 @@ def test_what_a_function_prints_does_not_disturb_the_answers(capfd: Any) -> None
         ),
         (
             "leaves",
-            "prompt '2 + 2?': the function failed on the completion '4': SystemExit: no key",
+            "first prompt '2 + 2?': the function failed: SystemExit: no key",  # of every row
         ),
         ("hangs", "first prompt '2 + 2?': the function gave no answer within 1 s (timeout) for 4"),
         (

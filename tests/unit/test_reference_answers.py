@@ -22,19 +22,22 @@ def test_answers_that_do_not_pass_are_counted_and_the_first_is_an_example() -> N
         "reward": "number",
         "rows": 4,
         "not_applicable": 1,
+        "without_score": "3",
         "failed": 2,
         "score": 0.5,
         "prompt": "1 + 1",
         "answer": "2",
     }
     assert verdicts_on_references([check]) == [
+        "reward number: it does not apply to 1 of 4 reference answers (None), the first one '3': "
+        "these rows have no score from it",
         "reward number: 2 of 3 reference answers (67%) score less than 1, the first one 0.5: '2' "
-        "to '1 + 1'; if it checks answers, repair it or the data before training"
+        "to '1 + 1'; if it checks answers, repair it or the data before training",
     ]
 
 
 def test_a_function_that_passes_all_has_no_line() -> None:
-    check = check_of("number", PROMPTS, ANSWERS, [1.0, 2.0, None, 1.0])
+    check = check_of("number", PROMPTS, ANSWERS, [1.0, 2.0, 1.0, 1.0])
     assert check["failed"] == 0 and "prompt" not in check
     assert verdicts_on_references([check]) == []
 

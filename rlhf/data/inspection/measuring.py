@@ -72,6 +72,7 @@ class ReferenceCheck(TypedDict):
     score: NotRequired[float]  # of the first that failed
     prompt: NotRequired[str]  # its last turn
     answer: NotRequired[str]
+    without_score: NotRequired[str]  # the first answer that it does not apply to
 
 
 class Inspection(TypedDict):
