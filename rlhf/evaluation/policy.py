@@ -120,9 +120,9 @@ def before_and_after(before: PolicyEvaluation, after: PolicyEvaluation) -> Polic
     (old, old_rows), (new, new_rows) = before, after
     metrics = {f"eval/{key}": value for key, value in new.items()}
     metrics |= {
-        f"eval/{key}_before": old[key]
-        for key in ("score", "gold", "length", "eos_rate", "repetition")
-        if key in old
+        f"eval/{key}_before": value
+        for key, value in old.items()
+        if key.partition("/")[0] in ("score", "gold", "length", "eos_rate", "repetition")
     }
     rows = []
     for a, b in zip(old_rows, new_rows):

@@ -45,7 +45,7 @@ def plot_curves(run_dir: Path, view: StageView) -> None:
     """Draw run_dir/curves.png from metrics.jsonl: raw values faint, their running mean strong."""
     rows = read_lines(run_dir / "metrics.jsonl")
     logged = {name for row in rows for name in row}
-    drawn = [panel for panel in view.panels if logged.intersection(panel.metrics)]
+    drawn = [panel for panel in view.panels if panel.drawn(logged)]
     figure, axes = panel_grid(len(drawn))
     for i, (axis, panel) in enumerate(zip(axes, drawn)):
         draw_panel(axis, panel, rows)
@@ -74,7 +74,7 @@ def panel_grid(count: int) -> tuple[Figure, list[Axes]]:
 
 def draw_panel(axis: Axes, panel: Panel, rows: Sequence[Row]) -> None:
     """Draw the metrics of a panel that `rows` have."""
-    names = [name for name in panel.metrics if any(name in row for row in rows)]
+    names = panel.drawn({name for row in rows for name in row})
     for color, name in zip(COLORS, names):
         steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
         axis.plot(steps, values, color=color, alpha=0.3, linewidth=1)

@@ -83,8 +83,8 @@ def subplots_of(drawn: Sequence[DrawnSetting], stages: Sequence[str]) -> list[Su
         rows = [row for one in drawn for run in one.runs if run.stage == stage for row in run.rows]
         logged = {name for row in rows for name in row}
         for panel in view_of(stage).panels:
-            for metric in logged.intersection(panel.metrics):
-                title = panel.title if len(panel.metrics) == 1 else f"{panel.title}: {metric}"
+            for metric in panel.drawn(logged):
+                title = panel.title if panel.metrics == (metric,) else f"{panel.title}: {metric}"
                 title += f", {panel.unit}" if panel.unit else ""
                 found.setdefault((metric, title), []).append(stage)
     return [

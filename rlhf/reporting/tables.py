@@ -34,7 +34,7 @@ from rlhf.reporting.eval_results import (
 from rlhf.reporting.eval_summary import summarize
 from rlhf.runs.directory import read_warnings
 from rlhf.runs.history import Run
-from rlhf.runs.stage_views import KINDS, view_of
+from rlhf.runs.stage_views import KINDS, ResultRow, view_of
 
 TEXT_COLUMNS = ["policy", "policy (judge)", "policy (verifier)", "prompts with", "reward model"]
 RUN_FILES = ("curves.png", "frontier.png", "metrics.jsonl", "report.html", "eval.json", "model/")
@@ -94,11 +94,19 @@ def result_rows(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, s
     def text(key: str, format_spec: str) -> str:
         return format(metrics[f"eval/{key}"], format_spec) if f"eval/{key}" in metrics else ""
 
-    return [
-        (row.label, text(row.before, row.format), text(row.metric, row.format))
-        for row in view_of(stage).rows
-        if f"eval/{row.metric}" in metrics
+    rows = [row for row in view_of(stage).rows if f"eval/{row.metric}" in metrics]
+    sources = [
+        name.removeprefix("eval/score/")
+        for name in metrics
+        if name.startswith("eval/score/") and not name.endswith("_before")
     ]
+    if rows and rows[0].metric == "score":
+        of_each = [
+            ResultRow(f"  {name}", f"score/{name}", before=f"score/{name}_before")
+            for name in sources
+        ]
+        rows[1:1] = of_each
+    return [(row.label, text(row.before, row.format), text(row.metric, row.format)) for row in rows]
 
 
 def print_evaluation(results: EvalResults) -> None:

@@ -5,7 +5,9 @@ One StageView per stage, and one for all online RL presets. Used by runs/ and re
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 
@@ -24,8 +26,16 @@ class Panel:
     """A chart of metrics over the steps of a run."""
 
     title: str
-    metrics: tuple[str, ...]  # as in metrics.jsonl
+    metrics: tuple[str, ...]  # as in metrics.jsonl; * stands for any name
     unit: str = ""  # of the y axis
+    without: str = ""  # a metric that * does not stand for
+    at_least: int = 1  # it is drawn where so many of its metrics are logged
+
+    def drawn(self, logged: Collection[str]) -> list[str]:
+        """Its metrics among those that are logged, in order."""
+        others = sorted(set(logged) - {self.without})
+        found = [name for one in self.metrics for name in others if fnmatchcase(name, one)]
+        return found if len(found) >= self.at_least else []
 
 
 class PrimaryMetric(NamedTuple):
@@ -143,6 +153,7 @@ ONLINE_RL = StageView(  # whatever preset: ppo, grpo, a user's own
     rows=(ResultRow("score", "score", before="score_before"), *POLICY_ROWS),
     panels=(
         Panel("Score", ("objective/scores",), "weighted sum of rl.rewards"),
+        Panel("Each reward", ("reward/*/mean",), without="reward/gold/mean", at_least=2),
         Panel("Gold reward", ("reward/gold/mean",), "points"),
         Panel("KL to the SFT policy", ("objective/kl",), "nats per response"),
         Panel("Length", ("tokens/response_mean",), "tokens per response"),
