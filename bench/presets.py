@@ -90,8 +90,8 @@ def sandbox_table(results: dict[str, list[dict[str, Any]]]) -> str:
     """A line per preset as Markdown: the seeds one by one."""
     lines = [
         "| preset | rollouts | share of the gold gap closed | gold reward | KL, nats per response "
-        "| largest KL of a rollout | score | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| largest KL of a rollout | score |",
+        "|---|---|---|---|---|---|---|",
     ]
     for preset, seeds in results.items():
         cells = [
@@ -102,7 +102,6 @@ def sandbox_table(results: dict[str, list[dict[str, Any]]]) -> str:
             each(seeds, "kl", ".1f"),
             each(seeds, "worst_kl", ".1f"),
             each(seeds, "score", ".2f"),
-            f"{statistics.fmean(one['seconds'] for one in seeds):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -113,9 +112,9 @@ def arithmetic_table(results: dict[str, list[dict[str, Any]]], sft_on_harder: fl
     before = results[next(iter(results))][0]["before"]
     lines = [
         "| preset | held-out pass@1 | on harder problems | KL, nats per response "
-        "| largest KL of a rollout | seconds |",
-        "|---|---|---|---|---|---|",
-        f"| SFT, where all start | {before:.2f} | {sft_on_harder:.2f} | | | |",
+        "| largest KL of a rollout |",
+        "|---|---|---|---|---|",
+        f"| SFT, where all start | {before:.2f} | {sft_on_harder:.2f} | | |",
     ]
     for preset, seeds in results.items():
         cells = [
@@ -124,7 +123,6 @@ def arithmetic_table(results: dict[str, list[dict[str, Any]]], sft_on_harder: fl
             each(seeds, "harder", ".2f"),
             each(seeds, "kl", ".1f"),
             each(seeds, "worst_kl", ".1f"),
-            f"{statistics.fmean(one['seconds'] for one in seeds):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
