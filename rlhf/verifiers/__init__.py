@@ -113,6 +113,10 @@ def regex(completions: Sequence[Text], pattern: str, **columns: Any) -> Scores:
     >>> regex(["#### 42", "It is 42"], pattern=r"^#### -?\d+$")
     [1.0, 0.0]
     """
+    if _setting(pattern) is None:
+        raise ValueError(
+            "the data have a column pattern: give the pattern in kwargs: {pattern: ...}"
+        )
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -217,6 +221,7 @@ def references_of(count: int, columns: dict[str, Any], column: str | None) -> li
         column: the only one to read; None = the first of REFERENCES that a row has.
     Raises: ValueError where the data have none of the columns, or an object cannot be read.
     """
+    column = _setting(column)
     names = (column,) if column else REFERENCES
     found = {name: columns[name] for name in names if columns.get(name) is not None}
     if not found:

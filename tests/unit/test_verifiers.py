@@ -305,6 +305,17 @@ def test_math_runs_in_a_thread() -> None:
 # --- without a reference
 
 
+@pytest.mark.parametrize("verifier", WITH_REFERENCE)
+def test_a_column_with_the_name_of_a_setting_is_ignored(verifier: Callable[..., Any]) -> None:
+    assert verifier(["7", "8"], column=["a", "b"], answer=["7", "7"]) == [1.0, 0.0]
+
+
+def test_a_column_in_place_of_the_pattern_is_named() -> None:
+    column: Any = ["a"]
+    with pytest.raises(ValueError, match="give the pattern in kwargs"):
+        regex(["a"], pattern=column)
+
+
 def test_a_wrong_pattern_is_named() -> None:
     with pytest.raises(ValueError, match=r"not a regular expression \(pattern=\(\): missing \)"):
         regex(["a"], pattern="(")
