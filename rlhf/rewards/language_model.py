@@ -34,7 +34,8 @@ class LanguageModel:
     @property
     def server(self) -> Server:
         """The URL that questions are posted to."""
-        url = f"{self.endpoint.rstrip('/')}/chat/completions"
+        base, mark, query = self.endpoint.partition("?")
+        url = f"{base.rstrip('/')}/chat/completions{mark}{query}"
         return Server(url, self.timeout, self.api_key_env)
 
     async def ask_all(
@@ -49,11 +50,11 @@ class LanguageModel:
 
         async def ask(question: str) -> str:
             body = self.request(question)
-            file = reply_file(folder, server.shown, body)
+            file = reply_file(folder, server.address, body)
             if (reply := kept(file)) is not None:
                 return reply
             async with free:
-                reply = content_of(await server.post(body), server.shown)
+                reply = server.hide(content_of(await server.post(body), server.shown))
             if usable(reply):
                 keep(file, {"model": self.model, "reply": reply})
             return reply

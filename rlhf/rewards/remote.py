@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural
 from rlhf.rewards.batch import prompt_text
-from rlhf.rewards.server import SHOWN, Server
+from rlhf.rewards.server import Server
 from rlhf.verifiers import REFERENCES, Scores, Text, references_of, text_of
 
 
@@ -44,23 +44,26 @@ async def remote(
     server = Server(url, timeout)
     async with server.open():
         reply = await server.post({"query": query, "prompts": texts, "labels": labels})
-    return _rewards(reply, len(query), server.shown)
+    return _rewards(reply, len(query), server)
 
 
-def _rewards(reply: Any, count: int, url: str) -> Scores:
+def _rewards(reply: Any, count: int, server: Server) -> Scores:
     """The rewards in a server's answer. Raises: UserError naming the URL."""
+    url = server.shown
     if not isinstance(reply, dict) or not isinstance(reply.get("rewards"), list):
         has = ", ".join(map(str, reply)) if isinstance(reply, dict) else type(reply).__name__
+        has = server.safe(has) or "nothing"
         raise UserError(
-            f'{url}: the answer has no list "rewards" (it has {has[:SHOWN] or "nothing"}): it must '
-            'be {"rewards": [...]}'
+            f'{url}: the answer has no list "rewards" (it has {has}): '
+            'it must be {"rewards": [...]}'
         )
     rewards = reply["rewards"]
     if len(rewards) != count:
         raise UserError(f"{url}: {plural(len(rewards), 'reward')} for {plural(count, 'response')}")
     for row, reward in enumerate(rewards):
         if reward is not None and not _is_number(reward):
-            raise UserError(f"{url}: reward {row} is {reward!r:.80}, not a finite number")
+            shown = server.hide(repr(reward))[:80]
+            raise UserError(f"{url}: reward {row} is {shown}, not a finite number")
     return [None if reward is None else float(reward) for reward in rewards]
 
 

@@ -11,18 +11,19 @@ its `answer`, else the `ground_truth` in its `reward_model` (verl's layout);
 does not apply to it.
 
 A completion is a text, or a list of messages whose contents are joined. No torch here; `math` alone
-imports a library, math-verify.
+uses a library, math-verify.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any, TypeVar
+
+from rlhf.verifiers.equality import are_equal
+from rlhf.verifiers.final_answers import final_answer as final_answer
+from rlhf.verifiers.final_answers import final_number
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 Text = str | list[Message]  # of a prompt or a completion
@@ -33,27 +34,6 @@ Setting = TypeVar("Setting")
 REFERENCES = ("ground_truth", "answer", "reward_model")  # columns, the first that a row has
 NOT_COLUMNS = ("prompts", "completion_ids", "trainer_state")  # what else a function is given
 LENGTH_UNITS = ("tokens", "characters")
-NUMBER = (
-    r"(?:(?<![\w.)\]}])[-+\u2212])?\$?"  # a sign, but not the minus in 5-3
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"  # 1,234.5 or .5
-    r"(?:[eE][-+]?\d+(?!\w)|\s?/\s?\d+(?!\d|[./]\d))?"  # 1e-3, 1/2
-)
-# GSM8K's; "#### Step 2" and "#### 2. Sum" are headings
-ANSWER = re.compile(rf"####[ \t]*(?>({NUMBER}))(?![.):][ \t]*\S)")
-UNITS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\^?\\circ|\\?%|[${}]")
-LATEX_FRACTION = re.compile(  # 2\frac{1}{2}, \frac12
-    r"(\d{1,9})? ?\\[dt]?frac ?(?:\{ ?(-?\d{1,9}) ?\} ?\{ ?(\d{1,9}) ?\}|(\d) ?(\d)(?!\d))"
-)
-LONGEST_NUMBER = 1000  # characters
-# 9^{9^9}, 2^{99999}, 99999!: SymPy would compute them for minutes, and nothing but the end of the
-# process stops it. Not **99999** and "It is 99999!"
-POWER = r"\s*(?:\^|(?<=[\w)}])\*\*(?=[\w({-]))\s*"
-HUGE = re.compile(
-    rf"\d{POWER}(?:[{{(][\d\s*+./-]*|\d+){POWER}"
-    rf"|{POWER}(?:[{{(][\d\s*+./-]*)?\d{{5,}}"
-    r"|\d{5,}\s*[)}]?\s*![\s)}]*[$+*/^]"
-)
-END = 200  # characters of a response, where its answer is
 
 
 # ------------------------------------------------------------------------------- with a reference
@@ -96,7 +76,7 @@ def number(
     """
     columns |= {"ground_truth": ground_truth, "answer": answer}
     references = references_of(len(completions), columns, column)
-    return _compare(completions, references, _final_number, lambda t, n: _final_number(t) == n)
+    return _compare(completions, references, final_number, lambda t, n: final_number(t) == n)
 
 
 def math(
@@ -110,28 +90,16 @@ def math(
 
     The library math-verify finds the answer (in \boxed{} or $...$, else the last number) and
     compares it by SymPy: formulas, fractions, sets, intervals; numbers with 6 decimals. None where
-    it finds nothing in the reference. 0 for an answer that is too large to compute, like 9^(9^9).
-    There is no time limit here but that of the reward (`rl.rewards.NAME.timeout`). The first call
-    takes seconds, as SymPy is imported.
+    it finds nothing in the reference. 0 for an answer that takes longer than 2 s of CPU time to
+    check, like 9^(9^9) (see rlhf/verifiers/equality.py). The first call takes seconds, as SymPy is
+    imported.
 
     >>> math(["It is $2x(x+1)$.", r"\boxed{0.5}", "So 3."], ground_truth=["2x^2+2x", "1/2", "4"])
     [1.0, 1.0, 0.0]
     """
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
-    # its time limits use signals, which only the main thread of a process may do
-    parse = functools.partial(parse, parsing_timeout=None)
-
-    def equal(text: str, truth: list[Any]) -> bool:
-        boxed = _last_boxed(text)
-        if HUGE.search(f"${boxed[-END:]}$" if boxed else text[-END:]):
-            return False
-        return bool(verify(truth, parse(text), timeout_seconds=None))
-
     columns |= {"ground_truth": ground_truth, "answer": answer}
     references = references_of(len(completions), columns, column)
-    return _compare(completions, references, lambda text: parse(_as_formula(text)) or None, equal)
+    return are_equal(references, [text_of(completion) for completion in completions])
 
 
 # ------------------------------------------------------------------------------ without a reference
@@ -145,6 +113,10 @@ def regex(completions: Sequence[Text], pattern: str, **columns: Any) -> Scores:
     >>> regex(["#### 42", "It is 42"], pattern=r"^#### -?\d+$")
     [1.0, 0.0]
     """
+    if _setting(pattern) is None:
+        raise ValueError(
+            "the data have a column pattern: give the pattern in kwargs: {pattern: ...}"
+        )
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -249,6 +221,7 @@ def references_of(count: int, columns: dict[str, Any], column: str | None) -> li
         column: the only one to read; None = the first of REFERENCES that a row has.
     Raises: ValueError where the data have none of the columns, or an object cannot be read.
     """
+    column = _setting(column)
     names = (column,) if column else REFERENCES
     found = {name: columns[name] for name in names if columns.get(name) is not None}
     if not found:
@@ -297,89 +270,3 @@ def _compare(
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-# -------------------------------------------------------------------------------- the final answer
-
-
-def final_answer(text: str) -> str | None:
-    r"""The final answer in a text: in the last \boxed{}, else the number after the last "####" (as
-    in GSM8K), else the last number; None where there is none of these.
-
-    Equal numbers give equal texts, so that answers can be counted (majority voting). In \boxed{}
-    there may also be something else, which is returned as it is written.
-
-    >>> final_answer("7+2=9, 4+9=13. So 739."), final_answer("#### $1,234.50, for 3 people")
-    ('739', '2469/2')
-    >>> final_answer(r"so \boxed{x^2 + 1}."), final_answer("I do not know.")
-    ('x^2 + 1', None)
-    """
-    boxed = _last_boxed(text)
-    value = _final_number(text)
-    return str(value) if value is not None else boxed
-
-
-def _final_number(text: str) -> Fraction | None:
-    """The final answer as a number; None where it is something else."""
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return _whole_number(boxed)
-    text = _plain(text)
-    marked = ANSWER.findall(text)
-    return _value((marked or re.findall(NUMBER, text) or [""])[-1])
-
-
-def _whole_number(text: str) -> Fraction | None:
-    r"""The number that a text is as a whole: `x = 1{,}234 \text{ cm}`, but not `3\pi` or `2x`."""
-    plain = UNITS.sub("", _plain(text)).strip()
-    whole = re.fullmatch(
-        rf"(?:[A-Za-z]\w*\s*=\s*)?({NUMBER})(?:\s+[A-Za-z]{{2,}}[A-Za-z .]*)?", plain
-    )
-    return _value(whole[1]) if whole else None
-
-
-def _plain(text: str) -> str:
-    r"""Formulas as plain text, as far as numbers need it: \frac{1}{2} as 1/2, 1{,}234 as 1,234."""
-    text = text.replace("{,}", ",").replace(r"\,", ",").replace(r"\$", "$").replace("\\ ", " ")
-    return LATEX_FRACTION.sub(_slashed, text)
-
-
-def _slashed(fraction: re.Match[str]) -> str:
-    whole, above, below = fraction[1], fraction[2] or fraction[4], fraction[3] or fraction[5]
-    return f"{int(whole or 0) * int(below) + int(above)}/{below}"
-
-
-def _value(written: str) -> Fraction | None:
-    """The value of a NUMBER; None for a division by zero and for what is too large to compute."""
-    digits = re.sub(r"[$,\s]", "", written).replace("\u2212", "-")
-    exponent = re.search(r"[eE][-+]?(\d+)$", digits)
-    if len(digits) > LONGEST_NUMBER or (exponent and len(exponent[1]) > 3):
-        return None
-    try:
-        return Fraction(digits)
-    except (ValueError, ZeroDivisionError):  # 1.5/2, 1/0
-        return None
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""What is inside the last \boxed{...}, braces in it included; None without a complete one."""
-    open_braces: list[int | None] = []  # where each begins if it is that of a box
-    last, content = -1, None
-    for token in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
-        if token[0].startswith(r"\boxed"):
-            open_braces.append(token.end())
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and start > last:
-                last, content = start, text[start : token.start()].strip()
-    return content
-
-
-def _as_formula(text: str) -> str:
-    r"""A reference as math-verify reads it best: GSM8K's number, or the whole text in \boxed{}."""
-    marked = ANSWER.findall(text)
-    if not marked and ("\\boxed" in text or "$" in text):
-        return text
-    return rf"\boxed{{{marked[-1] if marked else text}}}"
