@@ -339,7 +339,8 @@ def check_kind(key: str, source: RewardSource) -> Iterator[str]:
     endpoint = source.judge.endpoint if source.judge else None
     for name, address in {"url": source.url, "judge.endpoint": endpoint}.items():
         if address is not None and not re.match(r"https?://[^/\s]+", address):
-            yield f"{key}.{name}={address}: give an address that begins with http:// or https://"
+            host = address.rpartition("@")[2]  # without user and password
+            yield f"{key}.{name}={host}: give an address that begins with http:// or https://"
     if source.kwargs and given in ([], ["path"]):
         yield f"{key}.kwargs: they are arguments of a function, and this is a reward model"
     unknown = source.kwargs.keys() - {"column"}

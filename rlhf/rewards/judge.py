@@ -17,11 +17,17 @@ from rlhf.rewards.language_model import LanguageModel
 from rlhf.rewards.rubric import read_rubric, render
 from rlhf.verifiers import Scores, Text, references_of, text_of
 
-GRADE = re.compile(  # Score: 7, **Score:** 7/10, Score (0-10): 7, "score": 7, a score of 7
-    r"score(?: of| is| \([^)\n]*\))?\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE
+# 7, 7.5, .5, 7e-1; with the scale in 7/10 and 7 out of 10
+NUMBER = r"(?>(-?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?))(?:\s*(?:/|out of)\s*(?>(\d+(?:\.\d+)?)))?"
+NO_RANGE = r"(?!\s*[-\u2013\u2014]\s*\d)"  # not the 9 in 9 - 10
+GRADE = re.compile(  # Score: 7, **Score:** 7, Score (0-10): 7, "score": 7, a score of 7, Score - 7
+    r"score(?: out of [\d.]+| of| is| \([^)\n]*\))?[^\w.+-]{0,6}(?:[-\u2013\u2014]\s+)?"
+    rf"{NUMBER}{NO_RANGE}",
+    re.IGNORECASE,
 )
-NUMBER = r"(?<![\w.])(-?\d+(?:\.\d+)?)(?: ?(?:/|out of) ?\d+)?"  # 7 in 7/10 and 7 out of 10
-LAST_LINE = rf"(?m)^[^\w\n]*{NUMBER}[^\w\n]*\Z"  # of nothing but a number
+ANY_NUMBER = re.compile(rf"(?<![\w.]){NUMBER}", re.IGNORECASE)
+LAST_LINE = re.compile(rf"^[^\w\n.-]*{NUMBER}[^\w\n]*\Z", re.IGNORECASE | re.MULTILINE)
+WARNED: set[str] = set()  # endpoints whose replies without a grade have been named
 
 
 async def judge(
@@ -35,7 +41,7 @@ async def judge(
     """Grades from a language model behind an OpenAI-compatible server, from 0 to 1.
 
     Each row is one request with the rubric as the user's message. The grade in the reply (see
-    `grade`) is divided by `max_score`. A reply without one gives None, and a warning counts these.
+    `grade`) is divided by `max_score`. A reply without one gives None; a warning names the first.
     With {ground_truth} in the rubric, a row without a reference gets None without a request.
     Replies with a grade are kept on disk.
 
@@ -61,7 +67,8 @@ async def judge(
     replies = await model.ask_all(asked, lambda reply: grade(reply, max_score) is not None)
     grades = {question: grade(reply, max_score) for question, reply in replies.items()}
     lacking = [replies[question] for question, score in grades.items() if score is None]
-    if lacking:
+    if lacking and model.endpoint not in WARNED:
+        WARNED.add(model.endpoint)
         log.warning(
             f"{model.server.shown}: no score from 0 to {max_score:g} in {len(lacking)} of "
             f"{len(grades)} replies; one ends in {lacking[0].strip()[-80:]!r}"
@@ -85,10 +92,13 @@ def grade(reply: str, max_score: float) -> float | None:
     last line, else the only number. Not just the last one: a small model repeats the rubric, or
     solves the task ("3 + 4 = 7").
 
-    Returns: None where there is none, or it is not from 0 to max_score.
+    Returns: None where there is none, it is not from 0 to max_score, or it is of another scale, as
+        8/100 where max_score is 10.
     """
-    numbers = GRADE.findall(reply) or re.findall(LAST_LINE, reply.strip())
-    if not numbers and len(every := re.findall(NUMBER, reply)) == 1:
-        numbers = every
-    score = float(numbers[-1]) if numbers else -1.0
-    return score if 0 <= score <= max_score else None
+    found = GRADE.findall(reply) or LAST_LINE.findall(reply.strip())
+    if not found and len(every := ANY_NUMBER.findall(reply)) == 1:
+        found = every
+    number, scale = found[-1] if found else ("-1", "")
+    if scale and float(scale) != max_score:
+        return None
+    return float(number) if 0 <= float(number) <= max_score else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.rewards.server import Server
 
 
@@ -51,7 +52,7 @@ class LanguageModel:
         async def ask(question: str) -> str:
             body = self.request(question)
             file = reply_file(folder, server.address, body)
-            if (reply := kept(file)) is not None:
+            if (reply := kept(file)) is not None and usable(reply):
                 return reply
             async with free:
                 reply = server.hide(content_of(await server.post(body), server.shown))
@@ -79,6 +80,8 @@ def content_of(reply: Any, url: str) -> str:
     """The text in an answer of /chat/completions. Raises: UserError where it has none."""
     try:
         content = reply["choices"][0]["message"]["content"]
+        if isinstance(content, list):  # of parts, some of which are text
+            content = "".join(part["text"] for part in content if part["type"] == "text")
     except (KeyError, IndexError, TypeError):
         raise UserError(f"{url}: the answer has no choices[0].message.content") from None
     return content if isinstance(content, str) else ""  # null: a reply without text
@@ -117,8 +120,12 @@ def kept(file: Path) -> str | None:
 
 
 def keep(file: Path, reply: Mapping[str, str]) -> None:
-    """Write a reply in one step. Other processes may write the same one."""
-    file.parent.mkdir(exist_ok=True)
+    """Write a reply in one step. Other processes may write the same one. Where it cannot be
+    written, there is a warning: the reply is there, and may have been paid for."""
     own = file.with_suffix(f".{os.getpid()}.tmp")
-    own.write_text(json.dumps(reply), encoding="utf-8")
-    own.replace(file)
+    try:
+        file.parent.mkdir(exist_ok=True)
+        own.write_text(json.dumps(reply), encoding="utf-8")
+        own.replace(file)
+    except OSError as error:
+        log.warning(f"cannot keep a reply ({file}): {error.strerror}")

@@ -36,6 +36,7 @@ async def remote(
     Source: github.com/OpenRLHF/OpenRLHF, openrlhf/cli/serve_rm.py.
     """
     labels: list[Any] = [None] * len(prompts)
+    column = None if isinstance(column, list) else column  # a column of the data
     if column is not None or any(columns.get(name) is not None for name in REFERENCES):
         found = references_of(len(prompts), columns, column)
         labels = [(row[0] if len(row) == 1 else row) if row else None for row in found]

@@ -21,6 +21,7 @@ from rlhf.data.records import Dataset, Prompt
 from rlhf.rewards.batch import NOT_TRAINING, columns_of, make_batch, reference_in
 from rlhf.rewards.functions import OF_THE_BATCH
 from rlhf.rewards.process import RewardProcess, Spec
+from rlhf.rewards.server import shown_url
 
 TRIED_ROWS = 4  # on which the functions are called before a model is loaded
 TRUTHS = ("ground_truth", "reward_model", "answer")  # where functions.verl_arguments looks
@@ -52,9 +53,9 @@ def spec_of(key: str, source: RewardSource) -> Spec:
     timeout, skip = source.timeout, source.on_error == OnError.skip
     if source.url:
         of_server = {"url": source.url, "timeout": timeout, **source.kwargs}
-        return Spec(f"{key}.url={source.url}", REMOTE, of_server, ENDLESS, skip)
+        return Spec(f"{key}.url={shown_url(source.url)}", REMOTE, of_server, ENDLESS, skip)
     if source.judge:
-        endpoint = f"{key}.judge.endpoint={source.judge.endpoint}"
+        endpoint = f"{key}.judge.endpoint={shown_url(source.judge.endpoint)}"
         of_judge = asdict(source.judge) | {"timeout": timeout} | source.kwargs
         del of_judge["pair_rubric"]  # of stage=eval's win rates
         return Spec(endpoint, JUDGE, of_judge, ENDLESS, skip)

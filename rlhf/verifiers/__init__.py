@@ -125,22 +125,23 @@ def regex(completions: Sequence[Text], pattern: str, **columns: Any) -> Scores:
 
 
 def json_valid(
-    completions: Sequence[Text], keys: Sequence[str] | None = None, **columns: Any
+    completions: Sequence[Text], required_keys: Sequence[str] | None = None, **columns: Any
 ) -> Scores:
-    """1 where the whole completion is JSON (RFC 8259: no NaN); with `keys`, an object with them.
+    """1 where the whole completion is JSON (RFC 8259: no NaN); with `required_keys`, an object that
+    has them.
 
     >>> json_valid(['{"name": "Ada"}', '{"name": }', "[1]"])
     [1.0, 0.0, 1.0]
-    >>> json_valid(['{"name": "Ada"}', '{"name": "Ada", "age": 36}', "[1]"], keys=["name", "age"])
-    [0.0, 1.0, 0.0]
+    >>> json_valid(['{"name": "Ada"}', '{"name": "Ada", "age": 36}'], required_keys=["age"])
+    [0.0, 1.0]
     """
 
     def valid(text: str) -> bool:
         try:
-            value = json.loads(text, parse_constant=_refuse)
+            value = json.loads(text, parse_constant=_refuse, parse_int=str)
         except (ValueError, RecursionError):
             return False
-        return not keys or (isinstance(value, dict) and value.keys() >= set(keys))
+        return not required_keys or (isinstance(value, dict) and value.keys() >= set(required_keys))
 
     return [float(valid(text_of(completion))) for completion in completions]
 

@@ -6,13 +6,22 @@ import re
 from fractions import Fraction
 
 NUMBER = (
-    r"(?:(?<![\w.)\]}])[-+\u2212])?\$?"  # a sign, but not the minus in 5-3
+    r"(?:(?<![\w.)\]}])[-+\u2212\u2013])?\$?"  # a sign, but not the minus in 5-3
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"  # 1,234.5 or .5
     r"(?:[eE][-+]?\d+(?!\w)|\s?/\s?\d+(?!\d|[./]\d))?"  # 1e-3, 1/2
 )
 # GSM8K's; "#### Step 2" and "#### 2. Sum" are headings
 ANSWER = re.compile(rf"####[ \t]*(?>({NUMBER}))(?![.):][ \t]*\S)")
-UNITS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\^?\\circ|\\?%|[${}]")
+STYLED = re.compile(
+    r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{\s*([-+]?[\d.,]+)\s*\}"
+)  # \textbf{5}
+UNITS = re.compile(
+    r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?"  # \text{cm}^2
+    r"|\^?\{?\\circ\}?|\\?%|[${}]"
+)
+MIXED = re.compile(r"(?<![\d./])(\d{1,9})\s+(\d{1,9})/(\d{1,9})(?![\d/])")  # 3 1/2
+SIGN_ALONE = re.compile(r"(^|[=(\[{:,])(\s*)[-\u2212\u2013]\s+(?=[\d$.])")  # x = - 5
+GROUPS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")  # 1 234
 LATEX_FRACTION = re.compile(  # 2\frac{1}{2}, \frac12
     r"(\d{1,9})? ?\\[dt]?frac ?(?:\{ ?(-?\d{1,9}) ?\} ?\{ ?(\d{1,9}) ?\}|(\d) ?(\d)(?!\d))"
 )
@@ -48,7 +57,7 @@ def final_number(text: str) -> Fraction | None:
 
 def _whole_number(text: str) -> Fraction | None:
     r"""The number that a text is as a whole: `x = 1{,}234 \text{ cm}`, but not `3\pi` or `2x`."""
-    plain = UNITS.sub("", _plain(text)).strip()
+    plain = UNITS.sub("", STYLED.sub(r"\1", _plain(GROUPS.sub("", text)))).strip()
     whole = re.fullmatch(
         rf"(?:[A-Za-z]\w*\s*=\s*)?({NUMBER})(?:\s+[A-Za-z]{{2,}}[A-Za-z .]*)?", plain
     )
@@ -58,7 +67,14 @@ def _whole_number(text: str) -> Fraction | None:
 def _plain(text: str) -> str:
     r"""Formulas as plain text, as far as numbers need it: \frac{1}{2} as 1/2, 1{,}234 as 1,234."""
     text = text.replace("{,}", ",").replace(r"\,", ",").replace(r"\$", "$").replace("\\ ", " ")
-    return LATEX_FRACTION.sub(_slashed, text)
+    text = SIGN_ALONE.sub(r"\1\2-", LATEX_FRACTION.sub(_slashed, text))
+    return MIXED.sub(_improper, text)
+
+
+def _improper(mixed: re.Match[str]) -> str:
+    """7/2 for 3 1/2; as it is where the second part is no fraction below 1, as in "step 3 5/2"."""
+    whole, above, below = map(int, mixed.groups())
+    return f"{whole * below + above}/{below}" if above < below else mixed[0]
 
 
 def _slashed(fraction: re.Match[str]) -> str:
@@ -68,7 +84,7 @@ def _slashed(fraction: re.Match[str]) -> str:
 
 def _value(written: str) -> Fraction | None:
     """The value of a NUMBER; None for a division by zero and for what is too large to compute."""
-    digits = re.sub(r"[$,\s]", "", written).replace("\u2212", "-")
+    digits = re.sub(r"[\u2212\u2013]", "-", re.sub(r"[$,\s]", "", written))
     exponent = re.search(r"[eE][-+]?(\d+)$", digits)
     if len(digits) > LONGEST_NUMBER or (exponent and len(exponent[1]) > 3):
         return None

@@ -308,6 +308,15 @@ def test_a_rubric_that_cannot_be_used_is_refused(tmp_path: Path, rubric: Path) -
         ("10 is right, 0 is wrong.", None),  # SmolLM2-135M repeats the rubric
         ("3 + 4 = 7", None),  # or solves the task
         ("\n" * 50_000 + "7", 7),  # in no time
+        ("Score: .5", 0.5),
+        ("Score: 7e-1", 0.7),
+        ("Score: 8/100", None),  # of another scale
+        ("8/10", 8),
+        ("Score: 9 - 10", None),  # a range
+        ("Score: 10-12 points", None),
+        ("Score - 7", 7),
+        ("Score out of 10: 7", 7),
+        ("Score:\n\n7", 7),
         ("Score: 11", None),
         ("Score: -1", None),
         ("None at all", None),

@@ -88,7 +88,20 @@ def test_nothing_heavy_is_imported() -> None:
         (r"\boxed{1} \boxed{2}", "2"),
         (r"\boxed{\boxed{7}}", "7"),
         (r"\boxed{7} and \boxed{", "7"),
-        (r"\boxed{x = 1{,}234 \text{ cm}^2}", "x = 1{,}234 \\text{ cm}^2"),
+        (r"\boxed{x = 1{,}234 \text{ cm}^2}", "1234"),
+        (r"\boxed{90^{\circ}}", "90"),
+        (r"\boxed{5 \text{ cm}^2}", "5"),
+        (r"\boxed{\text{5}}", "5"),
+        (r"\boxed{\mathbf{-5}}", "-5"),
+        (r"\boxed{1 234}", "1234"),
+        (r"\boxed{- 5}", "-5"),
+        ("x = - 5", "-5"),
+        ("7 - 5", "5"),
+        ("\u20135", "-5"),
+        ("pages 3\u20135", "5"),
+        ("It is 3 1/2.", "7/2"),
+        (r"\boxed{3 1/2}", "7/2"),
+        ("step 3 5/2", "5/2"),
         (r"\boxed{x = 1{,}234 \text{ cm}}", "1234"),
         (r"\boxed{\$5}", "5"),
         (r"\boxed{50\%}", "50"),
@@ -327,7 +340,7 @@ def test_json_is_read_strictly() -> None:
     for value in ({"a": [1, None]}, [], 1.5, "x", None, True):
         text = f" {json.dumps(value)}\n"
         assert json_valid([text]) == [1.0]
-        assert json_valid([text], keys=["a"]) == [float(isinstance(value, dict))]
+        assert json_valid([text], required_keys=["a"]) == [float(isinstance(value, dict))]
 
 
 @pytest.mark.parametrize(
