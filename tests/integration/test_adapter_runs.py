@@ -81,6 +81,7 @@ def test_a_finished_run_can_be_read_by_whom_the_umask_allows(root: Path) -> None
     assert private == set()
 
 
+@pytest.mark.full
 def test_sft_from_an_adapter_makes_an_adapter_of_an_adapter(root: Path) -> None:
     new = run(root, "stage=sft", "actor=custom", "actor.path=sft-adapter", *LOW_RANK)
     settings = json.loads((new / "model/adapter/adapter_config.json").read_text())
@@ -97,6 +98,7 @@ def test_sft_from_an_adapter_makes_an_adapter_of_an_adapter(root: Path) -> None:
     assert f"the adapter `{root / 'sft-adapter'}`, merged into `builtin:tiny`" in card
 
 
+@pytest.mark.full
 def test_ppo_from_adapters_is_ppo_from_the_merged_models(root: Path) -> None:
     models = {kind: str(trained(root, kind)) for kind in ("sft", "rm")}
     results = []

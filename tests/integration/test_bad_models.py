@@ -12,7 +12,7 @@ from helpers import SMALL, train
 from rlhf.models.loading import load_tokenizer
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [0, pytest.param(3, marks=pytest.mark.full)])
 def test_layers_that_the_configuration_does_not_have_stop_the_run(
     tmp_path: Path, zero: int
 ) -> None:

@@ -172,6 +172,7 @@ def test_many_marks_of_one_prompt_are_one_prompt(tmp_path: Path) -> None:
     assert line.endswith("pairs to 9 more prompts are needed: so far 1 of at least 10")
 
 
+@pytest.mark.full
 def test_the_suggested_command_trains_the_policy_of_the_conversation(
     talk_to: Chat, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_training_does_not_depend_on_how_it_is_measured(tmp_path: Path) -> None:
     assert evaluated == [True, True, False]
 
 
+@pytest.mark.full
 def test_a_run_resumes_with_other_evaluation_settings_and_says_how_it_was_measured(
     tmp_path: Path,
 ) -> None:

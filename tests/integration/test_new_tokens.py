@@ -198,7 +198,8 @@ def test_a_run_with_new_rows_is_resumed_bit_for_bit(
 ADAPTER = Path("model") / "adapter" / "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("tied", [False, True])
 def test_zero3_in_two_processes_trains_the_same_rows(
     model: Callable[..., str], tmp_path: Path, tied: bool
 ) -> None:

@@ -182,6 +182,8 @@ def test_fields_without_effect_on_results() -> None:
         "Model.pairs_with",
         "Eval.save_responses",
         "RewardSource.timeout",
+        "Judge.concurrency",
+        "Judge.cache",
         "Rl.name",
         "Rl.variant_of",
         "Data.workers",
