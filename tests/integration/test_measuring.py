@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import SLOW, running, summary, train
 from safetensors.torch import load_file
