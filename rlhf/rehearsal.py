@@ -20,6 +20,7 @@ from pathlib import Path
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN
 from rlhf.base.log import log, say
+from rlhf.base.own_processes import own_source, python_module
 from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import function_sources
@@ -70,8 +71,9 @@ def run_main(folder: Path) -> int:
     with graceful_shutdown() as signals:
         # a session of its own, as a worker: Ctrl-C reaches this process only
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "rlhf.rehearsal", str(folder)],
-            env=QUIET | os.environ | {"DS_ACCELERATOR": "cpu"},  # it looks at files only
+            [*python_module("rlhf.rehearsal", "-W", "ignore"), str(folder)],
+            # it looks at files only
+            env=QUIET | os.environ | own_source() | {"DS_ACCELERATOR": "cpu"},
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             preexec_fn=end_with_parent,

@@ -93,7 +93,7 @@ def load_function(path: str, kwargs: dict[str, Any], key: str) -> RewardFunction
     """
     place, _, name = path.rpartition(":")
     try:
-        module = import_file(Path(place)) if place.endswith(".py") else import_module(place)
+        module = import_by_name(place)
         function = getattr(module, name, None)
     except BaseException as error:
         raise UserError(f"{key}: cannot import {place}: {cause(error)}") from error
@@ -108,6 +108,15 @@ def load_function(path: str, kwargs: dict[str, Any], key: str) -> RewardFunction
     except ValueError:
         raise UserError(f"{key}: {name} has no signature: wrap it in a python function") from None
     return read_signature(function, signature, kwargs, f"{key}: {name}")
+
+
+def import_by_name(place: str) -> ModuleType:
+    """A module by its name, or by the path of its file. One in the current directory comes first:
+    it is that which the user means; other modules there do not stand for libraries."""
+    if place.endswith(".py"):
+        return import_file(Path(place))
+    here = Path(f"{place}.py")
+    return import_file(here) if here.is_file() else import_module(place)
 
 
 def import_file(path: Path) -> ModuleType:

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
+from rlhf.base.own_processes import own_source, python_module
 from rlhf.rewards.batch import Batch, last_text
 from rlhf.rewards.functions import (
     SEARCH_SECONDS,
@@ -104,7 +105,8 @@ class RewardProcess:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "rlhf.rewards.process"],
+            python_module("rlhf.rewards.process", "-W", "ignore"),
+            env=os.environ | own_source(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -222,7 +224,7 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     requests, answers = take_channels()
-    sys.path.insert(0, os.getcwd())  # the user's modules may be where the command is run
+    sys.path.append(os.getcwd())  # for the functions' modules and what they import
     specs = {name: Spec(**spec) for name, spec in json.loads(requests.readline()).items()}
     functions: dict[str, RewardFunction] = {}
     try:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural
+from rlhf.base.own_processes import own_source, python_module
 from rlhf.config.choices import Device
 from rlhf.config.schema import Config
 from rlhf.runs.directory import find_checkpoints
@@ -71,13 +72,13 @@ def start_workers(workers: Workers, run_dir: Path, cfg: Config) -> None:
     if cfg.deploy.hostfile:
         commands = {f"on {cfg.deploy.hostfile}": (launcher_command(run_dir, cfg), {})}
     else:
-        command = [sys.executable, "-m", WORKER, str(run_dir)]
+        command = [*python_module(WORKER), str(run_dir)]
         commands = {f"rank {env['RANK']}": (command, env) for env in worker_environments(cfg)}
     for name, (command, env) in commands.items():
         # a session of its own: Ctrl-C reaches this process only, which then stops the workers
         workers[name] = subprocess.Popen(
             command,
-            env=os.environ | env,
+            env=os.environ | own_source() | env,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             preexec_fn=end_with_parent,
@@ -195,9 +196,7 @@ def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
     """DeepSpeed's launcher, which reaches the nodes of a hostfile by pdsh and ssh."""
     deploy = cfg.deploy
     command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
+        *python_module("deepspeed.launcher.runner"),
         "--log_level",
         "error",
         "--force_multi",

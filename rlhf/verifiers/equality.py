@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from rlhf.base.log import log
+from rlhf.base.own_processes import own_source, python_module
 from rlhf.verifiers.final_answers import as_formula
 
 SECONDS = 2.0  # of CPU time for an answer; usually it takes a few milliseconds
@@ -97,11 +98,11 @@ def ask(rows: Sequence[tuple[tuple[str, ...], str]]) -> list[str]:
 
 def start() -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "rlhf.verifiers.equality"],
+        python_module("rlhf.verifiers.equality", "-W", "ignore"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | own_source(),
     )
 
 
