@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+from rlhf.base.log import log
 from rlhf.runs.history import read_lines
 from rlhf.runs.stage_views import Panel, StageView
 
@@ -46,6 +47,9 @@ def plot_curves(run_dir: Path, view: StageView) -> None:
     rows = read_lines(run_dir / "metrics.jsonl")
     logged = {name for row in rows for name in row}
     drawn = [panel for panel in view.panels if panel.drawn(logged)]
+    if not drawn:
+        log.warning(f"{run_dir}: metrics.jsonl has nothing to draw; there is no curves.png")
+        return
     figure, axes = panel_grid(len(drawn))
     for i, (axis, panel) in enumerate(zip(axes, drawn)):
         draw_panel(axis, panel, rows)
@@ -93,8 +97,10 @@ def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
     Dots are rollouts. Circles are evaluations on held-out prompts, with those of the start and the
     end. Source: Gao 2022, arXiv:2210.10760. Args: final: the run's final metrics, eval/NAME.
     """
-    rows = read_lines(run_dir / "metrics.jsonl")
-    rewards = [reward for reward in FRONTIER_REWARDS if reward.rollout in rows[0]]
+    rows = [row for row in read_lines(run_dir / "metrics.jsonl") if "objective/kl" in row]
+    rewards = [one for one in FRONTIER_REWARDS if rows and one.rollout in rows[0]]
+    if not rewards:
+        return
     width, height = PANEL_SIZE
     figure, axes = headless_pyplot().subplots(
         1,

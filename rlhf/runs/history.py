@@ -105,13 +105,17 @@ def is_known_setting(key: str, stage: str) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none where there is no file, a half-written row is skipped."""
+    """The rows of a .jsonl file; none where there is no file, a half-written or damaged row is
+    skipped."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().split("\n"):  # not splitlines: texts may contain other line ends
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    # not splitlines: texts may contain other line ends
+    for line in path.read_text(errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import atomic_path
 from rlhf.base.log import first_line, log, printable
 from rlhf.base.wandb_login import wandb_problem
 from rlhf.config.choices import WandbMode
@@ -155,8 +157,7 @@ class Tracker:
     def load_state_dict(self, sizes: dict[str, int]) -> None:
         """Cut off what was written later: those steps are repeated."""
         for name in LOGS if self.main else ():
-            if (self.run_dir / name).exists():
-                os.truncate(self.run_dir / name, sizes.get(name, 0))
+            cut_back(self.run_dir / name, sizes.get(name, 0))
         if self.main and sizes:
             self.first = sum(1 for _ in open(self.run_dir / "metrics.jsonl"))  # noqa: SIM115
             self.bar.initial = self.bar.n = self.first
@@ -173,6 +174,23 @@ class Tracker:
             run.finish()
 
         self.send_to_wandb(send)
+
+
+def cut_back(file: Path, size: int) -> None:
+    """Cut a file of lines to the size that it had at a checkpoint. One that has become shorter is
+    cut to whole lines, with a warning: the run does not need it, its curves and tables do."""
+    there = file.stat().st_size if file.exists() else 0
+    if there >= size:
+        if file.exists():
+            os.truncate(file, size)
+        return
+    log.warning(
+        f"{file}: {size - there:,} bytes that this run had written are missing; it goes on, and "
+        "its curves lack these steps"
+    )
+    if there:
+        content = file.read_bytes()
+        os.truncate(file, content.rfind(b"\n") + 1)
 
 
 def cell_of(value: Any) -> Any:
@@ -225,15 +243,26 @@ def start_wandb(cfg: Config, run_dir: Path) -> Run | None:
     return run
 
 
+def wandb_id(run_dir: Path) -> str:
+    """The id of the W&B run, in run_dir/wandb_id; a new one where there is none that is valid."""
+    file = run_dir / "wandb_id"
+    if file.exists():
+        found = file.read_bytes()[:100].decode(errors="replace").strip()
+        if re.fullmatch("[0-9a-f]{12}", found):
+            return found
+        log.warning(f"{file}: {found!r:.80} is no id of a W&B run; this run gets a new one there")
+    new = secrets.token_hex(6)
+    with atomic_path(file) as temporary:
+        temporary.write_text(new)
+    return new
+
+
 def wandb_options(cfg: Config, run_dir: Path) -> dict[str, Any]:
     """The arguments of wandb.init. A resumed run has the id of run_dir/wandb_id again."""
     import wandb
 
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(6))
     return {
-        "id": id_file.read_text().strip(),
+        "id": wandb_id(run_dir),
         "dir": run_dir,
         "project": cfg.wandb.project,
         "entity": cfg.wandb.entity,

@@ -1,5 +1,5 @@
-"""What lies in the current directory, or on PYTHONPATH, does not stand for the project's code or its
-libraries; only the reward functions that are named come from there."""
+"""What lies in the current directory, or on PYTHONPATH, does not stand for the project's code or
+its libraries; only the reward functions that are named come from there."""
 
 from __future__ import annotations
 
