@@ -45,6 +45,7 @@ SHOWN_AS = {  # beside the progress bar; other metrics by their own names
     "tokens/response_mean": "response tokens",
     "win_rate": "win rate",
 }
+WANDB_SECONDS = 60.0  # in which W&B must have started
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 
 
@@ -66,6 +67,7 @@ class Tracker:
             return
         self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  one line per step, flushed at once
         # it takes seconds, in which the run can begin
+        self.wandb_failed = False
         self.wandb = ThreadPoolExecutor(1).submit(start_wandb, cfg, run_dir)
         # a terminal shows a bar; anything else gets a line every 10 seconds
         self.bar = tqdm(
@@ -134,16 +136,21 @@ class Tracker:
         self.send_to_wandb(lambda run: run.alert(title=title, text=text, level="WARN"))
 
     def send_to_wandb(self, send: Callable[[Run], None]) -> None:
-        """An error of W&B does not stop the run, whose own files have everything."""
-        if run := self.wandb.result():
-            try:
+        """An error of W&B does not stop the run, whose own files have everything. After the first
+        one nothing more is sent."""
+        if self.wandb_failed:
+            return
+        try:
+            if run := self.wandb.result(timeout=WANDB_SECONDS):
                 send(run)
-            except Exception as error:  # its client raises many kinds when the server goes away
-                log.warning(
-                    "W&B: %s: %s; the run continues, and its own files have everything",
-                    type(error).__name__,
-                    first_line(error),
-                )
+        except UserError:  # wandb.mode=online, and no server
+            raise
+        except Exception as error:  # its client raises many kinds when its own process has ended
+            self.wandb_failed = True
+            log.warning(
+                f"W&B: {type(error).__name__}: {first_line(error)}; from here on this run is only "
+                "in its own files, which have everything"
+            )
 
     def state_dict(self) -> dict[str, int]:
         """Bytes of each file that are on the disk."""
@@ -174,6 +181,10 @@ class Tracker:
             run.finish()
 
         self.send_to_wandb(send)
+        if wandb := sys.modules.get("wandb"):
+            # here, as it would raise at the interpreter's end where W&B's own process has ended
+            with contextlib.suppress(Exception):
+                wandb.teardown()
 
 
 def cut_back(file: Path, size: int) -> None:
@@ -217,6 +228,8 @@ def start_wandb(cfg: Config, run_dir: Path) -> Run | None:
         return None
     import wandb
 
+    # It watches imports to report them. Where its process has ended, this would fail any import.
+    wandb.sdk.wandb_run.Run._register_telemetry_import_hooks = lambda _: None
     mode: Any = cfg.wandb.mode.name
     if cfg.wandb.mode in (WandbMode.auto, WandbMode.online):
         problem = wandb_problem(wandb.setup().settings.base_url)
