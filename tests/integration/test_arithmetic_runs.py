@@ -75,5 +75,5 @@ def test_its_data_can_be_inspected(tmp_path: Path) -> None:
     done = train("stage=inspect", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     [run] = runs_in(tmp_path)["inspect"]
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text())["metrics"]
     assert not any(result["leakage"].values()) and result["stages"]["ppo"]["rows"] == 64
