@@ -10,7 +10,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.log import plural
 from rlhf.rewards.batch import prompt_text
 from rlhf.rewards.server import Server
-from rlhf.verifiers import REFERENCES, Scores, Text, references_of, text_of
+from rlhf.verifiers import REFERENCES, Scores, Text, references_of, setting, text_of
 
 
 async def remote(
@@ -36,7 +36,7 @@ async def remote(
     Source: github.com/OpenRLHF/OpenRLHF, openrlhf/cli/serve_rm.py.
     """
     labels: list[Any] = [None] * len(prompts)
-    column = None if isinstance(column, list) else column  # a column of the data
+    column = setting(column)
     if column is not None or any(columns.get(name) is not None for name in REFERENCES):
         found = references_of(len(prompts), columns, column)
         labels = [(row[0] if len(row) == 1 else row) if row else None for row in found]

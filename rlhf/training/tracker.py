@@ -196,7 +196,7 @@ def cut_back(file: Path, size: int) -> None:
             os.truncate(file, size)
         return
     log.warning(
-        f"{file}: {size - there:,} bytes that this run had written are missing; it goes on, and "
+        f"{file}: {size - there:,} bytes that this run had written are missing; it continues, and "
         "its curves lack these steps"
     )
     if there:

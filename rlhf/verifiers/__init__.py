@@ -113,7 +113,7 @@ def regex(completions: Sequence[Text], pattern: str, **columns: Any) -> Scores:
     >>> regex(["#### 42", "It is 42"], pattern=r"^#### -?\d+$")
     [1.0, 0.0]
     """
-    if _setting(pattern) is None:
+    if setting(pattern) is None:
         raise ValueError(
             "the data have a column pattern: give the pattern in kwargs: {pattern: ...}"
         )
@@ -181,8 +181,8 @@ def length(
     >>> length(["a", "b", "c"], completion_ids=[[5] * 3, [5] * 5, [5] * 20], max=4)
     [0.0, -0.25, -1.0]
     """
-    target, max = _setting(target), _setting(max)
-    unit = _setting(unit) or "tokens"
+    target, max = setting(target), setting(max)
+    unit = setting(unit) or "tokens"
     limit = target if max is None else max
     if limit is None or limit <= 0 or (target is not None and max is not None):
         raise ValueError(f"give either target or max above 0 (target={target}, max={max})")
@@ -198,7 +198,7 @@ def length(
     return [0.0 - sorted((0.0, share / limit, 1.0))[1] for share in excess]  # no -0.0
 
 
-def _setting(value: Setting | None) -> Setting | None:
+def setting(value: Setting | None) -> Setting | None:
     """A setting; None where the data have a column of its name, whose values are a list."""
     return None if isinstance(value, list) else value
 
@@ -222,7 +222,7 @@ def references_of(count: int, columns: dict[str, Any], column: str | None) -> li
         column: the only one to read; None = the first of REFERENCES that a row has.
     Raises: ValueError where the data have none of the columns, or an object cannot be read.
     """
-    column = _setting(column)
+    column = setting(column)
     names = (column,) if column else REFERENCES
     found = {name: columns[name] for name in names if columns.get(name) is not None}
     if not found:
