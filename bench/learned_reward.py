@@ -14,29 +14,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from presets import PAGE, curve, draw_mean, each, finish, measure, train, write_between_marks
+from presets import PAGE, curve, draw_mean, finish, measure, table, train, write_between_marks
 
 from rlhf.reporting.curves import COLORS
 
 LEARNED = "experiment=arithmetic_learned"
+COLUMNS = {
+    "its score at the end": ("score", ".2f"),
+    "held-out pass@1": ("gold", ".2f"),
+    "KL, nats per response": ("kl", ".1f"),
+}
 # name -> overrides of stage=ppo; the last one takes the steps and the KL of the first
 ARMS = {
     "the verifier": ["data=arithmetic"],
     "a reward model and a KL penalty": [LEARNED],
     "a reward model alone": [LEARNED, "rl.kl.coef=0", "rl.lr=7e-4"],
 }
-
-
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """A line per arm as Markdown: the seeds one by one."""
-    lines = [
-        "| the reward is | its score at the end | held-out pass@1 | KL, nats per response |",
-        "|---|---|---|---|",
-    ]
-    for arm, seeds in results.items():
-        cells = [arm, each(seeds, "score", ".2f"), each(seeds, "gold", ".2f")]
-        lines.append("| " + " | ".join([*cells, each(seeds, "kl", ".1f")]) + " |")
-    return "\n".join(lines)
 
 
 def picture(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
@@ -79,9 +72,10 @@ def main() -> None:
                 f"KL {found['kl']:.1f}",
                 flush=True,
             )
-    print(table(results))
+    shown = table("the reward is", COLUMNS, results)
+    print(shown)
     if args.docs:
-        write_between_marks(PAGE, "learned_reward", table(results))
+        write_between_marks(PAGE, "learned_reward", shown)
         picture(results, PAGE.with_name("learned_reward.png"))
 
 

@@ -86,46 +86,30 @@ def pass_at_1_on_harder(root: Path, given: Sequence[str], runs: Sequence[Path]) 
 # ---- tables and picture
 
 
-def sandbox_table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """A line per preset as Markdown: the seeds one by one."""
-    lines = [
-        "| preset | rollouts | share of the gold gap closed | gold reward | KL, nats per response "
-        "| largest KL of a rollout | score |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for preset, seeds in results.items():
-        cells = [
-            f"`{preset}`",
-            str(seeds[0]["rollouts"]),
-            each(seeds, "closed", ".0%"),
-            each(seeds, "gold", ".2f"),
-            each(seeds, "kl", ".1f"),
-            each(seeds, "worst_kl", ".1f"),
-            each(seeds, "score", ".2f"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+Columns = dict[str, tuple[str, str]]  # heading: key of `measure`, format
+SANDBOX: Columns = {
+    "share of the gold gap closed": ("closed", ".0%"),
+    "gold reward": ("gold", ".2f"),
+    "KL, nats per response": ("kl", ".1f"),
+    "largest KL of a rollout": ("worst_kl", ".1f"),
+    "score": ("score", ".2f"),
+}
+ARITHMETIC: Columns = {
+    "held-out pass@1": ("gold", ".2f"),
+    "on harder problems": ("harder", ".2f"),
+    "KL, nats per response": ("kl", ".1f"),
+    "largest KL of a rollout": ("worst_kl", ".1f"),
+}
 
 
-def arithmetic_table(results: dict[str, list[dict[str, Any]]], sft_on_harder: float) -> str:
-    """A line per preset as Markdown: the seeds one by one."""
-    before = results[next(iter(results))][0]["before"]
-    lines = [
-        "| preset | held-out pass@1 | on harder problems | KL, nats per response "
-        "| largest KL of a rollout |",
-        "|---|---|---|---|---|",
-        f"| SFT, where all start | {before:.2f} | {sft_on_harder:.2f} | | |",
+def table(first: str, columns: Columns, results: dict[str, list[dict[str, Any]]]) -> str:
+    """A line per result as Markdown: the seeds one by one. Args: first: heading of the names."""
+    rows = [
+        [name, *(each(seeds, key, form) for key, form in columns.values())]
+        for name, seeds in results.items()
     ]
-    for preset, seeds in results.items():
-        cells = [
-            f"`{preset}`",
-            each(seeds, "gold", ".2f"),
-            each(seeds, "harder", ".2f"),
-            each(seeds, "kl", ".1f"),
-            each(seeds, "worst_kl", ".1f"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [[first, *columns], ["---"] * (1 + len(columns)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def each(seeds: Sequence[dict[str, Any]], key: str, form: str) -> str:
@@ -208,17 +192,18 @@ def main() -> None:
                 f"{found['worst_kl']:.1f}), {found['seconds']:.0f} s",
                 flush=True,
             )
-    if args.world == "sandbox":
-        table = sandbox_table(results)
-    else:
+    columns = SANDBOX
+    if args.world == "arithmetic":
+        columns = ARITHMETIC
         every = [one for seeds in results.values() for one in seeds]
         on_harder = pass_at_1_on_harder(args.root, [data], [sft, *(one["run"] for one in every)])
         for one, rate in zip(every, on_harder[1:]):
             one["harder"] = rate
-        table = arithmetic_table(results, on_harder[0])
-    print(table)
+        print(f"SFT: pass@1 {every[0]['before']:.2f}, on harder problems {on_harder[0]:.2f}")
+    shown = table("preset", columns, {f"`{name}`": seeds for name, seeds in results.items()})
+    print(shown)
     if args.docs:
-        write_between_marks(PAGE, f"presets, {args.world}", table)
+        write_between_marks(PAGE, f"presets, {args.world}", shown)
         if args.world == "arithmetic":
             picture(results, PAGE.with_name("arithmetic.png"))
 
