@@ -19,6 +19,7 @@ from rlhf.base.adapter_files import (
     is_adapter,
     tokenizer_of,
 )
+from rlhf.base.checksums import files_below, hash_files, write_sums
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
@@ -309,6 +310,7 @@ def save_engine(
             if adapter:
                 lora.write_adapter(hf, adapter, temporary / "adapter")
                 tokenizer.save_pretrained(temporary / "adapter")
+            write_sums(temporary, hash_files(temporary, files_below(temporary)))
     collectives.barrier()
 
 
