@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import private_folder
 from rlhf.base.log import plural
 from rlhf.base.own_processes import own_source, python_module
 from rlhf.config.choices import Device
@@ -163,8 +164,10 @@ def claim_gpus(cfg: Config) -> Iterator[None]:
         return
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = before.split(",") if before else [str(i) for i in range(count_gpus())]
-    folder = Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder = private_folder(Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}")
+    except OSError as error:
+        raise UserError(f"no folder for the locks of GPUs: {error}") from None
     while True:
         with contextlib.ExitStack() as locks:
             claimed = []
