@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlhf.base import watchdog
 from rlhf.base.errors import UserError
 from rlhf.base.log import announced
 from rlhf.config.schema import Config
@@ -90,8 +91,10 @@ def build_engine(
     if collectives.rank() == 0:
         (run_dir / f"ds_{role}.json").write_text(json.dumps(ds_config, indent=2))
     optim = optim_of(cfg, role)
-    with announced(f"loading the {role.removesuffix('_trained')} model"), zero3_init(ds_config):
+    loading = announced(f"loading the {role.removesuffix('_trained')} model")
+    with loading, watchdog.while_files_move(), zero3_init(ds_config):
         module = load()
+    module.hf.base_model.register_forward_pre_hook(lambda *_: watchdog.progress())
     if optim is None:
         module.requires_grad_(False).eval()
         with contextlib.redirect_stdout(None):  # in bf16 DeepSpeed prints its memory

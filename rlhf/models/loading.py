@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf.base import watchdog
 from rlhf.base.adapter_files import (
     BASE_KEY,
     CONFIG,
@@ -304,7 +305,8 @@ def save_engine(
     hf = engine.module.hf
     weights, adapter = full_state_dict(hf)
     if collectives.rank() == 0:
-        with announced(f"saving {directory}"), atomic_path(directory) as temporary:
+        saving = announced(f"saving {directory}")
+        with saving, watchdog.while_files_move(), atomic_path(directory) as temporary:
             hf.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             if adapter:

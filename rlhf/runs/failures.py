@@ -43,6 +43,22 @@ def write_failure(run_dir: Path, rank: str, error: Exception) -> None:
         say(f"rank {rank}: {failure.cause}")
 
 
+def take_stacks(run_dir: Path, minutes: float | None) -> None:
+    """Make failures of workers that hung, and add the stacks that they have left to train.log.
+
+    Args: minutes: deploy.watchdog_minutes.
+    """
+    for file in run_dir.glob("stacks-rank*.txt"):
+        rank = file.stem.removeprefix("stacks-rank")
+        if stacks := file.read_text(encoding="utf-8", errors="replace"):
+            line = f"rank {rank}: Stalled: no progress for {minutes} minutes"
+            line += " (deploy.watchdog_minutes)"
+            (run_dir / f"error-rank{rank}.txt").write_text(f"{line}\n\n{stacks}", encoding="utf-8")
+            with open(run_dir / "train.log", "a", encoding="utf-8") as log_file:
+                log_file.write(f"{line}\n{stacks}")
+        file.unlink(missing_ok=True)
+
+
 def read_failures(run_dir: Path) -> list[Failure]:
     """The failures that the workers of a run have written, the oldest first."""
     files = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)

@@ -25,7 +25,7 @@ from rlhf.config.choices import Device
 from rlhf.config.schema import Config
 from rlhf.runs.directory import find_checkpoints
 from rlhf.runs.environment import worker_environments
-from rlhf.runs.failures import WorkerError, read_failures
+from rlhf.runs.failures import WorkerError, read_failures, take_stacks
 from rlhf.runs.locks import try_lock
 
 WORKER = "rlhf.worker"
@@ -137,6 +137,7 @@ def raise_failure(failed: dict[str, int], run_dir: Path, cfg: Config) -> NoRetur
     Args: failed: exit codes by "rank N".
     Raises: UserError, or WorkerError, which says where the log is.
     """
+    take_stacks(run_dir, cfg.deploy.watchdog_minutes)
     intact, _ = find_checkpoints(run_dir)
     checkpoint = f"; the last good checkpoint is {intact[0][0]}" if intact else ""
     failures = [] if any(code < 0 for code in failed.values()) else read_failures(run_dir)

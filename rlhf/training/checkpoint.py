@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlhf.base import watchdog
 from rlhf.base.checksums import (
     SUMS,
     damaged_files,
@@ -198,7 +199,7 @@ class Checkpoints:
                 )
             return False
         try:
-            with announced(f"writing the checkpoint of step {step}"):
+            with announced(f"writing the checkpoint of step {step}"), watchdog.while_files_move():
                 self._write(temporary)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
