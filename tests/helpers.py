@@ -133,7 +133,7 @@ def compose_once(root: str | None, *overrides: str) -> Config:
 def compose_options(root: str | None, *choices: str) -> DictConfig:
     """Choosing options takes most of Hydra's time. It sets values of keys after that; so do we."""
     register()
-    return compose.compose_alone(choices, [], hydra_too=False)
+    return compose.compose_alone(choices, [])
 
 
 def register(folders: Sequence[Path] = ()) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
@@ -24,11 +29,14 @@ def to_typed(cfg: DictConfig) -> Config:
 
     Raises: UserError naming all unknown keys and all keys without a value.
     """
-    problems = [f"unknown key {with_suggestion(key)}" for key in unknown_keys(cfg)]
-    problems += [f"{key} has no value: give one, {key}=..." for key in missing_keys(cfg)]
-    if problems:
+    unknown = unknown_keys(cfg)
+    typed = None
+    with contextlib.suppress(MissingMandatoryValue, InterpolationToMissingValueError):
+        typed = None if unknown else typing.cast(Config, OmegaConf.to_object(cfg))
+    if typed is None:
+        problems = [f"unknown key {with_suggestion(key)}" for key in unknown]
+        problems += [f"{key} has no value: give one, {key}=..." for key in missing_keys(cfg)]
         raise UserError("\n".join(problems))
-    typed = typing.cast(Config, OmegaConf.to_object(cfg))
     for node in (typed.rl, typed.eval):  # NAME: null removes a source
         node.rewards = {name: source for name, source in node.rewards.items() if source}
     return typed
