@@ -19,6 +19,7 @@ import hydra
 from hydra import compose
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
@@ -316,7 +317,9 @@ def compose_with_hydra(
     overrides: Sequence[str], folders: Sequence[Path], hydra_too: bool = True
 ) -> DictConfig:
     """The configuration of some overrides, composed by Hydra alone, with its own node `hydra`."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    is_running = GlobalHydra.instance().is_initialized()
+    alone = hydra.initialize_config_dir(str(CONF), version_base="1.3") if not is_running else None
+    with alone or contextlib.nullcontext():
         return compose("config", [*overrides, *search_path(folders)], return_hydra_config=hydra_too)
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -177,8 +176,7 @@ def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
     """
     register(folders)
     typed = [compose.allow_user_names(arg) for arg in overrides]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose.make_command(compose.compose_again(typed), typed)
+    return compose.make_command(compose.compose_again(typed), typed)
 
 
 def lines(file: Path) -> int:

@@ -14,6 +14,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from yaml import YAMLError
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
@@ -127,9 +128,15 @@ def missing_keys(cfg: DictConfig) -> list[str]:
 
 
 def load_config(path: Path) -> Config:
-    """Read a run's resolved config.yaml. Raises: UserError where an earlier version wrote it."""
+    """Read a run's resolved config.yaml. Raises: UserError where an earlier version wrote it, or it
+    is damaged."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        saved = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({line})") from None
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), saved)
     except OmegaConfBaseException as error:
         line = str(error).splitlines()[0]
         raise UserError(f"{path}: made by an earlier version of this project ({line})") from None

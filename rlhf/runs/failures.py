@@ -10,6 +10,8 @@ from typing import NamedTuple
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_line
 
+UNKNOWN = "the cause is not in its error file (was the disk full?); see train.log"
+
 
 class WorkerError(RuntimeError):
     """A worker failed by a bug, or was killed. The message names rank, cause and log."""
@@ -45,6 +47,15 @@ def read_failures(run_dir: Path) -> list[Failure]:
     files = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
     failures = []
     for file in files:
-        rank, kind, message = file.read_text().splitlines()[0].split(": ", 2)
+        parts = first_text_line(file).split(": ", 2)
+        rank, kind, message = parts if len(parts) == 3 else ("rank ?", UserError.__name__, UNKNOWN)
         failures.append(Failure(rank.removeprefix("rank "), kind, message))
     return failures
+
+
+def first_text_line(file: Path) -> str:
+    """The first line of a file; "" where it is empty or cannot be read."""
+    try:
+        return (file.read_text(errors="replace").splitlines() or [""])[0]
+    except OSError:
+        return ""

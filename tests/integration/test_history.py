@@ -59,6 +59,8 @@ def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path)
     attempt.mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "summary.json"):
         shutil.copy(new / name, attempt / name)
+    about = json.loads((new / "summary.json").read_text())
+    write_json(attempt / "summary.json", about | {"id": "the id of the attempt"})
     found = find_runs([tmp_path, attempt])
     assert [run.stage for run in found] == ["ppo"] * 4 and found[
         -1
