@@ -22,7 +22,7 @@ from yaml import YAMLError
 from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.interrupts import interrupted
-from rlhf.base.log import say
+from rlhf.base.log import plural, say
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
@@ -108,7 +108,8 @@ def dispatch(argv: Sequence[str]) -> int:
     if problems and not args.shell_completion:
         raise UserError("\n".join(problems))
     if args.multirun:
-        return run_sweep(overrides, folders)
+        looks = (args.cfg, args.info, args.package, args.config_name, args.config_path, *flags)
+        return run_sweep(overrides, folders, any(looks))
     run_hydra()
     if stopped_by:
         raise stopped_by[0]
@@ -169,24 +170,34 @@ def print_help(overrides: Sequence[str], folders: Sequence[Path]) -> int:
         print(help.overview())
         return DONE
     given = [compose.allow_user_names(arg) for arg in overrides if "=" in arg]
-    cfg = compose.compose_alone(given, folders, hydra_too=False)
+    cfg = compose.compose_alone(given, folders)
     print("\n\n".join(help.describe(name, cfg) for name in names))
     return DONE
 
 
-def run_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
-    """Run all jobs of a sweep; a job that fails does not stop the others. Returns the exit code."""
+def run_sweep(overrides: Sequence[str], folders: Sequence[Path], only_look: bool) -> int:
+    """Run all jobs of a sweep; a job that fails does not stop the others.
+
+    Args: only_look: a flag of Hydra asks for something else, such as --cfg job.
+    Returns: the exit code.
+    """
     if any(arg.startswith("deploy.node_rank=") for arg in overrides):
         raise UserError(
             "-m with deploy.node_rank: after a failed job the nodes would wait for each other; "
             "use deploy.hostfile"
         )
-    jobs = sweep.check_jobs(overrides, folders)
-    if {job.experiment_name for job in jobs} == {DEFAULT_NAME}:
-        sys.argv.append(f"experiment_name={sweep.name_of(overrides, folders)}")
-    sweep.begin(overrides, len(jobs))
+    jobs = sweep.read_sweep(overrides, folders)
+    say(f"sweep of {plural(len(jobs.jobs), 'job')}: checking them")
+    named = []
+    if sweep.check_jobs(jobs.jobs, folders) == {DEFAULT_NAME}:
+        named = [f"experiment_name={jobs.name}"]
+    sweep.begin(overrides, len(jobs.jobs))
     try:
-        run_hydra()
+        if jobs.is_plain and not only_look:
+            sweep.run_jobs([job + named for job in jobs.jobs])
+        else:
+            sys.argv += named
+            run_hydra()
     except (RuntimeError, UserError, HydraException, OmegaConfBaseException):
         if interrupted() or not sweep.ended_jobs():  # else the failed job has said why
             raise
