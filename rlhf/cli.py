@@ -108,8 +108,12 @@ def dispatch(argv: Sequence[str]) -> int:
     if problems and not args.shell_completion:
         raise UserError("\n".join(problems))
     if args.multirun:
-        looks = (args.cfg, args.info, args.package, args.config_name, args.config_path, *flags)
-        return run_sweep(overrides, folders, any(looks))
+        if looked := [f"--{name}" for name in ("cfg", "info") if getattr(args, name)]:
+            raise UserError(
+                f"{looked[0]} with -m: leave one out; plan=true shows what jobs would do"
+            )
+        with_flags = any((args.package, args.config_name, args.config_path, *flags))
+        return run_sweep(overrides, folders, with_flags)
     run_hydra()
     if stopped_by:
         raise stopped_by[0]
@@ -175,10 +179,10 @@ def print_help(overrides: Sequence[str], folders: Sequence[Path]) -> int:
     return DONE
 
 
-def run_sweep(overrides: Sequence[str], folders: Sequence[Path], only_look: bool) -> int:
+def run_sweep(overrides: Sequence[str], folders: Sequence[Path], with_flags: bool) -> int:
     """Run all jobs of a sweep; a job that fails does not stop the others.
 
-    Args: only_look: a flag of Hydra asks for something else, such as --cfg job.
+    Args: with_flags: the command line has flags of Hydra, which then runs the jobs itself.
     Returns: the exit code.
     """
     if any(arg.startswith("deploy.node_rank=") for arg in overrides):
@@ -193,9 +197,10 @@ def run_sweep(overrides: Sequence[str], folders: Sequence[Path], only_look: bool
         named = [f"experiment_name={jobs.name}"]
     sweep.begin(overrides, len(jobs.jobs))
     try:
-        if jobs.is_plain and not only_look:
+        if jobs.is_plain and not with_flags:
             sweep.run_jobs([job + named for job in jobs.jobs])
         else:
+            say("Hydra composes all jobs again before its launcher starts the first one ...")
             sys.argv += named
             run_hydra()
     except (RuntimeError, UserError, HydraException, OmegaConfBaseException):

@@ -54,6 +54,8 @@ class Metrics:
         if x not in self.columns or y not in self.columns:
             return Points(np.empty(0), np.empty(0))
         one, other = self.columns[x], self.columns[y]
+        if np.array_equal(one.rows, other.rows):
+            return Points(one.values, other.values)
         _, i, j = np.intersect1d(one.rows, other.rows, assume_unique=True, return_indices=True)
         return Points(one.values[i], other.values[j])
 

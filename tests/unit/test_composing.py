@@ -8,7 +8,7 @@ import pytest
 from helpers import register, write_option
 from omegaconf import OmegaConf
 
-from rlhf import compose, sweep
+from rlhf import cli, compose, sweep
 from rlhf.base.errors import UserError
 
 SWEEPS = [
@@ -76,3 +76,8 @@ def test_the_jobs_of_a_sweep_are_those_of_hydra(tmp_path: Path) -> None:
     assert own.jobs == [["seed=3", "experiment=mine"], ["seed=4", "experiment=mine"]]
     assert not own.is_plain, "Hydra sets the environment of its jobs"
     register()
+
+
+def test_a_look_at_one_job_is_no_sweep() -> None:
+    with pytest.raises(UserError, match="--cfg with -m: leave one out"):
+        cli.dispatch(["-m", "seed=1,2", "--cfg", "job"])
