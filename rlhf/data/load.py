@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Sized
 from dataclasses import asdict
@@ -27,12 +26,25 @@ from rlhf.data.sources import load_sources
 from rlhf.data.splits import PARTS, Part
 from rlhf.distributed import collectives
 from rlhf.runs.directory import write_json
+from rlhf.runs.run_files import DATA, read_file
 
 if TYPE_CHECKING:
     import datasets
 
 
 PART_OF_STAGE: dict[str, Part] = {"sft": "sft", "rm": "rm", "dpo": "rm"}  # online RL: ppo
+
+
+def check_same(report: list[SourceReport], run_dir: Path) -> None:
+    """Raises: UserError where a run that resumes had other data at its start."""
+    before = read_file(run_dir, DATA)
+    if before is None:
+        log.warning(f"{run_dir / DATA} is missing: nobody checks that the data are still the same")
+    elif before != report:
+        raise UserError(
+            "the data have changed since this run's checkpoint (see data.json): add fresh=true "
+            "to start again"
+        )
 
 
 def open_data(cfg: Config, run_dir: Path) -> Dataset:
@@ -44,13 +56,9 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
     data = load_data(cfg.data)
     log.info(summarize(data))
     if collectives.rank() == 0:
-        file = run_dir / "data.json"
-        if (run_dir / "checkpoints").exists() and json.loads(file.read_text()) != data.report:
-            raise UserError(
-                "the data have changed since this run's checkpoint (see data.json): add fresh=true"
-                " to start again"
-            )
-        write_json(file, data.report)
+        if (run_dir / "checkpoints").exists():
+            check_same(data.report, run_dir)
+        write_json(run_dir / DATA, data.report)
     _check_rows(data, cfg)
     kept = sum(report.get("ppo", 0) for report in data.report if report.get("sft"))
     if cfg.stage.name == "sft" and kept and not len(data.rm):

@@ -91,7 +91,7 @@ FIXES = {
     SUMMARY: f"delete it, then the run counts as unfinished, or {AGAIN}",
     RESULT: "repeat the run's command",
     ENVIRONMENT: "it only tells how the run was made: delete it",
-    DATA: "only reports show it: delete it",
+    DATA: "delete it, then nobody checks that the data are still the same",
     WARNINGS: "only reports show it: delete it",
 }
 NAMES = {str: "a text", float: "a number", bool: "true or false", dict: "an object", list: "a list"}

@@ -109,7 +109,7 @@ def test_jobs_side_by_side_share_upstream_runs_and_a_repeat_runs_what_failed_onl
     first = train(*sweep, cwd=tmp_path)
     assert (
         first.returncode == 1
-        and first.stderr.count("failed: ") == 2
+        and first.stderr.count("\nfailed: ") == 2
         and "KeyError: 'not yet'" in first.stderr
     ), first.stderr
     assert [
