@@ -35,7 +35,7 @@ def run_trial(trial: optuna.Trial, overrides: list[str]) -> float:
     if done.returncode:
         raise optuna.TrialPruned(done.stderr.strip().splitlines()[-1])
     (run,) = [line.split("  (")[0] for line in done.stdout.splitlines() if "frontier.png" in line]
-    metrics = json.loads(Path(run, "summary.json").read_text())["metrics"]
+    metrics = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))["metrics"]
     return metrics["eval/score"] - KL_COST * metrics["eval/kl"]
 
 

@@ -218,15 +218,15 @@ def name_other_evaluation(command: Command, stage: str, directory: Path) -> list
 
 def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
     """Write the summary and the model card of a run whose workers are done."""
-    environment = json.loads((directory / "env.json").read_text())
+    environment = json.loads((directory / "env.json").read_text(encoding="utf-8"))
     summary = {
         "id": secrets.token_hex(8),
         "stage": stage,
         "status": "finished",
-        "parents": json.loads((directory / "parents.json").read_text()),
-        **json.loads((directory / "result.json").read_text()),
+        "parents": json.loads((directory / "parents.json").read_text(encoding="utf-8")),
+        **json.loads((directory / "result.json").read_text(encoding="utf-8")),
         "finished": local_time(),
-        "data": json.loads((directory / "data.json").read_text()),
+        "data": json.loads((directory / "data.json").read_text(encoding="utf-8")),
         "settings": settings_to_record(command, stage),
         "versions": environment["packages"] | {"git": environment["git"]},
     }
@@ -301,7 +301,7 @@ def inspect_data(command: Command) -> None:
                 path.unlink()
         save_config(cfg, directory / "config.yaml")
         run_workers(directory, cfg)
-        result = json.loads((directory / "result.json").read_text())
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     tables.print_inspection(result["metrics"], directory / "report.html")
 
 

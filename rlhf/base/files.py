@@ -5,11 +5,51 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
+
+SMALL_FILE = 16 * 2**20  # bytes; the files that are read as a whole are smaller
+SPECIAL = {  # what is no file to read or replace: reading it would wait, or never end
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def special_kind(path: Path) -> str:
+    """What a path is that is neither a file nor a folder: "a device"; "" for others, and where
+    nothing is there."""
+    try:
+        return SPECIAL.get(stat.S_IFMT(path.stat().st_mode), "")
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return ""
+
+
+def why_not_small_file(path: Path) -> str:
+    """Why a path cannot be read as a whole: "this is a folder"; "" where it can."""
+    if kind := special_kind(path):
+        return f"this is {kind}, not a file"
+    if path.is_dir():
+        return "this is a folder, not a file"
+    if path.is_file() and (size := path.stat().st_size) > SMALL_FILE:
+        most = SMALL_FILE // 2**20
+        return f"it has {size / 2**20:,.0f} MiB; such a file has at most {most} MiB"
+    return ""
+
+
+def read_small_file(path: Path) -> str:
+    """The text of a file that the user names, which is UTF-8.
+
+    Raises: OSError, and ValueError for what is no text or no small file.
+    """
+    if problem := why_not_small_file(path):
+        raise ValueError(problem)
+    return path.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -19,7 +59,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The block writes a file or makes a directory there. After an exception the temporary path is
     deleted and `path` is as it was. An existing directory at `path` is replaced. Files get the
     permissions that the umask gives new files.
+
+    Raises: OSError where `path` is a device, a pipe or a socket: renaming would remove it.
     """
+    if kind := special_kind(path):
+        raise OSError(f"{path} is {kind}, not a file")
     temporary = path.with_name(path.name + ".tmp")
     remove(temporary)
     try:

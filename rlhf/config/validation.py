@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator
 
 from rlhf.base.constants import WORLD_HELD_OUT
+from rlhf.base.log import plural
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
     WORLDS,
@@ -29,6 +31,7 @@ from rlhf.config.choices import (
 )
 from rlhf.config.deployment import describe_processes, world_size
 from rlhf.config.keys import out_of_range
+from rlhf.config.limits import THREADS_PER_CORE
 from rlhf.config.schema import Config, Source
 from rlhf.config.stage_graph import function_sources, is_rl, optimizer_nodes, score_sources
 from rlhf.config.stage_nodes import RewardSource
@@ -55,6 +58,12 @@ def check_deploy(cfg: Config) -> Iterator[str]:
         yield "deploy.offload.optimizer=true: needs deploy.zero_stage=1 or more, not 0"
     if offload.parameters and deploy.zero_stage != 3:
         yield f"deploy.offload.parameters=true: needs deploy.zero_stage=3, not {deploy.zero_stage}"
+    cores = os.cpu_count() or 1
+    if deploy.threads is not None and deploy.threads > THREADS_PER_CORE * cores:
+        yield (
+            f"deploy.threads={deploy.threads}: this machine has {plural(cores, 'core')}; give at "
+            f"most {THREADS_PER_CORE * cores}, or null for cores / processes"
+        )
     if deploy.precision == Precision.fp16:
         if deploy.device != Device.gpu:
             yield "deploy.precision=fp16: not on CPU; use bf16 or fp32"
@@ -311,8 +320,6 @@ def check_sources(cfg: Config, node: str, stage: str) -> Iterator[str]:
     sources = score_sources(cfg, stage)
     for name, source in sources.items():
         key = f"{node}.rewards.{name}"
-        if not math.isfinite(source.weight):
-            yield f"{key}.weight={source.weight}: must be a number"
         yield from check_kind(key, source)
         if name == "gold" and source.function != GOLD:
             yield f"{key}: gold is the name of the built-in ground truth; choose another name"

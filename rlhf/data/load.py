@@ -45,7 +45,9 @@ def open_data(cfg: Config, run_dir: Path) -> Dataset:
     log.info(summarize(data))
     if collectives.rank() == 0:
         file = run_dir / "data.json"
-        if (run_dir / "checkpoints").exists() and json.loads(file.read_text()) != data.report:
+        if (run_dir / "checkpoints").exists() and json.loads(
+            file.read_text(encoding="utf-8")
+        ) != data.report:
             raise UserError(
                 "the data have changed since this run's checkpoint (see data.json): add fresh=true"
                 " to start again"

@@ -81,7 +81,7 @@ class Section:
 def write_page(runs: Sequence[Run], file: Path, title: str) -> Path:
     """Write the page of these runs. Returns: `file`."""
     with atomic_path(file) as temporary:
-        temporary.write_text(page(runs, title, file.parent))
+        temporary.write_text(page(runs, title, file.parent), encoding="utf-8")
     return file
 
 
@@ -159,7 +159,7 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
 def read_json(file: Path) -> Any:
     """What a JSON file has; None where there is no readable one."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

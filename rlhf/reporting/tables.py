@@ -67,7 +67,7 @@ def print_runs(paths: list[Path], seconds: float) -> None:
     for column in ("stage", "result", "before", "after"):
         table.add_column(column)
     for run in paths:
-        summary = json.loads((run / "summary.json").read_text())
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         for label, before, after in result_rows(summary["stage"], summary["metrics"]):
             table.add_row(summary["stage"], label, before, after)
         for line in read_warnings(run):
@@ -83,7 +83,7 @@ def print_runs(paths: list[Path], seconds: float) -> None:
             print_evaluation(read_results(run / "eval.json"))
         files = ", ".join(name for name in RUN_FILES if (run / name).exists())
         print_line(console, f"{run}  ({files})")
-    last_stage = json.loads((paths[-1] / "summary.json").read_text())["stage"]
+    last_stage = json.loads((paths[-1] / "summary.json").read_text(encoding="utf-8"))["stage"]
     if view_of(last_stage).kind in ("sft", "policy"):
         print_line(console, f"Talk to it:  {command_line('chat.py', '--path', str(paths[-1]))}")
 

@@ -35,7 +35,7 @@ AGAIN = "or add fresh=true to train it again (this attempt is kept in its attemp
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """The summary of a finished run; None where there is none (its presence means finished)."""
     try:
-        return json.loads((directory / "summary.json").read_text())
+        return json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 
@@ -43,7 +43,7 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 def read_warnings(directory: Path) -> list[str]:
     """What a finished run warned of, and what to do about it; none in an older run."""
     try:
-        return json.loads((directory / WARNINGS).read_text())
+        return json.loads((directory / WARNINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
 
@@ -51,7 +51,7 @@ def read_warnings(directory: Path) -> list[str]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that a reader never sees half-written."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def config_for_stage(cfg: Config, stage: str, inputs: dict[str, str]) -> Config:
@@ -78,7 +78,7 @@ def find_checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]]
         if path.suffix == ".tmp":  # the process died while it wrote
             continue
         try:
-            description = json.loads((path / "checkpoint.json").read_text())
+            description = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             sizes = {name: (path / name).stat().st_size for name in description["files"]}
         except (OSError, ValueError, KeyError):
             incomplete.append(path)
@@ -109,13 +109,13 @@ def check_resumable(
             f"{directory} is at step {description['step']}, made with {old}, not {new}: "
             f"resume it with {old}, {AGAIN}"
         )
-    parents_before = json.loads((directory / "parents.json").read_text())
+    parents_before = json.loads((directory / "parents.json").read_text(encoding="utf-8"))
     if parents_before != parents:
         raise UserError(
             f"{directory} was trained from other parent runs ({parents_before} -> {parents}): "
             f"bring them back, {AGAIN}"
         )
-    versions_before = json.loads((directory / "env.json").read_text())["packages"]
+    versions_before = json.loads((directory / "env.json").read_text(encoding="utf-8"))["packages"]
     versions = describe_environment()["packages"]
     changed = [
         f"{name} {version} -> {versions.get(name)}"
@@ -159,7 +159,9 @@ def output_of(*command: str) -> str:
     """What a command prints; "" where it fails, or takes more than 5 s."""
     folder = Path(__file__).parent
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=folder)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=5, cwd=folder
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -37,7 +37,7 @@ def write_failure(run_dir: Path, rank: str, error: Exception) -> None:
     kind = UserError.__name__ if isinstance(error, UserError) else type(error).__name__
     text = f"rank {rank}: {kind}: {first_line(error)}\n\n{traceback.format_exc()}"
     with contextlib.suppress(OSError):  # another node may not have the run directory of node 0
-        (run_dir / f"error-rank{rank}.txt").write_text(text)
+        (run_dir / f"error-rank{rank}.txt").write_text(text, encoding="utf-8")
 
 
 def read_failures(run_dir: Path) -> list[Failure]:
@@ -45,6 +45,6 @@ def read_failures(run_dir: Path) -> list[Failure]:
     files = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
     failures = []
     for file in files:
-        rank, kind, message = file.read_text().splitlines()[0].split(": ", 2)
+        rank, kind, message = file.read_text(encoding="utf-8").splitlines()[0].split(": ", 2)
         failures.append(Failure(rank.removeprefix("rank "), kind, message))
     return failures

@@ -71,7 +71,9 @@ def read_run(path: Path) -> Run:
     settings = known_settings(path, summary, stage)
     rows = read_lines(path / "metrics.jsonl")
     parents = path / "parents.json"
-    given = summary.get("parents") or (json.loads(parents.read_text()) if parents.exists() else {})
+    given = summary.get("parents") or (
+        json.loads(parents.read_text(encoding="utf-8")) if parents.exists() else {}
+    )
     return Run(
         path,
         stage,
@@ -111,7 +113,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     # not splitlines: texts may contain other line ends
-    for line in path.read_text(errors="replace").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):
@@ -207,13 +209,13 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
     for job, directory in zip(jobs, directories):
         if not (job / "run").exists():
             error = job / "error.txt"
-            cause = error.read_text().strip() if error.exists() else "no run"
+            cause = error.read_text(encoding="utf-8").strip() if error.exists() else "no run"
             run = Run(job, "", f"failed: {cause}")
         elif directories.count(directory) == 1:
             run = read_run(directory)
         else:
             run = read_run(job)
-            overrides = (job / "overrides.txt").read_text().splitlines()
+            overrides = (job / "overrides.txt").read_text(encoding="utf-8").splitlines()
             pairs = (override.partition("=") for override in overrides)
             run.settings |= {key: value for key, _, value in pairs if key.startswith("deploy")}
         run.sweeps.append(job.resolve().parent.name)

@@ -22,7 +22,7 @@ REPORT_EVERY = 30.0  # s
 @contextlib.contextmanager
 def try_lock(path: Path, shared: bool = False) -> Iterator[bool]:
     """Lock a file within this context, without waiting. Gives whether the lock was free."""
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         yield lock_open_file(file, shared)
 
 
@@ -44,7 +44,7 @@ def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
     Raises: UserError that names the other process, without `wait`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK_FILE, "a+") as file:
+    with open(directory / LOCK_FILE, "a+", encoding="utf-8") as file:
         wait_for_lock(file, directory, wait)
         file.seek(0)
         file.truncate()
@@ -74,5 +74,5 @@ def is_locked(directory: Path) -> bool:
     path = directory / LOCK_FILE
     if not path.exists():
         return False
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return not lock_open_file(file, shared=True)

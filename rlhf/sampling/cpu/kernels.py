@@ -67,7 +67,7 @@ def load_or_compile() -> None:
         raise RuntimeError(f"ours need torch {needed}, this is {torch.__version__}")
     flags = compiler_flags()
     machine = [platform.machine(), *platform.libc_ver(), torch.__version__]
-    content = "\n".join([SOURCE.read_text(), *machine, *flags])
+    content = "\n".join([SOURCE.read_text(encoding="utf-8"), *machine, *flags])
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
     library = private_cache_folder() / f"kernels-{name}.so"
     with FileLock(library.with_suffix(".lock")):
@@ -111,7 +111,9 @@ def compile_library(library: Path, flags: list[str]) -> None:
     log.info(f"compiling kernels for sampling on CPU, once on this machine: {library}")
     unfinished = library.with_suffix(".tmp")
     command = [*compiler, str(SOURCE), "-o", str(unfinished), *flags]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=300
+    )
     unfinished.rename(library)
 
 
