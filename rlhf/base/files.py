@@ -30,24 +30,27 @@ def special_kind(path: Path) -> str:
         return ""
 
 
-def why_not_small_file(path: Path) -> str:
-    """Why a path cannot be read as a whole: "this is a folder"; "" where it can."""
+def why_not_small_file(path: Path, most: int = SMALL_FILE) -> str:
+    """Why a path cannot be read as a whole: "this is a folder"; "" where it can.
+
+    Args: most: bytes that it may have.
+    """
     if kind := special_kind(path):
         return f"this is {kind}, not a file"
     if path.is_dir():
         return "this is a folder, not a file"
-    if path.is_file() and (size := path.stat().st_size) > SMALL_FILE:
-        most = SMALL_FILE // 2**20
-        return f"it has {size / 2**20:,.0f} MiB; such a file has at most {most} MiB"
+    if path.is_file() and (size := path.stat().st_size) > most:
+        return f"it has {size / 2**20:,.1f} MiB; such a file has at most {most // 2**20} MiB"
     return ""
 
 
-def read_small_file(path: Path) -> str:
+def read_small_file(path: Path, most: int = SMALL_FILE) -> str:
     """The text of a file that the user names, which is UTF-8.
 
+    Args: most: bytes that it may have.
     Raises: OSError, and ValueError for what is no text or no small file.
     """
-    if problem := why_not_small_file(path):
+    if problem := why_not_small_file(path, most):
         raise ValueError(problem)
     return path.read_text(encoding="utf-8")
 

@@ -62,7 +62,7 @@ def run_interruptible(main: Callable[[], int]) -> int:
         code = main()
         return FAILED if cannot_write() else code
     except OSError:
-        if not cannot_write():
+        if not cannot_write("\n"):
             raise
         return FAILED
     except KeyboardInterrupt as interrupt:

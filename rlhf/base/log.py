@@ -25,13 +25,13 @@ def first_line(error: BaseException) -> str:
 def announced(what: str) -> Iterator[None]:
     """Within this context: say what is happening if it takes more than 2 seconds."""
 
-    def say() -> None:
+    def announce() -> None:
         if log.handlers:
             log.info(f"{what} ...")
         elif os.environ.get("RANK", "0") == "0":  # before logging is set up
-            print(f"{what} ...", file=sys.stderr, flush=True)
+            say(f"{what} ...")
 
-    timer = threading.Timer(SILENCE, say)
+    timer = threading.Timer(SILENCE, announce)
     timer.daemon = True
     timer.start()
     try:

@@ -14,7 +14,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:  # else the next file that is opened would be this stream
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -22,9 +22,13 @@ def prepare_streams() -> None:
             reconfigure(errors="replace")
 
 
-def cannot_write() -> bool:
-    """Whether standard output cannot be written; then a line says so, and the rest is dropped."""
+def cannot_write(end: str = "") -> bool:
+    """Whether standard output cannot be written; then a line says so, and the rest is dropped.
+
+    Args: end: written to it, where nothing may be left to write.
+    """
     try:
+        sys.stdout.write(end)
         sys.stdout.flush()
     except OSError as error:
         with contextlib.suppress(OSError):

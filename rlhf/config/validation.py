@@ -31,7 +31,7 @@ from rlhf.config.choices import (
 )
 from rlhf.config.deployment import describe_processes, world_size
 from rlhf.config.keys import out_of_range
-from rlhf.config.limits import THREADS_PER_CORE
+from rlhf.config.limits import MOST_BATCH, MOST_NODES, MOST_PROCESSES, THREADS_PER_CORE
 from rlhf.config.schema import Config, Source
 from rlhf.config.stage_graph import function_sources, is_rl, optimizer_nodes, score_sources
 from rlhf.config.stage_nodes import RewardSource
@@ -175,7 +175,12 @@ def check_used(name: str, source: Source) -> Iterator[str]:
 def check_batches(cfg: Config) -> Iterator[str]:
     """Batches that all processes can share evenly."""
     world = world_size(cfg)
-    if min(world, cfg.rl.minibatches, cfg.rl.responses_per_prompt) < 1:
+    too_many = (
+        cfg.deploy.processes_per_node > MOST_PROCESSES
+        or cfg.deploy.nodes > MOST_NODES
+        or cfg.rl.minibatches > MOST_BATCH
+    )
+    if min(world, cfg.rl.minibatches, cfg.rl.responses_per_prompt) < 1 or too_many:
         return  # out of range, and already named
     for stage, node in (("sft", cfg.sft), ("rm", cfg.rm), ("dpo", cfg.dpo)):
         if stage in cfg.stage.runs and node.batch_size % world:

@@ -14,7 +14,7 @@ from rlhf.base.files import special_kind
 from rlhf.base.locations import BUILTIN, hub_id_of, is_local
 from rlhf.base.log import first_few, first_line, is_listening
 from rlhf.config.schema import Data, Source
-from rlhf.data.cache import digest, show_progress
+from rlhf.data.cache import cache_folder, digest, show_progress
 from rlhf.data.text_files import (
     MARK_BYTES,
     SEPARATORS,
@@ -75,6 +75,7 @@ def open_source(name: str, source: Source, split: str, most_row: int) -> RawTabl
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
+    cache_folder()  # it must be writable
     path = Path(source.path).expanduser()
     if _is_hub_id(source.path):
         return RawTable(_open_hub(name, source, split), False, [source.path], [0], [])

@@ -331,4 +331,5 @@ class TqdmHandler(logging.Handler):
     """Prints above a progress bar without tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(presentable(self.format(record)), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk behind stderr: train.log has it too
+            tqdm.write(presentable(self.format(record)), file=sys.stderr)
