@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rlhf import compose, help, run, sweep
-from rlhf.base.errors import UserError
+from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.interrupts import interrupted
 from rlhf.base.log import say
 from rlhf.config.keys import find_key
@@ -59,6 +59,12 @@ def main() -> int:
     except YAMLError as error:
         say(f"error: cannot read an option file: {' '.join(str(error).split())}")
         return WRONG
+    except OSError as error:
+        problem = machine_problem(error)
+        if problem is None:
+            raise
+        say(f"error: {problem}")
+        return FAILED
     except (UserError, HydraException, OmegaConfBaseException) as error:
         for line in lines_of(error):
             say(f"error: {line}")

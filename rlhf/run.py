@@ -14,8 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf.base.checksums import check_model
 from rlhf.base.errors import UserError
 from rlhf.base.interrupts import raise_at_interrupt
+from rlhf.base.locations import is_directory
 from rlhf.base.log import say
 from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
@@ -168,6 +170,9 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         return directory
     # 2. what it needs
     check_machines(command.cfg)
+    for path in inputs.paths.values():
+        if is_directory(path):
+            check_model(Path(path))
     cfg = config_for_stage(command.cfg, stage, inputs.paths)
     with contextlib.suppress(UserError, OSError):  # no formula for this model: no plan
         say(one_line_summary(make_plan(cfg, stage)))

@@ -34,6 +34,7 @@ def main(run_dir: Path) -> None:
         import torch
         from transformers.utils import logging as transformers_logging
 
+        from rlhf.base import watchdog
         from rlhf.config.loading import load_config
         from rlhf.distributed import collectives
         from rlhf.distributed.engine import init_distributed
@@ -54,6 +55,7 @@ def main(run_dir: Path) -> None:
         cfg = load_config(run_dir / "config.yaml")
         check_device(cfg, device)
         configure_torch(cfg)
+        watchdog.start(run_dir, os.environ["RANK"], cfg.deploy.watchdog_minutes)
         # 4. the stage
         metrics = run_stage(cfg, run_dir)
         if collectives.rank() == 0:
@@ -61,17 +63,20 @@ def main(run_dir: Path) -> None:
         # 5. all end together: the next workers of another node must not meet those of this stage
         collectives.barrier()
     except checkpoint.Stopped as stopped:
+        watchdog.stop()
         log.info(str(stopped))
         finish_wandb()
         collectives.barrier()
         logging.shutdown()
         os._exit(STOPPED)
     except Exception as error:
+        watchdog.stop()
         log.debug("failed", exc_info=True)  # the traceback is for train.log only
         write_failure(run_dir, os.environ["RANK"], error)
         logging.shutdown()
         # at once: leaving the process group would wait for the others, who wait for this process
         os._exit(1)
+    watchdog.stop()
     torch.distributed.destroy_process_group()
 
 

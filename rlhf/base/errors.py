@@ -1,4 +1,21 @@
-"""The one kind of error that is the user's to fix."""
+"""Errors that are the user's to fix: of what was typed, and of the machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+# what a machine can run out of, or forbid, by the number of the system's error
+MACHINE_PROBLEMS = {
+    errno.ENOSPC: "the disk is full, or has no inodes left",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than is allowed here (ulimit -f)",
+    errno.EROFS: "the file system is read-only",
+    errno.EMFILE: "too many open files (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ENOMEM: "the memory is used up",
+    errno.EAGAIN: "no more processes or threads are allowed (ulimit -u)",
+}
 
 
 class UserError(ValueError):
@@ -8,3 +25,25 @@ class UserError(ValueError):
     printed without a traceback, and the exit code is 2. Every other exception is a bug of ours and
     keeps its traceback.
     """
+
+
+def machine_problem(error: BaseException | None) -> str | None:
+    """What the machine has run out of, as one line; None where an error has another reason.
+
+    The errors that led to this one are looked at too.
+    """
+    while error:
+        text = (str(error).splitlines() or [""])[0]
+        number = error.errno if isinstance(error, OSError) else number_in(text)
+        if number in MACHINE_PROBLEMS:
+            return f"{MACHINE_PROBLEMS[number]}: {text}; the same command continues"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def number_in(message: str) -> int | None:
+    """The number of the system's error that a library has put into its own message."""
+    if "can't start new thread" in message:
+        return errno.EAGAIN
+    described = (n for n in MACHINE_PROBLEMS if n != errno.EAGAIN)  # its text fits networks as well
+    return next((n for n in described if os.strerror(n).lower() in message.lower()), None)

@@ -80,6 +80,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def private_folder(folder: Path) -> Path:
+    """Make a folder that only this user may write to.
+
+    Raises: OSError where it is another user's, or a link, or others can write to it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.lstat()
+    others_write = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or others_write:
+        raise OSError(
+            f"{folder} must be a folder that only you can write to: chmod go-w, or delete it"
+        )
+    return folder
+
+
 def allow_others(path: Path) -> None:
     """Give a file, or all files of a directory, the permissions that the umask gives new files.
 

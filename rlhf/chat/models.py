@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from rlhf.base.adapter_files import has_adapter, is_adapter, tokenizer_of
+from rlhf.base.checksums import check_model
 from rlhf.base.commands import command_line
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN, is_directory, model_directory
@@ -68,6 +69,7 @@ def find_model(path: str, option: str) -> str:
         return str(directory)
     if broken := broken_file(directory):
         raise UserError(f"{option} {path}: {broken}")
+    check_model(directory)
     config_file = directory / "config.json"
     try:
         architectures = json.loads(config_file.read_text(encoding="utf-8")).get("architectures")

@@ -228,6 +228,11 @@ class Deploy:
     bucket_mb: float = placement(
         "size of messages with gradients and weights, MiB", above=0, at_most=100_000
     )
+    watchdog_minutes: Optional[float] = placement(
+        "minutes without progress after which a worker ends with the stacks of its threads; longer "
+        "than the 30 of collective operations; null: never",
+        above=0,
+    )
 
 
 @dataclass(kw_only=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -42,14 +46,20 @@ def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def all_gather_objects(value: T) -> list[T]:
+    """The value of each rank, in rank order. Args: value: small; it travels as a pickle."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def assert_same_across_ranks(value: str, what: str) -> None:
     """Raises: RuntimeError on every rank when they do not all have the same value."""
-    if world_size() > 1:
-        values: list[str] = [""] * world_size()
-        dist.all_gather_object(values, value)
-        if len(set(values)) > 1:
-            different = ", ".join(dict.fromkeys(values))
-            raise RuntimeError(f"the processes do not agree on {what}: {different}")
+    values = all_gather_objects(value)
+    if len(set(values)) > 1:
+        different = ", ".join(dict.fromkeys(values))
+        raise RuntimeError(f"the processes do not agree on {what}: {different}")
 
 
 def barrier() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlhf.base import watchdog
+from rlhf.base.errors import UserError
 from rlhf.base.log import announced
 from rlhf.config.schema import Config
 from rlhf.config.stage_nodes import Optim
@@ -41,6 +44,7 @@ class Engine(Protocol[Module]):
     optimizer: torch.optim.Optimizer
     gradient_notes: dict[str, Tensor]  # ours: see track_nonfinite_grads
     enable_backward_allreduce: bool
+    checkpoint_engine: Any  # DeepSpeed's reader and writer of files
 
     @property
     def module(self) -> Module: ...
@@ -87,8 +91,10 @@ def build_engine(
     if collectives.rank() == 0:
         (run_dir / f"ds_{role}.json").write_text(json.dumps(ds_config, indent=2), encoding="utf-8")
     optim = optim_of(cfg, role)
-    with announced(f"loading the {role.removesuffix('_trained')} model"), zero3_init(ds_config):
+    loading = announced(f"loading the {role.removesuffix('_trained')} model")
+    with loading, watchdog.while_files_move(), zero3_init(ds_config):
         module = load()
+    module.hf.base_model.register_forward_pre_hook(lambda *_: watchdog.progress())
     if optim is None:
         module.requires_grad_(False).eval()
         with contextlib.redirect_stdout(None):  # in bf16 DeepSpeed prints its memory
@@ -101,11 +107,33 @@ def build_engine(
             model=module, config=ds_config, model_parameters=groups
         )[0]
     count_from_zero(engine.optimizer)
+    engine.checkpoint_engine.load = read_data_only
     engine.gradient_notes = track_nonfinite_grads(module)
     if collectives.world_size() == 1 and cfg.deploy.zero_stage == 0:
         # with one rank it would only copy all gradients there and back
         engine.enable_backward_allreduce = False
     return engine
+
+
+def read_data_only(path: str, map_location: Any = None) -> Any:
+    """Read a file of a checkpoint; DeepSpeed's own reader would run the code in a foreign pickle.
+
+    Raises: UserError where the file holds more than data.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # what DeepSpeed itself writes beside tensors, numbers and strings
+    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: it is no file of tensors and numbers, and no code in it is run: delete this "
+            "checkpoint to resume from the one before"
+        ) from error
 
 
 def count_from_zero(optimizer: torch.optim.Optimizer) -> None:

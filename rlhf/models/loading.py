@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf.base import watchdog
 from rlhf.base.adapter_files import (
     BASE_KEY,
     CONFIG,
@@ -19,6 +20,7 @@ from rlhf.base.adapter_files import (
     is_adapter,
     tokenizer_of,
 )
+from rlhf.base.checksums import files_below, hash_files, write_sums
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
@@ -303,12 +305,14 @@ def save_engine(
     hf = engine.module.hf
     weights, adapter = full_state_dict(hf)
     if collectives.rank() == 0:
-        with announced(f"saving {directory}"), atomic_path(directory) as temporary:
+        saving = announced(f"saving {directory}")
+        with saving, watchdog.while_files_move(), atomic_path(directory) as temporary:
             hf.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             if adapter:
                 lora.write_adapter(hf, adapter, temporary / "adapter")
                 tokenizer.save_pretrained(temporary / "adapter")
+            write_sums(temporary, hash_files(temporary, files_below(temporary)))
     collectives.barrier()
 
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
+from rlhf.base import watchdog
 from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.base.own_processes import own_source, python_module
@@ -197,6 +198,7 @@ class RewardProcess:
                 return None
             with contextlib.suppress(ValueError):  # written into our channel by a function
                 message: dict[str, Any] = json.loads(line)
+                watchdog.progress()
                 return message
 
 

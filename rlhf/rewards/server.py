@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from rlhf.base import watchdog
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_line
 
@@ -121,6 +122,7 @@ class Server:
                 problem = f"{type(error).__name__}: {self.safe(first_line(error))}"
                 continue
             if response.status_code != 429 and response.status_code < 500:
+                watchdog.progress()
                 return self.read(response)
             problem, asked = self.status(response), retry_after(response)
         raise UserError(

@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from rlhf.base.checksums import damaged_files
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.config.deployment import placement
@@ -70,7 +71,8 @@ def find_checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]]
     """The checkpoints of a run.
 
     Returns: the intact ones with their checkpoint.json, newest first; and the incomplete ones,
-        whose files are missing or have other sizes than checkpoint.json says.
+        whose files are missing or have other sizes than checkpoint.json says. The content of the
+        large files is not read here.
     """
     intact: list[tuple[Path, dict[str, Any]]] = []
     incomplete = []
@@ -83,7 +85,7 @@ def find_checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]]
         except (OSError, ValueError, KeyError):
             incomplete.append(path)
             continue
-        if sizes == description["files"]:
+        if sizes == description["files"] and not damaged_files(path, ["checkpoint.json"]):
             intact.append((path, description))
         else:
             incomplete.append(path)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.base.errors import UserError
-from rlhf.base.log import first_line
+from rlhf.base.errors import UserError, machine_problem
+from rlhf.base.log import first_line, say
 
 
 class WorkerError(RuntimeError):
@@ -34,10 +33,30 @@ class Failure(NamedTuple):
 
 def write_failure(run_dir: Path, rank: str, error: Exception) -> None:
     """Write `rank N: Type: message` and the traceback. Call it where `error` is handled."""
-    kind = UserError.__name__ if isinstance(error, UserError) else type(error).__name__
-    text = f"rank {rank}: {kind}: {first_line(error)}\n\n{traceback.format_exc()}"
-    with contextlib.suppress(OSError):  # another node may not have the run directory of node 0
+    problem = machine_problem(error)
+    kind = UserError if problem or isinstance(error, UserError) else type(error)
+    failure = Failure(rank, kind.__name__, problem or first_line(error))
+    text = f"rank {rank}: {failure.kind}: {failure.message}\n\n{traceback.format_exc()}"
+    try:
         (run_dir / f"error-rank{rank}.txt").write_text(text, encoding="utf-8")
+    except OSError:  # the disk is full, or another node has no run directory of node 0
+        say(f"rank {rank}: {failure.cause}")
+
+
+def take_stacks(run_dir: Path, minutes: float | None) -> None:
+    """Make failures of workers that hung, and add the stacks that they have left to train.log.
+
+    Args: minutes: deploy.watchdog_minutes.
+    """
+    for file in run_dir.glob("stacks-rank*.txt"):
+        rank = file.stem.removeprefix("stacks-rank")
+        if stacks := file.read_text(encoding="utf-8", errors="replace"):
+            line = f"rank {rank}: Stalled: no progress for {minutes} minutes"
+            line += " (deploy.watchdog_minutes)"
+            (run_dir / f"error-rank{rank}.txt").write_text(f"{line}\n\n{stacks}", encoding="utf-8")
+            with open(run_dir / "train.log", "a", encoding="utf-8") as log_file:
+                log_file.write(f"{line}\n{stacks}")
+        file.unlink(missing_ok=True)
 
 
 def read_failures(run_dir: Path) -> list[Failure]:
@@ -45,6 +64,8 @@ def read_failures(run_dir: Path) -> list[Failure]:
     files = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
     failures = []
     for file in files:
-        rank, kind, message = file.read_text(encoding="utf-8").splitlines()[0].split(": ", 2)
-        failures.append(Failure(rank.removeprefix("rank "), kind, message))
+        head, _, _ = file.read_text(encoding="utf-8", errors="replace").partition("\n")
+        rank, *rest = head.split(": ", 2)
+        if len(rest) == 2:  # on a full disk the file may be empty
+            failures.append(Failure(rank.removeprefix("rank "), rest[0], rest[1]))
     return failures

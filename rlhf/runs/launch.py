@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import private_folder
 from rlhf.base.log import plural
 from rlhf.base.own_processes import own_source, python_module
 from rlhf.config.choices import Device
 from rlhf.config.schema import Config
 from rlhf.runs.directory import find_checkpoints
 from rlhf.runs.environment import worker_environments
-from rlhf.runs.failures import WorkerError, read_failures
+from rlhf.runs.failures import WorkerError, read_failures, take_stacks
 from rlhf.runs.locks import try_lock
 
 WORKER = "rlhf.worker"
@@ -136,6 +137,7 @@ def raise_failure(failed: dict[str, int], run_dir: Path, cfg: Config) -> NoRetur
     Args: failed: exit codes by "rank N".
     Raises: UserError, or WorkerError, which says where the log is.
     """
+    take_stacks(run_dir, cfg.deploy.watchdog_minutes)
     intact, _ = find_checkpoints(run_dir)
     checkpoint = f"; the last good checkpoint is {intact[0][0]}" if intact else ""
     failures = [] if any(code < 0 for code in failed.values()) else read_failures(run_dir)
@@ -163,8 +165,10 @@ def claim_gpus(cfg: Config) -> Iterator[None]:
         return
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = before.split(",") if before else [str(i) for i in range(count_gpus())]
-    folder = Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder = private_folder(Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}")
+    except OSError as error:
+        raise UserError(f"no folder for the locks of GPUs: {error}") from None
     while True:
         with contextlib.ExitStack() as locks:
             claimed = []

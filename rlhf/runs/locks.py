@@ -26,7 +26,7 @@ def try_lock(path: Path, shared: bool = False) -> Iterator[bool]:
         yield lock_open_file(file, shared)
 
 
-def lock_open_file(file: IO[str], shared: bool = False) -> bool:
+def lock_open_file(file: IO[str] | int, shared: bool = False) -> bool:
     """Lock a file until it is closed. Returns: False where another process holds the lock."""
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -37,6 +37,29 @@ def lock_open_file(file: IO[str], shared: bool = False) -> bool:
 
 
 @contextlib.contextmanager
+def open_folder(directory: Path) -> Iterator[int]:
+    """The descriptor of a directory."""
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def lock_both(file: IO[str], folder: int) -> bool:
+    """Lock the lock file of a run and its directory; the file alone can be deleted meanwhile.
+
+    Returns: False where another process holds one of them.
+    """
+    if not lock_open_file(file):
+        return False
+    try:
+        return lock_open_file(folder)
+    except OSError:  # NFS locks no directories
+        return True
+
+
+@contextlib.contextmanager
 def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
     """Lock a run directory for this process, so that no other process trains the same run.
 
@@ -44,8 +67,11 @@ def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
     Raises: UserError that names the other process, without `wait`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK_FILE, "a+", encoding="utf-8") as file:
-        wait_for_lock(file, directory, wait)
+    with (
+        open(directory / LOCK_FILE, "a+", encoding="utf-8") as file,
+        open_folder(directory) as folder,
+    ):
+        wait_for_lock(file, folder, directory, wait)
         file.seek(0)
         file.truncate()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -54,12 +80,13 @@ def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def wait_for_lock(file: IO[str], directory: Path, wait: bool) -> None:
-    """Lock the open lock file of a run. Args and raises: as `lock_run`."""
+def wait_for_lock(file: IO[str], folder: int, directory: Path, wait: bool) -> None:
+    """Lock the open lock file of a run and its directory. Args and raises: as `lock_run`."""
     start = next_report = time.monotonic()
-    while not lock_open_file(file):
+    while not lock_both(file, folder):
         file.seek(0)
-        owner = f"{directory} is being trained by another process ({file.read().strip()})"
+        holder = file.read(200).strip() or f"its file {LOCK_FILE} was deleted"
+        owner = f"{directory} is being trained by another process ({holder})"
         now = time.monotonic()
         if not wait and now > start + GRACE:
             raise UserError(f"{owner}: wait until it ends, or stop it")
@@ -71,8 +98,11 @@ def wait_for_lock(file: IO[str], directory: Path, wait: bool) -> None:
 
 def is_locked(directory: Path) -> bool:
     """Whether a process holds the lock of a run directory."""
-    path = directory / LOCK_FILE
-    if not path.exists():
-        return False
-    with open(path, encoding="utf-8") as file:
-        return not lock_open_file(file, shared=True)
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(directory / LOCK_FILE, encoding="utf-8") as file,
+    ):
+        if not lock_open_file(file, shared=True):
+            return True
+    with open_folder(directory) as folder:
+        return not lock_open_file(folder, shared=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.base import watchdog
 from rlhf.distributed import collectives
 from rlhf.models import packing
 from rlhf.models.wrappers import Policy, model_inputs
@@ -44,6 +45,7 @@ def sample(
         step = fast_step or eager_step(policy.hf)
         logits = read_prompts(policy.hf, prompts, state)
         for t in range(R):
+            watchdog.progress()
             probabilities = scale_by_temperature(logits, sampling).softmax(-1)
             token = choose_token(probabilities, random[state.rows, t : t + 1], sampling)
             if not finished:

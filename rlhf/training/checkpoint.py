@@ -4,6 +4,7 @@
                                rank-R.pt      of each rank: random streams, and the stage's state
                                checkpoint.json  the step, the placement, and the size of every file
                                               (runs/directory.py::find_checkpoints reads it)
+                               SHA256SUMS     the hash of every file, which resuming checks
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so one that has its
 final name is complete.
@@ -24,12 +25,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlhf.base import watchdog
+from rlhf.base.checksums import (
+    SUMS,
+    damaged_files,
+    files_below,
+    hash_files,
+    read_sums,
+    write_sums,
+)
 from rlhf.base.files import remove
-from rlhf.base.log import announced, first_line, log
+from rlhf.base.log import announced, first_few, first_line, log
 from rlhf.config.deployment import placement
 from rlhf.config.schema import Config
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import Engine
+from rlhf.distributed.engine import Engine, read_data_only
 from rlhf.runs.directory import find_checkpoints, write_json
 from rlhf.sampling.cpu import kernels
 
@@ -78,7 +88,7 @@ class Checkpoints:
     # -------------------------------------------------------------------------------------- resume
 
     def resume(self) -> int:
-        """Load the newest complete checkpoint.
+        """Load the newest checkpoint that is complete and undamaged.
 
         What was logged after it is cut off: stateful["tracker"].
 
@@ -90,6 +100,8 @@ class Checkpoints:
                 log.warning(f"{path} is incomplete: skipped")
             for path in self.directory.glob("*.tmp"):
                 shutil.rmtree(path)
+        while complete and (damaged := self._damaged_files(complete[0][0])):
+            self._set_aside(complete.pop(0)[0], damaged, bool(complete))
         if not complete:
             tracker = self.stateful.get("tracker")
             if tracker is not None and not isinstance(tracker, dict):
@@ -106,6 +118,21 @@ class Checkpoints:
         log.info(f"resuming after step {about['step']} of {self.total}, from {path}")
         return about["step"]
 
+    def _damaged_files(self, path: Path) -> list[str]:
+        """The files of a checkpoint that are not what was written; each rank reads some of them."""
+        names = sorted(read_sums(path))
+        own = names[collectives.rank() :: collectives.world_size()]
+        found = collectives.all_gather_objects(damaged_files(path, own))
+        return sorted(name for names_of_rank in found for name in names_of_rank)
+
+    def _set_aside(self, path: Path, damaged: list[str], others: bool) -> None:
+        """Make a damaged checkpoint an incomplete one, and say so. Args: others: there are more."""
+        collectives.barrier()
+        if collectives.rank() == 0:
+            then = "the one before it is used" if others else "training begins again"
+            log.warning(f"{path}: damaged ({first_few(damaged)}: not what was written): {then}")
+            (path / "checkpoint.json").rename(path / "damaged.json")
+
     def _load(self, path: Path) -> None:
         for role, engine in self.engines.items():
             # frozen weights are not in it, so not strict
@@ -116,7 +143,7 @@ class Checkpoints:
                     "remove it to resume from the one before"
                 )
         file = path / f"rank-{collectives.rank()}.pt"
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_data_only(str(file), "cpu")
         for name, part in self.stateful.items():
             if isinstance(part, dict):
                 part.update(state["stateful"][name])
@@ -172,15 +199,16 @@ class Checkpoints:
                 )
             return False
         try:
-            with announced(f"writing the checkpoint of step {step}"):
+            with announced(f"writing the checkpoint of step {step}"), watchdog.while_files_move():
                 self._write(temporary)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
                 f"cannot write checkpoints/{target.name} (is the disk full?): {first_line(error)}"
             ) from error
         collectives.barrier()
+        hashes = self._hashes(temporary)
         if collectives.rank() == 0:
-            self._complete(temporary, target, step)
+            self._complete(temporary, target, step, hashes)
         collectives.barrier()
         return True
 
@@ -197,13 +225,18 @@ class Checkpoints:
         state = {"stateful": stateful, "random": random_state()}
         torch.save(state, directory / f"rank-{collectives.rank()}.pt")
 
-    def _complete(self, temporary: Path, target: Path, step: int) -> None:
+    def _hashes(self, directory: Path) -> dict[str, str]:
+        """The hash of each file that the ranks have written; each rank reads some of them."""
+        names = collectives.all_gather_objects(files_below(directory))[0]
+        own = names[collectives.rank() :: collectives.world_size()]
+        parts = collectives.all_gather_objects(hash_files(directory, own))
+        return {name: digest for part in parts for name, digest in part.items()}
+
+    def _complete(
+        self, temporary: Path, target: Path, step: int, hashes: Mapping[str, str]
+    ) -> None:
         """Give a written checkpoint its final name, and drop the oldest ones."""
-        files = {
-            str(file.relative_to(temporary)): file.stat().st_size
-            for file in sorted(temporary.rglob("*"))
-            if file.is_file()
-        }
+        files = {name: (temporary / name).stat().st_size for name in hashes}
         self.bytes = float(sum(files.values()))
         about = {
             "step": step,
@@ -212,8 +245,9 @@ class Checkpoints:
             "files": files,
         }
         write_json(temporary / "checkpoint.json", about)
+        write_sums(temporary, {**hashes, **hash_files(temporary, ["checkpoint.json"])})
         # without this a power cut could leave the name and lose the bytes
-        for file in [*files, "checkpoint.json"]:
+        for file in [*files, "checkpoint.json", SUMS]:
             with open(temporary / file, "rb") as written:
                 os.fsync(written.fileno())
         remove(target)

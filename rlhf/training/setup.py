@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf.base import watchdog
 from rlhf.base.errors import UserError
 from rlhf.base.log import announced, log
 from rlhf.config.schema import Config, Lora
@@ -39,7 +40,7 @@ def open_inputs(
         key, longest = "rollout.max_new_tokens", cfg.rollout.max_new_tokens
         check_context(path, cfg.data.max_prompt_tokens, longest, key)
     tokenizer = load_tokenizer(path, cfg.data.template)
-    with announced("reading the data"):
+    with announced("reading the data"), watchdog.while_files_move():
         return tokenizer, open_data(cfg, run_dir)
 
 

@@ -311,6 +311,7 @@ def set_up_logging(run_dir: Path) -> None:
     """
     log.setLevel(logging.DEBUG if collectives.rank() == 0 else logging.WARNING)
     log.propagate = False
+    logging.raiseExceptions = False  # on a full disk train.log lacks lines; it is no reason to end
     console = TqdmHandler()
     console.setLevel(logging.INFO)
     log.addHandler(console)

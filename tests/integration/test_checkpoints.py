@@ -8,14 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers import REPO, SLOW, composed, metrics, running, summary, train
 
+from rlhf.base.errors import UserError
+from rlhf.config.choices import Precision
 from rlhf.config.deployment import placement
+from rlhf.distributed.engine import build_engine
+from rlhf.models.loading import load_policy
 from rlhf.runs.directory import find_checkpoints
 from rlhf.sampling.cpu import kernels
 from rlhf.training import checkpoint
@@ -142,3 +149,56 @@ def test_without_room_on_the_disk_a_checkpoint_is_left_out(
         ):
             saving.after(step)
     assert [about["step"] for _, about in find_checkpoints(tmp_path)[0]] == [5, 4]
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_byte, lambda file: file.write_bytes(bytes(file.stat().st_size))]
+)
+@pytest.mark.parametrize("file", ["actor/weights", "rank-0.pt", "checkpoint.json", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], object]
+) -> None:
+    saving = checkpoints_of(tmp_path)
+    saving.save(1)
+    saving.save(2)
+    damage(tmp_path / "checkpoints" / "step-2" / file)
+    with caplog.at_level("WARNING", logger="rlhf"):
+        assert saving.resume() == 1
+    assert "step-2" in caplog.text
+    assert ("is incomplete: skipped" in caplog.text) != ("the one before it is used" in caplog.text)
+    damage(tmp_path / "checkpoints" / "step-1" / file)
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="rlhf"):
+        assert saving.resume() == 0
+    assert "step-1" in caplog.text
+    saving.save(3)  # the damaged ones are dropped with the next one that is written
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
+class Bomb:
+    """What a foreign pickle may hold: code that runs when it is read."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("file", ["rank-0.pt", "actor/mp_rank_00_model_states.pt"])
+def test_no_code_in_a_checkpoint_is_run(
+    one_process: None, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saving = checkpoints_of(tmp_path)
+    load = partial(load_policy, "builtin:tiny", tokenizer, Precision.fp32)
+    saving.engines = {"actor": build_engine(load, composed("stage=ppo"), "actor", tmp_path)}
+    saving.save(1)
+    directory = tmp_path / "checkpoints" / "step-1"
+    torch.save({"module": Bomb()}, directory / file)
+    with pytest.raises(UserError, match=f"{file}: it is no file of tensors .* no code"):
+        saving._load(directory)
+    assert not (tmp_path / "exploded").exists()

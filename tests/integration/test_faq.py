@@ -275,6 +275,8 @@ def test_the_lines_about_a_run_that_was_interrupted(folder: Path) -> None:
 ELSEWHERE = {
     "The disk is full": ("test_checkpoints.py", "is the disk full?"),
     "NaN": ("test_checkpoints.py", "that is not finite is"),
+    "A checkpoint or a model is damaged": ("test_checkpoints.py", "the one before it is used"),
+    "A run hangs": ("test_watchdog.py", "(deploy.watchdog_minutes)"),
 }
 
 

@@ -5,19 +5,20 @@ Where there is no compiler, or the kernels do not compile, sampling uses torch's
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from rlhf.base.checksums import hash_file
+from rlhf.base.files import private_folder
 
 log = logging.getLogger("rlhf")
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -69,14 +70,23 @@ def load_or_compile() -> None:
     machine = [platform.machine(), *platform.libc_ver(), torch.__version__]
     content = "\n".join([SOURCE.read_text(encoding="utf-8"), *machine, *flags])
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
-    library = private_cache_folder() / f"kernels-{name}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # code is loaded from there: nobody else may write to it
+    library = private_folder(cache / "rlhf") / f"kernels-{name}.so"
     with FileLock(library.with_suffix(".lock")):
-        if library.exists():
-            with contextlib.suppress(OSError):  # an incomplete file is compiled again
-                torch.ops.load_library(library)
-                return
-        compile_library(library, flags)
+        if not is_as_compiled(library):
+            compile_library(library, flags)
         torch.ops.load_library(library)
+
+
+def is_as_compiled(library: Path) -> bool:
+    """Whether a library is there as the compiler left it: a damaged one would end the process."""
+    sums = library.with_suffix(".sha256")
+    return (
+        library.exists()
+        and sums.exists()
+        and sums.read_text(encoding="utf-8") == hash_file(library)
+    )
 
 
 def compiler_flags() -> list[str]:
@@ -87,20 +97,6 @@ def compiler_flags() -> list[str]:
     libraries = [f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
     language = ["-std=c++20", "-fPIC", "-shared", f"-DTORCH_TARGET_VERSION={target}"]
     return ["-O3", *simd, *language, *includes, *libraries]
-
-
-def private_cache_folder() -> Path:
-    """The folder of compiled kernels.
-
-    Raises:
-        OSError: others may write to it. Code is loaded from there.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder.stat()
-    if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"others can write to {folder}, from which code is loaded: chmod go-w it")
-    return folder
 
 
 def compile_library(library: Path, flags: list[str]) -> None:
@@ -114,6 +110,7 @@ def compile_library(library: Path, flags: list[str]) -> None:
     subprocess.run(
         command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=300
     )
+    library.with_suffix(".sha256").write_text(hash_file(unfinished), encoding="utf-8")
     unfinished.rename(library)
 
 
