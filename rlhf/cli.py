@@ -24,6 +24,7 @@ from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.interrupts import interrupted
 from rlhf.base.log import say
+from rlhf.base.streams import cannot_write
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
@@ -61,7 +62,7 @@ def main() -> int:
         return WRONG
     except OSError as error:
         problem = machine_problem(error)
-        if problem is None:
+        if problem is None or cannot_write("\n"):
             raise
         say(f"error: {problem}")
         return FAILED

@@ -22,15 +22,21 @@ def prepare_streams() -> None:
             reconfigure(errors="replace")
 
 
+_said: list[str] = []  # why standard output cannot be written, once that was said
+
+
 def cannot_write(end: str = "") -> bool:
     """Whether standard output cannot be written; then a line says so, and the rest is dropped.
 
     Args: end: written to it, where nothing may be left to write.
     """
+    if _said:
+        return True
     try:
         sys.stdout.write(end)
         sys.stdout.flush()
     except OSError as error:
+        _said.append(str(error))
         with contextlib.suppress(OSError):
             line = f"error: cannot write to standard output: {error.strerror}"
             print(line, file=sys.stderr, flush=True)

@@ -1,9 +1,10 @@
 """Run each bad input in a process of its own, which is forked, so that all share one start:
-python each_alone.py FOLDER, which writes FOLDER/results.json."""
+python each_alone.py FOLDER [--full], which writes FOLDER/results.json."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -20,20 +21,34 @@ from bad_inputs import BAD_INPUTS, BAD_ROWS, BadInput
 from rlhf import cli, compose, report
 from rlhf.base.errors import UserError
 from rlhf.base.log import say
+from rlhf.base.streams import prepare_streams
 from rlhf.chat.conversation import Conversation
 from rlhf.chat.policy import Params
 from rlhf.config.schema import Config
 from rlhf.data import load
 from rlhf.data.files import check_files
 
+PATH = "data.sources.mine.path="
 MEMORY = 6 * 2**30  # bytes of address space
 SECONDS = 60  # of the clock, for a busy machine
 
 
-def read_data(arguments: list[str]) -> int:
-    """Read the data of a command as a stage does, without its models."""
+@functools.cache
+def composed(*arguments: str) -> Config:
     overrides = [compose.allow_user_names(arg) for arg in arguments]
-    cfg: Config = compose.typed_config(compose.compose_alone(overrides, [], hydra_too=False))
+    return compose.typed_config(compose.compose_alone(overrides, [], hydra_too=False))
+
+
+def data_config(arguments: list[str]) -> Config:
+    """The configuration of a command for data; composed once for all files."""
+    (path,) = [arg for arg in arguments if arg.startswith(PATH)]
+    cfg = composed(*(f"{PATH}FILE" if arg == path else arg for arg in arguments))
+    cfg.data.sources["mine"].path = path.removeprefix(PATH)
+    return cfg
+
+
+def read_data(cfg: Config) -> int:
+    """Read the data of a command as a stage does, without its models."""
     if problems := check_files(cfg.data):
         raise UserError("\n".join(problems))
     print(load.summarize(load.load_data(cfg.data)))
@@ -42,6 +57,7 @@ def read_data(arguments: list[str]) -> int:
 
 def run(program: str, arguments: list[str]) -> int:
     """Run a program as its command line does. Returns: the exit code."""
+    prepare_streams()
     sys.argv = ["program", *arguments]
     try:
         match program:
@@ -53,7 +69,7 @@ def run(program: str, arguments: list[str]) -> int:
                 Conversation([], Params()).load(Path(arguments[0]))
                 return 0
             case _:
-                return read_data(arguments)
+                return read_data(data_config(arguments))
     except UserError as error:
         say(f"error: {error}")
         return 2
@@ -101,10 +117,14 @@ def try_input(one: BadInput) -> int:
     return run(one.program, one.arguments)
 
 
+def row_arguments(file: str) -> list[str]:
+    return ["data=jsonl", f"{PATH}{file}", "data.eval_share=0.2"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", help="default: all")
+    parser.add_argument("--full", action="store_true", help="those that are like others too")
     args = parser.parse_args()
     os.environ["HF_DATASETS_CACHE"] = str(args.folder / "cache")
     import datasets  # noqa: F401  # once for all
@@ -114,16 +134,18 @@ def main() -> None:
     compose.register()
     compose.compose_alone([], [], hydra_too=False)
     results = {}
+    for one in BAD_INPUTS:
+        if one.program == "data":
+            data_config(one.arguments)
+    data_config(row_arguments("FILE"))
     for number, one in enumerate(BAD_INPUTS):
-        if not args.names or one.name in args.names:
+        if args.full or not one.full:
             results[one.name] = alone(args.folder / f"{number}", lambda one=one: try_input(one))
     for number, row in enumerate(BAD_ROWS):
-        path = ["data=jsonl", f"data.sources.mine.path={row.file}", "data.eval_share=0.2"]
-        same = BadInput(row.name, path, [], row.build, "data")
-        if not args.names or row.name in args.names:
-            results[f"row: {row.name}"] = alone(
-                args.folder / f"row{number}", lambda same=same: try_input(same)
-            )
+        same = BadInput(row.name, row_arguments(row.file), [], row.build, "data")
+        results[f"row: {row.name}"] = alone(
+            args.folder / f"row{number}", lambda same=same: try_input(same)
+        )
     (args.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ They share one process, which forks for each of them.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +25,12 @@ Results = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("alone")
+    full = any(item.get_closest_marker("full") for item in request.session.items)
     done = subprocess.run(
-        [sys.executable, HERE / "each_alone.py", folder],
-        env={**child_environment()},
+        [sys.executable, HERE / "each_alone.py", folder, *(["--full"] if full else [])],
+        env=child_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -39,14 +41,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def child_environment() -> dict[str, str]:
-    import os
-
     paths = [str(REPO), os.environ.get("PYTHONPATH", "")]
     plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "RLHF_ROOT")}
     return plain | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.mark.parametrize("one", BAD_INPUTS, ids=[one.name for one in BAD_INPUTS])
+@pytest.mark.parametrize(
+    "one",
+    [
+        pytest.param(one, id=one.name, marks=[pytest.mark.full] if one.full else [])
+        for one in BAD_INPUTS
+    ],
+)
 def test_a_bad_input_gets_one_clear_line(results: Results, one: BadInput) -> None:
     result = results[one.name]
     lines = result["stderr"].splitlines()
