@@ -162,6 +162,11 @@ VALUES = [
     value("pairs", "data.sandbox.pairs=1000000000000", "at most 1,000,000"),
     value("batch", "sft.batch_size=100000000000000000000", "at most 1,000,000"),
     value("later batch", "rl.batch_size=100000000000000000000", "at most 1,000,000"),
+    BadInput(
+        "a later batch of more prompts than there are",
+        ["rl.batch_size=1000000"],
+        ["rl.batch_size=1000000: a step of ppo needs 1,000,000 prompts, there are 1,"],
+    ),
     value("passes", "sft.epochs=1000000000", "at most 100,000"),
     value("passes over prompts", "rl.prompt_epochs=1000000000", "at most 100,000"),
     value("tokens", "rollout.max_new_tokens=1000000000", "at most 2,000,000"),
