@@ -75,7 +75,6 @@ def open_source(name: str, source: Source, split: str, most_row: int) -> RawTabl
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
-    cache_folder()  # it must be writable
     path = Path(source.path).expanduser()
     if _is_hub_id(source.path):
         return RawTable(_open_hub(name, source, split), False, [source.path], [0], [])
@@ -83,7 +82,11 @@ def open_source(name: str, source: Source, split: str, most_row: int) -> RawTabl
         return RawTable(_open_directory(name, source, split, path), False, [source.path], [0], [])
     key = "eval_split" if source.path == source.eval_split else "path"
     try:
-        return _open_files(find_files(source.path), source, most_row)
+        found = find_files(source.path)
+        cache_folder()  # the library's own message names no folder
+        return _open_files(found, source, most_row)
+    except UserError:  # of the cache, not of the file
+        raise
     except (ValueError, OSError) as error:
         raise UserError(f"data.sources.{name}.{key}={source.path}: {error}") from None
 
