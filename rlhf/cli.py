@@ -23,7 +23,7 @@ from yaml import YAMLError
 from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.interrupts import interrupted
-from rlhf.base.log import say
+from rlhf.base.log import plural, say
 from rlhf.base.streams import cannot_write
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
@@ -110,7 +110,12 @@ def dispatch(argv: Sequence[str]) -> int:
     if problems and not args.shell_completion:
         raise UserError("\n".join(problems))
     if args.multirun:
-        return run_sweep(overrides, folders)
+        if looked := [f"--{name}" for name in ("cfg", "info") if getattr(args, name)]:
+            raise UserError(
+                f"{looked[0]} with -m: leave one out; plan=true shows what jobs would do"
+            )
+        with_flags = any((args.package, args.config_name, args.config_path, *flags))
+        return run_sweep(overrides, folders, with_flags)
     run_hydra()
     if stopped_by:
         raise stopped_by[0]
@@ -171,24 +176,35 @@ def print_help(overrides: Sequence[str], folders: Sequence[Path]) -> int:
         print(help.overview())
         return DONE
     given = [compose.allow_user_names(arg) for arg in overrides if "=" in arg]
-    cfg = compose.compose_alone(given, folders, hydra_too=False)
+    cfg = compose.compose_alone(given, folders)
     print("\n\n".join(help.describe(name, cfg) for name in names))
     return DONE
 
 
-def run_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> int:
-    """Run all jobs of a sweep; a job that fails does not stop the others. Returns the exit code."""
+def run_sweep(overrides: Sequence[str], folders: Sequence[Path], with_flags: bool) -> int:
+    """Run all jobs of a sweep; a job that fails does not stop the others.
+
+    Args: with_flags: the command line has flags of Hydra, which then runs the jobs itself.
+    Returns: the exit code.
+    """
     if any(arg.startswith("deploy.node_rank=") for arg in overrides):
         raise UserError(
             "-m with deploy.node_rank: after a failed job the nodes would wait for each other; "
             "use deploy.hostfile"
         )
-    jobs = sweep.check_jobs(overrides, folders)
-    if {job.experiment_name for job in jobs} == {DEFAULT_NAME}:
-        sys.argv.append(f"experiment_name={sweep.name_of(overrides, folders)}")
-    sweep.begin(overrides, len(jobs))
+    jobs = sweep.read_sweep(overrides, folders)
+    say(f"sweep of {plural(len(jobs.jobs), 'job')}: checking them")
+    named = []
+    if sweep.check_jobs(jobs.jobs, folders) == {DEFAULT_NAME}:
+        named = [f"experiment_name={jobs.name}"]
+    sweep.begin(overrides, len(jobs.jobs))
     try:
-        run_hydra()
+        if jobs.is_plain and not with_flags:
+            sweep.run_jobs([job + named for job in jobs.jobs])
+        else:
+            say("Hydra composes all jobs again before its launcher starts the first one ...")
+            sys.argv += named
+            run_hydra()
     except (RuntimeError, UserError, HydraException, OmegaConfBaseException):
         if interrupted() or not sweep.ended_jobs():  # else the failed job has said why
             raise

@@ -1,12 +1,15 @@
 """From the command line to a checked, typed configuration. Hydra is imported here and in cli.py.
 
 A command is composed once as typed, once without the values set by hand (the baseline of run
-names), and once for each further algorithm that stage=eval names.
+names), and once for each further algorithm that stage=eval names. Choosing options takes nearly all
+of Hydra's time, so each choice is composed once in a process, and values are set on a copy of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +18,9 @@ from typing import Any
 import hydra
 import yaml
 from hydra import compose
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
@@ -52,6 +57,7 @@ def register(folders: Sequence[Path] = ()) -> None:
     Args: folders: the user's own folders with option files, beside conf/.
     """
     presets.config_dirs[:] = [CONF, *folders]
+    compose_choices.cache_clear()
     store = ConfigStore.instance()
     store.store("schema", Config)
     for folder in presets.config_dirs:
@@ -327,15 +333,49 @@ def literal(value: Any) -> str:
 # ------------------------------------------------------------------------------------- composing
 
 
-def compose_alone(overrides: Sequence[str], folders: Sequence[Path], hydra_too: bool) -> DictConfig:
-    """The configuration of some overrides, where Hydra is not running yet."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [*overrides, *search_path(folders)], return_hydra_config=hydra_too)
+def compose_alone(overrides: Sequence[str], folders: Sequence[Path]) -> DictConfig:
+    """The configuration of some overrides, equal to what Hydra composes of them all at once.
+
+    Hydra, too, sets the values of keys after all options are merged, in the order of the command.
+    """
+    values = [arg for arg in overrides if is_value(arg)]
+    choices = tuple(arg for arg in overrides if not is_value(arg))
+    cfg = copy.deepcopy(compose_choices(choices, tuple(folders)))
+    ConfigLoaderImpl._apply_overrides_to_config(parse_values(tuple(values)), cfg)
+    return cfg
 
 
 def compose_again(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of some overrides while Hydra is running, with the user's folders."""
-    return compose("config", [*overrides, *search_path(presets.config_dirs[1:])])
+    """The configuration of some overrides, with the user's folders."""
+    return compose_alone(overrides, presets.config_dirs[1:])
+
+
+@functools.cache
+def compose_choices(choices: tuple[str, ...], folders: tuple[Path, ...]) -> DictConfig:
+    """The configuration of some options; it is shared, so change a copy."""
+    return compose_with_hydra(choices, folders, hydra_too=False)
+
+
+def compose_with_hydra(
+    overrides: Sequence[str], folders: Sequence[Path], hydra_too: bool = True
+) -> DictConfig:
+    """The configuration of some overrides, composed by Hydra alone, with its own node `hydra`."""
+    is_running = GlobalHydra.instance().is_initialized()
+    alone = hydra.initialize_config_dir(str(CONF), version_base="1.3") if not is_running else None
+    with alone or contextlib.nullcontext():
+        return compose("config", [*overrides, *search_path(folders)], return_hydra_config=hydra_too)
+
+
+@functools.lru_cache(1000)
+def parse_values(values: tuple[str, ...]) -> list[Override]:
+    """Overrides of keys, as Hydra reads them."""
+    return OverridesParser.create().parse_overrides(list(values))
+
+
+def is_value(arg: str) -> bool:
+    """Whether an override sets a key of the schema, and chooses no option of a group."""
+    key = group_of(arg)
+    return key not in (*group_names(), *HIDDEN_GROUPS) and keys.find_key(key) is not None
 
 
 def search_path(folders: Sequence[Path]) -> list[str]:
@@ -372,7 +412,7 @@ def is_needed(cfg: Config, stage: str, last: str) -> bool:
 
 
 def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
-    """A command while Hydra is running. Args: overrides: those that `composed` comes from.
+    """A command. Args: overrides: those that `composed` comes from.
 
     Raises: UserError naming everything that is wrong with it.
     """
@@ -400,7 +440,7 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
 def without_experiment(choices: Sequence[str]) -> list[str]:
     """The groups that an experiment file chooses, without the values that it sets: so these are
     among the differences that a run's name shows."""
-    chosen = compose("config", [*choices, *search_path(presets.config_dirs[1:])], True)
+    chosen = compose_with_hydra(choices, presets.config_dirs[1:])
     groups = chosen.hydra.runtime.choices
     given = [arg for arg in choices if group_of(arg) != "experiment"]
     names = {group_of(arg) for arg in given}
@@ -424,19 +464,3 @@ def other_algorithms(cfg: Config) -> list[str]:
 def group_of(arg: str) -> str:
     """The group or key of an override: `data` for +data=[a,b]."""
     return arg.lstrip("+~").partition("=")[0]
-
-
-def sweep_overrides(overrides: Sequence[str], folders: Sequence[Path]) -> list[Override]:
-    """The overrides of a sweep: those of its option files, and those that are typed."""
-    chosen = [arg for arg in overrides if group_of(arg) == "sweep"]
-    params = compose_alone(chosen, folders, hydra_too=True).hydra.sweeper.params or {}
-    swept = [allow_user_names(f"{key}={value}") for key, value in params.items()]
-    return [parse(arg) for arg in (*swept, *overrides)]
-
-
-def job_values(override: Override) -> list[str]:
-    """One override of a sweep as the overrides of its jobs."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    key = override.get_key_element()
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]

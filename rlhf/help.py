@@ -90,9 +90,9 @@ def complete(line: str, folders: Sequence[Path]) -> list[str]:
     given = [arg.strip("'\"") for arg in before if "=" in arg and not arg.startswith("hydra")]
     try:
         typed = [compose.allow_user_names(arg) for arg in given]
-        cfg = compose.compose_alone(typed, folders, hydra_too=False)
+        cfg = compose.compose_alone(typed, folders)
     except Exception:  # the words before are not finished or wrong, which the command will say
-        cfg = compose.compose_alone([], folders, hydra_too=False)
+        cfg = compose.compose_alone([], folders)
     if "=" in word:
         key, _, value = word.partition("=")
         done = value[: max(value.rfind(","), value.rfind("[")) + 1]  # of a sweep or a list

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 from rlhf.base.errors import UserError
 from rlhf.base.files import special_kind
 from rlhf.base.log import say
-from rlhf.reporting.report_page import write_page
 from rlhf.reporting.tables import print_comparison, print_list
 from rlhf.runs.history import find_runs
 
@@ -60,17 +59,27 @@ def main() -> int:
     paths = args.paths or [Path(".")]
     try:
         check_out(args.out)
-        runs = find_runs(paths)
+        show(paths, args.list, args.out)
     except UserError as error:
         say(f"error: {error}")
         return 2
-    if args.list:
+    return 0
+
+
+def show(paths: list[Path], only_list: bool, out: Path | None) -> None:
+    """Print the runs at these paths; the page too, unless it is only a list.
+
+    Raises: UserError where there are none, or the page cannot be written.
+    """
+    runs = find_runs(paths)
+    if only_list:
         print_list(runs)
-        return 0
-    file = args.out or (paths[0] if len(paths) == 1 else Path(".")) / "report.html"
+        return
+    from rlhf.reporting.report_page import write_page  # its libraries take a third of a second
+
+    file = out or (paths[0] if len(paths) == 1 else Path(".")) / "report.html"
     title = f"Runs of {', '.join(path.resolve().name for path in paths)}"
     print_comparison(runs, write_page(runs, file, title))
-    return 0
 
 
 if __name__ == "__main__":

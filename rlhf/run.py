@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf.base.checksums import check_model
 from rlhf.base.errors import UserError
@@ -51,6 +51,7 @@ from rlhf.runs.inputs import Inputs, find_inputs
 from rlhf.runs.launch import check_machines, run_workers
 from rlhf.runs.locks import LOCK_FILE, lock_run
 from rlhf.runs.model_card import write_card
+from rlhf.runs.run_files import DATA, ENVIRONMENT, PARENTS, RESULT, SUMMARY, read_file
 
 
 def run_command(command: Command) -> list[Path]:
@@ -115,7 +116,7 @@ def say_how_to_continue(command: Command, stage: str) -> Iterator[None]:
         directory = run_dir_for(command, stage)
         intact, _ = find_checkpoints(directory)
         again = "the same command" + (" without fresh=true" if command.cfg.fresh else "")
-        if stage != "inspect" and read_summary(directory):
+        if stage != "inspect" and (directory / SUMMARY).exists():
             then = "prints its results" if stage == command.cfg.stage.runs[-1] else "continues"
             line = f"Interrupted after {stage} was finished: {again} {then}."
         elif intact:
@@ -168,7 +169,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
             wait_until_finished(run_dir_for(command, parent))
     inputs = find_inputs(command, stage)
     directory = run_dir_for(command, stage)
-    before = read_summary(directory)
+    before = summary_bytes(directory)
     if not command.cfg.fresh and is_finished(command, stage, directory, inputs):
         return directory
     # 2. what it needs
@@ -181,24 +182,32 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         say(one_line_summary(make_plan(cfg, stage)))
     # 3. the run itself
     with lock_run(directory, wait=is_parent):
-        if read_summary(directory) != before:  # the process that we waited for has finished it
+        if summary_bytes(directory) != before:  # the process that we waited for has finished it
             is_finished(command, stage, directory, inputs)
             return directory
         prepare_directory(command, stage, inputs, directory)
         save_config(cfg, directory / "config.yaml")
-        write_json(directory / "parents.json", inputs.ids)
-        write_json(directory / "env.json", describe_start(command) | describe_environment())
+        environment = describe_start(command) | describe_environment()
+        write_json(directory / PARENTS, inputs.ids)
+        write_json(directory / ENVIRONMENT, environment)
         asked_to_stop = run_workers(directory, cfg)
-        finish(command, stage, cfg, directory)
+        finish(command, stage, cfg, directory, inputs.ids, environment)
     if asked_to_stop:
         raise KeyboardInterrupt
     return directory
 
 
+def summary_bytes(directory: Path) -> bytes | None:
+    """The summary as it is, also a damaged one; None where there is none."""
+    with contextlib.suppress(OSError):
+        return (directory / SUMMARY).read_bytes()
+    return None
+
+
 def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: Path) -> None:
     """Keep the checkpoints that the run resumes from, or move an earlier attempt aside."""
     intact, _ = find_checkpoints(directory)
-    if intact and not read_summary(directory) and not command.cfg.fresh:
+    if intact and not command.cfg.fresh and not read_summary(directory):
         for line in check_resumable(directory, intact[0][1], command.cfg, inputs.ids):
             say(f"{stage}: {line}")
         for line in name_other_evaluation(command, stage, directory):
@@ -224,23 +233,38 @@ def name_other_evaluation(command: Command, stage: str, directory: Path) -> list
     return []
 
 
-def finish(command: Command, stage: str, cfg: Config, directory: Path) -> None:
-    """Write the summary and the model card of a run whose workers are done."""
-    environment = json.loads((directory / "env.json").read_text(encoding="utf-8"))
+def finish(
+    command: Command,
+    stage: str,
+    cfg: Config,
+    directory: Path,
+    parents: dict[str, str],
+    environment: dict[str, Any],
+) -> None:
+    """Write the summary and the model card of a run whose workers are done.
+
+    Args: parents, environment: what parents.json and env.json were written with; a run of days does
+        not depend on these files at its end.
+    """
+    try:
+        data = read_file(directory, DATA) or []
+    except UserError as error:
+        say(f"{stage}: {error}")
+        data = []
     summary = {
         "id": secrets.token_hex(8),
         "stage": stage,
         "status": "finished",
-        "parents": json.loads((directory / "parents.json").read_text(encoding="utf-8")),
-        **json.loads((directory / "result.json").read_text(encoding="utf-8")),
+        "parents": parents,
+        **read_file(directory, RESULT),
         "finished": local_time(),
-        "data": json.loads((directory / "data.json").read_text(encoding="utf-8")),
+        "data": data,
         "settings": settings_to_record(command, stage),
         "versions": environment["packages"] | {"git": environment["git"]},
     }
     if (directory / "model").exists():
         write_card(directory, cfg, summary)
-    write_json(directory / "summary.json", summary)  # last: it means finished
+    write_json(directory / SUMMARY, summary)  # last: it means finished
     if not cfg.checkpoint.keep_optimizer:
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
@@ -267,8 +291,8 @@ def is_finished(command: Command, stage: str, directory: Path, inputs: Inputs) -
     summary = read_summary(directory)
     if summary is None:
         return False
-    if summary["parents"] != inputs.ids:
-        old = summary["parents"]
+    old = summary.get("parents", {})
+    if old != inputs.ids:
         changed = [name for name in {**old, **inputs.ids} if old.get(name) != inputs.ids.get(name)]
         raise UserError(
             f"{directory} was trained from other runs or files than there are now (changed: "
@@ -309,7 +333,7 @@ def inspect_data(command: Command) -> None:
                 path.unlink()
         save_config(cfg, directory / "config.yaml")
         run_workers(directory, cfg)
-        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        result = read_file(directory, RESULT)
     tables.print_inspection(result["metrics"], directory / "report.html")
 
 
@@ -319,7 +343,7 @@ def help_first_node(command: Command, stage: str) -> None:
     They read the files of node 0.
     """
     cfg, directory = command.cfg, run_dir_for(command, stage)
-    if read_summary(directory) and not cfg.fresh:
+    if not cfg.fresh and read_summary(directory):
         return
     check_machines(cfg)
     say(f"{stage}: node {cfg.deploy.node_rank} of {cfg.deploy.nodes}, {directory}")

@@ -5,22 +5,24 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import itertools
 import json
 import os
 import secrets
 import shutil
 import signal
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf import compose, run
 from rlhf.base.errors import UserError
-from rlhf.base.interrupts import raise_at_interrupt
+from rlhf.base.interrupts import interrupted, raise_at_interrupt
 from rlhf.base.log import say
-from rlhf.config.schema import Config
 from rlhf.config.validation import check_config
 from rlhf.reporting import tables
 from rlhf.runs.checks import check_inputs
@@ -31,37 +33,91 @@ from rlhf.runs.launch import SWEEP_LOG, end_with_parent
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
 SWEEP_SIZE = "RLHF_SWEEP_SIZE"  # number of jobs
 COPIED = ("config.yaml", "summary.json", "metrics.jsonl", "curves.png")
+NOT_COMPARED = {"runtime": None, "overrides": None}  # of Hydra's node: what was typed, and where
+REPORT_EVERY = 1.0  # s
 
 
 # ---- what the jobs are
 
 
-def check_jobs(overrides: Sequence[str], folders: Sequence[Path]) -> list[Config]:
-    """Check every job of a sweep before the first one starts. Returns: their configurations.
+@dataclass
+class Sweep:
+    """What -m asks for."""
 
-    Raises: UserError with all problems.
+    jobs: list[list[str]]  # the overrides of each
+    name: str  # the keys that it sweeps, "rl.kl.coef+seed"
+    is_plain: bool  # nothing of Hydra is changed: its jobs can run one after another here
+
+
+def read_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> Sweep:
+    """The jobs of a sweep, those of its option files too; they are Hydra's own, in its order.
+
+    Raises: HydraException for values that only another sweeper knows, such as interval(0,1).
     """
-    jobs = [
-        compose.typed_config(compose.compose_alone(job, folders, hydra_too=False))
-        for job in itertools.product(
-            *map(compose.job_values, compose.sweep_overrides(overrides, folders))
-        )
-    ]
-    problems = [line for cfg in jobs for line in check_config(cfg) + check_inputs(cfg)]
+    typed = [compose.parse(arg) for arg in overrides]
+    fixed = [arg for arg, one in zip(overrides, typed) if not one.is_sweep_override()]
+    master = compose.compose_with_hydra(fixed, folders).hydra
+    params = (master.sweeper.params or {}).items()
+    in_files = [compose.allow_user_names(f"{key}={value}") for key, value in params]
+    every = [*map(compose.parse, in_files), *typed]
+    (jobs,) = BasicSweeper.split_arguments(every, None)
+    swept = {one.key_or_group for one in every if one.is_sweep_override()}
+    usual = compose.compose_with_hydra([], folders).hydra
+    ours = [[arg for arg in job if not is_hydras(arg)] for job in jobs]
+    name = short_name("", sorted(swept)) or "one_job"
+    return Sweep(ours, name, how_jobs_run(master) == how_jobs_run(usual))
+
+
+def how_jobs_run(node: DictConfig) -> dict[str, Any]:
+    """What of Hydra's own node decides how jobs run: launcher, sweeper, environment, ..."""
+    plain: Any = OmegaConf.to_container(node)
+    job = {key: plain["job"][key] for key in ("env_set", "env_copy", "chdir")}
+    return plain | {"sweeper": plain["sweeper"] | {"params": None}, "job": job} | NOT_COMPARED
+
+
+def is_hydras(arg: str) -> bool:
+    """Whether an override is for Hydra itself: hydra/launcher=parallel, hydra.sweep.dir=..."""
+    return arg.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def check_jobs(jobs: Sequence[Sequence[str]], folders: Sequence[Path]) -> set[str]:
+    """Check every job of a sweep before the first one starts; of many, say how far it is.
+
+    Returns: their experiment_names.  Raises: UserError with all problems.
+    """
+    names, problems = set[str](), dict[str, None]()
+    said = time.monotonic()
+    for number, job in enumerate(jobs, 1):
+        cfg = compose.typed_config(compose.compose_alone(job, folders))
+        problems |= dict.fromkeys(check_config(cfg) + check_inputs(cfg))
+        names.add(cfg.experiment_name)
+        if time.monotonic() > said + REPORT_EVERY:
+            said = time.monotonic()
+            say(f"checked {number} of {len(jobs)} jobs")
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
-    return jobs
-
-
-def name_of(overrides: Sequence[str], folders: Sequence[Path]) -> str:
-    """A name for a sweep without experiment_name: the keys that it sweeps, "rl.kl.coef+seed"."""
-    swept = [
-        o.key_or_group for o in compose.sweep_overrides(overrides, folders) if o.is_sweep_override()
-    ]
-    return short_name("", sorted(set(swept))) or "one_job"
+        raise UserError("\n".join(problems))
+    return names
 
 
 # ---- running the jobs
+
+
+def run_jobs(jobs: Sequence[Sequence[str]]) -> None:
+    """Run the jobs one after another in this process, as Hydra's own launcher does, which composes
+    each job three times.
+
+    Raises: what stopped the first of those that failed, after the last one.
+    """
+    errors = []
+    for number, job in enumerate(jobs, 1):
+        try:
+            run_job(compose.compose_again(job), list(job), number)
+        except Exception as error:
+            errors.append(error)
+            if interrupted():
+                break
+    if errors:
+        raise errors[0]
 
 
 def begin(overrides: Sequence[str], jobs: int) -> None:

@@ -121,13 +121,8 @@ def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds:
     """The curves of a finished run, and result.json."""
     from rlhf.reporting import curves
     from rlhf.runs.directory import write_json
-    from rlhf.runs.stage_views import ONLINE_RL, view_of
 
-    view = view_of(cfg.stage.name)
-    if view.panels:
-        curves.plot_curves(run_dir, view)
-    if view is ONLINE_RL:
-        curves.plot_frontier(run_dir, metrics)
+    curves.plot_run(run_dir, cfg.stage.name, metrics)
     write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(seconds, 1)})
 
 

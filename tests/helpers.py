@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -133,7 +132,7 @@ def compose_once(root: str | None, *overrides: str) -> Config:
 def compose_options(root: str | None, *choices: str) -> DictConfig:
     """Choosing options takes most of Hydra's time. It sets values of keys after that; so do we."""
     register()
-    return compose.compose_alone(choices, [], hydra_too=False)
+    return compose.compose_alone(choices, [])
 
 
 def register(folders: Sequence[Path] = ()) -> None:
@@ -177,8 +176,7 @@ def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
     """
     register(folders)
     typed = [compose.allow_user_names(arg) for arg in overrides]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose.make_command(compose.compose_again(typed), typed)
+    return compose.make_command(compose.compose_again(typed), typed)
 
 
 def lines(file: Path) -> int:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf.base.errors import UserError
+
 UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
+OLD = 86400.0  # s
 
 SMALL_FILE = 16 * 2**20  # bytes; the files that are read as a whole are smaller
 SPECIAL = {  # what is no file to read or replace: reading it would wait, or never end
@@ -59,16 +65,18 @@ def read_small_file(path: Path, most: int = SMALL_FILE) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, it is renamed to `path`.
 
-    The block writes a file or makes a directory there. After an exception the temporary path is
+    The block writes a file or makes a directory there. Its name is new each time: several processes
+    may write the same `path`, and the last one wins. After an exception the temporary path is
     deleted and `path` is as it was. An existing directory at `path` is replaced. Files get the
-    permissions that the umask gives new files.
+    permissions that the umask gives new files. What a killed process has left is deleted after a
+    day.
 
-    Raises: OSError where `path` is a device, a pipe or a socket: renaming would remove it.
+    Raises: UserError where `path` is a device or the like, which a file would replace.
     """
-    if kind := special_kind(path):
-        raise OSError(f"{path} is {kind}, not a file")
-    temporary = path.with_name(path.name + ".tmp")
-    remove(temporary)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: is no regular file, and is not replaced; give another name")
+    remove_old(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         allow_others(temporary)
@@ -90,9 +98,17 @@ def private_folder(folder: Path) -> Path:
     others_write = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or others_write:
         raise OSError(
-            f"{folder} must be a folder that only you can write to: chmod go-w, or delete it"
+            f"{folder}: it must be a folder that only you can write to: chmod go-w, or delete it"
         )
     return folder
+
+
+def remove_old(path: Path) -> None:
+    """Delete the temporary files of `path` that a killed process has left."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process has just renamed it
+            if left.stat().st_mtime < time.time() - OLD:
+                remove(left)
 
 
 def allow_others(path: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -34,8 +34,8 @@ def newest_policy() -> Path:
     outputs = Path(os.environ.get("RLHF_ROOT") or ".").expanduser().resolve() / "outputs"
     finished = []
     for file in outputs.glob("*/summary.json"):
-        with contextlib.suppress(OSError, ValueError):  # one broken run does not hide the others
-            summary = read_summary(file.parent) or {}
+        with contextlib.suppress(OSError, UserError):  # one broken run does not hide the others
+            summary: Any = read_summary(file.parent) or {}
             if is_policy(summary.get("stage", "eval")) and summary.get("status") == "finished":
                 finished.append((file.stat().st_mtime_ns, file.parent))
     if not finished:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from yaml import YAMLError
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
@@ -24,11 +30,14 @@ def to_typed(cfg: DictConfig) -> Config:
 
     Raises: UserError naming all unknown keys and all keys without a value.
     """
-    problems = [f"unknown key {with_suggestion(key)}" for key in unknown_keys(cfg)]
-    problems += [f"{key} has no value: give one, {key}=..." for key in missing_keys(cfg)]
-    if problems:
+    unknown = unknown_keys(cfg)
+    typed = None
+    with contextlib.suppress(MissingMandatoryValue, InterpolationToMissingValueError):
+        typed = None if unknown else typing.cast(Config, OmegaConf.to_object(cfg))
+    if typed is None:
+        problems = [f"unknown key {with_suggestion(key)}" for key in unknown]
+        problems += [f"{key} has no value: give one, {key}=..." for key in missing_keys(cfg)]
         raise UserError("\n".join(problems))
-    typed = typing.cast(Config, OmegaConf.to_object(cfg))
     for node in (typed.rl, typed.eval):  # NAME: null removes a source
         node.rewards = {name: source for name, source in node.rewards.items() if source}
     return typed
@@ -119,9 +128,15 @@ def missing_keys(cfg: DictConfig) -> list[str]:
 
 
 def load_config(path: Path) -> Config:
-    """Read a run's resolved config.yaml. Raises: UserError where an earlier version wrote it."""
+    """Read a run's resolved config.yaml. Raises: UserError where an earlier version wrote it, or it
+    is damaged."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        saved = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({line})") from None
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), saved)
     except OmegaConfBaseException as error:
         line = str(error).splitlines()[0]
         raise UserError(f"{path}: made by an earlier version of this project ({line})") from None

@@ -9,21 +9,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlhf.base.log import log
-from rlhf.runs.history import read_lines
-from rlhf.runs.stage_views import Panel, StageView
+from rlhf.runs.history import read_shown
+from rlhf.runs.metrics import Metrics, Points, thin
+from rlhf.runs.stage_views import ONLINE_RL, Panel, view_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Row = dict[str, float]  # a line of metrics.jsonl
 
 # Okabe and Ito's colours, without yellow: people who are colour-blind can tell them apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GRID_COLUMNS = 3
 PANEL_SIZE = (3.8, 2.9)  # inches
 DOTS_PER_INCH = 110
+MOST_POINTS = 2000  # of a line in a picture; a panel is 400 dots wide
 ROOT_KL = "square root of the KL to the SFT policy, nats per response"
 
 
@@ -42,17 +45,32 @@ FRONTIER_REWARDS = (
 )
 
 
-def plot_curves(run_dir: Path, view: StageView) -> None:
-    """Draw run_dir/curves.png from metrics.jsonl: raw values faint, their running mean strong."""
-    rows = read_lines(run_dir / "metrics.jsonl")
-    logged = {name for row in rows for name in row}
-    drawn = [panel for panel in view.panels if panel.drawn(logged)]
+def plot_run(run_dir: Path, stage: str, final: dict[str, float]) -> None:
+    """Draw the pictures of a finished run from its metrics.jsonl.
+
+    Args: final: its final metrics, eval/NAME.
+    """
+    view = view_of(stage)
+    if not view.panels:
+        return
+    metrics = read_shown(run_dir / "metrics.jsonl", stage)
+    for line in metrics.damage:
+        log.warning(line)
+    plot_curves(run_dir, stage, metrics)
+    if view is ONLINE_RL:
+        plot_frontier(run_dir, metrics, final)
+
+
+def plot_curves(run_dir: Path, stage: str, metrics: Metrics) -> None:
+    """Draw run_dir/curves.png: raw values faint, their running mean strong."""
+    view = view_of(stage)
+    drawn = [panel for panel in view.panels if panel.drawn(metrics.columns)]
     if not drawn:
         log.warning(f"{run_dir}: metrics.jsonl has nothing to draw; there is no curves.png")
         return
     figure, axes = panel_grid(len(drawn))
     for i, (axis, panel) in enumerate(zip(axes, drawn)):
-        draw_panel(axis, panel, rows)
+        draw_panel(axis, panel, metrics)
         below = i + GRID_COLUMNS  # the panel under this one, where there is one
         axis.set_xlabel(view.x_axis if below >= len(drawn) else "")
     save(figure, run_dir / "curves.png")
@@ -76,14 +94,14 @@ def panel_grid(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat[:count])
 
 
-def draw_panel(axis: Axes, panel: Panel, rows: Sequence[Row]) -> None:
-    """Draw the metrics of a panel that `rows` have."""
-    names = panel.drawn({name for row in rows for name in row})
+def draw_panel(axis: Axes, panel: Panel, metrics: Metrics) -> None:
+    """Draw the metrics of a panel that a run has."""
+    names = panel.drawn(metrics.columns)
     for color, name in zip(COLORS, names):
-        steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
-        axis.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-        mean = smooth(values, max(3, len(values) // 20))
-        axis.plot(steps, mean, color=color, linewidth=2, label=name)
+        raw = metrics.curve(name)
+        mean = Points(raw.x, smooth(raw.y, max(3, len(raw.y) // 20)))
+        axis.plot(*thin(raw, MOST_POINTS), color=color, alpha=0.3, linewidth=1)
+        axis.plot(*thin(mean, MOST_POINTS), color=color, linewidth=2, label=name)
     axis.set_title(panel.title)
     axis.set_ylabel(panel.unit)
     axis.grid(alpha=0.3)
@@ -91,14 +109,13 @@ def draw_panel(axis: Axes, panel: Panel, rows: Sequence[Row]) -> None:
         axis.legend(fontsize=9)
 
 
-def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
+def plot_frontier(run_dir: Path, metrics: Metrics, final: dict[str, float]) -> None:
     """Draw run_dir/frontier.png: score and gold reward against the KL to the SFT policy.
 
     Dots are rollouts. Circles are evaluations on held-out prompts, with those of the start and the
     end. Source: Gao 2022, arXiv:2210.10760. Args: final: the run's final metrics, eval/NAME.
     """
-    rows = [row for row in read_lines(run_dir / "metrics.jsonl") if "objective/kl" in row]
-    rewards = [one for one in FRONTIER_REWARDS if rows and one.rollout in rows[0]]
+    rewards = [one for one in FRONTIER_REWARDS if len(metrics.pairs("objective/kl", one.rollout).y)]
     if not rewards:
         return
     width, height = PANEL_SIZE
@@ -110,23 +127,21 @@ def plot_frontier(run_dir: Path, final: dict[str, float]) -> None:
         layout="constrained",
     )
     for axis, reward, color in zip(axes.flat, rewards, COLORS):
-        draw_frontier(axis, reward, color, rows, final)
+        draw_frontier(axis, reward, color, metrics, final)
     save(figure, run_dir / "frontier.png")
 
 
 def draw_frontier(
-    axis: Axes, reward: FrontierReward, color: str, rows: Sequence[Row], final: Row
+    axis: Axes, reward: FrontierReward, color: str, metrics: Metrics, final: dict[str, float]
 ) -> None:
     """Draw one reward against the root of the KL."""
-    kl = [root_kl(row["objective/kl"]) for row in rows]
-    values = [row[reward.rollout] for row in rows]
-    axis.plot(kl, values, color=color, linewidth=0.6, alpha=0.4)
-    axis.scatter(kl, values, color=color, s=25, alpha=0.6, label="rollouts")
-    start = {"eval/kl": 0.0, reward.held_out: final[f"{reward.held_out}_before"]}
-    evaluated = [start, *(row for row in rows if reward.held_out in row), final]
+    rollouts = thin(root_of_kl(metrics, "objective/kl", reward.rollout), MOST_POINTS)
+    axis.plot(*rollouts, color=color, linewidth=0.6, alpha=0.4)
+    axis.scatter(*rollouts, color=color, s=25, alpha=0.6, label="rollouts")
+    middle = root_of_kl(metrics, "eval/kl", reward.held_out)
     axis.scatter(
-        [root_kl(row["eval/kl"]) for row in evaluated],
-        [row[reward.held_out] for row in evaluated],
+        [0.0, *middle.x, root_kl(final["eval/kl"])],
+        [final[f"{reward.held_out}_before"], *middle.y, final[reward.held_out]],
         s=110,
         facecolors="none",
         edgecolors="black",
@@ -138,6 +153,12 @@ def draw_frontier(
     axis.set_ylabel(reward.unit)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
+
+
+def root_of_kl(metrics: Metrics, kl: str, reward: str) -> Points:
+    """The root of the KL, and a reward, in the rows that have both."""
+    points = metrics.pairs(kl, reward)
+    return Points(np.sqrt(np.maximum(0.0, points.x)), points.y)
 
 
 def root_kl(kl: float) -> float:
@@ -164,8 +185,19 @@ def save(figure: Figure, file: Path) -> None:
     headless_pyplot().close(figure)
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred running mean over at most `window` values, fewer at the ends."""
+def smooth(values: Sequence[float] | NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Centred running mean over at most `window` values, fewer at the ends.
+
+    A window is the end of one block of its length and the beginning of the next, whose sums are
+    running sums: nothing is subtracted, so that one large or infinite value stays where it is.
+    """
     half = window // 2
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    size = 2 * half + 1
+    padded = np.concatenate([np.zeros(half), values, np.zeros(half)])
+    blocks = np.pad(padded, (0, -len(padded) % size)).reshape(-1, size)
+    beginnings = blocks.cumsum(axis=1).ravel()  # of a block up to each value
+    ends = blocks[:, ::-1].cumsum(axis=1)[:, ::-1].ravel()  # from each value
+    first = np.arange(len(values))
+    sums = np.where(first % size, ends[first], 0.0) + beginnings[first + size - 1]
+    counts = np.minimum(first, half) + np.minimum(first[::-1], half) + 1
+    return sums / counts

@@ -7,24 +7,29 @@ They are plain dictionaries, which plotly.js draws: making them takes no time. E
 
 from __future__ import annotations
 
-import math
-import statistics
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlhf.reporting.comparison import Comparison
-from rlhf.reporting.curves import COLORS, ROOT_KL, root_kl
+from rlhf.reporting.curves import COLORS, ROOT_KL, root_kl, root_of_kl
 from rlhf.runs.history import Run
+from rlhf.runs.metrics import Points, thin
 from rlhf.runs.stage_views import view_of
 
 DASHES = ("solid", "dash", "dot")
 SVG_DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3"}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 DIGITS = 5  # significant ones in a figure
+MOST_POINTS = 800  # of a line: as many as a screen shows
+POINTS_OF_FIGURE = 20_000  # of all its lines: of many runs each has fewer points
+FEWEST_POINTS = 60
 
 Figure = dict[str, Any]  # data and layout, as plotly.js reads them
-Curve = dict[float, float]  # value by step
 
 
 @dataclass
@@ -57,7 +62,7 @@ def drawn_settings(comparison: Comparison) -> list[DrawnSetting]:
     label_of_run = {id(run): label for label, run in zip(comparison.labels, comparison.runs)}
     drawn: list[DrawnSetting] = []
     for group in groups:
-        runs = [run for run in group.runs if run.rows and view_of(run.stage).panels]
+        runs = [run for run in group.runs if len(run.rows) and view_of(run.stage).panels]
         if runs:
             i = len(drawn)
             alone = len(group.runs) == 1 and group.label == "all"
@@ -80,8 +85,8 @@ def subplots_of(drawn: Sequence[DrawnSetting], stages: Sequence[str]) -> list[Su
     """A subplot for each metric that the stages show and that at least one run has."""
     found: dict[tuple[str, str], list[str]] = {}  # stages by metric and title
     for stage in stages:
-        rows = [row for one in drawn for run in one.runs if run.stage == stage for row in run.rows]
-        logged = {name for row in rows for name in row}
+        runs = [run for one in drawn for run in one.runs if run.stage == stage]
+        logged = {name for run in runs for name in run.rows.columns}
         for panel in view_of(stage).panels:
             for metric in panel.drawn(logged):
                 title = panel.title if panel.metrics == (metric,) else f"{panel.title}: {metric}"
@@ -93,30 +98,44 @@ def subplots_of(drawn: Sequence[DrawnSetting], stages: Sequence[str]) -> list[Su
     ]
 
 
+def points_of_line(drawn: Sequence[DrawnSetting]) -> int:
+    """The number of points that each line of a figure has at most."""
+    lines = sum(len(one.runs) for one in drawn)
+    return min(MOST_POINTS, max(FEWEST_POINTS, POINTS_OF_FIGURE // max(1, lines)))
+
+
+def is_thinned(drawn: Sequence[DrawnSetting]) -> bool:
+    """Whether some line has fewer points than its run has steps."""
+    return any(len(run.rows) > points_of_line(drawn) for one in drawn for run in one.runs)
+
+
 def curves_figure(drawn: Sequence[DrawnSetting], subplot: Subplot) -> Figure:
     """One metric over the steps: for each setting its run, or the mean and range of its seeds."""
+    most = points_of_line(drawn)
     traces = [
         trace
         for i, setting in enumerate(drawn)
-        for trace in setting_traces(setting, i, subplot.metric)
+        for trace in setting_traces(setting, i, subplot.metric, most)
     ]
     return {"data": traces, "layout": layout(subplot.x_axis)}
 
 
-def setting_traces(setting: DrawnSetting, number: int, metric: str) -> list[Figure]:
+def setting_traces(setting: DrawnSetting, number: int, metric: str, most: int) -> list[Figure]:
     """The traces of a setting: a line of one run; of several the band, the mean, and thin lines.
 
     Mean and band (minimum to maximum) are at the steps that all seeds have reached.
+    Args: most: points of a line.
     """
-    curves = [curve for run in setting.runs if (curve := curve_of(run, metric))]
+    curves = [curve for run in setting.runs if len((curve := curve_of(run, metric)).x)]
     line = {"color": setting.color, "width": 2.5, "dash": setting.dash}
 
-    def trace(curve: Curve, kind: str, **look: Any) -> Figure:
+    def trace(curve: Points, kind: str, **look: Any) -> Figure:
+        thinned = thin(curve, most)
         return {
             "type": "scatter",
             "mode": "lines",
-            "x": list(curve),
-            "y": [short(value) for value in curve.values()],
+            "x": numbers(thinned.x),
+            "y": numbers(thinned.y),
             "name": setting.label,
             "showlegend": False,
             "meta": {"setting": number, "kind": kind},
@@ -125,28 +144,36 @@ def setting_traces(setting: DrawnSetting, number: int, metric: str) -> list[Figu
 
     if len(curves) < 2:
         return [trace(curve, "mean") for curve in curves]
-    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-    values = {step: [curve[step] for curve in curves] for step in steps}
+    steps = functools.reduce(np.intersect1d, [curve.x for curve in curves])
+    # by numpy.unique in `curve_of`, the steps of each curve are sorted
+    values = np.stack([curve.y[np.searchsorted(curve.x, steps)] for curve in curves])
     edge = {"line": {"width": 0}, "hoverinfo": "skip"}
     fill = {"fill": "tonexty", "fillcolor": transparent(setting.color)}
-    thin = line | {"width": 1}
+    narrow = line | {"width": 1}
+    hidden = len(steps) == 0  # then the single seeds are all there is
     return [
-        trace({step: min(values[step]) for step in steps}, "band", **edge),
-        trace({step: max(values[step]) for step in steps}, "band", **edge, **fill),
-        trace({step: statistics.fmean(values[step]) for step in steps}, "mean"),
-        *(trace(curve, "seed", line=thin, visible=not steps) for curve in curves),
+        trace(Points(steps, values.min(axis=0)), "band", **edge),
+        trace(Points(steps, values.max(axis=0)), "band", **edge, **fill),
+        trace(Points(steps, values.mean(axis=0)), "mean"),
+        *(trace(curve, "seed", line=narrow, visible=hidden) for curve in curves),
     ]
 
 
-def curve_of(run: Run, metric: str) -> Curve:
-    """The finite values of a metric, by step."""
-    return {
-        row["step"]: row[metric] for row in run.rows if metric in row and math.isfinite(row[metric])
-    }
+def curve_of(run: Run, metric: str) -> Points:
+    """The finite values of a metric over the steps; of a step that is there twice, the last one."""
+    x, y = run.rows.curve(metric)
+    finite = np.isfinite(x) & np.isfinite(y)
+    steps, last = np.unique(x[finite][::-1], return_index=True)
+    return Points(steps, y[finite][::-1][last])
+
+
+def numbers(values: NDArray[np.float64]) -> list[float]:
+    """Numbers with few digits, whole ones without a point: the page is smaller."""
+    return [int(value) if value.is_integer() else short(value) for value in values.tolist()]
 
 
 def short(value: float) -> float:
-    """A number with few digits: the page is smaller."""
+    """A number with few digits."""
     return float(f"{value:.{DIGITS}g}")
 
 
@@ -184,12 +211,12 @@ def frontier_figure(drawn: Sequence[DrawnSetting]) -> Figure | None:
     rollout, held_out = (
         ("reward/gold/mean", "eval/gold") if has_gold else ("objective/scores", "eval/score")
     )
+    most = points_of_line(drawn)
     traces = []
     for i, one in enumerate(drawn):
         for run in one.runs:
-            rows = [row for row in run.rows if rollout in row and "objective/kl" in row]
             small = {"color": one.color, "symbol": one.symbol, "size": 7, "opacity": 0.55}
-            points = [(root_kl(row["objective/kl"]), row[rollout]) for row in rows]
+            points = thin(root_of_kl(run.rows, "objective/kl", rollout), most)
             traces.append(frontier_trace(one.label, i, points, mode="markers", marker=small))
             large = {
                 "color": one.color,
@@ -207,28 +234,25 @@ def frontier_figure(drawn: Sequence[DrawnSetting]) -> Figure | None:
     return {"data": traces, "layout": layout(ROOT_KL, y_title)}
 
 
-def frontier_trace(
-    name: str, number: int, points: Sequence[tuple[float, float]], **look: Any
-) -> Figure:
+def frontier_trace(name: str, number: int, points: Points, **look: Any) -> Figure:
     """Points of a setting. Args: points: root of the KL, and reward."""
-    finite = [point for point in points if all(map(math.isfinite, point))]
+    finite = np.isfinite(points.x) & np.isfinite(points.y)
     return {
         "type": "scatter",
-        "x": [short(kl) for kl, _ in finite],
-        "y": [short(reward) for _, reward in finite],
+        "x": numbers(points.x[finite]),
+        "y": numbers(points.y[finite]),
         "name": name,
         "showlegend": False,
         "meta": {"setting": number, "kind": "points"},
     } | look
 
 
-def held_out_points(run: Run, metric: str) -> list[tuple[float, float]]:
+def held_out_points(run: Run, metric: str) -> Points:
     """Root of the KL, and the metric, of each evaluation of a run: start, middle, end."""
-    points = [
-        (root_kl(row["eval/kl"]), row[metric])
-        for row in [*run.rows, run.metrics]
-        if metric in row and "eval/kl" in row
-    ]
-    if f"{metric}_before" in run.metrics:
-        points.insert(0, (0.0, run.metrics[f"{metric}_before"]))
-    return points
+    kl, values = (axis.tolist() for axis in root_of_kl(run.rows, "eval/kl", metric))
+    final = run.metrics
+    if f"{metric}_before" in final:
+        kl, values = [0.0, *kl], [final[f"{metric}_before"], *values]
+    if metric in final and "eval/kl" in final:
+        kl, values = [*kl, root_kl(final["eval/kl"])], [*values, final[metric]]
+    return Points(np.array(kl, float), np.array(values, float))

@@ -6,7 +6,6 @@ plotly.js draws the figures; templates/report.html is the page.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.reporting.comparison import (
     Comparison,
@@ -32,9 +32,11 @@ from rlhf.reporting.report_figures import (
     curves_figure,
     drawn_settings,
     frontier_figure,
+    is_thinned,
     subplots_of,
 )
 from rlhf.runs.history import Run, parent_runs, read_lines
+from rlhf.runs.run_files import DATA, ENVIRONMENT, SUMMARY, read_file
 from rlhf.runs.stage_views import view_of
 
 MAX_PROMPTS = 8  # whose responses are shown
@@ -49,6 +51,7 @@ LINKED = (  # files of a run that the page links to
     "train.log",
     "model",
 )
+SCORES = ("score", "gold")  # of a response in samples.jsonl
 CURVE_HEIGHT, FRONTIER_HEIGHT = "240px", "460px"
 
 
@@ -71,6 +74,7 @@ class Section:
     over_seeds: Table | None
     drawn: list[DrawnSetting]
     has_bands: bool
+    is_thinned: bool
     curves: list[tuple[str, Markup]]  # title and figure
     frontier: Markup | None
     settings: Table | None
@@ -79,9 +83,21 @@ class Section:
 
 
 def write_page(runs: Sequence[Run], file: Path, title: str) -> Path:
-    """Write the page of these runs. Returns: `file`."""
-    with atomic_path(file) as temporary:
-        temporary.write_text(page(runs, title, file.parent), encoding="utf-8")
+    """Write the page of these runs. Returns: `file`.
+
+    Raises: UserError where it cannot be written; it is found before the page is made.
+    """
+    if file.is_dir():
+        raise UserError(f"{file}: is a directory; give the page a name: {file / 'report.html'}")
+    if not file.parent.is_dir():
+        raise UserError(f"{file}: there is no directory {file.parent}; make it first")
+    try:
+        with atomic_path(file) as temporary:
+            temporary.touch()
+            text = page(runs, title, file.parent)
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
     return file
 
 
@@ -97,6 +113,7 @@ def page(runs: Sequence[Run], title: str, folder: Path) -> str:
             for number, comparison in enumerate(comparisons, 1)
         ],
         jobs_without_run=[run for run in runs if not run.stage],
+        damage=[line for run in runs for line in run.damage],
         lineage=lineage_table([run for run in runs if run.kind == "policy"]),
     )
 
@@ -118,6 +135,7 @@ def section(comparison: Comparison, anchor: str, figures: Figures, folder: Path)
         over_seeds=seeds_table(comparison) if comparison.has_seeds else None,
         drawn=drawn,
         has_bands=any(len(one.runs) > 1 for one in drawn),
+        is_thinned=is_thinned(drawn),
         curves=curves,
         frontier=figures.add(frontier, FRONTIER_HEIGHT) if frontier else None,
         settings=settings_table(comparison) if comparison.settings else None,
@@ -134,9 +152,10 @@ def section(comparison: Comparison, anchor: str, figures: Figures, folder: Path)
 
 def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
     """Names and texts: dates, command, commit, models, data, files. What is unknown is left out."""
-    made = read_json(run.path / "env.json") or {}
-    summary = read_json(run.path / "summary.json") or {}
-    data = summary.get("data") or read_json(run.path / "data.json") or []
+    damage: list[str] = []
+    made = readable(run, ENVIRONMENT, damage) or {}
+    summary = readable(run, SUMMARY, damage) or {}
+    data = summary.get("data") or readable(run, DATA, damage) or []
     commit = made.get("git", "") + (" with uncommitted changes" if made.get("git_dirty") else "")
     seconds = summary.get("seconds")
     given = [
@@ -152,24 +171,26 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
         *model_facts(run),
         ("data", "; ".join(data_line(report, run) for report in data)),
         ("files", file_links(run, folder)),
+        ("damage", "; ".join([*run.damage, *damage])),
     ]
     return [(name, text) for name, text in given if text]
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file has; None where there is no readable one."""
+def readable(run: Run, name: str, damage: list[str]) -> Any:
+    """What a JSON file of a run has; None where it is damaged, with a line in `damage`."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_file(run.path, name)
+    except UserError as error:
+        damage.append(str(error))
         return None
 
 
 def finished_at(run: Run, summary: dict[str, Any]) -> str:
     """When a run ended, local time; of older runs by the date of the file."""
-    if not summary:
-        return ""
-    written = time.localtime((run.path / "summary.json").stat().st_mtime)
-    return summary.get("finished") or time.strftime("%Y-%m-%d %H:%M", written)
+    if not summary or "finished" in summary:
+        return summary.get("finished", "")
+    written = time.localtime((run.path / SUMMARY).stat().st_mtime)
+    return time.strftime("%Y-%m-%d %H:%M", written)
 
 
 def model_facts(run: Run) -> list[tuple[str, str]]:
@@ -264,8 +285,8 @@ def responses_table(comparison: Comparison) -> Table | None:
     """
     samples: dict[str, dict[str, dict[str, Any]]] = {}  # by run and prompt
     for label, run in zip(comparison.labels, comparison.runs):
-        rows = read_lines(run.path / "samples.jsonl")
-        by_prompt = {row["prompt"]: row for row in rows if "after" in row}
+        rows = sample_rows(run)
+        by_prompt = {row["prompt"]: row for row in rows if is_sample(row)}
         if by_prompt:
             samples[label] = by_prompt
     if not samples:
@@ -286,11 +307,25 @@ def responses_table(comparison: Comparison) -> Table | None:
     return Table(header, lines, header)
 
 
+def sample_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of a run's samples.jsonl; none where it cannot be read."""
+    try:
+        return read_lines(run.path / "samples.jsonl")
+    except OSError:
+        return []
+
+
+def is_sample(row: dict[str, Any]) -> bool:
+    """Whether a row of samples.jsonl has a response before and after training, and sound scores."""
+    scores = (row.get(f"{key}_{when}", 0.0) for key in SCORES for when in ("before", "after"))
+    return all(isinstance(row.get(key), str) for key in ("prompt", "before", "after")) and all(
+        isinstance(score, (int, float)) for score in scores
+    )
+
+
 def response_with_scores(row: dict[str, Any], when: str) -> str:
     """A response of samples.jsonl and its scores. Args: when: before or after."""
-    scores = [
-        f"{key} {row[f'{key}_{when}']:.2f}" for key in ("score", "gold") if f"{key}_{when}" in row
-    ]
+    scores = [f"{key} {row[f'{key}_{when}']:.2f}" for key in SCORES if f"{key}_{when}" in row]
     return f"{row[when]}  [{', '.join(scores)}]"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -15,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.base.commands import command_line
-from rlhf.base.log import printable
+from rlhf.base.errors import UserError
+from rlhf.base.log import plural, printable
 from rlhf.reporting.comparison import (
     Comparison,
     compare_runs,
@@ -32,8 +32,10 @@ from rlhf.reporting.eval_results import (
     win_rate_cells,
 )
 from rlhf.reporting.eval_summary import summarize
-from rlhf.runs.directory import read_warnings
+from rlhf.runs.directory import read_summary, read_warnings
 from rlhf.runs.history import Run
+from rlhf.runs.metrics import count_rows
+from rlhf.runs.run_files import Summary
 from rlhf.runs.stage_views import KINDS, ResultRow, view_of
 
 TEXT_COLUMNS = ["policy", "policy (judge)", "policy (verifier)", "prompts with", "reward model"]
@@ -67,11 +69,12 @@ def print_runs(paths: list[Path], seconds: float) -> None:
     for column in ("stage", "result", "before", "after"):
         table.add_column(column)
     for run in paths:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        for label, before, after in result_rows(summary["stage"], summary["metrics"]):
-            table.add_row(summary["stage"], label, before, after)
-        for line in read_warnings(run):
-            table.add_row(summary["stage"], escape(f"warning: {line}"), "", "")
+        summary = summary_of(run)
+        stage = summary.get("stage", "")
+        for label, before, after in result_rows(stage, summary.get("metrics", {})):
+            table.add_row(stage, label, before, after)
+        for line in warnings_of(run):
+            table.add_row(stage, escape(f"warning: {line}"), "", "")
         table.add_section()
     console = Console()
     if table.rows:
@@ -83,9 +86,25 @@ def print_runs(paths: list[Path], seconds: float) -> None:
             print_evaluation(read_results(run / "eval.json"))
         files = ", ".join(name for name in RUN_FILES if (run / name).exists())
         print_line(console, f"{run}  ({files})")
-    last_stage = json.loads((paths[-1] / "summary.json").read_text(encoding="utf-8"))["stage"]
-    if view_of(last_stage).kind in ("sft", "policy"):
+    last_stage = summary_of(paths[-1]).get("stage", "")
+    if last_stage and view_of(last_stage).kind in ("sft", "policy"):
         print_line(console, f"Talk to it:  {command_line('chat.py', '--path', str(paths[-1]))}")
+
+
+def summary_of(run: Path) -> Summary:
+    """The summary of a finished run. Raises: UserError where it is gone or damaged."""
+    summary = read_summary(run)
+    if summary is None:
+        raise UserError(f"{run}: its summary.json is gone; repeat the command")
+    return summary
+
+
+def warnings_of(run: Path) -> list[str]:
+    """What a run warned of; that its file is damaged, where it is."""
+    try:
+        return read_warnings(run)
+    except UserError as error:
+        return [str(error)]
 
 
 def result_rows(stage: str, metrics: dict[str, float]) -> list[tuple[str, str, str]]:
@@ -159,6 +178,8 @@ def print_comparison(runs: Sequence[Run], page: Path | None = None) -> None:
     for job in runs:
         if not job.stage:
             print_line(console, f"{'/'.join([*job.sweeps, job.name])} {one_line(job.status)}")
+    for line in dict.fromkeys(line for run in runs for line in run.damage):
+        print_line(console, line)
     if page:
         print_line(console, str(page))
 
@@ -214,25 +235,42 @@ def seeds_table(comparison: Comparison) -> Table:
 def print_list(runs: Sequence[Run]) -> None:
     """All runs, one line each: when last written, status, steps, sweeps, directory."""
     console = Console(highlight=False)
-    rows = [(when_written(run), one_line(run.status_text), steps_text(run)) for run in runs]
+    rows = [(when_written(run), status_in_list(run), steps_text(run)) for run in runs]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for run, row in zip(runs, rows):
         cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
         sweeps = f"  (sweep {', '.join(run.sweeps)})" if run.sweeps else ""
         print_line(console, f"{cells}  {display_path(run.path)}{sweeps}")
+    for run in runs:
+        if is_unreadable(run):
+            print_line(console, one_line(run.status))
+        for line in run.named_copies:
+            print_line(console, line)
+
+
+def status_in_list(run: Run) -> str:
+    """The status in one line; what is wrong with an unreadable run stands below the list."""
+    return short_status(run) if is_unreadable(run) else one_line(run.status_text)
+
+
+def is_unreadable(run: Run) -> bool:
+    """Whether a run is so damaged that only its directory is known."""
+    return run.status.startswith("unreadable:")
 
 
 def when_written(run: Run) -> str:
     """When the metrics of a run were last written, local time; "" without metrics."""
-    log = run.path / "metrics.jsonl"
-    written = time.localtime(log.stat().st_mtime) if log.exists() else None
-    return time.strftime("%Y-%m-%d %H:%M", written) if written else ""
+    try:
+        written = time.localtime((run.path / "metrics.jsonl").stat().st_mtime)
+    except OSError:
+        return ""
+    return time.strftime("%Y-%m-%d %H:%M", written)
 
 
 def steps_text(run: Run) -> str:
     """How far a run came, with the unit: 50 rollouts; "" where it has no steps."""
-    unit = view_of(run.stage).step_name
-    return f"{len(run.rows)} {unit}{'' if len(run.rows) == 1 else 's'}" if unit else ""
+    unit = view_of(run.stage).step_name if run.stage else ""
+    return plural(count_rows(run.path / "metrics.jsonl"), unit) if unit else ""
 
 
 def display_path(path: Path) -> Path:

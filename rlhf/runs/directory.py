@@ -17,6 +17,17 @@ from rlhf.base.files import atomic_path
 from rlhf.config.deployment import placement
 from rlhf.config.schema import Config, StageChoice
 from rlhf.runs.locks import LOCK_FILE
+from rlhf.runs.run_files import (
+    AGAIN,
+    ENVIRONMENT,
+    PARENTS,
+    SUMMARY,
+    WARNINGS,
+    Checkpoint,
+    Summary,
+    read_file,
+    read_json,
+)
 
 # what a run directory's env.json lists
 PACKAGES = (
@@ -29,24 +40,22 @@ PACKAGES = (
     "wandb",
     "numpy",
 )
-WARNINGS = "warnings.json"  # what went wrong in online RL: a line each
-AGAIN = "or add fresh=true to train it again (this attempt is kept in its attempts/)"
 
 
-def read_summary(directory: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where there is none (its presence means finished)."""
-    try:
-        return json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+def read_summary(directory: Path) -> Summary | None:
+    """The summary of a finished run; None where there is none (its presence means finished).
+
+    Raises: UserError, as `read_file`.
+    """
+    return read_file(directory, SUMMARY)
 
 
 def read_warnings(directory: Path) -> list[str]:
-    """What a finished run warned of, and what to do about it; none in an older run."""
-    try:
-        return json.loads((directory / WARNINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
+    """What a finished run warned of, and what to do about it; none in an older run.
+
+    Raises: UserError, as `read_file`.
+    """
+    return read_file(directory, WARNINGS) or []
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,9 +89,9 @@ def find_checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]]
         if path.suffix == ".tmp":  # the process died while it wrote
             continue
         try:
-            description = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+            description = read_json(path / "checkpoint.json", Checkpoint)
             sizes = {name: (path / name).stat().st_size for name in description["files"]}
-        except (OSError, ValueError, KeyError):
+        except (OSError, UserError):
             incomplete.append(path)
             continue
         if sizes == description["files"] and not damaged_files(path, ["checkpoint.json"]):
@@ -109,15 +118,17 @@ def check_resumable(
         )
         raise UserError(
             f"{directory} is at step {description['step']}, made with {old}, not {new}: "
-            f"resume it with {old}, {AGAIN}"
+            f"resume it with {old}, or {AGAIN}"
         )
-    parents_before = json.loads((directory / "parents.json").read_text(encoding="utf-8"))
+    parents_before = read_file(directory, PARENTS)
+    if parents_before is None:
+        raise UserError(f"{directory / PARENTS} is missing, so nobody knows its parents: {AGAIN}")
     if parents_before != parents:
         raise UserError(
             f"{directory} was trained from other parent runs ({parents_before} -> {parents}): "
-            f"bring them back, {AGAIN}"
+            f"bring them back, or {AGAIN}"
         )
-    versions_before = json.loads((directory / "env.json").read_text(encoding="utf-8"))["packages"]
+    versions_before = (read_file(directory, ENVIRONMENT) or {}).get("packages", {})
     versions = describe_environment()["packages"]
     changed = [
         f"{name} {version} -> {versions.get(name)}"

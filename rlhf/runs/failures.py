@@ -9,6 +9,8 @@ from typing import NamedTuple
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.log import first_line, say
 
+UNKNOWN = "the cause is not in its error file (was the disk full?); see train.log"
+
 
 class WorkerError(RuntimeError):
     """A worker failed by a bug, or was killed. The message names rank, cause and log."""
@@ -64,8 +66,15 @@ def read_failures(run_dir: Path) -> list[Failure]:
     files = sorted(run_dir.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
     failures = []
     for file in files:
-        head, _, _ = file.read_text(encoding="utf-8", errors="replace").partition("\n")
-        rank, *rest = head.split(": ", 2)
-        if len(rest) == 2:  # on a full disk the file may be empty
-            failures.append(Failure(rank.removeprefix("rank "), rest[0], rest[1]))
+        parts = first_text_line(file).split(": ", 2)
+        rank, kind, message = parts if len(parts) == 3 else ("rank ?", UserError.__name__, UNKNOWN)
+        failures.append(Failure(rank.removeprefix("rank "), kind, message))
     return failures
+
+
+def first_text_line(file: Path) -> str:
+    """The first line of a file; "" where it is empty or cannot be read."""
+    try:
+        return (file.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[0]
+    except OSError:
+        return ""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +15,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import first_line
 from rlhf.config.keys import find_key
 from rlhf.config.loading import load_config
 from rlhf.runs.command import Command
@@ -21,7 +26,16 @@ from rlhf.runs.directory import find_checkpoints, read_summary
 from rlhf.runs.failures import read_failures
 from rlhf.runs.identity import settings_to_record
 from rlhf.runs.locks import is_locked
+from rlhf.runs.metrics import Metrics, read_metrics
+from rlhf.runs.run_files import AGAIN, PARENTS, SUMMARY, read_file
 from rlhf.runs.stage_views import view_of
+
+HASHED_NAME = re.compile(r"-[0-9a-f]{8}$")  # as train.py names a run directory
+# metrics that are drawn against each other, besides those of a stage's panels
+OF_FRONTIER = ("objective/kl", "objective/scores", "reward/gold/mean", "eval/*")
+
+# what reading a damaged config.yaml raises
+UNREADABLE = (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException)
 
 
 @dataclass
@@ -29,16 +43,32 @@ class Run:
     """One run, read from its directory."""
 
     path: Path
-    stage: str
-    status: str  # finished, running, stopped, failed: why
+    stage: str  # "" where it is unknown: a job without a run, an unreadable run
+    status: str  # finished, running, stopped, failed: why, unreadable: file and fix
     # all that decides its result, by dotted key; empty where it is unknown
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # final ones
-    rows: list[dict[str, float]] = field(default_factory=list)  # of each step
     parents: dict[str, str] = field(default_factory=dict)
     id: str = ""
     sweeps: list[str] = field(default_factory=list)  # folders below multirun/ that it is a job of
     earlier_version: bool = False  # its keys are not those of today; `settings` then is empty
+    copies: list[Path] = field(default_factory=list)  # directories with the same id; not counted
+
+    @functools.cached_property
+    def rows(self) -> Metrics:
+        """The metrics of each step, as far as a report shows them; read when they are asked for."""
+        return read_shown(self.path / "metrics.jsonl", self.stage)
+
+    @property
+    def damage(self) -> list[str]:
+        """What is skipped of the run, a line each."""
+        return self.named_copies + self.rows.damage
+
+    @property
+    def named_copies(self) -> list[str]:
+        """A line for each copy of the run's directory."""
+        same = f"is a copy of {self.name} (summary.json has the same id): counted once"
+        return [f"{copy}: {same}" for copy in self.copies]
 
     @property
     def status_text(self) -> str:
@@ -59,32 +89,47 @@ class Run:
     def short_name(self) -> str:
         """Stage and hash of the name: ppo-1d89f312; the name where it has no hash."""
         name, *attempt = self.name.split("/", 1)
-        found = re.search(r"-[0-9a-f]{8}$", name)
+        found = HASHED_NAME.search(name)
         short = self.stage + found.group() if found and self.stage else name
         return "/".join([short, *attempt])
 
 
 def read_run(path: Path) -> Run:
-    """Read a run directory. Raises: FileNotFoundError where it has no config.yaml."""
-    summary = read_summary(path) or {}
-    stage = summary.get("stage") or OmegaConf.load(path / "config.yaml").stage.name
+    """Read a run directory. One that is damaged has the status `unreadable`, with file and fix."""
+    try:
+        return read_sound_run(path)
+    except UserError as error:
+        return Run(path, "", f"unreadable: {error}")
+    except OSError as error:
+        return Run(path, "", f"unreadable: {error.filename or path}: {first_line(error)}")
+
+
+def read_sound_run(path: Path) -> Run:
+    """Read a run directory. Raises: UserError and OSError that name the file that is damaged."""
+    summary: Any = read_summary(path) or {}
+    stage = summary.get("stage") or stage_of(path / "config.yaml")
     settings = known_settings(path, summary, stage)
-    rows = read_lines(path / "metrics.jsonl")
-    parents = path / "parents.json"
-    given = summary.get("parents") or (
-        json.loads(parents.read_text(encoding="utf-8")) if parents.exists() else {}
-    )
     return Run(
         path,
         stage,
         run_status(path),
         settings,
         summary.get("metrics", {}),
-        rows,
-        given,
+        summary.get("parents") or read_file(path, PARENTS) or {},
         summary.get("id", ""),
         earlier_version=not settings,
     )
+
+
+def stage_of(file: Path) -> str:
+    """The stage that a config.yaml names. Raises: UserError where it cannot be read."""
+    try:
+        stage = OmegaConf.select(OmegaConf.load(file), "stage.name")
+    except UNREADABLE as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)}): {AGAIN}") from None
+    if not isinstance(stage, str):
+        raise UserError(f"{file}: cannot be read (it has no stage.name): {AGAIN}")
+    return stage
 
 
 def known_settings(path: Path, summary: dict[str, Any], stage: str) -> dict[str, Any]:
@@ -92,7 +137,7 @@ def known_settings(path: Path, summary: dict[str, Any], stage: str) -> dict[str,
     settings: dict[str, Any] = summary.get("settings", {})
     if settings:
         return settings if all(is_known_setting(key, stage) for key in settings) else {}
-    with contextlib.suppress(ValueError, KeyError, OmegaConfBaseException):
+    with contextlib.suppress(UserError, KeyError, *UNREADABLE):
         cfg = load_config(path / "config.yaml")
         return settings_to_record(Command(cfg, cfg, []), stage)
     return {}
@@ -106,9 +151,20 @@ def is_known_setting(key: str, stage: str) -> bool:
     return stage == "eval" and find_key(f"rl.{key.partition('.')[2]}") is not None
 
 
+def read_shown(file: Path, stage: str) -> Metrics:
+    """The metrics of each step that the curves of a stage show. What is damaged is in `damage`."""
+    view = view_of(stage)
+    names = [name for panel in view.panels for name in panel.metrics]
+    shown = re.compile("|".join(map(fnmatch.translate, [*names, *OF_FRONTIER])))
+    try:
+        return read_metrics(file, lambda name: shown.match(name) is not None)
+    except OSError as error:
+        return Metrics(damage=[f"{file}: cannot be read ({error.strerror}): it has no curves"])
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none where there is no file, a half-written or damaged row is
-    skipped."""
+    """The rows of a .jsonl file of texts, such as samples.jsonl; none where there is no file, a
+    half-written or damaged row is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -123,7 +179,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def run_status(path: Path) -> str:
     """finished, running (another process holds its lock), failed: why, or stopped: where."""
-    if read_summary(path):
+    if (path / SUMMARY).exists():
         return "finished"
     if is_locked(path):
         return "running"
@@ -142,7 +198,11 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs: dict[Path, Run] = {}
     for path in paths:
-        runs_here = runs_at(path)
+        try:
+            runs_here = runs_at(path)
+        except OSError as error:
+            where = error.filename or path
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from None
         if not runs_here:
             raise UserError(
                 f"{path}: no run there; give a run (outputs/...), a sweep (multirun/...) or the "
@@ -151,7 +211,25 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
         for run in runs_here:
             known = runs.setdefault(run.path, run)
             known.sweeps += [sweep for sweep in run.sweeps if sweep not in known.sweeps]
-    return list(runs.values())
+    return without_copies(list(runs.values()))
+
+
+def without_copies(runs: Sequence[Run]) -> list[Run]:
+    """The runs without copies of their directories, which would count as further seeds: of those
+    with the same id the one is kept whose name is that of the run, which no copy in the same folder
+    has; else the first."""
+    kept: dict[str, Run] = {}
+    copies = set()
+    for run in sorted(runs, key=lambda run: not HASHED_NAME.search(run.path.name)):
+        if run.id and not is_job(run.path) and kept.setdefault(run.id, run) is not run:
+            kept[run.id].copies.append(run.path)
+            copies.add(run.path)
+    return [run for run in runs if run.path not in copies]
+
+
+def is_job(path: Path) -> bool:
+    """Whether a directory is a sweep's job, which has copies of its run's files."""
+    return (path / "overrides.txt").exists()
 
 
 def runs_at(path: Path) -> list[Run]:
@@ -178,7 +256,7 @@ def folders_of_sweeps(path: Path) -> list[Path]:
 def runs_of_outputs(outputs: Path) -> list[Run]:
     """All runs in outputs/, the oldest first."""
     directories = [directory for directory in outputs.iterdir() if is_run(directory)]
-    directories.sort(key=lambda directory: (directory / "config.yaml").stat().st_mtime)
+    directories.sort(key=written)
     return [read_run(directory.resolve()) for directory in directories]
 
 
@@ -205,17 +283,24 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
     copy of it. A job without a run has failed.
     """
     directories = [(job / "run").resolve() for job in jobs]
+    count = Counter(directories)
     runs = []
     for job, directory in zip(jobs, directories):
         if not (job / "run").exists():
             error = job / "error.txt"
-            cause = error.read_text(encoding="utf-8").strip() if error.exists() else "no run"
+            cause = (
+                error.read_text(errors="replace", encoding="utf-8").strip()
+                if error.exists()
+                else "no run"
+            )
             run = Run(job, "", f"failed: {cause}")
-        elif directories.count(directory) == 1:
+        elif count[directory] == 1:
             run = read_run(directory)
         else:
             run = read_run(job)
-            overrides = (job / "overrides.txt").read_text(encoding="utf-8").splitlines()
+            overrides = (
+                (job / "overrides.txt").read_text(errors="replace", encoding="utf-8").splitlines()
+            )
             pairs = (override.partition("=") for override in overrides)
             run.settings |= {key: value for key, _, value in pairs if key.startswith("deploy")}
         run.sweeps.append(job.resolve().parent.name)
@@ -224,18 +309,41 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run directory; stage=inspect makes none."""
-    return (path / "config.yaml").exists() and not path.name.startswith("inspect-")
+    """Whether a path is a run directory, also where that cannot be looked at; stage=inspect makes
+    none."""
+    try:
+        return (path / "config.yaml").exists() and not path.name.startswith("inspect-")
+    except OSError:
+        return True
+
+
+def written(directory: Path) -> float:
+    """When a run was started, as far as it can be known."""
+    try:
+        return (directory / "config.yaml").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def parent_runs(runs: Sequence[Run]) -> dict[str, Run]:
     """The parent runs of the given ones, by id, as far as they are in the same folders."""
+    known = {run.id: run for run in runs}
     ids = {id for run in runs for id in run.parents.values()}
-    folders = {run.path.parent for run in runs if run.stage}
-    parents = [
+    folders = {run.path.parent for run in runs if run.stage} if ids - {*known} else set()
+    paths = {run.path for run in runs}
+    others = [
         read_run(path)
         for folder in folders
         for path in folder.iterdir()
-        if is_run(path) and (read_summary(path) or {}).get("id") in ids
+        if path not in paths and is_run(path) and id_of(path) in ids
     ]
-    return {run.id: run for run in parents}
+    return {run.id: run for run in [*others, *runs] if run.id in ids}
+
+
+def id_of(path: Path) -> str | None:
+    """The id of a finished run; None where it has no summary that can be read."""
+    try:
+        summary = read_summary(path)
+        return summary["id"] if summary else None
+    except UserError:
+        return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,6 @@ from rlhf.config import keys
 from rlhf.config.loading import load_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import config_nodes
-from rlhf.runs.history import read_lines
 
 # what a step costs: these keys of the stage's nodes, and where and on what it runs
 SIZES = (
@@ -29,6 +30,7 @@ SIZES = (
 )
 # a rollout of online RL is trained on rl.epochs times; elsewhere epochs repeat the steps
 PASSES = "rl.epochs"
+NEWEST_BYTES = 1 << 20  # of metrics.jsonl: a thousand steps
 MIN_STEPS = 3  # the first one starts the libraries
 
 
@@ -52,11 +54,23 @@ def measure_step(cfg: Config, stage: str) -> StepTime | None:
             other = load_config(file.parent / "config.yaml")
             if other.stage.name != stage or sizes(other, stage) != wanted:
                 continue
-            times = [row["time"] for row in read_lines(file) if "time" in row]
+            times = newest_times(file)
             if len(times) >= MIN_STEPS:
                 steps = [later - earlier for earlier, later in zip(times, times[1:])]
                 return StepTime(statistics.median(steps), file.parent)
     return None
+
+
+def newest_times(file: Path) -> list[float]:
+    """When the last steps of a run ended, from the end of its metrics.jsonl."""
+    with open(file, "rb") as content:
+        content.seek(-min(file.stat().st_size, NEWEST_BYTES), os.SEEK_END)
+        lines = content.read().split(b"\n")
+    times = []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            times.append(float(json.loads(line)["time"]))
+    return times
 
 
 def sizes(cfg: Config, stage: str) -> dict[str, object]:

@@ -47,7 +47,8 @@ from rlhf.rl.metrics import Scored, drawn_metrics, response_rows, rollout_metric
 from rlhf.rl.monitor import Monitor
 from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models
 from rlhf.rl.update import Learner, pretraining_texts, update_policy
-from rlhf.runs.directory import WARNINGS, write_json
+from rlhf.runs.directory import write_json
+from rlhf.runs.run_files import WARNINGS
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints, Stateful
 from rlhf.training.setup import build_actor_and_reference, check_rows_left, open_inputs

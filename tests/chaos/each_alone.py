@@ -36,7 +36,7 @@ SECONDS = 60  # of the clock, for a busy machine
 @functools.cache
 def composed(*arguments: str) -> Config:
     overrides = [compose.allow_user_names(arg) for arg in arguments]
-    return compose.typed_config(compose.compose_alone(overrides, [], hydra_too=False))
+    return compose.typed_config(compose.compose_alone(overrides, []))
 
 
 def data_config(arguments: list[str]) -> Config:
@@ -132,7 +132,7 @@ def main() -> None:
     import pyarrow.parquet  # noqa: F401
 
     compose.register()
-    compose.compose_alone([], [], hydra_too=False)
+    compose.compose_alone([], [])
     results = {}
     for one in BAD_INPUTS:
         if one.program == "data":

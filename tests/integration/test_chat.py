@@ -62,7 +62,9 @@ def test_the_newest_finished_policy_is_chosen(
     for name, stage_of_run, age in policies + others:
         run = tmp_path / "outputs" / name
         run.mkdir(parents=True)
-        (run / "summary.json").write_text(json.dumps({"stage": stage_of_run, "status": "finished"}))
+        (run / "summary.json").write_text(
+            json.dumps({"id": "a", "stage": stage_of_run, "status": "finished"})
+        )
         os.utime(run / "summary.json", (1000, 1000 + age))
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
     assert newest_policy().name == "new"

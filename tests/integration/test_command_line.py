@@ -177,14 +177,17 @@ def test_commands_that_are_printed_have_overrides_as_they_are_typed(typed: str) 
 
 def test_a_sweep_over_a_source_of_the_score() -> None:
     weights = compose.allow_user_names("rl.rewards.model.weight=1,2")
-    assert len(sweep.check_jobs([weights, "seed=1,2"], [])) == 4
+    jobs = sweep.read_sweep([weights, "seed=1,2"], []).jobs
+    assert len(jobs) == 4 and sweep.check_jobs(jobs, []) == {"default"}
+    wrong = [compose.allow_user_names("rl.rewards.model.weight=1,0")]
     with pytest.raises(UserError, match="rl.rewards: all weights are 0"):
-        sweep.check_jobs([compose.allow_user_names("rl.rewards.model.weight=1,0")], [])
+        sweep.check_jobs(sweep.read_sweep(wrong, []).jobs, [])
 
 
 def test_a_sweep_without_a_name_has_that_of_its_keys() -> None:
-    assert sweep.name_of(["seed=1,2", "rl.kl.coef=0.02,0.1", "sft.lr=1"], []) == ("rl.kl.coef+seed")
-    assert sweep.name_of(["sweep=kl", "seed=1,2"], []) == "rl.kl.coef+seed"
+    typed = ["seed=1,2", "rl.kl.coef=0.02,0.1", "sft.lr=1"]
+    assert sweep.read_sweep(typed, []).name == "rl.kl.coef+seed"
+    assert sweep.read_sweep(["sweep=kl", "seed=1,2"], []).name == "rl.kl.coef+seed"
 
 
 def test_a_sweep_keeps_the_name_that_it_is_given_in_any_way(folder: Path) -> None:
@@ -195,5 +198,4 @@ def test_a_sweep_keeps_the_name_that_it_is_given_in_any_way(folder: Path) -> Non
         ("experiment=overoptimisation", "overoptimisation"),
         ("sweep=named", "of_the_file"),
     ):
-        (first, *_) = sweep.check_jobs([given], [folder])
-        assert first.experiment_name == name
+        assert sweep.check_jobs(sweep.read_sweep([given], [folder]).jobs, [folder]) == {name}

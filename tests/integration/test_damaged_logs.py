@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import SLOW, running, summary, train
 
-from rlhf.reporting.curves import plot_curves, plot_frontier
+from rlhf.reporting.curves import plot_run
 from rlhf.runs.history import read_lines
-from rlhf.runs.stage_views import ONLINE_RL
 from rlhf.training.tracker import cut_back, wandb_id
 
 
@@ -71,6 +70,5 @@ def test_damaged_rows_are_skipped(tmp_path: Path) -> None:
 
 def test_a_run_without_rows_has_no_pictures(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    plot_curves(tmp_path, ONLINE_RL)
-    plot_frontier(tmp_path, {})
+    plot_run(tmp_path, "ppo", {})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

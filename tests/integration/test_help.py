@@ -27,7 +27,7 @@ def test_help_of_a_group_lists_its_options() -> None:
 
 
 def test_help_of_a_node_has_meaning_type_range_and_value_of_its_keys() -> None:
-    cfg = compose.compose_alone(["stage=grpo"], [], hydra_too=False)
+    cfg = compose.compose_alone(["stage=grpo"], [])
     text = help.describe("rl.kl", cfg)
     first, *blocks = text.split("\n\n")
     assert first.startswith("rl.kl: ")
@@ -39,7 +39,7 @@ def test_help_of_a_node_has_meaning_type_range_and_value_of_its_keys() -> None:
 
 
 def test_help_of_one_key_and_of_one_that_is_not_there() -> None:
-    cfg = compose.compose_alone([], [], hydra_too=False)
+    cfg = compose.compose_alone([], [])
     assert "changes no result" in help.describe("deploy.micro_batch", cfg)
     assert "or null" in help.describe("rl.max_steps", cfg)
     assert help.describe("rl.lrr", cfg) == "unknown key rl.lrr (did you mean rl.lr?)"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from written_runs import write_run
 
+from rlhf.base.checksums import files_below, hash_files, write_sums
 from rlhf.base.errors import UserError
 from rlhf.reporting import report_page, tables
 from rlhf.reporting.comparison import seed_groups
@@ -27,6 +28,7 @@ def test_every_status_is_told(tmp_path: Path) -> None:
     whole.mkdir(parents=True)
     (whole / "a.pt").write_text("xyz")
     write_json(whole / "checkpoint.json", {"step": 8, "placement": {}, "files": {"a.pt": 3}})
+    write_sums(whole, hash_files(whole, files_below(whole)))
     torn = left / "checkpoints" / "step-10"
     torn.mkdir()
     write_json(torn / "checkpoint.json", {"step": 10, "placement": {}, "files": {"a.pt": 3}})
@@ -59,6 +61,8 @@ def test_what_other_versions_wrote_is_compared_as_far_as_it_goes(tmp_path: Path)
     attempt.mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "summary.json"):
         shutil.copy(new / name, attempt / name)
+    about = json.loads((new / "summary.json").read_text())
+    write_json(attempt / "summary.json", about | {"id": "the id of the attempt"})
     found = find_runs([tmp_path, attempt])
     assert [run.stage for run in found] == ["ppo"] * 4 and found[
         -1

@@ -51,7 +51,7 @@ def test_option_files_of_the_user_are_options_like_ours(folder: Path) -> None:
     assert command("reward=mine", "stage=rm", folders=[folder]).cfg.reward.path == "org/mine"
     cfg = command("experiment=study", folders=[folder]).cfg
     assert (cfg.actor.name, cfg.seed) == ("mine", 7)
-    assert len(sweep.check_jobs(["sweep=few", "seed=1,2,3"], [folder])) == 6
+    assert len(sweep.read_sweep(["sweep=few", "seed=1,2,3"], [folder]).jobs) == 6
     for group, option in (
         ("rl", "wide"),
         ("stage", "wide"),

@@ -57,12 +57,13 @@ def test_a_failure_is_told_where_its_file_cannot_be_written(
     assert capsys.readouterr().err == "rank 0: ValueError: why\n"
 
 
-def test_a_failure_with_an_empty_or_foreign_file_is_passed_over(tmp_path: Path) -> None:
-    for rank, content in enumerate(
-        [b"", b"\n", b"\xff\xfe", b"rank 3", b"rank 4: ValueError: no\n\nTraceback"]
-    ):
+def test_an_empty_or_foreign_error_file_hides_no_failure(tmp_path: Path) -> None:
+    contents = [b"", b"\n", b"\xff\xfe", b"rank 3", b"rank 4: ValueError: no\n\nTraceback"]
+    for rank, content in enumerate(contents):
         (tmp_path / f"error-rank{rank}.txt").write_bytes(content)
-    assert read_failures(tmp_path) == [Failure("4", "ValueError", "no")]
+    *unknown, last = read_failures(tmp_path)
+    assert last == Failure("4", "ValueError", "no")
+    assert [failure.rank for failure in unknown] == ["?"] * 4
 
 
 def test_a_folder_that_others_prepared_is_refused(tmp_path: Path) -> None:
