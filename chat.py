@@ -23,6 +23,7 @@ if __name__ == "__main__":
     interrupts.end_at_interrupt()  # before imports that take a second
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import why_not_small_file
 from rlhf.base.log import plural, printable, say
 from rlhf.chat.advice import start_of
 from rlhf.chat.conversation import LIMITS, Conversation, Number, read_param, read_params
@@ -98,7 +99,10 @@ def message(text: str) -> str:
 def jsonl(text: str) -> Path:
     if not text.endswith(".jsonl"):
         raise argparse.ArgumentTypeError(f"{text}: must end in .jsonl")
-    return Path(text).expanduser()
+    file = Path(text).expanduser()
+    if problem := why_not_small_file(file):
+        raise argparse.ArgumentTypeError(f"{text}: {problem}")
+    return file
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -102,8 +102,11 @@ def run_arm(root: Path, arm: str, overrides: list[str], seed: int) -> dict[str, 
 
 def measurements(run_dir: Path) -> dict[str, Any]:
     """Final metrics of a run, its curves as (rollout, value), and whether it diverged."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    final = json.loads((run_dir / "summary.json").read_text())["metrics"]
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    final = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["metrics"]
     names = ("gold_before", "gold", "kl", "eos_rate", "length", "repetition")
     gold = [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
     return {name: final[f"eval/{name}"] for name in names} | {
@@ -239,7 +242,7 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(done.stderr)
         results = list(pool.map(lambda job: run_arm(args.root, *job), jobs))
-    (args.root / "ablation.json").write_text(json.dumps(results))
+    (args.root / "ablation.json").write_text(json.dumps(results), encoding="utf-8")
     print(table(results))
     if args.docs:
         write_docs(results)
@@ -249,9 +252,11 @@ def write_docs(results: list[dict[str, Any]]) -> None:
     """The picture, and the table between its two marks in the page."""
     picture(results, REPO / "docs" / "ablation.png")
     page = REPO / "docs" / "ablation.md"
-    before, rest = page.read_text().split(TABLE_START)
+    before, rest = page.read_text(encoding="utf-8").split(TABLE_START)
     after = rest.split(TABLE_END)[1]
-    page.write_text(f"{before}{TABLE_START}\n{table(results)}\n\n{TABLE_END}{after}")
+    page.write_text(
+        f"{before}{TABLE_START}\n{table(results)}\n\n{TABLE_END}{after}", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

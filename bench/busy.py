@@ -66,7 +66,10 @@ def sample(run_dir: Path, setting: Setting, steps: int) -> tuple[float, list[flo
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     took = rows[-1]["time"] - rows[WARM_UP - 1]["time"]
     return 100 * took / (len(rows) - WARM_UP), [row["loss"] for row in rows]
 
@@ -119,7 +122,9 @@ def main() -> None:
     idle, losses = measure(out / "idle", settings, given.rounds, given.steps)
     with busy_processes(given.busy):
         busy, same = measure(out / "busy", settings, given.rounds, given.busy_steps)
-    (out / "result.json").write_text(json.dumps({"idle": idle, "busy": busy}, indent=1) + "\n")
+    (out / "result.json").write_text(
+        json.dumps({"idle": idle, "busy": busy}, indent=1) + "\n", encoding="utf-8"
+    )
     print(f"seconds per 100 optimizer steps of the tiny model, {os.cpu_count()} processors\n")
     print(table(idle, busy, given.busy) + "\n")
     # the learning rate depends on the number of steps, so idle and busy runs are compared apart

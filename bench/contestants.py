@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 def main(name: str, file: str) -> None:
     """Run the contestant `name` with the settings in `file`."""
-    spec: Spec = json.loads(Path(file).read_text())
-    spec["voice"] = os.fdopen(os.dup(1), "w", buffering=1)
+    spec: Spec = json.loads(Path(file).read_text(encoding="utf-8"))
+    spec["voice"] = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     ROLES[name](spec)
 
@@ -78,7 +78,9 @@ def product(spec: Spec) -> None:
     turn = turns(spec, "product")
 
     def counted() -> dict[str, Any]:
-        logged = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        logged = json.loads(
+            (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        )
         counts = {"tokens": rows.taken}
         rows.taken = 0
         if stage == "ppo":

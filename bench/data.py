@@ -47,7 +47,7 @@ def write_pairs(file: Path, rows: int) -> None:
         return " ".join(rng.choices(words, k=rng.randint(10, 60)))
 
     earlier: list[tuple[str, str]] = []  # prompts and lines to repeat
-    with file.open("w") as lines:
+    with file.open("w", encoding="utf-8") as lines:
         for _ in range(rows):
             chance = rng.random()
             if chance < 0.001:
@@ -150,7 +150,7 @@ def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", str(file)]
     command += ["--workers", str(workers)] if workers else []
     errors = cache.with_suffix(".log")
-    with errors.open("w") as log:  # the progress bars too
+    with errors.open("w", encoding="utf-8") as log:  # the progress bars too
         child = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
         )
@@ -186,7 +186,8 @@ def measured(file: Path, cache: Path, workers: int | None) -> dict[str, Any]:
     watcher.join()
     if code:
         raise SystemExit(
-            f"{errors.read_text()[-4000:]}\nthe preparation failed with exit code {code}"
+            f"{errors.read_text(encoding='utf-8')[-4000:]}\n"
+            f"the preparation failed with exit code {code}"
         )
     result = json.loads(answer)
     peak["largest"] = max(peak["largest"], result["peak"])
@@ -238,7 +239,10 @@ def main() -> None:
         write_pairs(out / "all.jsonl", given.rows)
         for rows in (given.rows // 4, given.rows // 2, given.rows):
             file, cache = out / f"pairs-{rows}.jsonl", out / f"cache-{rows}"
-            with (out / "all.jsonl").open() as lines, file.open("w") as some:
+            with (
+                (out / "all.jsonl").open(encoding="utf-8") as lines,
+                file.open("w", encoding="utf-8") as some,
+            ):
                 some.writelines(islice(lines, rows))
             first = measured(file, cache, given.workers)
             again = measured(file, cache, given.workers)

@@ -18,7 +18,7 @@ Spec = dict[str, Any]
 
 def write_spec(spec: Spec, label: str) -> Path:
     file = Path(spec["out"]) / f"{label}.json"
-    file.write_text(json.dumps(spec))
+    file.write_text(json.dumps(spec), encoding="utf-8")
     return file
 
 
@@ -28,7 +28,7 @@ def command(role: str, file: Path) -> list[str]:
 
 def ask(role: str, spec: Spec) -> dict[str, Any]:
     """What a role that takes no turns says."""
-    with (Path(spec["out"]) / f"{role}.log").open("w") as log:
+    with (Path(spec["out"]) / f"{role}.log").open("w", encoding="utf-8") as log:
         done = subprocess.run(
             command(role, write_spec(spec, role)), stdout=subprocess.PIPE, stderr=log, text=True
         )
@@ -51,7 +51,7 @@ def enter(label: str, role: str, spec: Spec) -> dict[str, Any]:
     elif spec["same_malloc"]:
         environment |= memory_settings()
     log = Path(spec["out"]) / f"{label}.log"
-    with log.open("w") as errors:
+    with log.open("w", encoding="utf-8") as errors:
         pipes: dict[str, Any] = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
@@ -75,7 +75,7 @@ def hear(contestant: dict[str, Any]) -> dict[str, Any]:
     if not line:
         code = contestant["process"].wait()
         causes = [
-            file.read_text()
+            file.read_text(encoding="utf-8")
             for file in Path(contestant["spec"].get("run_dir", "/nowhere")).glob("error-rank*.txt")
         ]
         why = causes[0] if causes else last_lines(contestant["log"])
@@ -86,7 +86,7 @@ def hear(contestant: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_lines(log: Path) -> str:
-    return "\n".join(log.read_text().splitlines()[-25:])
+    return "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
 
 
 def product_run(label: str, spec: Spec) -> tuple[Spec, dict[str, str]]:

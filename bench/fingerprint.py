@@ -77,10 +77,15 @@ def collect(folder: Path) -> Fingerprint:
             if not {"attempts", "checkpoints"} & set(file.relative_to(run).parts):
                 name = str(file.relative_to(run))
                 hashes[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         hashes |= hash_columns("metrics.jsonl", rows)
         if (run / "eval.json").exists():
-            hashes |= hash_columns("eval.json", [json.loads((run / "eval.json").read_text())])
+            hashes |= hash_columns(
+                "eval.json", [json.loads((run / "eval.json").read_text(encoding="utf-8"))]
+            )
         fingerprint[key] = hashes
     if not fingerprint:
         raise SystemExit(f"{folder}: no finished run in {folder}/PROCESSES/outputs")
@@ -148,14 +153,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the fingerprint goes")
     args = parser.parse_args()
     if args.compare:
-        table, identical = compare(*(json.loads(file.read_text()) for file in args.compare))
+        table, identical = compare(
+            *(json.loads(file.read_text(encoding="utf-8")) for file in args.compare)
+        )
         print(table)
         return 0 if identical else 1
     if args.run:
         run_all(args.run)
     text = json.dumps(collect(args.run or args.collect), indent=1, sort_keys=True) + "\n"
     if args.json:
-        args.json.write_text(text)
+        args.json.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
     return 0

@@ -87,7 +87,7 @@ def write_run(root: Path, rows: int, *overrides: str, stage: str = "ppo") -> Pat
     write_json(run / "parents.json", {})
     write_json(run / "env.json", describe_environment())
     (run / "model").mkdir()
-    with open(run / "metrics.jsonl", "w") as file:
+    with open(run / "metrics.jsonl", "w", encoding="utf-8") as file:
         for i in range(rows):
             # like measurements: many digits, and some noise
             values = {name: math.sin(i * (j + 1.37)) + i / rows for j, name in enumerate(METRICS)}
@@ -102,11 +102,11 @@ def copy_run(run: Path, number: int) -> None:
     """The run with another coefficient and seed, in a directory and with an id of its own."""
     other = run.with_name(f"ppo-tiny-tiny+seed-{number}-{number:08x}")
     shutil.copytree(run, other)
-    summary = json.loads((other / "summary.json").read_text())
+    summary = json.loads((other / "summary.json").read_text(encoding="utf-8"))
     summary["id"] = f"{number:08x}"
     summary["settings"] |= {"seed": number % 10, "rl.kl.coef": number // 10 / 1000}
     summary["metrics"] = FINAL | {"eval/gold": number * 37 % 101 / 50}
-    (other / "summary.json").write_text(json.dumps(summary))
+    (other / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
 # ---- commands
@@ -217,7 +217,9 @@ def first_job(*command: str, cwd: Path) -> tuple[float, float]:
         for line in process.stderr:
             if line.startswith("--- job 1 of"):
                 break
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        )
         process.kill()
     return int(fields[11]) / os.sysconf("SC_CLK_TCK"), time.monotonic() - started
 

@@ -33,7 +33,9 @@ def assets(spec: Spec) -> None:
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     out, pairs = Path(spec["out"]), read_pairs(spec["pairs"])
-    (out / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:2000]))
+    (out / "pairs.jsonl").write_text(
+        "".join(json.dumps(pair) + "\n" for pair in pairs[:2000]), encoding="utf-8"
+    )
     tokenizer = tokenizer_of(spec["model"]) if spec["model"] else train_tokenizer(pairs)
     shapes = {}
     for name, vocabulary in spec["policies"].items():
@@ -52,7 +54,7 @@ def assets(spec: Spec) -> None:
         tokenizer.save_pretrained(out / name)
         shapes[name] = shape_of(hf)
     batches = make_batches(spec, tokenizer, pairs)
-    (out / "batches.json").write_text(json.dumps(batches))
+    (out / "batches.json").write_text(json.dumps(batches), encoding="utf-8")
     with torch.no_grad():  # the product's answers end by a random number alone, see `product`
         first = batches[0][0]
         ids = torch.tensor([first if isinstance(first[0], int) else first[0] + first[1]])
@@ -74,7 +76,7 @@ def assets(spec: Spec) -> None:
 
 
 def read_pairs(file: str) -> list[dict[str, str]]:
-    with gzip.open(file, "rt") if file.endswith(".gz") else open(file) as lines:
+    with gzip.open(file, "rt") if file.endswith(".gz") else open(file, encoding="utf-8") as lines:
         return [{key: row[key] for key in ("chosen", "rejected")} for row in map(json.loads, lines)]
 
 

@@ -53,7 +53,7 @@ def train(root: Path, *overrides: str) -> Path:
 
 def measure(run: Path) -> dict[str, Any]:
     """How a run ended: rollouts, gold reward at its start and end, KL, score, seconds."""
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     final, kl = summary["metrics"], curve(run, "objective/kl")
     gold, before = final["eval/gold"], final["eval/gold_before"]
     return {
@@ -71,7 +71,7 @@ def measure(run: Path) -> dict[str, Any]:
 
 def curve(run: Path, metric: str) -> list[float]:
     """A metric of each rollout."""
-    rows = (run / "metrics.jsonl").read_text().splitlines()
+    rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(row)[metric] for row in rows]
 
 
@@ -79,7 +79,7 @@ def pass_at_1_on_harder(root: Path, given: Sequence[str], runs: Sequence[Path]) 
     """pass@1 of policies on held-out problems with 3 digits, from 4 responses to each."""
     policies = ",".join(f"'{run}'" for run in runs)
     found = train(root, "stage=eval", *given, *ALONE, *HARDER, f"eval.policies=[{policies}]")
-    rates = json.loads((found / "eval.json").read_text())["pass_rates"]
+    rates = json.loads((found / "eval.json").read_text(encoding="utf-8"))["pass_rates"]
     return [rate["rate"] for rate in rates if (rate["measure"], rate["k"]) == ("pass", 1)]
 
 
@@ -153,8 +153,8 @@ def finish(axes: Sequence[Axes]) -> None:
 def write_between_marks(page: Path, mark: str, text: str) -> None:
     """Put a table between the two marks of its name in a page."""
     start, end = f"<!-- table: {mark} -->\n", f"<!-- end of table: {mark} -->\n"
-    before, rest = page.read_text().split(start)
-    page.write_text(f"{before}{start}\n{text}\n\n{end}{rest.split(end)[1]}")
+    before, rest = page.read_text(encoding="utf-8").split(start)
+    page.write_text(f"{before}{start}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 # ---- the command

@@ -46,12 +46,12 @@ def turns(spec: Spec, peer: str) -> Turn:
 
 def memory(key: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def read_batches(spec: Spec) -> list[list[Any]]:
-    return json.loads(Path(spec["batches"]).read_text())
+    return json.loads(Path(spec["batches"]).read_text(encoding="utf-8"))
 
 
 def forced_lengths(number: int, rows: int, longest: int) -> np.ndarray:

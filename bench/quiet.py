@@ -18,7 +18,9 @@ def clocks() -> tuple[float, float, float]:
     processes that it has started."""
     import psutil  # type: ignore[import-untyped]
 
-    ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    ticks = [
+        int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    ]
     worked = sum(ticks[i] for i in (0, 1, 2, 5, 6, 7))  # user, nice, system, irq, softirq, steal
     busy = worked / os.sysconf("SC_CLK_TCK")
     own = 0.0

@@ -101,7 +101,7 @@ def padding(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
             for _ in range(spec["batches_needed"])
         ]
         file = Path(spec["out"]) / f"batches-{percent}.json"
-        file.write_text(json.dumps(batches))
+        file.write_text(json.dumps(batches), encoding="utf-8")
         contenders.append(enter(f"padding-{percent}", "product", spec | {"batches": str(file)}))
     side_by_side(contenders, spec["samples"])
     rows = [row for each in contenders for row in results(each, shapes["policy"], limits)]
@@ -160,7 +160,7 @@ def train(root: Path, overrides: list[str]) -> list[dict[str, Any]]:
     root.mkdir()
     begin, started, before = time.time(), time.perf_counter(), clocks()
     steps: list[dict[str, Any]] = []
-    with (root / "train.log").open("w") as log:
+    with (root / "train.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *overrides, f"root={root}"],
             cwd=root,
@@ -174,7 +174,7 @@ def train(root: Path, overrides: list[str]) -> list[dict[str, Any]]:
         logged = [
             line
             for file in root.glob("outputs/*/metrics.jsonl")
-            for line in file.read_text().split("\n")[:-1]
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]
         ]
         for line in logged[len(steps) :]:
             step = json.loads(line)
@@ -268,7 +268,7 @@ def machine() -> dict[str, Any]:
 
     names = [
         line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -291,7 +291,7 @@ def main() -> None:
     about["packages"] |= {name: importlib.metadata.version(name) for name in packages}
     file = Path(spec["out"]) / "result.json"
     result = {"spec": spec, "machine": about, "rows": rows, "said": conclusions, **more}
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(describe(spec, about, more)))
     print("\n" + table(rows) + "\n\n" + "\n".join(conclusions) + f"\n\nall results: {file}")
 

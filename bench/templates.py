@@ -211,7 +211,7 @@ def run_cell(folder: Path, family: str, style: str, lora: bool) -> Cell:
     if not base.exists():
         save_base(family, base)
     if not data.exists():
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
     run_dir = folder / f"run-{family}-{style}-{'lora' if lora else 'full'}"
     given = [f"actor.path={base}", f"reward.path={base}", f"data.sources.mine.path={data}"]
     given += [f"data.template={style}", f"root={folder}", *(LORA if lora else [])]
@@ -244,7 +244,7 @@ def compare_ids(model: Path) -> str:
 def new_rows(model: Path) -> int:
     """The number of tokens whose rows the adapter of a saved model has."""
     file = model / "adapter" / "adapter_config.json"
-    settings = json.loads(file.read_text()) if file.exists() else {}
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     ids = settings.get("trainable_token_indices") or []
     return len(next(iter(ids.values())) if isinstance(ids, dict) else ids)
 

@@ -23,7 +23,8 @@ def run_trial(trial: optuna.Trial, overrides: list[str]) -> float:
     """Train with the trial's values.
 
     Returns: held-out score minus the cost of the KL; on the sandbox eval/gold works too.
-    Raises: TrialPruned where the run fails: a bad choice, not the end of the search.
+    Raises: TrialPruned where the run fails: a bad choice, not the end of the search. SystemExit
+        where the command is wrong, as it would be in each trial.
     """
     values = {
         "rl.lr": trial.suggest_float("rl.lr", 1e-5, 1e-3, log=True),
@@ -32,19 +33,30 @@ def run_trial(trial: optuna.Trial, overrides: list[str]) -> float:
     chosen = [f"{key}={value:.3g}" for key, value in values.items()]
     command = [sys.executable, str(TRAIN), "experiment_name=search", *chosen, *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        sys.exit(done.stderr.strip())
     if done.returncode:
         raise optuna.TrialPruned(done.stderr.strip().splitlines()[-1])
     (run,) = [line.split("  (")[0] for line in done.stdout.splitlines() if "frontier.png" in line]
-    metrics = json.loads(Path(run, "summary.json").read_text())["metrics"]
+    metrics = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))["metrics"]
     return metrics["eval/score"] - KL_COST * metrics["eval/kl"]
+
+
+def count(text: str) -> int:
+    """A number of trials from the command line."""
+    if not text.isdecimal() or not 0 < int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to 100,000")
+    return int(text)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=count, default=20)
     args, overrides = parser.parse_known_args()
     study = optuna.create_study(
         direction="maximize", storage="sqlite:///search.db", study_name="ppo", load_if_exists=True
     )
     study.optimize(lambda trial: run_trial(trial, overrides), n_trials=args.trials)
+    if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials):
+        sys.exit("no trial was completed: the reasons are in outputs/*/train.log")
     print(study.best_value, study.best_params)

@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -23,6 +24,7 @@ from rlhf import compose, help, run, sweep
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.interrupts import interrupted
 from rlhf.base.log import plural, say
+from rlhf.base.streams import cannot_write
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
 from rlhf.runs.failures import WorkerError
@@ -60,7 +62,7 @@ def main() -> int:
         return WRONG
     except OSError as error:
         problem = machine_problem(error)
-        if problem is None:
+        if problem is None or cannot_write("\n"):
             raise
         say(f"error: {problem}")
         return FAILED
@@ -212,7 +214,8 @@ def run_sweep(overrides: Sequence[str], folders: Sequence[Path], with_flags: boo
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run_hydra(composed: DictConfig) -> None:
     """One command, or one job of a sweep."""
-    overrides = list(HydraConfig.get().overrides.task)
+    # as typed: ${...} in them is not Hydra's to resolve
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
         sweep.run_job(composed, overrides, HydraConfig.get().job.num + 1)
         return
@@ -227,5 +230,8 @@ def lines_of(error: Exception) -> list[str]:
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return str(error).splitlines() or [repr(error)]
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+    key = getattr(error, "full_key", None)
+    if key and lines and key not in lines[0]:
+        lines[0] = f"{key}: {lines[0]}"
     noise = ("reference_type", "object_type", "full_key", "To append", "Config search", "provider=")
     return ["; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))]

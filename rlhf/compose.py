@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
@@ -27,6 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.base.commands import override_text
 from rlhf.base.errors import UserError
+from rlhf.base.files import read_small_file
+from rlhf.base.log import cut
 from rlhf.config import keys, presets
 from rlhf.config.loading import to_typed, wrong_values
 from rlhf.config.presets import CONF
@@ -39,6 +42,7 @@ from rlhf.runs.command import Command
 MADE_GROUPS = ("actor", "reward", "pipeline")  # their options are made by register()
 OPTIONAL_GROUPS = ("recipe", "reward_recipe", "rl_recipe", "experiment", "sweep")
 HIDDEN_GROUPS = ("hydra", "model")  # a model is chosen as actor or as reward
+OPTION_BYTES, MOST_VALUES = 2**20, 100_000  # of an option file
 
 
 # ------------------------------------------------------------------------------- what can be chosen
@@ -107,7 +111,8 @@ def group_options(group: str) -> list[str]:
 
 def parse(arg: str) -> Override:
     """One override. Raises: UserError when it cannot be read."""
-    with contextlib.suppress(HydraException):
+    # RecursionError: many brackets
+    with contextlib.suppress(HydraException, RecursionError):
         override = OverridesParser.create().parse_override(arg)
         if override.key_or_group:
             return override
@@ -116,7 +121,7 @@ def parse(arg: str) -> Override:
         fix = "write KEY=VALUE without spaces, as in stage=ppo (python train.py --help)"
     elif arg.endswith(","):
         fix = f"remove the comma at the end: {arg.rstrip(',')}"
-    raise UserError(f"cannot read {arg!r}: {fix}")
+    raise UserError(f"cannot read {cut(repr(arg), 200)}: {fix}")
 
 
 def user_folders(config_dir: str | None, overrides: Sequence[str]) -> list[Path]:
@@ -133,7 +138,45 @@ def user_folders(config_dir: str | None, overrides: Sequence[str]) -> list[Path]
     for folder in folders:
         if not folder.expanduser().is_dir():
             raise UserError(f"{folder}: no such folder; --config-dir and hydra.searchpath name one")
+        check_option_files(folder.expanduser())
     return [folder.expanduser().resolve() for folder in folders]
+
+
+def check_option_files(folder: Path) -> None:
+    """Check option files before Hydra reads them: it would wait for a pipe, never end with a
+    device, and copy each alias.
+
+    Raises: UserError that names the first file that cannot be read.
+    """
+    for depth in ("*", "*/*", "*/*/*"):
+        for file in sorted(folder.glob(f"{depth}.yaml")):
+            try:
+                root = yaml.compose(read_small_file(file, OPTION_BYTES), Loader=yaml.SafeLoader)
+                if not isinstance(root, yaml.MappingNode | None):
+                    raise ValueError("it has no keys: write KEY: VALUE")
+                if values_of(root, {}) > MOST_VALUES:
+                    raise ValueError(f"its aliases (*NAME) make more than {MOST_VALUES:,} values")
+            except RecursionError:
+                raise UserError(f"cannot read an option file: {file}: nested too deeply") from None
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                line = " ".join(str(error).replace(' in "<unicode string>"', "").split())
+                raise UserError(f"cannot read an option file: {file}: {line}") from None
+
+
+def values_of(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """The number of values below a node of YAML, with those of its aliases.
+
+    Args: known: those of the nodes that were counted, by id.
+    """
+    if node is None or not isinstance(node.value, list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1  # of an alias inside itself
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [value for _, value in node.value]
+        known[id(node)] = 1 + sum(values_of(child, known) for child in children)
+    return known[id(node)]
 
 
 def explain(arg: str, multirun: bool = True) -> list[str]:

@@ -18,9 +18,22 @@ if __name__ == "__main__":
     end_at_interrupt()  # before imports that take a second
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import special_kind
 from rlhf.base.log import say
 from rlhf.reporting.tables import print_comparison, print_list
 from rlhf.runs.history import find_runs
+
+
+def check_out(file: Path | None) -> None:
+    """Raises: UserError where the page cannot be written there."""
+    if file is None:
+        return
+    if kind := special_kind(file):
+        raise UserError(f"--out {file}: this is {kind}; give a file, for instance report.html")
+    if file.is_dir():
+        raise UserError(f"--out {file}: this is a folder; give a file in it, such as report.html")
+    if not file.parent.is_dir():
+        raise UserError(f"--out {file}: there is no folder {file.parent.resolve()}; make it first")
 
 
 def main() -> int:
@@ -45,6 +58,7 @@ def main() -> int:
     args = parser.parse_args()
     paths = args.paths or [Path(".")]
     try:
+        check_out(args.out)
         show(paths, args.list, args.out)
     except UserError as error:
         say(f"error: {error}")

@@ -27,6 +27,7 @@ from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_aligned, is_rl, parent_stages, unused_keys
 from rlhf.data.files import check_files
 from rlhf.planning.memory import make_plan
+from rlhf.planning.steps import too_large_batches
 from rlhf.planning.summary import one_line_summary, print_plan
 from rlhf.rehearsal import rehearse
 from rlhf.reporting import tables
@@ -98,6 +99,8 @@ def check_before_training(command: Command) -> None:
     ]
     reads_data = to_train or "inspect" in cfg.stage.runs
     if reads_data and (problems := check_files(cfg.data)):
+        raise UserError("\n".join(problems))
+    if problems := too_large_batches(cfg, to_train[1:]):  # the first stage says it at its start
         raise UserError("\n".join(problems))
     if to_train and cfg.wandb.mode == WandbMode.online:
         check_online()

@@ -146,7 +146,11 @@ def begin(overrides: Sequence[str], jobs: int) -> None:
 def ended_jobs() -> list[dict[str, str]]:
     """How the jobs of this sweep have ended so far, in the order of their ends."""
     log = os.environ.get(SWEEP_LOG)
-    return [json.loads(line) for line in Path(log).read_text().splitlines()] if log else []
+    return (
+        [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+        if log
+        else []
+    )
 
 
 def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
@@ -170,7 +174,7 @@ def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
 
 
 def record_end(job: str, folder: Path, error: str = "") -> None:
-    with open(os.environ[SWEEP_LOG], "a") as log:
+    with open(os.environ[SWEEP_LOG], "a", encoding="utf-8") as log:
         log.write(json.dumps({"job": job, "folder": str(folder.resolve()), "error": error}) + "\n")
 
 
@@ -183,10 +187,10 @@ def collect_job(folder: Path, overrides: list[str], done: Path | None, error: st
     name += "-" + hashlib.sha256(" ".join(sorted(overrides)).encode()).hexdigest()[:8]
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
+    (folder / "overrides.txt").write_text("\n".join(overrides) + "\n", encoding="utf-8")
     (folder / "error.txt").unlink(missing_ok=True)
     if done is None:
-        (folder / "error.txt").write_text(error + "\n")
+        (folder / "error.txt").write_text(error + "\n", encoding="utf-8")
         return
     for file in COPIED:
         if (done / file).exists():

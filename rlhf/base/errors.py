@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 # what a machine can run out of, or forbid, by the number of the system's error
 MACHINE_PROBLEMS = {
@@ -13,7 +14,8 @@ MACHINE_PROBLEMS = {
     errno.EROFS: "the file system is read-only",
     errno.EMFILE: "too many open files (ulimit -n)",
     errno.ENFILE: "too many open files on this machine",
-    errno.ENOMEM: "the memory is used up",
+    errno.ENOMEM: "the memory is used up (plan=true shows what is needed; deploy.micro_batch, "
+    "deploy.eval_micro_batch and data.workers take less)",
     errno.EAGAIN: "no more processes or threads are allowed (ulimit -u)",
 }
 
@@ -45,5 +47,7 @@ def number_in(message: str) -> int | None:
     """The number of the system's error that a library has put into its own message."""
     if "can't start new thread" in message:
         return errno.EAGAIN
+    if re.search("unable to allocate|can't allocate memory", message, re.IGNORECASE):
+        return errno.ENOMEM
     described = (n for n in MACHINE_PROBLEMS if n != errno.EAGAIN)  # its text fits networks as well
     return next((n for n in described if os.strerror(n).lower() in message.lower()), None)

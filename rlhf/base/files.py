@@ -18,6 +18,48 @@ UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
 OLD = 86400.0  # s
 
+SMALL_FILE = 16 * 2**20  # bytes; the files that are read as a whole are smaller
+SPECIAL = {  # what is no file to read or replace: reading it would wait, or never end
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def special_kind(path: Path) -> str:
+    """What a path is that is neither a file nor a folder: "a device"; "" for others, and where
+    nothing is there."""
+    try:
+        return SPECIAL.get(stat.S_IFMT(path.stat().st_mode), "")
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return ""
+
+
+def why_not_small_file(path: Path, most: int = SMALL_FILE) -> str:
+    """Why a path cannot be read as a whole: "this is a folder"; "" where it can.
+
+    Args: most: bytes that it may have.
+    """
+    if kind := special_kind(path):
+        return f"this is {kind}, not a file"
+    if path.is_dir():
+        return "this is a folder, not a file"
+    if path.is_file() and (size := path.stat().st_size) > most:
+        return f"it has {size / 2**20:,.1f} MiB; such a file has at most {most // 2**20} MiB"
+    return ""
+
+
+def read_small_file(path: Path, most: int = SMALL_FILE) -> str:
+    """The text of a file that the user names, which is UTF-8.
+
+    Args: most: bytes that it may have.
+    Raises: OSError, and ValueError for what is no text or no small file.
+    """
+    if problem := why_not_small_file(path, most):
+        raise ValueError(problem)
+    return path.read_text(encoding="utf-8")
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

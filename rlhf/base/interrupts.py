@@ -7,7 +7,9 @@ import signal
 import sys
 from collections.abc import Callable
 
-INTERRUPTED = 130  # exit code
+from rlhf.base.streams import cannot_write, prepare_streams
+
+FAILED, INTERRUPTED = 1, 130  # exit codes
 _heard: list[int] = []  # signals that raised KeyboardInterrupt
 
 
@@ -52,10 +54,17 @@ def run_interruptible(main: Callable[[], int]) -> int:
     """Run the main function of a program; it calls `raise_at_interrupt` when there is something to
     end.
 
-    Returns: its exit code, or INTERRUPTED; the message of the KeyboardInterrupt is printed.
+    Returns: its exit code, or INTERRUPTED; the message of the KeyboardInterrupt is printed. FAILED
+        with a line where standard output cannot be written, as on a full disk.
     """
+    prepare_streams()
     try:
-        return main()
+        code = main()
+        return FAILED if cannot_write() else code
+    except OSError:
+        if not cannot_write("\n"):
+            raise
+        return FAILED
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # again: the process ends anyway
         print(str(interrupt) or "Interrupted.", file=sys.stderr, flush=True)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 BUILTIN = "builtin:"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def hub_id_of(url: str) -> str:
+    """The hub id in the address of a page of the hub; "" for other addresses."""
+    host = r"https?://(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/(?:datasets/)?"
+    found = re.match(host + r"([\w.-]+/[\w.-]+)", url)
+    return found[1] if found else ""
 
 
 def is_directory(path: str) -> bool:

@@ -12,25 +12,26 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 log = logging.getLogger("rlhf")
+LONGEST = 4000  # characters of a line for the user; texts of data may be of any length
 SILENCE = 2.0  # seconds after which something slow is named
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return cut((str(error).splitlines() or [type(error).__name__])[0])
 
 
 @contextlib.contextmanager
 def announced(what: str) -> Iterator[None]:
     """Within this context: say what is happening if it takes more than 2 seconds."""
 
-    def say() -> None:
+    def announce() -> None:
         if log.handlers:
             log.info(f"{what} ...")
         elif os.environ.get("RANK", "0") == "0":  # before logging is set up
-            print(f"{what} ...", file=sys.stderr, flush=True)
+            say(f"{what} ...")
 
-    timer = threading.Timer(SILENCE, say)
+    timer = threading.Timer(SILENCE, announce)
     timer.daemon = True
     timer.start()
     try:
@@ -47,9 +48,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in harmless else "\ufffd" for c in text)
 
 
+def cut(line: str, most: int = LONGEST) -> str:
+    """A line of at most about `most` characters; a longer one ends with its length."""
+    if len(line) <= most:
+        return line
+    return f"{line[:most]} ... ({len(line):,} characters)"
+
+
+def presentable(text: str) -> str:
+    """A text for the terminal or a log: printable, and each of its lines cut."""
+    return printable("\n".join(map(cut, text.split("\n"))))
+
+
 def say(line: str) -> None:
     """Print a line to the user, on stderr."""
-    print(printable(line), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk behind it: there is nowhere to say so
+        print(presentable(line), file=sys.stderr, flush=True)
 
 
 def plural(count: int, noun: str, ending: str = "s") -> str:

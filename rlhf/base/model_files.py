@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from rlhf.base.files import special_kind
+
 INDEX = "model.safetensors.index.json"  # of weights in several files
 GIT_LFS = b"version https://git-lfs"  # begins a file that Git LFS has not fetched
 # weights of a head that gives scores, as other programs call it: value_head.weight,
@@ -24,7 +26,11 @@ def broken_file(directory: Path) -> str | None:
     """What is wrong with a file of a model directory, as one line that names it; or None."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(path for path in directory.iterdir() if path.is_file()):
+    for file in sorted(directory.iterdir()):
+        if kind := special_kind(file):
+            return f"{file} is {kind}, not a file"
+        if not file.is_file():
+            continue
         with file.open("rb") as opened:
             if opened.read(len(GIT_LFS)) == GIT_LFS:
                 return f"{file} is a Git LFS pointer, not the file itself: run git lfs pull there"
@@ -36,6 +42,8 @@ def broken_file(directory: Path) -> str | None:
                     pass
         except SafetensorError as error:
             return f"{file} is torn, or no safetensors file ({error}): fetch it again"
+        except RecursionError:
+            return f"{file} is no JSON that can be read: it is nested too deeply"
         except ValueError as error:  # also what is not UTF-8
             return f"{file} is torn, or no JSON ({error}): fetch it again"
     return _broken_index(directory / INDEX) if (directory / INDEX).exists() else None

@@ -35,7 +35,7 @@ def start(run_dir: Path, rank: str, minutes: float | None) -> None:
     global _seconds, _file
     if minutes is not None:
         _seconds = 60 * minutes
-        _file = open(stacks_file(run_dir, rank), "w")  # noqa: SIM115  open until the end
+        _file = open(stacks_file(run_dir, rank), "w", encoding="utf-8")  # noqa: SIM115  open until the end
         progress(at_once=True)
 
 
@@ -94,7 +94,9 @@ def while_files_move() -> Iterator[None]:
 def bytes_moved() -> int | None:
     """How many bytes the process has read and written; None where the system does not count."""
     try:
-        counters = dict(line.split(": ") for line in IO_COUNTERS.read_text().splitlines())
+        counters = dict(
+            line.split(": ") for line in IO_COUNTERS.read_text(encoding="utf-8").splitlines()
+        )
         return int(counters["rchar"]) + int(counters["wchar"])
     except (OSError, ValueError, KeyError):
         return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import read_small_file
 from rlhf.chat.policy import Params, Policy, Reply
 from rlhf.data import encoding
 from rlhf.data.records import Turn
@@ -205,7 +206,7 @@ def read_conversation(file: Path) -> SavedConversation:
     """A saved conversation. Raises: OSError; UserError where the file is something else."""
     unreadable = (KeyError, TypeError, AttributeError, RecursionError, OverflowError)
     try:
-        saved = json.loads(file.read_text())
+        saved = json.loads(read_small_file(file))
         params = {name: str(value) for name, value in saved["params"].items()}
         histories = [
             [Turn(turn["role"], as_text(turn["content"])) for turn in turns]

@@ -72,7 +72,7 @@ def find_model(path: str, option: str) -> str:
     check_model(directory)
     config_file = directory / "config.json"
     try:
-        architectures = json.loads(config_file.read_text()).get("architectures")
+        architectures = json.loads(config_file.read_text(encoding="utf-8")).get("architectures")
     except FileNotFoundError:
         raise UserError(
             f"{option} {path}: no model there (neither model/config.json nor config.json), or the "

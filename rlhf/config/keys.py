@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.config.field import node_type
+from rlhf.config.limits import MOST
 from rlhf.config.schema import Config
 
 LIMITS = {
@@ -180,7 +181,12 @@ class Key:
     @property
     def range(self) -> str:
         """The range in words: "above 0, at most 1"; empty where there is none."""
-        return ", ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in self.limits.items())
+        return ", ".join(f"{LIMITS[name][1]} {in_digits(n)}" for name, n in self.limits.items())
+
+
+def in_digits(limit: float) -> str:
+    """A limit for people: 1,000,000; 0.5."""
+    return f"{limit:,.0f}" if abs(limit) >= 10_000 else f"{limit:g}"
 
 
 @functools.cache
@@ -355,19 +361,29 @@ def values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def out_of_range(cfg: Config) -> list[str]:
-    """The numbers of a configuration that are outside the range on their field, one line each."""
+    """The numbers of a configuration that are outside the range on their field, one line each.
+
+    A number without a range must be finite, and a whole one within `MOST`.
+    """
     lines = []
     for name, value in values(cfg):
         key = find_key(name)
         numbers = value if isinstance(value, list) else [value]
-        if key is None or not key.limits or any(isinstance(n, str) or n is None for n in numbers):
+        if key is None or key.annotation is Any or not all(map(is_number, numbers)):
             continue
-        if not all(map(math.isfinite, numbers)):
-            lines.append(f"{name}={value}: must be a finite number, {key.range}")
+        if not all(isinstance(number, int) or math.isfinite(number) for number in numbers):
+            range = f", {key.range}" if key.range else ""
+            lines.append(f"{name}={value}: must be a finite number{range}")
         elif not all(
             LIMITS[limit][0](number, bound)
             for number in numbers
             for limit, bound in key.limits.items()
         ):
             lines.append(f"{name}={value}: must be {key.range}")
+        elif any(isinstance(number, int) and abs(number) > MOST for number in numbers):
+            lines.append(f"{name}={value}: must be at most {in_digits(MOST)}")
     return lines
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

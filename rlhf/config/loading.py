@@ -146,4 +146,6 @@ def load_config(path: Path) -> Config:
 def save_config(cfg: Config, path: Path) -> None:
     """Write the resolved configuration of a run."""
     with atomic_path(path) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True))
+        temporary.write_text(
+            OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True), encoding="utf-8"
+        )

@@ -11,6 +11,14 @@ from typing import Optional
 
 from rlhf.config.choices import WORLDS, BadRow, Device, Format, Precision, Template, WandbMode
 from rlhf.config.field import key, placement
+from rlhf.config.limits import (
+    MOST_BATCH,
+    MOST_NODES,
+    MOST_PROCESSES,
+    MOST_ROWS,
+    MOST_TOKENS,
+    MOST_WEIGHT,
+)
 from rlhf.config.stage_nodes import Dpo, Eval, Rl, Rm, Rollout, Sft
 
 
@@ -23,7 +31,9 @@ class StageChoice:
 @dataclass(kw_only=True)
 class Lora:
     rank: int = key(
-        "rank of the low-rank updates; 0: no adapter, all weights are trained", at_least=0
+        "rank of the low-rank updates; 0: no adapter, all weights are trained",
+        at_least=0,
+        at_most=65_536,
     )
     alpha: float = key("the update is scaled by alpha / rank", above=0)
     dropout: float = key(
@@ -94,7 +104,10 @@ class Source:
         default=None,
     )
     weight: float = key(
-        "of its rows in the mix: 0.5 = every second one, 2 = each twice", above=0, default=1.0
+        "of its rows in the mix: 0.5 = every second one, 2 = each twice",
+        above=0,
+        at_most=MOST_WEIGHT,
+        default=1.0,
     )
     rows: Optional[int] = key("at most the first N rows; null: all", above=0, default=None)
     sft_only: bool = key("not for the reward model, whatever columns it has", default=False)
@@ -108,17 +121,19 @@ class Source:
 
 @dataclass(kw_only=True)
 class Sandbox:
-    demonstrations: int = key("demonstrations for SFT", above=0)
-    pairs: int = key("preference pairs for the reward model", above=0)
+    demonstrations: int = key("demonstrations for SFT", above=0, at_most=MOST_ROWS)
+    pairs: int = key("preference pairs for the reward model", above=0, at_most=MOST_ROWS)
     label_noise: float = key("expected share of labels against the gold order", above=0, below=0.5)
 
 
 @dataclass(kw_only=True)
 class Arithmetic:
-    demonstrations: int = key("demonstrations for SFT", above=0)
+    demonstrations: int = key("demonstrations for SFT", above=0, at_most=MOST_ROWS)
     wrong: float = key("share of the demonstrations with a mistake", at_least=0, below=1)
     prompts: int = key("distinct prompts for online RL", above=0, at_most=100_000)
-    pairs: int = key("pairs of a right and a wrong solution, for the reward model", above=0)
+    pairs: int = key(
+        "pairs of a right and a wrong solution, for the reward model", above=0, at_most=MOST_ROWS
+    )
     harder: bool = key("evaluate on problems with one more digit; training does not depend on it")
 
 
@@ -131,14 +146,23 @@ class Data:
         "held-out rows to evaluate on, at most (built-in: 256); training does not depend on it",
         above=0,
     )
-    max_prompt_tokens: int = key("longer prompts lose their first turns, or are dropped", above=0)
-    max_response_tokens: int = key("longer answers are truncated, and then have no EOS", above=0)
+    max_prompt_tokens: int = key(
+        "longer prompts lose their first turns, or are dropped", above=0, at_most=MOST_TOKENS
+    )
+    max_response_tokens: int = key(
+        "longer answers are truncated, and then have no EOS", above=0, at_most=MOST_TOKENS
+    )
     template: Template = key(
         "how turns are written, saved with the model; tokenizer: the model's own; none: raw text"
     )
     on_bad_row: BadRow = key("what happens to rows that cannot be read")
+    max_row_mb: int = placement(
+        "length of a row (.csv: of a field) in a file of text, at most, MiB", above=0, at_most=1024
+    )
     workers: Optional[int] = placement(
-        "processes that prepare the data; null: one per core, at most 8", above=0
+        "processes that prepare the data; null: one per core, at most 8",
+        above=0,
+        at_most=MOST_PROCESSES,
     )
     sources: dict[str, Source] = key("by a name of your choice; several are mixed")
     sandbox: Optional[Sandbox] = key("sizes of this built-in world; null without builtin:sandbox")
@@ -160,8 +184,10 @@ class Offload:
 @dataclass(kw_only=True)
 class Deploy:
     device: Device = placement("cpu or gpu (NVIDIA)")
-    processes_per_node: int = placement("one per GPU; on CPU they share the cores", above=0)
-    nodes: int = placement("number of machines", above=0)
+    processes_per_node: int = placement(
+        "one per GPU; on CPU they share the cores", above=0, at_most=MOST_PROCESSES
+    )
+    nodes: int = placement("number of machines", above=0, at_most=MOST_NODES)
     hostfile: Optional[str] = placement(
         'DeepSpeed\'s hostfile, lines "host slots=N"; this command then starts all nodes'
     )
@@ -172,7 +198,9 @@ class Deploy:
     gpu_memory_gb: float = placement(
         "memory of one GPU (CPU: of one process), GiB, for plan=true", above=0
     )
-    threads: Optional[int] = placement("CPU threads per process; null: cores / processes", above=0)
+    threads: Optional[int] = placement(
+        "CPU threads per process, at most 4 x cores; null: cores / processes", above=0
+    )
     zero_stage: int = placement(
         "what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights",
         at_least=0,
@@ -182,10 +210,12 @@ class Deploy:
     micro_batch: int = placement(
         "sequences (RM, DPO: pairs) of full length per process and forward pass in training",
         above=0,
+        at_most=MOST_BATCH,
     )
     eval_micro_batch: int = placement(
         "sequences per process and forward pass without gradients, and per generation batch",
         above=0,
+        at_most=MOST_BATCH,
     )
     activation_checkpointing: bool = placement(
         "recompute activations in the backward pass (gradient checkpointing): less memory, slower"
@@ -195,7 +225,9 @@ class Deploy:
         "ZeRO-3: gather the weights while sampling; null: where the plan says they fit"
     )
     overlap_comm: bool = placement("reduce gradients during the backward pass")
-    bucket_mb: float = placement("size of messages with gradients and weights, MiB", above=0)
+    bucket_mb: float = placement(
+        "size of messages with gradients and weights, MiB", above=0, at_most=100_000
+    )
     watchdog_minutes: Optional[float] = placement(
         "minutes without progress after which a worker ends with the stacks of its threads; longer "
         "than the 30 of collective operations; null: never",

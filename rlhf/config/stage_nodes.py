@@ -25,6 +25,13 @@ from rlhf.config.choices import (
     TrainOn,
 )
 from rlhf.config.field import key, placement
+from rlhf.config.limits import (
+    MOST_BATCH,
+    MOST_EPOCHS,
+    MOST_SAMPLES,
+    MOST_SECONDS,
+    MOST_TOKENS,
+)
 
 
 @dataclass(kw_only=True)
@@ -46,24 +53,30 @@ class Optim:
 
 @dataclass(kw_only=True)
 class Sft(Optim):
-    epochs: int = key("passes over the demonstrations", above=0)
-    batch_size: int = key("demonstrations per optimizer step, over all processes", above=0)
+    epochs: int = key("passes over the demonstrations", above=0, at_most=MOST_EPOCHS)
+    batch_size: int = key(
+        "demonstrations per optimizer step, over all processes", above=0, at_most=MOST_BATCH
+    )
     train_on: TrainOn = key("the tokens in the loss: the last answer, all answers, or everything")
     max_steps: Optional[int] = key("stop after N optimizer steps; null: no limit", above=0)
 
 
 @dataclass(kw_only=True)
 class Rm(Optim):
-    epochs: int = key("passes over the pairs", above=0)
-    batch_size: int = key("pairs per optimizer step, over all processes", above=0)
+    epochs: int = key("passes over the pairs", above=0, at_most=MOST_EPOCHS)
+    batch_size: int = key(
+        "pairs per optimizer step, over all processes", above=0, at_most=MOST_BATCH
+    )
     loss: RmLoss = key("what is compared of two answers")
     max_steps: Optional[int] = key("stop after N optimizer steps; null: no limit", above=0)
 
 
 @dataclass(kw_only=True)
 class Dpo(Optim):
-    epochs: int = key("passes over the pairs", above=0)
-    batch_size: int = key("pairs per optimizer step, over all processes", above=0)
+    epochs: int = key("passes over the pairs", above=0, at_most=MOST_EPOCHS)
+    batch_size: int = key(
+        "pairs per optimizer step, over all processes", above=0, at_most=MOST_BATCH
+    )
     beta: float = key("strength of the pull to the reference, per nat", above=0)
     loss: DpoLoss = key("loss of the margin between the two answers")
     label_smoothing: float = key(
@@ -103,8 +116,12 @@ class Judge:
     max_score: float = key(
         "highest grade of the rubric, which is a reward of 1", above=0, default=10.0
     )
-    max_tokens: Optional[int] = key("of a reply; null: the server decides", above=0, default=None)
-    concurrency: int = placement("largest number of requests at the same time", above=0, default=8)
+    max_tokens: Optional[int] = key(
+        "of a reply; null: the server decides", above=0, at_most=MOST_TOKENS, default=None
+    )
+    concurrency: int = placement(
+        "largest number of requests at the same time", above=0, at_most=1_000, default=8
+    )
     cache: Optional[str] = placement(
         "folder of the replies; null: rlhf/judge in the user's cache folder", default=None
     )
@@ -128,13 +145,18 @@ class RewardSource:
     judge: Optional[Judge] = key("language model that grades responses", default=None)
     kwargs: dict[str, Any] = key("further arguments of the function, by name", factory=dict)
     timeout: float = placement(
-        "seconds that a call of the function may take", above=0, default=60.0
+        "seconds that a call of the function may take", above=0, at_most=MOST_SECONDS, default=60.0
     )
     on_error: OnError = key(
         "what an error of the function does: stop the run, or leave its responses without a score",
         default=OnError.stop,
     )
-    weight: float = key("in the sum of all sources; 0: only measured and logged", default=1.0)
+    weight: float = key(
+        "in the sum of all sources; 0: only measured and logged",
+        at_least=-1e6,
+        at_most=1e6,
+        default=1.0,
+    )
 
 
 @dataclass(kw_only=True)
@@ -142,7 +164,7 @@ class Ptx:
     coef: float = key(
         "weight of the language-model loss, mean over tokens in nats; 0: off", at_least=0
     )
-    max_tokens: int = key("tokens per text; the rest is dropped", above=0)
+    max_tokens: int = key("tokens per text; the rest is dropped", above=0, at_most=MOST_TOKENS)
 
 
 @dataclass(kw_only=True)
@@ -200,18 +222,23 @@ class Rl(Optim):
     policy_loss: PolicyLoss = key("surrogate objective")
     importance: Importance = key("what the ratio pi / pi_old is taken over")
     batch_size: int = key(
-        "responses per rollout, over all processes; a multiple of responses_per_prompt", above=0
+        "responses per rollout, over all processes; a multiple of responses_per_prompt",
+        above=0,
+        at_most=MOST_BATCH,
     )
-    responses_per_prompt: int = key("responses sampled per prompt", above=0)
+    responses_per_prompt: int = key("responses sampled per prompt", above=0, at_most=MOST_SAMPLES)
     dynamic_sampling: Optional[int] = key(
         "groups whose rewards are all equal are replaced by responses to the next prompts; the "
         "prompts of a rollout are drawn N times at most; null: off",
         at_least=2,
+        at_most=1_000,
     )
-    prompt_epochs: int = key("passes over the prompts; decides the number of rollouts", above=0)
+    prompt_epochs: int = key(
+        "passes over the prompts; decides the number of rollouts", above=0, at_most=MOST_EPOCHS
+    )
     max_steps: Optional[int] = key("stop after N rollouts; null: no limit", above=0)
-    epochs: int = key("passes over each rollout", above=0)
-    minibatches: int = key("optimizer steps per pass", above=0)
+    epochs: int = key("passes over each rollout", above=0, at_most=MOST_EPOCHS)
+    minibatches: int = key("optimizer steps per pass", above=0, at_most=MOST_BATCH)
     target_kl: Optional[float] = key(
         "no further pass once policy/approxkl is above this, nats per token; null: never", above=0
     )
@@ -282,18 +309,21 @@ class Eval(EvalSampling):
     samples: int = key(
         "responses per held-out prompt; with functions in eval.rewards pass@k and maj@k up to this",
         above=0,
+        at_most=MOST_SAMPLES,
     )
     by: list[str] = key("columns of the rows; pass rates are also given for each of their values")
     save_responses: Optional[str] = placement(
         "file (JSON lines) for all responses with their prompts and scores; null: none"
     )
     decoding: Decoding = key("how responses are generated")
-    beams: int = key("number of beams with eval.decoding=beam", at_least=2)
+    beams: int = key("number of beams with eval.decoding=beam", at_least=2, at_most=1_000)
     prompts: list[str] = key(
         "fixed prompts answered besides the held-out ones: en, zh, ja, or a file with one per line"
     )
     best_of: int = key(
-        "responses per prompt for the best-of-n curve of `against`; 0: no curve", at_least=0
+        "responses per prompt for the best-of-n curve of `against`; 0: no curve",
+        at_least=0,
+        at_most=MOST_SAMPLES,
     )
     best_of_prompts: int = key("held-out prompts for that curve, at most", above=0)
 
@@ -303,7 +333,7 @@ class Rollout:
     engine: RolloutEngine = placement(
         "what samples; the same responses from the same random numbers"
     )
-    max_new_tokens: int = key("sampled tokens per response, at most", above=0)
+    max_new_tokens: int = key("sampled tokens per response, at most", above=0, at_most=MOST_TOKENS)
     temperature: float = key(
         "divides the logits of policy, old policy and reference alike", above=0
     )

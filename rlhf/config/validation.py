@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator
 
 from rlhf.base.constants import WORLD_HELD_OUT
+from rlhf.base.log import plural
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
     WORLDS,
@@ -29,6 +31,7 @@ from rlhf.config.choices import (
 )
 from rlhf.config.deployment import describe_processes, world_size
 from rlhf.config.keys import out_of_range
+from rlhf.config.limits import MOST_BATCH, MOST_NODES, MOST_PROCESSES, THREADS_PER_CORE
 from rlhf.config.schema import Config, Source
 from rlhf.config.stage_graph import function_sources, is_rl, optimizer_nodes, score_sources
 from rlhf.config.stage_nodes import RewardSource
@@ -55,6 +58,12 @@ def check_deploy(cfg: Config) -> Iterator[str]:
         yield "deploy.offload.optimizer=true: needs deploy.zero_stage=1 or more, not 0"
     if offload.parameters and deploy.zero_stage != 3:
         yield f"deploy.offload.parameters=true: needs deploy.zero_stage=3, not {deploy.zero_stage}"
+    cores = os.cpu_count() or 1
+    if deploy.threads is not None and deploy.threads > THREADS_PER_CORE * cores:
+        yield (
+            f"deploy.threads={deploy.threads}: this machine has {plural(cores, 'core')}; give at "
+            f"most {THREADS_PER_CORE * cores}, or null for cores / processes"
+        )
     if deploy.precision == Precision.fp16:
         if deploy.device != Device.gpu:
             yield "deploy.precision=fp16: not on CPU; use bf16 or fp32"
@@ -166,7 +175,12 @@ def check_used(name: str, source: Source) -> Iterator[str]:
 def check_batches(cfg: Config) -> Iterator[str]:
     """Batches that all processes can share evenly."""
     world = world_size(cfg)
-    if min(world, cfg.rl.minibatches, cfg.rl.responses_per_prompt) < 1:
+    too_many = (
+        cfg.deploy.processes_per_node > MOST_PROCESSES
+        or cfg.deploy.nodes > MOST_NODES
+        or cfg.rl.minibatches > MOST_BATCH
+    )
+    if min(world, cfg.rl.minibatches, cfg.rl.responses_per_prompt) < 1 or too_many:
         return  # out of range, and already named
     for stage, node in (("sft", cfg.sft), ("rm", cfg.rm), ("dpo", cfg.dpo)):
         if stage in cfg.stage.runs and node.batch_size % world:
@@ -311,8 +325,6 @@ def check_sources(cfg: Config, node: str, stage: str) -> Iterator[str]:
     sources = score_sources(cfg, stage)
     for name, source in sources.items():
         key = f"{node}.rewards.{name}"
-        if not math.isfinite(source.weight):
-            yield f"{key}.weight={source.weight}: must be a number"
         yield from check_kind(key, source)
         if name == "gold" and source.function != GOLD:
             yield f"{key}: gold is the name of the built-in ground truth; choose another name"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rlhf.base.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
@@ -21,11 +24,21 @@ def digest(*parts: str) -> str:
 
 
 def cache_folder() -> Path:
-    """The directory of the cache, which is made if it does not exist."""
+    """The directory of the cache, which is made if it does not exist.
+
+    Raises: UserError where it cannot be written.
+    """
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"the cache of data {folder} cannot be written ({error.strerror}): set "
+            "HF_DATASETS_CACHE to a folder that can"
+        ) from None
     return folder
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import bisect
 import glob
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.base.errors import UserError
-from rlhf.base.locations import BUILTIN, is_local
+from rlhf.base.files import special_kind
+from rlhf.base.locations import BUILTIN, hub_id_of, is_local
 from rlhf.base.log import first_few, first_line, is_listening
 from rlhf.config.schema import Data, Source
-from rlhf.data.cache import digest, show_progress
+from rlhf.data.cache import cache_folder, digest, show_progress
 from rlhf.data.text_files import (
     MARK_BYTES,
     SEPARATORS,
     check_csv,
-    open_compressed,
+    check_sizes,
+    holds_lines,
     problem_at_start,
     separator_of,
     suffix_of,
@@ -65,10 +66,10 @@ class DataFiles(NamedTuple):
     not_read: list[str]  # other files and folders
 
 
-def open_source(name: str, source: Source, split: str) -> RawTable:
+def open_source(name: str, source: Source, split: str, most_row: int) -> RawTable:
     """The rows of a split of a source.
 
-    Args: name: the source's key in `data.sources`.
+    Args: name: the source's key in `data.sources`.  most_row: bytes of a row in a file of text.
     Raises: UserError that names the source and what is wrong with it.
     """
     import datasets
@@ -81,7 +82,11 @@ def open_source(name: str, source: Source, split: str) -> RawTable:
         return RawTable(_open_directory(name, source, split, path), False, [source.path], [0], [])
     key = "eval_split" if source.path == source.eval_split else "path"
     try:
-        return _open_files(find_files(source.path), source)
+        found = find_files(source.path)
+        cache_folder()  # the library's own message names no folder
+        return _open_files(found, source, most_row)
+    except UserError:  # of the cache, not of the file
+        raise
     except (ValueError, OSError) as error:
         raise UserError(f"data.sources.{name}.{key}={source.path}: {error}") from None
 
@@ -126,6 +131,10 @@ def find_files(path: str) -> DataFiles:
                 " written by save_to_disk, or a hub id"
             )
         return DataFiles([file], [])
+    if kind := special_kind(file):
+        raise ValueError(f"this is {kind}, not a file")
+    if "://" in path:
+        raise ValueError(f"an address on the web is not read: {download_of(path)}")
     if file.is_dir():
         entries = sorted(entry for entry in file.iterdir() if not entry.name.startswith("."))
     elif glob.has_magic(path):
@@ -150,7 +159,14 @@ def find_files(path: str) -> DataFiles:
     return DataFiles(files, not_read)
 
 
-def _open_files(found: DataFiles, source: Source) -> RawTable:
+def download_of(url: str) -> str:
+    """What to give in place of an address on the web."""
+    if hub := hub_id_of(url):
+        return f"give the hub id: {hub}"
+    return "give a hub id (OWNER/NAME), or download it and give the path of the file or folder"
+
+
+def _open_files(found: DataFiles, source: Source, most_row: int) -> RawTable:
     """The rows of all files, one file after the other. Raises: ValueError that names the file."""
     builders, tables = [], []
     for file in found.files:
@@ -158,8 +174,9 @@ def _open_files(found: DataFiles, source: Source) -> RawTable:
         if problem := problem_at_start(file):
             raise ValueError(name + problem)
         try:
+            check_sizes(file, most_row)
             builders.append(_builder(file))
-            tables.append(_open_file(file, builders[-1], source))
+            tables.append(_open_file(file, builders[-1], source, most_row))
         except Exception as error:  # the library wraps the causes in its own, or names none
             raise ValueError(name + what_is_wrong(file, suffix_of(file), error)) from None
         if builders[-1] != builders[0]:
@@ -180,14 +197,14 @@ def _builder(file: Path) -> str:
     return "text" if suffix == ".json" and holds_lines(file) else BUILDERS[suffix]
 
 
-def _open_file(file: Path, builder: str, source: Source) -> datasets.Dataset:
+def _open_file(file: Path, builder: str, source: Source, most_row: int) -> datasets.Dataset:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the hub for each local file
     show_progress(file.stat().st_size > BIG_FILE)
     options: dict[str, Any] = {}
     if builder == "csv":
-        options = _csv_as_text(file, source)
+        options = _csv_as_text(file, source, most_row)
     if builder == "text":
         options = {"encoding_errors": MARK_BYTES}
     pattern = glob.escape(str(file))  # the library takes it for one
@@ -250,16 +267,7 @@ def _open_directory(name: str, source: Source, split: str, directory: Path) -> d
     return splits[split]
 
 
-def holds_lines(file: Path) -> bool:
-    """Whether a .json file has an object in each line, as .jsonl files do."""
-    with open_compressed(file) as lines:
-        try:
-            return isinstance(json.loads(lines.readline()), dict)
-        except (ValueError, RecursionError):
-            return False
-
-
-def _csv_as_text(file: Path, source: Source) -> dict[str, Any]:
+def _csv_as_text(file: Path, source: Source, most_row: int) -> dict[str, Any]:
     """Arguments with which a .csv file's fields stay strings, also "NA" and "42".
 
     An empty field is null. Scores are numbers.
@@ -268,11 +276,12 @@ def _csv_as_text(file: Path, source: Source) -> dict[str, Any]:
     import pandas
 
     separator = separator_of(file)
-    check_csv(file, separator)
+    check_csv(file, separator, most_row)
     scores = [source.columns.get(name, name) for name in ("score_a", "score_b")]
-    columns = pandas.read_csv(file, nrows=0, sep=separator).columns
+    columns = pandas.read_csv(file, nrows=0, sep=separator, encoding_errors=MARK_BYTES).columns
     features = {name: datasets.Value("float64" if name in scores else "string") for name in columns}
     texts = {"sep": separator, "keep_default_na": False, "na_values": [""]}
+    texts["encoding_errors"] = MARK_BYTES
     return {"features": datasets.Features(features), **texts}
 
 

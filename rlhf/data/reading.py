@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import plural
+from rlhf.base.log import cut, plural, printable
 from rlhf.config.choices import BadRow, Format, Template
 from rlhf.config.schema import Data, Source
 from rlhf.config.validation import check_used
@@ -24,7 +24,7 @@ from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest
 from rlhf.data.files import SAVED, RawTable, kind_of_source, open_source
 from rlhf.data.formats import fields
-from rlhf.data.formats.rows import Skip, parse_line, read_pairs, read_text
+from rlhf.data.formats.rows import Skip, check_text, parse_line, read_pairs, read_text
 from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, Turn, record_features
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FIRST_ROWS = 1000  # are looked at for columns that no format reads
 KINDS = 10  # of unreadable rows that are named, the most frequent ones
+LONGEST_REASON = 400  # characters of what is wrong with a row; it may quote the row
 UNREADABLE = "unreadable: "  # begins the problem of a row that cannot be read
 KNOWN_COLUMNS = (
     "prompt, chosen, rejected; chosen, rejected; messages; instruction, output; prompt, response;"
@@ -60,7 +61,7 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     """
     import pyarrow.compute as pc
 
-    raw = open_source(name, source, split)
+    raw = open_source(name, source, split, cfg.max_row_mb * 2**20)
     if not len(raw.table):
         raise UserError(f"data.sources.{name}: {source.path} ({split}) is empty")
     if source.rows is not None:
@@ -194,7 +195,7 @@ def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Da
         cfg.template,
     )
     package = Path(formats.__file__).parent.glob("*.py")
-    code = [path.read_text() for path in [Path(__file__), *sorted(package)]]
+    code = [path.read_text(encoding="utf-8") for path in [Path(__file__), *sorted(package)]]
     key = digest(raw.table._fingerprint, str(settings), *code)
     if is_text:
         convert = partial(read_texts, source=source, by_line=raw.by_line)
@@ -326,7 +327,7 @@ def read_rows(
     for row in _raw_rows(batch):
         pairs, prompt_hash, row_hashes, problem = [Pair([], "", None)], 0, [0], ""
         try:
-            records = read_pairs(parse_line(row["text"]) if by_line else row, source, style)
+            records = read_pairs(parsed(row, by_line), source, style)
             # case, spaces and the configured system prompt do not make another prompt
             prompt = "|".join(
                 f"{turn.role}:{' '.join(turn.text.lower().split())}{turn.more}"
@@ -341,7 +342,7 @@ def read_rows(
         except UnicodeEncodeError as error:
             problem = UNREADABLE + half_a_pair(error)
         except ValueError as error:
-            problem = UNREADABLE + str(error)
+            problem = UNREADABLE + printable(cut(str(error), LONGEST_REASON))
         for i, pair in enumerate(pairs):
             columns["prompt"].append([asdict(turn) for turn in pair.prompt])
             for name in PAIR_COLUMNS[1:]:
@@ -364,7 +365,7 @@ def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:
     for row in _raw_rows(batch):
         text, row_hash, problem = "", 0, ""
         try:
-            record = read_text(parse_line(row["text"]) if by_line else row, source)
+            record = read_text(parsed(row, by_line), source)
             row_hash = hash_text(record)
             text = record
         except Skip as reason:
@@ -372,11 +373,19 @@ def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:
         except UnicodeEncodeError as error:
             problem = UNREADABLE + half_a_pair(error)
         except ValueError as error:
-            problem = UNREADABLE + str(error)
+            problem = UNREADABLE + printable(cut(str(error), LONGEST_REASON))
         columns["text"].append(text)
         columns["problem"].append(problem)
         columns["row_hash"].append(row_hash)
     return columns | {"row_hash": _uint64(columns["row_hash"])}
+
+
+def parsed(row: dict[str, Any], by_line: bool) -> dict[str, Any]:
+    """A raw row by its columns. Raises: Skip; ValueError where it cannot be read."""
+    if by_line:
+        return parse_line(row["text"])
+    check_text(row)
+    return row
 
 
 def half_a_pair(error: UnicodeEncodeError) -> str:

@@ -137,7 +137,7 @@ def texts(
         table._fingerprint,
         encoding.content(tokenizer),
         str(("text", max_tokens)),
-        Path(__file__).read_text(),
+        Path(__file__).read_text(encoding="utf-8"),
     )
     function = partial(_encode_texts, tokenizer=tokenizer, max_tokens=max_tokens)
     encoded = cached_map(table, function, features, key, "tokenizing", workers)
@@ -176,7 +176,10 @@ def _encode(
         table._fingerprint,
         encoding.content(tokenizer),
         str((columns, max_prompt, max_response)),
-        *(Path(file).read_text() for file in (__file__, template.__file__, encoding.__file__)),
+        *(
+            Path(file).read_text(encoding="utf-8")
+            for file in (__file__, template.__file__, encoding.__file__)
+        ),
     )
     function = partial(
         _encode_batch,
@@ -258,7 +261,7 @@ def split_answers(table: datasets.Dataset, workers: int | None = None) -> datase
     """A row for each answer of the conversations, with the turns before it as its prompt."""
     import datasets
 
-    key = digest(table._fingerprint, "every answer", Path(__file__).read_text())
+    key = digest(table._fingerprint, "every answer", Path(__file__).read_text(encoding="utf-8"))
     features = datasets.Features(record_features())
     return cached_map(table, _split_answers, features, key, "splitting conversations", workers)
 

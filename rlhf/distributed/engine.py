@@ -89,7 +89,7 @@ def build_engine(
 
     ds_config = build_ds_config(cfg, role, collectives.world_size())
     if collectives.rank() == 0:
-        (run_dir / f"ds_{role}.json").write_text(json.dumps(ds_config, indent=2))
+        (run_dir / f"ds_{role}.json").write_text(json.dumps(ds_config, indent=2), encoding="utf-8")
     optim = optim_of(cfg, role)
     loading = announced(f"loading the {role.removesuffix('_trained')} model")
     with loading, watchdog.while_files_move(), zero3_init(ds_config):

@@ -50,5 +50,5 @@ def response_lines(
 def write_responses(file: Path, lines: Sequence[str]) -> None:
     """Write the file, whole or not at all; one that is there is replaced."""
     with atomic_path(file) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     log.info(f"{len(lines):,} responses are in {file}")

@@ -202,7 +202,7 @@ def read_score_settings(hf: PreTrainedModel, path: str) -> None:
     """Set how the scores of a reward model's adapter are read, as stage=rm has saved it."""
     file = model_directory(path) / SCORE_SETTINGS_FILE
     if hasattr(hf, HEAD) and file.exists():
-        settings: dict[str, Any] = json.loads(file.read_text())
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         for name in SCORE_SETTINGS:
             if name in settings:
                 setattr(hf.config, name, settings[name])

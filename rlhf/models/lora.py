@@ -182,7 +182,9 @@ def write_adapter(hf: PreTrainedModel, weights: dict[str, Tensor], directory: Pa
     save_file({peft_name(name): weight for name, weight in weights.items()}, directory / WEIGHTS)
     score = {name: getattr(hf.config, name) for name in SCORE_SETTINGS if hasattr(hf.config, name)}
     if score:
-        (directory / SCORE_SETTINGS_FILE).write_text(json.dumps(score, indent=2) + "\n")
+        (directory / SCORE_SETTINGS_FILE).write_text(
+            json.dumps(score, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def peft_name(name: str) -> str:

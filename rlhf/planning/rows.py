@@ -13,10 +13,16 @@ from typing import Any, NamedTuple
 
 from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Data, Source
-from rlhf.data.files import find_files, holds_lines, suffix_of
+from rlhf.data.files import find_files, suffix_of
 from rlhf.data.formats.fields import detect_format
 from rlhf.data.formats.rows import Skip, parse_line, read_pairs
-from rlhf.data.text_files import BROKEN, open_compressed, separator_of
+from rlhf.data.text_files import (
+    BROKEN,
+    check_sizes,
+    holds_lines,
+    open_compressed,
+    separator_of,
+)
 
 # preference pairs of data sets on the hub, from their cards
 HUB_ROWS = {
@@ -44,7 +50,8 @@ def estimate_rows(data: Data, share: str, every_answer: bool = False) -> int | N
     Args: every_answer: of "sft" count every answer of a conversation.
     Returns: None where a source is neither a known data set nor made of local files.
     """
-    counts = [rows_of_source(source, data.template) for source in data.sources.values()]
+    most_row = data.max_row_mb * 2**20
+    counts = [rows_of_source(one, data.template, most_row) for one in data.sources.values()]
     parts = [part / sum(data.shares) for part in data.shares]
     total = 0.0
     for source, rows in zip(data.sources.values(), counts):
@@ -69,16 +76,21 @@ def rows_of_share(source: Source, rows: Rows, share: str, parts: list[float]) ->
     return rows.answered * (1.0 if source.sft_only else part) * source.weight
 
 
-def rows_of_source(source: Source, style: Template = Template.hh) -> Rows | None:
+def rows_of_source(
+    source: Source, style: Template = Template.hh, most_row: int = 2**24
+) -> Rows | None:
     """What the rows of a source have; None where that is not known before they are read.
 
-    Args: style: data.template.
+    Args: style: data.template.  most_row: bytes of a row in a file of text.
     """
     if source.path in HUB_ROWS:
         count = limited(HUB_ROWS[source.path], source)
         return Rows(count, count, count, 0)
     try:
-        samples = [sample_file(file, source) for file in find_files(source.path).files]
+        files = find_files(source.path).files
+        for file in files:
+            check_sizes(file, most_row)
+        samples = [sample_file(file, source) for file in files]
     except (ValueError, RecursionError, csv.Error, *BROKEN):  # the stage says what is wrong
         return None
     count = limited(sum(sample.rows for sample in samples), source)

@@ -133,7 +133,7 @@ def arch_of(path: str, given: Arch | None) -> Arch | None:
         file = model_directory(path) / "config.json"
     else:
         return given
-    saved = json.loads(file.read_text())
+    saved = json.loads(file.read_text(encoding="utf-8"))
     family = saved.get("model_type")
     if family not in ACTIVATIONS:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rlhf.base.constants import SANDBOX_PROMPTS, SANDBOX_SPLIT, WORLD_HELD_OUT
@@ -72,6 +73,23 @@ def count_steps(cfg: Config, stage: str) -> Steps:
     tokens = sequences_per_step(cfg, stage) * (cfg.data.max_prompt_tokens + response)
     total = None if steps is None else steps * tokens
     return Steps(describe_batch(cfg, stage), steps, total, certainty)
+
+
+def too_large_batches(cfg: Config, stages: Sequence[str]) -> list[str]:
+    """Batches that need more rows than there are, a line each. Estimated numbers of rows may be
+    half of the real ones."""
+    lines = []
+    for stage in stages:
+        rows = None if stage == "eval" else rows_for_stage(cfg, stage)
+        per_step = schedule(cfg, stage)[0] if rows is not None else 0
+        if rows is not None and per_step > rows * (1 if cfg.data.world else 2):
+            node, what = ("rl", "prompts") if is_rl(stage) else (stage, "rows")
+            lines.append(
+                f"{node}.batch_size={batch_size(cfg, stage)}: a step of {stage} needs "
+                f"{per_step:,} {what}, there are {'' if cfg.data.world else 'about '}{rows:,}; "
+                "lower it, or add data"
+            )
+    return lines
 
 
 def schedule(cfg: Config, stage: str) -> tuple[int, int, int | None]:

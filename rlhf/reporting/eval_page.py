@@ -41,7 +41,7 @@ class ScorerSection(NamedTuple):
 def write_page(results: EvalResults, file: Path, title: str) -> None:
     """Write the page."""
     with atomic_path(file) as temporary:
-        temporary.write_text(page(results, title))
+        temporary.write_text(page(results, title), encoding="utf-8")
 
 
 def page(results: EvalResults, title: str) -> str:

@@ -119,7 +119,7 @@ class EvalResults:
 
 def read_results(file: Path) -> EvalResults:
     """Read eval.json."""
-    content: dict[str, Any] = json.loads(file.read_text())
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     content["win_rates"] = [WinRate(**rate) for rate in content["win_rates"]]
     content["pass_rates"] = [PassRate(**rate) for rate in content.get("pass_rates", [])]
     content["best_of"] = [BestOfPoint(**point) for point in content["best_of"]]

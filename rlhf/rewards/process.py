@@ -111,6 +111,7 @@ class RewardProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             start_new_session=True,  # Ctrl-C reaches the parent only, which then ends this one
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -256,7 +257,10 @@ def main() -> None:
 
 def take_channels() -> tuple[IO[str], IO[str]]:
     """stdin and stdout for this module alone: what functions print goes to stderr."""
-    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    requests, answers = (
+        os.fdopen(os.dup(0), encoding="utf-8"),
+        os.fdopen(os.dup(1), "w", encoding="utf-8"),
+    )
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)

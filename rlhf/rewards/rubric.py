@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import read_small_file
 from rlhf.base.log import first_line
 
 
@@ -22,8 +23,8 @@ def read_rubric(path: str, key: str, needed: Sequence[str]) -> str:
     Raises: UserError where it cannot be read, or lacks one of them.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_small_file(Path(path).expanduser())
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the rubric ({key}={path}): {first_line(error)}") from None
     if missing := [name for name in needed if f"{{{name}}}" not in text]:
         names = ", ".join(f"{{{name}}}" for name in missing)

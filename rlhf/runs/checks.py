@@ -26,7 +26,16 @@ from rlhf.base.adapter_files import (
     tokenizer_of,
 )
 from rlhf.base.errors import UserError
-from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
+from rlhf.base.files import read_small_file, special_kind, why_not_small_file
+from rlhf.base.locations import (
+    ASSETS,
+    BUILTIN,
+    HUB_ID,
+    hub_id_of,
+    is_directory,
+    model_directory,
+)
+from rlhf.base.log import first_line
 from rlhf.base.model_files import broken_file, score_heads, weight_names
 from rlhf.config.choices import Template
 from rlhf.config.schema import Config
@@ -53,6 +62,8 @@ def check_inputs(cfg: Config) -> list[str]:
     # stage=inspect tries the functions of online RL
     scored = [cfg.rl.name if stage == "inspect" else stage for stage in cfg.stage.runs]
     lines = [line for stage in scored for line in check_functions(cfg, stage)]
+    if cfg.deploy.hostfile and (problem := why_not_small_file(Path(cfg.deploy.hostfile))):
+        lines.append(f"deploy.hostfile={cfg.deploy.hostfile}: {problem}")
     if "eval" in cfg.stage.runs:
         lines += [*check_prompt_files(cfg), *check_response_file(cfg)]
     if cfg.data.template is Template.tokenizer:
@@ -80,7 +91,7 @@ def given_models(cfg: Config) -> Iterator[tuple[str, str, str]]:
     if "eval" in stages:
         paths = [p for p in cfg.eval.policies if p != BASE and not is_stage_name(p)]
         models += [("eval.policies", path, POLICY) for path in paths]
-    return ((key, path, kind) for key, path, kind in models if path)
+    return ((key, path, kind) for key, path, kind in models if path is not None)
 
 
 def check_chat_templates(cfg: Config) -> Iterator[str]:
@@ -118,7 +129,24 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
         if not (ASSETS / path.removeprefix(BUILTIN) / "config.json").exists():
             yield f"{key}={path}: no such built-in model; use builtin:tiny"
         return
+    what = "give a run, a model directory or a hub id (OWNER/NAME)"
+    if not path.strip() or "\0" in path:
+        yield f"{key}={path!r}: this is no path; {what}"
+        return
+    if "://" in path:
+        hub = hub_id_of(path)
+        fix = f"give the hub id: {key}={hub}" if hub else what
+        yield f"{key}={path}: a model is not read from an address on the web; {fix}"
+        return
     if not is_directory(path):
+        if not HUB_ID.fullmatch(path):
+            yield f"{key}={path}: neither a path that is there nor a hub id; {what}"
+        return
+    if kind_of_file := special_kind(Path(path).expanduser()):
+        yield f"{key}={path}: this is {kind_of_file}; {what}"
+        return
+    if Path(path).expanduser().is_file():
+        yield f"{key}={path}: this is a file; give the directory that it is in"
         return
     directory = model_directory(path)
     if has_adapter(path):
@@ -133,7 +161,7 @@ def check_model(key: str, path: str, kind: str) -> Iterator[str]:
         yield f"{key}={path}: {problem}"
         return
     try:
-        named = json.loads(config_file.read_text()).get("architectures") or []
+        named = json.loads(config_file.read_text(encoding="utf-8")).get("architectures") or []
         architectures = [named] if isinstance(named, str) else named
     except AttributeError:  # it is JSON, but not an object
         yield f"{key}={path}: {config_file} is not the configuration of a model"
@@ -179,7 +207,7 @@ def quantization_of(path: str) -> str | None:
     file = model_directory(path) / "config.json"
     if not is_directory(path) or not file.exists() or broken_file(file.parent):
         return None
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     found = config.get("quantization_config") if isinstance(config, dict) else None
     return str(found.get("quant_method", "of unknown kind")) if isinstance(found, dict) else None
 
@@ -210,8 +238,13 @@ def check_judge(key: str, judge: Judge) -> Iterator[str]:
     """The files and the key of a language model that grades responses."""
     name = judge.api_key_env
     for field, path in (("rubric", judge.rubric), ("pair_rubric", judge.pair_rubric)):
-        if path is not None and not Path(path).expanduser().is_file():
-            yield f"{key}.{field}={path}: there is no file {Path(path).expanduser().resolve()}"
+        if path is None:
+            continue
+        file = Path(path).expanduser()
+        if problem := why_not_small_file(file):
+            yield f"{key}.{field}={path}: {problem}"
+        elif not file.is_file():
+            yield f"{key}.{field}={path}: there is no file {file.resolve()}"
     if name is not None and not os.environ.get(name):
         yield f"{key}.api_key_env={name}: this environment variable is not set"
 
@@ -237,14 +270,17 @@ def may_define(file: Path, name: str) -> bool:
 def check_prompt_files(cfg: Config) -> Iterator[str]:
     for name in cfg.eval.prompts:
         file = prompt_file(name)
+        if problem := why_not_small_file(file):
+            yield f"eval.prompts: {name}: {problem}"
+            continue
         if not file.is_file():
             known = ", ".join(sorted(path.stem for path in PROMPTS.iterdir()))
             yield f"eval.prompts: {name} is no file, and not one of {known}"
             continue
         try:
             read_prompt_lines(file)
-        except (OSError, UnicodeDecodeError) as error:
-            yield f"eval.prompts: {name} cannot be read: {error}"
+        except (OSError, ValueError) as error:
+            yield f"eval.prompts: {name} cannot be read: {first_line(error)}"
 
 
 def check_response_file(cfg: Config) -> Iterator[str]:
@@ -253,7 +289,9 @@ def check_response_file(cfg: Config) -> Iterator[str]:
         return
     key = f"eval.save_responses={cfg.eval.save_responses}"
     file = Path(cfg.eval.save_responses).absolute()
-    if file.is_dir() or cfg.eval.save_responses.endswith("/"):
+    if kind := special_kind(file):
+        yield f"{key}: this is {kind}; give a file"
+    elif file.is_dir() or cfg.eval.save_responses.endswith("/"):
         yield f"{key}: this is a folder; give a file in it, for instance responses.jsonl"
     elif not file.parent.is_dir():
         yield f"{key}: there is no folder {file.parent}; make it first"
@@ -269,7 +307,7 @@ def prompt_file(name: str) -> Path:
 
 def read_prompt_lines(file: Path) -> list[str]:
     """The prompts of a file, one per line."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_small_file(file).splitlines() if line.strip()]
 
 
 def function_file(function: str) -> Path | None:

@@ -61,7 +61,7 @@ def read_warnings(directory: Path) -> list[str]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that a reader never sees half-written."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def config_for_stage(cfg: Config, stage: str, inputs: dict[str, str]) -> Config:
@@ -172,7 +172,9 @@ def output_of(*command: str) -> str:
     """What a command prints; "" where it fails, or takes more than 5 s."""
     folder = Path(__file__).parent
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=folder)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=5, cwd=folder
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

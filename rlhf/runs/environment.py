@@ -112,7 +112,7 @@ def busy_processors(seconds: float = 0.5) -> float:
 def processor_seconds() -> float:
     """Seconds of work that `processors()` have done since the system started. Raises: OSError."""
     names = {f"cpu{number}" for number in processors()}
-    fields = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    fields = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()]
     # user, nice, system and two kinds of interrupts; the other columns are idle time, waiting for
     # a disk, and time that the host gave to others
     ticks = [int(row[i]) for row in fields if row and row[0] in names for i in (1, 2, 3, 6, 7)]

@@ -288,13 +288,19 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
     for job, directory in zip(jobs, directories):
         if not (job / "run").exists():
             error = job / "error.txt"
-            cause = error.read_text(errors="replace").strip() if error.exists() else "no run"
+            cause = (
+                error.read_text(errors="replace", encoding="utf-8").strip()
+                if error.exists()
+                else "no run"
+            )
             run = Run(job, "", f"failed: {cause}")
         elif count[directory] == 1:
             run = read_run(directory)
         else:
             run = read_run(job)
-            overrides = (job / "overrides.txt").read_text(errors="replace").splitlines()
+            overrides = (
+                (job / "overrides.txt").read_text(errors="replace", encoding="utf-8").splitlines()
+            )
             pairs = (override.partition("=") for override in overrides)
             run.settings |= {key: value for key, _, value in pairs if key.startswith("deploy")}
         run.sweeps.append(job.resolve().parent.name)

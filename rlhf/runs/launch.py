@@ -299,7 +299,9 @@ def check_hostfile(path: Path, cfg: Config) -> None:
             f"deploy.hostfile={path}: no such file; it needs a line per node: "
             f"HOST slots={deploy.processes_per_node}"
         )
-    hosts = re.findall(r"^\s*([^#\s]\S*)\s+slots=(\d+)", path.read_text(), re.MULTILINE)
+    hosts = re.findall(
+        r"^\s*([^#\s]\S*)\s+slots=(\d+)", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
     enough = [host for host, slots in hosts if int(slots) >= deploy.processes_per_node]
     if len(hosts) < deploy.nodes or len(enough) < len(hosts):
         raise UserError(

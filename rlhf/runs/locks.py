@@ -22,7 +22,7 @@ REPORT_EVERY = 30.0  # s
 @contextlib.contextmanager
 def try_lock(path: Path, shared: bool = False) -> Iterator[bool]:
     """Lock a file within this context, without waiting. Gives whether the lock was free."""
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         yield lock_open_file(file, shared)
 
 
@@ -67,7 +67,10 @@ def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
     Raises: UserError that names the other process, without `wait`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK_FILE, "a+") as file, open_folder(directory) as folder:
+    with (
+        open(directory / LOCK_FILE, "a+", encoding="utf-8") as file,
+        open_folder(directory) as folder,
+    ):
         wait_for_lock(file, folder, directory, wait)
         file.seek(0)
         file.truncate()
@@ -95,7 +98,10 @@ def wait_for_lock(file: IO[str], folder: int, directory: Path, wait: bool) -> No
 
 def is_locked(directory: Path) -> bool:
     """Whether a process holds the lock of a run directory."""
-    with contextlib.suppress(FileNotFoundError), open(directory / LOCK_FILE) as file:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(directory / LOCK_FILE, encoding="utf-8") as file,
+    ):
         if not lock_open_file(file, shared=True):
             return True
     with open_folder(directory) as folder:

@@ -36,7 +36,7 @@ def write_card(directory: Path, cfg: Config, summary: dict[str, Any]) -> None:
         *("```yaml", *settings, "```", ""),
         *(f"Run `{summary['id']}`. Made with {versions}.", ""),
     ]
-    (directory / "model" / "README.md").write_text("\n".join(lines))
+    (directory / "model" / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def parent_line(role: str, id: str, cfg: Config) -> str:

@@ -302,7 +302,7 @@ def policy_hash(policy: LogProbModel) -> str:
     rank.
     """
     modules = (likelihood, loading, logprobs, packing, wrappers)
-    code = "".join(Path(module.__file__ or "").read_text() for module in modules)
+    code = "".join(Path(module.__file__ or "").read_text(encoding="utf-8") for module in modules)
     sha = hashlib.sha256(f"{policy.module.hf.config.to_json_string()}{code}".encode())
     for name, weight in policy.module.named_parameters():
         if is_adapter_weight(name):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
-from rlhf.base.log import first_line, log, printable
+from rlhf.base.log import first_line, log, presentable
 from rlhf.base.wandb_login import wandb_problem
 from rlhf.config.choices import WandbMode
 from rlhf.config.schema import Config
@@ -65,7 +65,7 @@ class Tracker:
         self.start, self.first = time.time(), 0
         if not self.main:
             return
-        self.file = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  one line per step, flushed at once
+        self.file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  one line per step, flushed at once
         # it takes seconds, in which the run can begin
         self.wandb_failed = False
         self.wandb = ThreadPoolExecutor(1).submit(start_wandb, cfg, run_dir)
@@ -166,7 +166,7 @@ class Tracker:
         for name in LOGS if self.main else ():
             cut_back(self.run_dir / name, sizes.get(name, 0))
         if self.main and sizes:
-            self.first = sum(1 for _ in open(self.run_dir / "metrics.jsonl"))  # noqa: SIM115
+            self.first = sum(1 for _ in open(self.run_dir / "metrics.jsonl", encoding="utf-8"))  # noqa: SIM115
             self.bar.initial = self.bar.n = self.first
 
     def close(self, summary: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ def cell_of(value: Any) -> Any:
 
 def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
     """Append a JSON line per row, with its step."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.writelines(
             json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows
         )
@@ -266,7 +266,7 @@ def wandb_id(run_dir: Path) -> str:
         log.warning(f"{file}: {found!r:.80} is no id of a W&B run; this run gets a new one there")
     new = secrets.token_hex(6)
     with atomic_path(file) as temporary:
-        temporary.write_text(new)
+        temporary.write_text(new, encoding="utf-8")
     return new
 
 
@@ -316,13 +316,21 @@ def set_up_logging(run_dir: Path) -> None:
     console.setLevel(logging.INFO)
     log.addHandler(console)
     if collectives.rank() == 0:
-        file = logging.FileHandler(run_dir / "train.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+        file.setFormatter(Presentable("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(file)
+
+
+class Presentable(logging.Formatter):
+    """No text of data or a model controls the terminal that shows a log, or fills the disk."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return presentable(super().format(record))
 
 
 class TqdmHandler(logging.Handler):
     """Prints above a progress bar without tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(self.format(record)), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk behind stderr: train.log has it too
+            tqdm.write(presentable(self.format(record)), file=sys.stderr)

@@ -102,6 +102,7 @@ def start() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
         env=os.environ | own_source(),
     )
 
@@ -126,7 +127,7 @@ def close() -> None:
 def main() -> None:
     """Answer requests, a line of JSON each, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever is printed
     for truth, text in (("1/2", "$0.5$"), ("(x+1)^2", "$x^2+2x+1$"), (r"\{1\}", r"$\sqrt{2}$")):
         compare([truth], text)  # imports what SymPy needs, before the clock runs
@@ -145,7 +146,7 @@ def answer(rows: Sequence[Any], seconds: float, answers: IO[str]) -> None:
             limit = seconds if late < MOST_LATE else seconds / 10
             compare_all(rows[done:], limit, writing)
         os.close(writing)
-        with open(reading) as lines:
+        with open(reading, encoding="utf-8") as lines:
             for line in lines:
                 print(line, end="", file=answers, flush=True)
                 done += 1

@@ -108,7 +108,7 @@ def check_outcome(done: subprocess.CompletedProcess[str], file: str, folder: Pat
         return
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and errors and any(file in line for line in errors), done.stderr
-    assert "rollout 3" not in done.stderr and "importing torch" not in done.stderr
+    assert "rollout 3" not in done.stderr
 
 
 @pytest.mark.parametrize("file, damage", OF_AN_INTERRUPTED_RUN, ids=names)

@@ -180,6 +180,7 @@ def test_fields_without_effect_on_results() -> None:
         *(f"Offload.{f.name}" for f in dataclasses.fields(Offload)),
         "Model.arch",
         "Model.pairs_with",
+        "Data.max_row_mb",
         "Eval.save_responses",
         "RewardSource.timeout",
         "Judge.concurrency",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 from helpers import composed
@@ -84,6 +85,27 @@ def test_a_number_that_is_not_finite_is_outside_every_range(value: str) -> None:
     assert line == f"rl.kl.horizon={value}: must be a finite number, above 0"
 
 
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("rl.max_steps=10000000000", "must be at most 2,147,483,647"),
+        ("seed=100000000000000000000", "must be at most 2,147,483,647"),
+        ("rollout.top_p=inf", "must be a finite number"),
+        ("sft.batch_size=100000000000000000000", "must be above 0, at most 1,000,000"),
+        ("data.sandbox.demonstrations=1000000000000", "must be above 0, at most 1,000,000"),
+    ],
+)
+def test_every_number_has_a_largest_value(override: str, line: str) -> None:
+    assert f"{override}: {line}" in check_config(composed(override))
+
+
+def test_threads_are_at_most_four_to_a_core() -> None:
+    cores = os.cpu_count() or 1
+    assert not check_config(composed(f"deploy.threads={4 * cores}"))
+    (line,) = check_config(composed(f"deploy.threads={4 * cores + 1}"))
+    assert f"; give at most {4 * cores}, or null" in line
+
+
 def test_ranges_of_names_that_the_user_chooses() -> None:
     (line,) = out_of_range(composed("data=shp", "data.sources.shp.rows=0"))
     assert line == "data.sources.shp.rows=0: must be above 0"
@@ -92,5 +114,7 @@ def test_ranges_of_names_that_the_user_chooses() -> None:
 def test_numbers_out_of_range_do_not_hide_other_problems_and_are_not_divided_by() -> None:
     zeros = ["rl.minibatches=0", "deploy.processes_per_node=0", "rl.responses_per_prompt=0"]
     lines = check_config(composed(*zeros, "deploy.master=here"))
-    assert sorted(lines[:3]) == sorted(f"{key}: must be above 0" for key in zeros)
+    assert sorted(line.partition(",")[0] for line in lines[:3]) == sorted(
+        f"{key}: must be above 0" for key in zeros
+    )
     assert lines[3:] == ["deploy.master=here: give host:port of node 0"]

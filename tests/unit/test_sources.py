@@ -59,8 +59,8 @@ FILES: list[tuple[str, str | bytes | None, str]] = [
     ),
     (
         "latin.csv",
-        b"prompt,chosen\na,b\ncaf\xe9,c\n",
-        ".path={path}: line 3 is not UTF-8 (byte 0xe9); if it is Latin-1, convert it with  "
+        b"prompt,caf\xe9\na,b\n",
+        ".path={path}: line 1 is not UTF-8 (byte 0xe9); if it is Latin-1, convert it with  "
         "iconv -f ISO-8859-1 -t UTF-8 {path} > utf8-latin.csv",
     ),
     ("latin.json", b'[{"prompt":\n"caf\xe9"}]', ".path={path}: line 2 is not UTF-8 (byte 0xe9)"),

@@ -194,8 +194,14 @@ from rlhf.config.validation import check_config
         ),
         (["~rl.rewards.model"], "rl.rewards is empty: nothing to train on"),
         (["rl.rewards.model.weight=0"], "rl.rewards: all weights are 0"),
-        (["rl.rewards.model.weight=inf"], "rl.rewards.model.weight=inf: must be a number"),
-        (["rl.rewards.model.weight=nan"], "rl.rewards.model.weight=nan: must be a number"),
+        (
+            ["rl.rewards.model.weight=inf"],
+            "rl.rewards.model.weight=inf: must be a finite number, at least -1,000,000",
+        ),
+        (
+            ["rl.rewards.model.weight=nan"],
+            "rl.rewards.model.weight=nan: must be a finite number, at least -1,000,000",
+        ),
         (
             ["rl.rewards.model.path=/m", "rl.rewards.model.function='a:b'"],
             "rl.rewards.model: path and function are both given",

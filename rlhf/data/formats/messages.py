@@ -112,6 +112,8 @@ def _parsed(value: Json) -> Json:
         return json.loads(value)
     except ValueError:
         return value
+    except RecursionError:
+        raise ValueError("JSON in a string is nested too deeply") from None
 
 
 def turn_of_tools(value: Json) -> Turn | None:

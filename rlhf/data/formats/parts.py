@@ -34,7 +34,17 @@ def string(value: Json, name: str) -> str:
 def number(value: Json, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError(f"{name} is {kind_of(value)}, not a number")
+    if not is_finite(value):
+        raise ValueError(f"{name} is too large for a number")
     return value
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is one for floating point: 10**400, which JSON may have, is not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 # --- prompts
@@ -122,8 +132,8 @@ def answer_of(value: Json, name: str, prompt: list[Turn], in_dialogue: bool) -> 
         if answer and turns and turns != prompt and turns != _without_system(prompt):
             raise ValueError(f"the turns of {name} before its last answer are not the prompt")
         return answer
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)  # of a task whose answers are numbers
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        return str(number(value, name))  # of a task whose answers are numbers
     # answers of yitingxie/rlhf-reward-datasets begin with "Assistant:", those of the Vicuna sets
     # end with "</s>"
     text = answer_text(string(value, name).rstrip().removesuffix("</s>"))

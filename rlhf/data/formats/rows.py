@@ -57,13 +57,17 @@ RAW = (Format.prompt_chosen_rejected, Format.prompts)  # formats that data.templ
 
 
 NOT_UTF8 = "\ufdd0"  # in place of a byte that is not UTF-8; Unicode gives it to no character
+NOT_TEXT = (
+    "not UTF-8: save the file as UTF-8; if it is Latin-1, convert it with iconv -f ISO-8859-1 -t "
+    "UTF-8"
+)
+DEEPEST = 100  # objects and lists inside each other; far below what Python's recursion allows
 
 
 def parse_line(line: str) -> Row:
     """A line of a .jsonl file. Raises: Skip if it is empty, ValueError unless it is an object."""
     if NOT_UTF8 in line:
-        fix = "if it is Latin-1, convert it with iconv -f ISO-8859-1 -t UTF-8"
-        raise ValueError(f"not UTF-8: save the file as UTF-8; {fix}")
+        raise ValueError(NOT_TEXT)
     line = line.removeprefix("\ufeff")  # some editors put a byte order mark in front of a file
     if not line.strip():
         raise Skip("empty line")
@@ -73,9 +77,32 @@ def parse_line(line: str) -> Row:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError("a number has more than 4,300 digits") from None
+        raise
+    if line.count("{") + line.count("[") > DEEPEST and depth(row) > DEEPEST:
+        raise ValueError("its JSON is nested too deeply")
     if not isinstance(row, dict):
         raise ValueError("JSON, but not an object {...}")
     return row
+
+
+def depth(value: Json) -> int:
+    """How many objects and lists are inside each other."""
+    levels, inside = 0, [value]
+    while inside := [one for one in inside if isinstance(one, dict | list)]:
+        levels += 1
+        inside = [
+            child for one in inside for child in (one.values() if isinstance(one, dict) else one)
+        ]
+    return levels
+
+
+def check_text(row: Row) -> None:
+    """Raises: ValueError where a text of a row of a .csv file is not UTF-8."""
+    if any(isinstance(text, str) and NOT_UTF8 in text for text in row.values()):
+        raise ValueError(NOT_TEXT)
 
 
 def first_repeated(names: list[str]) -> str | None:

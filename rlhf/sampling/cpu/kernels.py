@@ -68,7 +68,7 @@ def load_or_compile() -> None:
         raise RuntimeError(f"ours need torch {needed}, this is {torch.__version__}")
     flags = compiler_flags()
     machine = [platform.machine(), *platform.libc_ver(), torch.__version__]
-    content = "\n".join([SOURCE.read_text(), *machine, *flags])
+    content = "\n".join([SOURCE.read_text(encoding="utf-8"), *machine, *flags])
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # code is loaded from there: nobody else may write to it
@@ -82,7 +82,11 @@ def load_or_compile() -> None:
 def is_as_compiled(library: Path) -> bool:
     """Whether a library is there as the compiler left it: a damaged one would end the process."""
     sums = library.with_suffix(".sha256")
-    return library.exists() and sums.exists() and sums.read_text() == hash_file(library)
+    return (
+        library.exists()
+        and sums.exists()
+        and sums.read_text(encoding="utf-8") == hash_file(library)
+    )
 
 
 def compiler_flags() -> list[str]:
@@ -103,8 +107,10 @@ def compile_library(library: Path, flags: list[str]) -> None:
     log.info(f"compiling kernels for sampling on CPU, once on this machine: {library}")
     unfinished = library.with_suffix(".tmp")
     command = [*compiler, str(SOURCE), "-o", str(unfinished), *flags]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    library.with_suffix(".sha256").write_text(hash_file(unfinished))
+    subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=300
+    )
+    library.with_suffix(".sha256").write_text(hash_file(unfinished), encoding="utf-8")
     unfinished.rename(library)
 
 

@@ -1,0 +1,47 @@
+"""Standard input, output and error where they are closed, full or lack characters. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+
+def prepare_streams() -> None:
+    """Open the null device for a standard stream that is closed, and print a question mark for a
+    character that the terminal's encoding lacks (LC_ALL=C)."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would be this stream
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):  # a test may have put another one
+            reconfigure(errors="replace")
+
+
+_said: list[str] = []  # why standard output cannot be written, once that was said
+
+
+def cannot_write(end: str = "") -> bool:
+    """Whether standard output cannot be written; then a line says so, and the rest is dropped.
+
+    Args: end: written to it, where nothing may be left to write.
+    """
+    if _said:
+        return True
+    try:
+        sys.stdout.write(end)
+        sys.stdout.flush()
+    except OSError as error:
+        _said.append(str(error))
+        with contextlib.suppress(OSError):
+            line = f"error: cannot write to standard output: {error.strerror}"
+            print(line, file=sys.stderr, flush=True)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)  # or the interpreter would try again when it ends
+        os.close(null)
+        return True
+    return False

@@ -1,0 +1,87 @@
+"""Standard streams that are closed or full, other locales, and a home that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_files import rows
+from helpers import REPO, train
+
+from rlhf.base.errors import UserError, machine_problem
+from rlhf.data.cache import cache_folder
+
+FULL = "error: cannot write to standard output: No space left on device\n"
+
+
+def shell(redirections: str, argument: str = "--help", **env: str) -> tuple[int, str]:
+    """train.py with redirections of a shell. Returns: exit code, and what is on stderr."""
+    command = f"{sys.executable} {REPO / 'train.py'} {argument} {redirections}"
+    done = subprocess.run(
+        command, shell=True, env=os.environ | env, capture_output=True, encoding="utf-8"
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "redirections, expected",
+    [
+        (">&-", (0, "")),
+        (">&- 2>&- <&-", (0, "")),
+        (">/dev/full", (1, FULL)),
+        (">/dev/full 2>/dev/full", (1, "")),
+    ],
+)
+def test_help_with_streams_that_are_closed_or_full(
+    redirections: str, expected: tuple[int, str]
+) -> None:
+    assert shell(redirections) == expected
+
+
+def test_a_wrong_command_with_nowhere_to_say_so() -> None:
+    assert shell("2>/dev/full", "sft.lr=x") == (2, "")
+    assert shell("2>&-", "sft.lr=x") == (2, "")
+
+
+def test_a_character_that_the_terminal_lacks_is_escaped() -> None:
+    code, stderr = shell("", "stage=café", LC_ALL="C", PYTHONUTF8="0")
+    assert code == 2 and "'stage=caf\\udcc3" in stderr and stderr.count("\n") == 1
+
+
+def test_data_are_read_and_reported_in_an_ascii_locale(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps(row | {"prompt": f"{row['prompt']} 日本"}) for row in rows(*range(60))]
+    file.write_text("\n".join(lines).replace("\\u65e5\\u672c", "日本"), encoding="utf-8")
+    command = ["stage=inspect", "data=jsonl", f"data.sources.mine.path={file}"]
+    done = train(*command, cwd=tmp_path, LC_ALL="C", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    (page,) = tmp_path.glob("outputs/inspect-*/report.html")
+    assert "本" in page.read_text(encoding="utf-8")
+
+
+def test_a_cache_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="Not a directory.*: set HF_DATASETS_CACHE to a folder"):
+        cache_folder()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unable to allocate 246. GiB for an array with shape (33000000000,) and data type int64",
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_memory_that_is_used_up_gets_the_keys_that_need_less(message: str) -> None:
+    line = machine_problem(RuntimeError(message))
+    assert line and line.startswith("the memory is used up (plan=true shows what is needed")
+    assert "deploy.micro_batch" in line and message in line
