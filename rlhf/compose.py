@@ -19,6 +19,7 @@ import hydra
 import yaml
 from hydra import compose
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -122,6 +123,12 @@ def parse(arg: str) -> Override:
     elif arg.endswith(","):
         fix = f"remove the comma at the end: {arg.rstrip(',')}"
     raise UserError(f"cannot read {cut(repr(arg), 200)}: {fix}")
+
+
+def jobs_of(overrides: Sequence[Override]) -> list[list[str]]:
+    """The overrides of each job of a sweep, as Hydra makes them and in its order."""
+    (jobs,) = BasicSweeper.split_arguments(list(overrides), None)
+    return jobs
 
 
 def user_folders(config_dir: str | None, overrides: Sequence[str]) -> list[Path]:

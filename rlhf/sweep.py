@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import compose, run
@@ -60,7 +59,7 @@ def read_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> Sweep:
     params = (master.sweeper.params or {}).items()
     in_files = [compose.allow_user_names(f"{key}={value}") for key, value in params]
     every = [*map(compose.parse, in_files), *typed]
-    (jobs,) = BasicSweeper.split_arguments(every, None)
+    jobs = compose.jobs_of(every)
     swept = {one.key_or_group for one in every if one.is_sweep_override()}
     usual = compose.compose_with_hydra([], folders).hydra
     ours = [[arg for arg in job if not is_hydras(arg)] for job in jobs]

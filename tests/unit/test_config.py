@@ -39,7 +39,8 @@ COMPOSED = [
 
 @pytest.mark.parametrize("group, option, stage", COMPOSED, ids=lambda x: x)
 def test_every_option_composes_with_every_stage(group: str, option: str, stage: str) -> None:
-    path = ["data.sources.mine.path=mine.jsonl"] if option == "jsonl" else []
+    named = {"jsonl": "mine", "verl": "verl"}  # these options need a file
+    path = [f"data.sources.{named[option]}.path=mine.jsonl"] if option in named else []
     cfg = composed(f"stage={stage}", f"{group}={option}", *path)
     assert check_config(cfg) == []
     assert cfg.stage.name == stage
