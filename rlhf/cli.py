@@ -25,6 +25,7 @@ from rlhf.base.interrupts import interrupted
 from rlhf.base.log import say
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
+from rlhf.runs import early
 from rlhf.runs.failures import WorkerError
 
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes
@@ -103,10 +104,19 @@ def dispatch(argv: Sequence[str]) -> int:
         raise UserError("\n".join(problems))
     if args.multirun:
         return run_sweep(overrides, folders)
-    run_hydra()
+    with early.none_left():
+        if will_train(args):
+            early.begin()
+        run_hydra()
     if stopped_by:
         raise stopped_by[0]
     return DONE
+
+
+def will_train(args: argparse.Namespace) -> bool:
+    """Whether a command may start a worker, as far as its words show."""
+    only_prints = args.cfg or args.info or args.shell_completion or args.package
+    return not only_prints and not {"plan=true", "stage=inspect"} & set(args.overrides)
 
 
 def parser() -> argparse.ArgumentParser:
