@@ -68,7 +68,7 @@ def prepare(cfg: Config, stage: str, is_next: bool) -> None:
         return
     start(cfg.deploy.processes_per_node)
     waiting.stage = stage
-    modules = [module_of(stage)]
+    modules = ["deepspeed", module_of(stage)]
     if not is_next:
         modules += LATE_IMPORTS + ["wandb"] * (cfg.wandb.mode != WandbMode.disabled)
     order = {"environment": library_settings(cfg, busy_lately), "modules": modules}
