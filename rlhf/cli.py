@@ -115,7 +115,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def will_train(args: argparse.Namespace) -> bool:
     """Whether a command may start a worker, as far as its words show."""
-    only_prints = args.cfg or args.info or args.shell_completion or args.package
+    only_prints = args.cfg or args.c or args.info or args.shell_completion
     return not only_prints and not {"plan=true", "stage=inspect"} & set(args.overrides)
 
 
@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--config-dir", "-cd")
     for with_value in ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path"):
         options.add_argument(with_value)
-    options.add_argument("--info", "-i", nargs="?")
+    options.add_argument("--info", "-i", nargs="?", const="all")
     return options
 
 
