@@ -49,7 +49,8 @@ def printable(text: str) -> str:
 
 def say(line: str) -> None:
     """Print a line to the user, on stderr."""
-    print(printable(line), file=sys.stderr, flush=True)
+    # with its end in one piece: Ctrl-C may come between two
+    print(f"{printable(line)}\n", end="", file=sys.stderr, flush=True)
 
 
 def plural(count: int, noun: str, ending: str = "s") -> str:
