@@ -39,7 +39,7 @@ Seconds = dict[str, list[float]]  # per 100 optimizer steps, by setting
 @contextlib.contextmanager
 def busy_processes(number: int) -> Iterator[None]:
     """Run `number` processes that never sleep."""
-    from rlhf.runs.launch import end_with_parent
+    from rlhf.base.own_processes import end_with_parent
 
     command = [sys.executable, "-c", "while True: pass"]
     started = [subprocess.Popen(command, preexec_fn=end_with_parent) for _ in range(number)]

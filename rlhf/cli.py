@@ -27,6 +27,7 @@ from rlhf.base.log import plural, say
 from rlhf.base.streams import cannot_write
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
+from rlhf.runs import early
 from rlhf.runs.failures import WorkerError
 
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes
@@ -116,10 +117,19 @@ def dispatch(argv: Sequence[str]) -> int:
             )
         with_flags = any((args.package, args.config_name, args.config_path, *flags))
         return run_sweep(overrides, folders, with_flags)
-    run_hydra()
+    with early.none_left():
+        if will_train(args):
+            early.begin()
+        run_hydra()
     if stopped_by:
         raise stopped_by[0]
     return DONE
+
+
+def will_train(args: argparse.Namespace) -> bool:
+    """Whether a command may start a worker, as far as its words show."""
+    only_prints = args.cfg or args.c or args.info or args.shell_completion
+    return not only_prints and not {"plan=true", "stage=inspect"} & set(args.overrides)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--config-dir", "-cd")
     for with_value in ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path"):
         options.add_argument(with_value)
-    options.add_argument("--info", "-i", nargs="?")
+    options.add_argument("--info", "-i", nargs="?", const="all")
     return options
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from rlhf.base.errors import UserError
 from rlhf.base.locations import BUILTIN
 from rlhf.base.log import log, say
-from rlhf.base.own_processes import own_source, python_module
+from rlhf.base.own_processes import end_with_parent, own_source, python_module
 from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import function_sources
@@ -29,7 +29,7 @@ from rlhf.runs.command import Command
 from rlhf.runs.directory import config_for_stage
 from rlhf.runs.environment import QUIET
 from rlhf.runs.failures import WorkerError, read_failures, write_failure
-from rlhf.runs.launch import end_with_parent, graceful_shutdown
+from rlhf.runs.launch import graceful_shutdown
 
 
 def rehearse(command: Command, stages: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ from rlhf.planning.steps import too_large_batches
 from rlhf.planning.summary import one_line_summary, print_plan
 from rlhf.rehearsal import rehearse
 from rlhf.reporting import tables
+from rlhf.runs import early
 from rlhf.runs.command import Command
 from rlhf.runs.directory import (
     archive_attempt,
@@ -72,15 +73,16 @@ def run_command(command: Command) -> list[Path]:
                 help_first_node(command, stage)
         return []
     started = time.time()
-    check_before_training(command)
     done = []
-    for stage in cfg.stage.runs:
-        with say_how_to_continue(command, stage):
-            if stage == "inspect":
-                inspect_data(command)
-            else:
-                is_parent = stage != cfg.stage.runs[-1]
-                done.append(run_stage(command, stage, is_parent))
+    with early.none_left():
+        check_before_training(command)
+        for stage in cfg.stage.runs:
+            with say_how_to_continue(command, stage):
+                if stage == "inspect":
+                    inspect_data(command)
+                else:
+                    is_parent = stage != cfg.stage.runs[-1]
+                    done.append(run_stage(command, stage, is_parent))
     if done:
         tables.print_runs(done, time.time() - started)
     return done
@@ -91,20 +93,25 @@ def check_before_training(command: Command) -> None:
 
     Raises: UserError.
     """
+    cfg, stages = command.cfg, to_train(command)
+    reads_data = stages or "inspect" in cfg.stage.runs
+    if reads_data and (problems := check_files(cfg.data)):
+        raise UserError("\n".join(problems))
+    if problems := too_large_batches(cfg, stages[1:]):  # the first stage says it at its start
+        raise UserError("\n".join(problems))
+    if stages and cfg.wandb.mode == WandbMode.online:
+        check_online()
+    rehearse(command, stages)
+
+
+def to_train(command: Command) -> list[str]:
+    """The stages of a command that are not finished."""
     cfg = command.cfg
-    to_train = [
+    return [
         stage
         for stage in cfg.stage.runs
         if stage != "inspect" and (cfg.fresh or not read_summary(run_dir_for(command, stage)))
     ]
-    reads_data = to_train or "inspect" in cfg.stage.runs
-    if reads_data and (problems := check_files(cfg.data)):
-        raise UserError("\n".join(problems))
-    if problems := too_large_batches(cfg, to_train[1:]):  # the first stage says it at its start
-        raise UserError("\n".join(problems))
-    if to_train and cfg.wandb.mode == WandbMode.online:
-        check_online()
-    rehearse(command, to_train)
 
 
 @contextlib.contextmanager
@@ -178,6 +185,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         if is_directory(path):
             check_model(Path(path))
     cfg = config_for_stage(command.cfg, stage, inputs.paths)
+    early.prepare(cfg, stage, is_next=True)
     with contextlib.suppress(UserError, OSError):  # no formula for this model: no plan
         say(one_line_summary(make_plan(cfg, stage)))
     # 3. the run itself
@@ -190,7 +198,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         environment = describe_start(command) | describe_environment()
         write_json(directory / PARENTS, inputs.ids)
         write_json(directory / ENVIRONMENT, environment)
-        asked_to_stop = run_workers(directory, cfg)
+        asked_to_stop = run_workers(directory, cfg, next_to_run(command, stage))
         finish(command, stage, cfg, directory, inputs.ids, environment)
     if asked_to_stop:
         raise KeyboardInterrupt
@@ -202,6 +210,13 @@ def summary_bytes(directory: Path) -> bytes | None:
     with contextlib.suppress(OSError):
         return (directory / SUMMARY).read_bytes()
     return None
+
+
+def next_to_run(command: Command, stage: str) -> str | None:
+    """The stage that this command trains after `stage`, where there is one."""
+    runs = command.cfg.stage.runs
+    after = runs[runs.index(stage) + 1 :]
+    return next((one for one in to_train(command) if one in after), None)
 
 
 def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: Path) -> None:

@@ -22,12 +22,13 @@ from rlhf import compose, run
 from rlhf.base.errors import UserError
 from rlhf.base.interrupts import interrupted, raise_at_interrupt
 from rlhf.base.log import say
+from rlhf.base.own_processes import end_with_parent
 from rlhf.config.validation import check_config
 from rlhf.reporting import tables
 from rlhf.runs.checks import check_inputs
 from rlhf.runs.history import find_runs
 from rlhf.runs.identity import short_name
-from rlhf.runs.launch import SWEEP_LOG, end_with_parent
+from rlhf.runs.launch import SWEEP_LOG
 
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
 SWEEP_SIZE = "RLHF_SWEEP_SIZE"  # number of jobs

@@ -1,13 +1,17 @@
 """One process of a run: python -m rlhf.worker RUN_DIR. Reads RUN_DIR/config.yaml, no Hydra.
 
-train.py starts it. Started by hand it repeats the run of that directory, for a debugger.
+train.py starts it, mostly before its turn and with - for RUN_DIR (rlhf/runs/early.py). Started by
+hand it repeats the run of that directory, for a debugger.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
+import gc
 import importlib
+import json
 import logging
 import os
 import signal
@@ -15,22 +19,30 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from rlhf.config.schema import Config
 
+IMPORTING = "importing torch, transformers and DeepSpeed"
+BEFORE_TORCH = ["datasets", "rlhf.config.loading"]  # they import neither torch nor DeepSpeed
 
-def main(run_dir: Path) -> None:
-    """Run the stage of `run_dir` as one of its processes; the exit code says how it ended."""
-    # 1. the environment, which the libraries read when they are imported
+
+def main(argument: str) -> None:
+    """Run the stage of a run directory as one of its processes; the exit code says how it ended.
+
+    Args: argument: the run directory, or - where it comes from the standard input.
+    """
+    # 1. the environment, which the libraries read when they are imported; and its turn
+    run_dir = wait_for_turn() if argument == "-" else Path(argument)
     prepare_environment()
     from rlhf.base.log import announced, log
 
-    with announced("importing torch, transformers and DeepSpeed"):
+    with announced(IMPORTING), without_garbage_collection():
         import torch
         from transformers.utils import logging as transformers_logging
 
@@ -80,6 +92,56 @@ def main(run_dir: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def wait_for_turn() -> Path:
+    """What a worker does that was started before its turn: import.
+
+    Returns: its run directory. Where its turn does not come the process ends here.
+    """
+    # 1. what reads nothing of the environment that is not known yet
+    keep_quiet()
+    with without_garbage_collection():
+        import_all(BEFORE_TORCH)
+    # 2. torch, and the stage
+    order = next_order()
+    from rlhf.base.log import announced
+
+    show = announced(IMPORTING) if order["announce"] else contextlib.nullcontext()
+    with show, without_garbage_collection():
+        import_all(order["modules"])
+    # 3. the turn
+    run_dir = Path(next_order()["run_dir"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    return run_dir
+
+
+def next_order() -> dict[str, Any]:
+    """A line of the process that has started this one; it sets what it says of the environment."""
+    line = sys.stdin.readline()
+    if not line:  # that process has ended
+        os._exit(0)
+    order: dict[str, Any] = json.loads(line)
+    os.environ |= order["environment"]
+    return order
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """Import modules by name."""
+    for module in modules:
+        importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For imports: they make a million objects that all stay. Python would look through them again
+    and again, a fifth of the time; afterwards it leaves them out."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def check_device(cfg: Config, device: torch.device) -> None:
     """Raises: UserError where torch computes on another device than deploy.device."""
     from rlhf.base.errors import UserError
@@ -110,11 +172,10 @@ def configure_torch(cfg: Config) -> None:
 
 def run_stage(cfg: Config, run_dir: Path) -> dict[str, float]:
     """Run the stage and return its final metrics. Imports the module of that stage only."""
-    from rlhf.config.stage_graph import is_rl
+    from rlhf.config.stage_graph import module_of
 
-    stage = cfg.stage.name
-    name = "rl" if is_rl(stage) else {"eval": "evaluate"}.get(stage, stage)
-    return importlib.import_module(f"rlhf.stages.{name}").run(cfg, run_dir)
+    metrics: dict[str, float] = importlib.import_module(module_of(cfg.stage.name)).run(cfg, run_dir)
+    return metrics
 
 
 def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds: float) -> None:
@@ -128,8 +189,7 @@ def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds:
 
 def prepare_environment() -> None:
     """End with the parent, be a group of one when started by hand, keep the libraries quiet."""
-    from rlhf.runs.environment import QUIET
-
+    keep_quiet()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -139,6 +199,12 @@ def prepare_environment() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+def keep_quiet() -> None:
+    """No messages of libraries but those of errors."""
+    from rlhf.runs.environment import QUIET
+
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -146,7 +212,7 @@ def prepare_environment() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])
     # The run is finished. The libraries' own teardown is skipped: a thread of theirs can abort the
     # process in it, and the run would count as failed.
     atexit._run_exitfuncs()

@@ -63,7 +63,8 @@ def presentable(text: str) -> str:
 def say(line: str) -> None:
     """Print a line to the user, on stderr."""
     with contextlib.suppress(OSError):  # a full disk behind it: there is nowhere to say so
-        print(presentable(line), file=sys.stderr, flush=True)
+        # with its end in one piece: Ctrl-C may come between two
+        print(f"{presentable(line)}\n", end="", file=sys.stderr, flush=True)
 
 
 def plural(count: int, noun: str, ending: str = "s") -> str:

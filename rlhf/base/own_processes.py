@@ -1,9 +1,11 @@
 """How a process of this project is started: from this source tree, whatever the user's directory
-holds."""
+holds; and that it ends with the one that started it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,3 +29,9 @@ def own_source() -> dict[str, str]:
     others = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
     paths = [str(SOURCE), *(one for one in others if one != str(SOURCE))]
     return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def end_with_parent() -> None:
+    """Ask the system to end this new process when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -21,6 +21,12 @@ def is_rl(stage: str) -> bool:
     return stage not in FIXED_STAGES
 
 
+def module_of(stage: str) -> str:
+    """The module that runs a stage."""
+    name = "rl" if is_rl(stage) else {"eval": "evaluate"}.get(stage, stage)
+    return f"rlhf.stages.{name}"
+
+
 def is_aligned(stage: str) -> bool:
     """Whether a stage trains a policy that starts from SFT: what can end a pipeline."""
     return is_rl(stage) or stage == "dpo"

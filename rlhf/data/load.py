@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sized
-from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rlhf.base.commands import command_line, override_text
 from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_few, log, plural
-from rlhf.config.schema import Config, Data
+from rlhf.config.schema import Arithmetic, Config, Data, Sandbox
 from rlhf.data.records import (
     PAIR_COLUMNS,
     Dataset,
@@ -24,6 +24,7 @@ from rlhf.data.records import (
 )
 from rlhf.data.sources import load_sources
 from rlhf.data.splits import PARTS, Part
+from rlhf.data.world_cache import Records, cached_records
 from rlhf.distributed import collectives
 from rlhf.runs.directory import write_json
 from rlhf.runs.run_files import DATA, read_file
@@ -98,22 +99,15 @@ def load_data(cfg: Data) -> Dataset:
     return data_of_world(cfg) if cfg.world else load_sources(cfg)
 
 
-def build_world(cfg: Data) -> World:
-    """Make the built-in world of these settings."""
-    # what is held out does not depend on how much of it is looked at, so training does not either
-    if cfg.sandbox is not None:
-        from rlhf.data import sandbox
-
-        return sandbox.build_world(cfg.sandbox, cfg.seed, WORLD_HELD_OUT)
-    from rlhf.data import arithmetic
-
-    assert cfg.arithmetic is not None
-    return arithmetic.build_world(cfg.arithmetic, cfg.seed, WORLD_HELD_OUT)
-
-
 def data_of_world(cfg: Data) -> Dataset:
     """The records of a built-in world, data.eval_rows of them for evaluation."""
-    world = build_world(cfg)
+    # what is held out does not depend on how much of it is looked at, so training does not either
+    package, settings = world_of(cfg)
+    world = cached_records(
+        lambda: records_of(package.build_world(settings, cfg.seed, WORLD_HELD_OUT)),
+        str((settings, cfg.seed, WORLD_HELD_OUT)),
+        Path(str(package.__file__)).parent,
+    )
     looked_at = cfg.eval_rows
     pairs_per_prompt = len(world.eval_rm) // len(world.eval_prompts)
     report = SourceReport(source=cfg.world, split="train", rows=0, skipped={})
@@ -121,17 +115,43 @@ def data_of_world(cfg: Data) -> Dataset:
     report["eval"] = len(world.eval_sft)
     report["rows"] = sum(report[part] for part in PARTS)
     return Dataset(
-        sft=table_of(Pair(d.prompt, d.response, None) for d in world.sft),
-        rm=table_of(world.rm),
-        ppo=table_of(Pair(p.turns, "", None, columns=p.columns) for p in world.ppo),
+        sft=world.sft,
+        rm=world.rm,
+        ppo=world.ppo,
         eval_sft=world.eval_sft[:looked_at],
         eval_rm=world.eval_rm[: pairs_per_prompt * looked_at],
         eval_prompts=world.eval_prompts[:looked_at],
         eval_probe=world.eval_probe[:looked_at],
         score_unit=world.score_unit,
-        gold=world.gold,
-        best_gold=world.best_gold,
+        gold=package.gold_of_turns,
+        best_gold=package.best_gold_of_turns,
         report=[report],
+    )
+
+
+def world_of(cfg: Data) -> tuple[ModuleType, Sandbox | Arithmetic]:
+    """The package that makes the built-in world, and its settings."""
+    if cfg.sandbox is not None:
+        from rlhf.data import sandbox
+
+        return sandbox, cfg.sandbox
+    from rlhf.data import arithmetic
+
+    assert cfg.arithmetic is not None
+    return arithmetic, cfg.arithmetic
+
+
+def records_of(world: World) -> Records:
+    """The records of a new world, its training data as tables."""
+    return Records(
+        sft=table_of(Pair(d.prompt, d.response, None) for d in world.sft),
+        rm=table_of(world.rm),
+        ppo=table_of(Pair(p.turns, "", None, columns=p.columns) for p in world.ppo),
+        eval_sft=world.eval_sft,
+        eval_rm=world.eval_rm,
+        eval_probe=world.eval_probe,
+        eval_prompts=world.eval_prompts,
+        score_unit=world.score_unit,
     )
 
 
@@ -143,7 +163,7 @@ def table_of(pairs: Iterable[Pair]) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {
         name: [getattr(pair, name) for pair in rows] for name in PAIR_COLUMNS[1:]
     }
-    columns["prompt"] = [[asdict(turn) for turn in pair.prompt] for pair in rows]
+    columns["prompt"] = [[vars(turn) for turn in pair.prompt] for pair in rows]
     return datasets.Dataset.from_dict(columns, features=datasets.Features(record_features()))
 
 

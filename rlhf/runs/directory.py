@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -154,6 +155,7 @@ def archive_attempt(directory: Path) -> Path | None:
     return archive
 
 
+@functools.cache  # it takes 0.1 s
 def describe_environment() -> dict[str, Any]:
     """Versions and hardware that a run was made with, for env.json."""
     gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")

@@ -5,9 +5,11 @@ No torch here: libgomp and glibc read these settings when a process starts or lo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf.config.choices import Device
@@ -29,7 +31,24 @@ FREE_ENOUGH = 0.5  # processors that other work may use before the machine count
 
 
 def worker_environments(cfg: Config) -> list[dict[str, str]]:
-    """The environment that gives each process on this node its place among all."""
+    """The environment of each process on this node."""
+    settings = memory_settings() | library_settings(cfg)
+    return [settings | place for place in places(cfg)]
+
+
+def library_settings(cfg: Config, busy: Callable[[], float] | None = None) -> dict[str, str]:
+    """What torch's and DeepSpeed's libraries read when they are imported.
+
+    Args: busy: as in `thread_settings`.
+    """
+    settings = thread_settings(threads_per_process(cfg), cfg.deploy.processes_per_node, busy)
+    if cfg.deploy.device == Device.cpu:
+        settings["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs
+    return settings
+
+
+def places(cfg: Config) -> list[dict[str, str]]:
+    """What gives each process on this node its place among all."""
     deploy = cfg.deploy
     host, port = (
         deploy.master.rsplit(":", 1)
@@ -40,11 +59,7 @@ def worker_environments(cfg: Config) -> list[dict[str, str]]:
         "WORLD_SIZE": str(world_size(cfg)),
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
-        **memory_settings(),
-        **thread_settings(threads_per_process(cfg), deploy.processes_per_node),
     }
-    if deploy.device == Device.cpu:
-        shared["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs
     first = (deploy.node_rank or 0) * deploy.processes_per_node
     return [
         shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)}
@@ -73,7 +88,9 @@ def memory_settings() -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def thread_settings(threads: int, processes: int = 1) -> dict[str, str]:
+def thread_settings(
+    threads: int, processes: int = 1, busy: Callable[[], float] | None = None
+) -> dict[str, str]:
     """Settings of libgomp for `processes` new processes with `threads` OpenMP threads each.
 
     A thread that waits for another one first spins, then sleeps. Spinning saves the time to wake
@@ -82,11 +99,14 @@ def thread_settings(threads: int, processes: int = 1) -> dict[str, str]:
     free processor for each of them when the processes start. Even then they spin for a shorter time
     than by default, because other work may start later. No result depends on it. What the user has
     set stays.
+
+    Args: busy: gives the processors in use; default: `busy_processors`, which takes 0.5 s.
     """
     if threads < 2 or any(name in os.environ for name in SPIN_NAMES):
         return {}
-    busy = busy_processors() + threads * processes > len(processors()) + FREE_ENOUGH
-    return {"GOMP_SPINCOUNT": SPIN_BUSY if busy else SPIN_IDLE}
+    in_use = (busy or busy_processors)()
+    too_many = in_use + threads * processes > len(processors()) + FREE_ENOUGH
+    return {"GOMP_SPINCOUNT": SPIN_BUSY if too_many else SPIN_IDLE}
 
 
 def processors() -> list[int]:
@@ -117,3 +137,22 @@ def processor_seconds() -> float:
     # a disk, and time that the host gave to others
     ticks = [int(row[i]) for row in fields if row and row[0] in names for i in (1, 2, 3, 6, 7)]
     return sum(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def work_of_others(own: Sequence[int]) -> float:
+    """Seconds of work that `processors()` have done since the system started, without that of this
+    process, its children that have ended, and those with the numbers `own`.
+
+    0 if the system does not report it.
+    """
+    try:
+        everything = processor_seconds()
+    except OSError:
+        return 0.0
+    ticks = 0
+    for number in own:
+        with contextlib.suppress(OSError):  # it has ended
+            # behind the name, which may have spaces: user and system time, also of its children
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return everything - sum(os.times()[:4]) - ticks / os.sysconf("SC_CLK_TCK")

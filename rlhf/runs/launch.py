@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import re
@@ -20,9 +19,10 @@ from typing import NoReturn
 from rlhf.base.errors import UserError
 from rlhf.base.files import private_folder
 from rlhf.base.log import plural
-from rlhf.base.own_processes import own_source, python_module
+from rlhf.base.own_processes import end_with_parent, own_source, python_module
 from rlhf.config.choices import Device
 from rlhf.config.schema import Config
+from rlhf.runs import early
 from rlhf.runs.directory import find_checkpoints
 from rlhf.runs.environment import worker_environments
 from rlhf.runs.failures import WorkerError, read_failures, take_stacks
@@ -36,7 +36,7 @@ STOPPED = 75
 Workers = dict[str, "subprocess.Popen[bytes]"]  # by "rank N"
 
 
-def run_workers(run_dir: Path, cfg: Config) -> bool:
+def run_workers(run_dir: Path, cfg: Config, next_stage: str | None = None) -> bool:
     """Run `python -m rlhf.worker run_dir` in all processes of the deployment, until all are done.
 
     With deploy.hostfile DeepSpeed's launcher starts them on all nodes; otherwise this process
@@ -44,6 +44,7 @@ def run_workers(run_dir: Path, cfg: Config) -> bool:
     save a checkpoint and end; at a second one they are stopped at once. When this process is
     killed, its workers die with it.
 
+    Args: next_stage: the one that this command runs after it; its workers import meanwhile.
     Returns: whether a stop was requested, but the run was done by then.
     Raises: UserError of a worker, with the last good checkpoint; WorkerError with rank, cause and
         log of a failure that is none of the user's; KeyboardInterrupt after a stop.
@@ -52,6 +53,8 @@ def run_workers(run_dir: Path, cfg: Config) -> bool:
     with claim_gpus(cfg), graceful_shutdown() as signals:
         try:
             start_workers(workers, run_dir, cfg)
+            if next_stage:
+                early.prepare(cfg, next_stage, is_next=False)
             failed = wait_for_workers(workers, run_dir, cfg, signals)
         finally:
             stop_workers(list(workers.values()))
@@ -68,7 +71,13 @@ def run_workers(run_dir: Path, cfg: Config) -> bool:
 
 
 def start_workers(workers: Workers, run_dir: Path, cfg: Config) -> None:
-    """Start the workers of this node, or DeepSpeed's launcher, and add them to `workers`."""
+    """Start the workers of this node, or DeepSpeed's launcher, and add them to `workers`.
+
+    Workers that have been prepared for this stage are taken instead.
+    """
+    workers |= early.take(run_dir, cfg)
+    if workers:
+        return
     commands: dict[str, tuple[list[str], dict[str, str]]]
     if cfg.deploy.hostfile:
         commands = {f"on {cfg.deploy.hostfile}": (launcher_command(run_dir, cfg), {})}
@@ -188,12 +197,6 @@ def claim_gpus(cfg: Config) -> Iterator[None]:
                 return
         # at random: two jobs that each hold half of what they need must not meet for ever
         time.sleep(random.uniform(0.5, 1.5))
-
-
-def end_with_parent() -> None:
-    """Ask the system to end this new process when its parent ends, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def launcher_command(run_dir: Path, cfg: Config) -> list[str]:

@@ -178,6 +178,8 @@ def test_a_bug_in_a_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) -
     broken = """
 import sys
 if "rlhf.worker" in sys.orig_argv:
+    with open("started", "a") as file:
+        print(sys.orig_argv[-1], file=file)
     from rlhf.data import tokenized
     def demonstrations(*args, **settings):
         raise ValueError("a bug")
@@ -193,6 +195,13 @@ if "rlhf.worker" in sys.orig_argv:
     (run,) = (tmp_path / "outputs").iterdir()
     assert "Traceback" in (run / "train.log").read_text()
     assert not (run / "summary.json").exists()
+    assert (tmp_path / "started").read_text() == "-\n", "one worker, which imported before its turn"
+
+
+def test_no_worker_is_left_by_a_command_that_has_nothing_to_train(tmp_path: Path) -> None:
+    done = train("stage=sft", "data=jsonl", "data.sources.mine.path=no.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "no.jsonl" in done.stderr
+    assert not workers_of(tmp_path)
 
 
 def workers_of(root: Path) -> dict[int, str]:

@@ -106,8 +106,8 @@ def test_worked_solutions_are_right_and_mistaken_ones_wrong() -> None:
         for step in steps.split(", "):
             left, result = step.split("=")
             assert eval(left) == int(result), right
-        assert problems.gold(turns, right) == 1.0
-        assert problems.gold(turns, problems.mistaken_solution(problem, rng)) == 0.0
+        assert problems.gold_of_turns(turns, right) == 1.0
+        assert problems.gold_of_turns(turns, problems.mistaken_solution(problem, rng)) == 0.0
         assert problems.problem_of(problem.text) == problem
 
 
@@ -143,7 +143,7 @@ def test_the_number_at_the_end_of_a_response(response: str, number: str | None) 
 def test_a_prompt_of_another_world_is_refused() -> None:
     for text in ("How do I look after my rose?", "What is 3?", "What is 3 - 4?", "What is 3 + 4"):
         with pytest.raises(ValueError, match="not a prompt of the arithmetic world"):
-            problems.gold([Turn("user", text)], "So 7.")
+            problems.gold_of_turns([Turn("user", text)], "So 7.")
 
 
 # --- records

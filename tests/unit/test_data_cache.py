@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from data_files import Record, jsonl, row, rows
+from helpers import composed
 from prepared_data import config, saved
 
+from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.config.choices import Template
 from rlhf.config.schema import Source
 from rlhf.data import encoding, load, reading, tokenized
@@ -207,3 +211,45 @@ def test_an_interrupted_preparation_leaves_nothing_half_done(
     assert not files(cache)
     monkeypatch.setattr(reading, "hash_text", original)
     assert load_sources(config(mine=file)).report[0]["rows"] == 3000
+
+
+# --- built-in worlds
+
+
+def records(data: Dataset) -> list[Any]:
+    tables = [table[:] for table in (data.sft, data.rm, data.ppo)]
+    lists = [data.eval_sft, data.eval_rm, data.eval_probe, data.eval_prompts, data.score_unit]
+    return [tables, lists, data.report]
+
+
+@pytest.mark.parametrize("world", ["sandbox", "arithmetic"])
+def test_a_world_from_the_cache_is_the_world(
+    world: str, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [f"data.{world}.demonstrations=40", f"data.{world}.pairs=40", "data.eval_rows=8"]
+    cfg = composed(f"data={world}", *sizes).data
+    package, settings = load.world_of(cfg)
+    made = load.records_of(package.build_world(settings, cfg.seed, WORLD_HELD_OUT))
+    first = load.data_of_world(cfg)
+    # 1. as it was made, in every record and every digit
+    assert [first.sft[:], first.rm[:], first.ppo[:]] == [made.sft[:], made.rm[:], made.ppo[:]]
+    assert first.eval_rm == made.eval_rm[: len(first.eval_rm)]
+    assert first.eval_probe == made.eval_probe[:8] and first.score_unit == made.score_unit
+    # 2. once: it is not made again
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "build_world", None)
+        again = load.data_of_world(cfg)
+    assert records(again) == records(first)
+    assert again.rm._fingerprint == first.rm._fingerprint, "its tokens are in the cache too"
+    assert again.gold and again.best_gold
+    turns = again.eval_prompts[0].turns
+    assert again.gold(turns, again.eval_probe[0].chosen) == again.best_gold(turns)
+    # 3. for the same settings
+    other = load.data_of_world(dataclasses.replace(cfg, seed=2))
+    assert other.sft[:] != first.sft[:]
+    # 4. a damaged one is made again
+    for file in cache.glob("world-*/evaluation.json"):
+        file.write_text("{")
+    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
+    assert records(load.data_of_world(cfg)) == records(first)
+    assert "cannot be read" in caplog.text and "it is made again" in caplog.text

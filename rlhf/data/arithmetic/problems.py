@@ -139,7 +139,7 @@ def final_number(response: str) -> str | None:
     return (numbers[-1].lstrip("0") or "0") if numbers else None
 
 
-def gold(turns: list[Turn], response: str) -> float:
+def gold_of_turns(turns: list[Turn], response: str) -> float:
     """1 where the number at the end of a response is the answer of its prompt, else 0: what
     rlhf.verifiers:number says, the reward of conf/data/arithmetic.yaml.
 
@@ -147,3 +147,8 @@ def gold(turns: list[Turn], response: str) -> float:
     """
     answer = problem_of(turns[-1].text).answer
     return number([response], answer=[answer])[0] or 0.0
+
+
+def best_gold_of_turns(turns: list[Turn]) -> float:
+    """The gold reward of the best response to a prompt."""
+    return 1.0

@@ -11,7 +11,8 @@ from itertools import islice
 from rlhf.config.schema import Arithmetic
 from rlhf.data.arithmetic.problems import (
     Problem,
-    gold,
+    best_gold_of_turns,
+    gold_of_turns,
     mistaken_solution,
     worked_solution,
 )
@@ -57,8 +58,8 @@ def build_world(cfg: Arithmetic, seed: int, held_out_prompts: int) -> World:
         eval_probe=[probe(one, rng) for one in held_out],
         eval_prompts=[prompt_of(one) for one in held_out],
         score_unit=unit,
-        gold=gold,
-        best_gold=lambda turns: 1.0,
+        gold=gold_of_turns,
+        best_gold=best_gold_of_turns,
     )
 
 

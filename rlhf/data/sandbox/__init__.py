@@ -9,7 +9,7 @@ Everything is made by code from `data.seed`; no files, no torch. The same seed m
 on every machine.
 """
 
-from rlhf.data.sandbox.ground_truth import gold
+from rlhf.data.sandbox.ground_truth import best_gold_of_turns, gold, gold_of_turns
 from rlhf.data.sandbox.world import build_world
 
-__all__ = ["build_world", "gold"]
+__all__ = ["best_gold_of_turns", "build_world", "gold", "gold_of_turns"]

@@ -116,6 +116,11 @@ def gold(prompts: list[str], completions: list[str]) -> list[float]:
     return [gold_reward(prompt, answer) for prompt, answer in zip(prompts, completions)]
 
 
+def best_gold_of_turns(turns: list[Turn]) -> float:
+    """The gold reward of the best answer to a prompt's turns."""
+    return best_gold(turns[-1].text)
+
+
 def best_gold(prompt: str) -> float:
     """The gold reward of the best answer: 2 for length, 0.25 for the name, 1.5 for a tone wish."""
     request = request_of(prompt)

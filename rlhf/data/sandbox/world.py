@@ -15,7 +15,7 @@ from rlhf.data.records import Demonstration, Pair, Prompt, Turn, World
 from rlhf.data.sandbox.ground_truth import (
     Request,
     all_prompts,
-    best_gold,
+    best_gold_of_turns,
     gold_of_turns,
     gold_reward,
     request_of,
@@ -191,7 +191,7 @@ def build_world(cfg: Sandbox, seed: int, held_out_prompts: int) -> World:
         eval_prompts=[Prompt([Turn("user", prompt)]) for prompt in held_out],
         score_unit=references,
         gold=gold_of_turns,
-        best_gold=lambda turns: best_gold(turns[-1].text),
+        best_gold=best_gold_of_turns,
     )
 
 
