@@ -51,9 +51,14 @@ def cached_records(make: Callable[[], Records], settings: str, package: Path) ->
     import datasets
     from filelock import FileLock
 
-    code = [path.read_text() for path in sorted(package.glob("*.py"))]
-    here = [Path(__file__).with_name(name).read_text() for name in ("records.py", "load.py")]
-    key = digest(settings, datasets.__version__, Path(__file__).read_text(), *code, *here)
+    code = [path.read_text(encoding="utf-8") for path in sorted(package.glob("*.py"))]
+    here = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("records.py", "load.py")
+    ]
+    key = digest(
+        settings, datasets.__version__, Path(__file__).read_text(encoding="utf-8"), *code, *here
+    )
     folder = cache_folder() / f"world-{key}"
     with FileLock(f"{folder}.lock"):  # another process of this run may be making the same
         if folder.exists():
@@ -72,7 +77,7 @@ def write(records: Records, folder: Path) -> None:
     for name in TABLES:
         getattr(records, name).save_to_disk(folder / name)
     lists = {name: [asdict(one) for one in getattr(records, name)] for name in LISTS}
-    (folder / "evaluation.json").write_text(json.dumps(lists))
+    (folder / "evaluation.json").write_text(json.dumps(lists), encoding="utf-8")
 
 
 def read(folder: Path) -> Records:
@@ -80,7 +85,7 @@ def read(folder: Path) -> Records:
     import datasets
 
     tables = {name: datasets.load_from_disk(folder / name) for name in TABLES}
-    lists = json.loads((folder / "evaluation.json").read_text())
+    lists = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     return Records(
         **tables,
         **{name: [record_of(kind, row) for row in lists[name]] for name, kind in LISTS.items()},

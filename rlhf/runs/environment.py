@@ -153,6 +153,8 @@ def work_of_others(own: Sequence[int]) -> float:
     for number in own:
         with contextlib.suppress(OSError):  # it has ended
             # behind the name, which may have spaces: user and system time, also of its children
-            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            fields = (
+                Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            )
             ticks += sum(map(int, fields[11:15]))
     return everything - sum(os.times()[:4]) - ticks / os.sysconf("SC_CLK_TCK")

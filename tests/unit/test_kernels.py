@@ -268,7 +268,7 @@ def test_a_cache_folder_that_cannot_be_used(
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     line = failure(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path))
-    assert f"others can write to {open_to_all}, from which code is loaded" in line
+    assert f"{open_to_all}: it must be a folder that only you can write to" in line
 
 
 def test_a_torch_that_is_too_old(
