@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 
 # a file's tests stay together, as they share what is trained for them; tests/conftest.py puts the long files first
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup demo test-unit test test-all lint format
+.PHONY: help setup demo test-unit test test-all chaos lint format
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -31,6 +31,12 @@ test: setup lint  ## lint and all tests but the full matrices
 
 test-all: setup lint  ## every test, three seeds
 	$(PYTEST) $(BY_FILE)
+
+# decides which processes are killed and when; give it to repeat a run
+CHAOS_SEED ?= $(shell date +%s)
+
+chaos: setup  ## 40 kills at random moments, every damaged file and bad input (about an hour)
+	CHAOS_SEED=$(CHAOS_SEED) CHAOS_KILLS=40 $(PYTEST) --dist worksteal -v tests/chaos
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
