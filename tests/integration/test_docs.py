@@ -254,7 +254,7 @@ def test_the_details_of_ppo_name_functions_and_tests_that_exist() -> None:
 
 def test_the_page_of_reported_cases_names_tests_that_exist() -> None:
     page = (REPO / "docs" / "borders.md").read_text()
-    named = re.findall(r"`((?:unit|integration)/\w+\.py)::(\w+)`", page)
+    named = re.findall(r"`((?:unit|integration|chaos)/\w+\.py)::(\w+)`", page)
     assert len(named) > 45 and page.count("::") == len(named)
     for file, test in named:
         assert f"def {test}(" in (REPO / "tests" / file).read_text(), f"{file}::{test}"
