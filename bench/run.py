@@ -42,6 +42,7 @@ from table import lengths, middle, results, table
 BATCH = {"sft": 8, "rm": 8, "padding": 8, "vocabulary": 8}  # else 16
 PADDING = (0, 35, 70)  # %, of a batch padded to its longest row
 VOCABULARIES = (8_192, 32_768, 131_072)
+PRECISIONS = ("fp32", "bf16", "autocast")
 Spec = dict[str, Any]
 
 
@@ -58,20 +59,31 @@ def compare(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]
     }
     entrants |= {name: [("product", "product"), ("trl", "trl_ppo")] for name in ("ppo", "ppo-eos")}
     entrants |= {name: [("product", "product"), ("trl", "trl_trainer")] for name in ("sft", "rm")}
-    contenders = [
-        enter(label, role, spec | {"batches": f"{out}/batches.json"})
-        for label, role in entrants[work]
-    ]
+    spec |= {"batches": f"{out}/batches.json"}
+    if spec["precisions"]:
+        contenders = [enter(one, "product", spec | {"precision": one}) for one in PRECISIONS]
+    else:
+        contenders = [enter(label, role, spec) for label, role in entrants[work]]
     side_by_side(contenders, spec["samples"])
     rows = [row for each in contenders for row in results(each, shapes["policy"], limits)]
+    more = {"limits": limits, "shapes": shapes}
+    more |= {"contestants": [summary_of(each) for each in contenders]}
+    if spec["precisions"]:
+        wholes = {row["name"]: row["median"] for row in rows if row["name"] in PRECISIONS}
+        first = PRECISIONS[0]
+        conclusions = [
+            f"{name} / {first}: {wholes[first] / seconds:.2f} times as fast"
+            for name, seconds in wholes.items()
+            if name != first
+        ]
+        return rows, conclusions, more
     ours, theirs = rows[0], rows[-1]
     speed, size = (ours[key] / theirs[key] for key in ("tokens_s", "peak_mib"))
     conclusions = [
         f"product / {contenders[1]['peer']}: {speed:.2f} times the real tokens per second, "
         f"{size:.2f} times the memory above the imports"
     ]
-    more = {"limits": limits, "shapes": shapes}
-    return rows, conclusions, more | {"contestants": [summary_of(each) for each in contenders]}
+    return rows, conclusions, more
 
 
 def summary_of(contestant: dict[str, Any]) -> dict[str, Any]:
@@ -311,6 +323,8 @@ def make_parser() -> argparse.ArgumentParser:
     model = "directory of a causal language model; default: a random OPT of 5 million weights"
     add("--model", help=model)
     add("--precision", choices=["fp32", "bf16"], default="fp32")
+    itself = "the product in fp32, bf16 and autocast instead of a peer; for ppo, sft and rm"
+    add("--precisions", action="store_true", help=itself)
     samples = "undisturbed samples of each contestant; startup: runs"
     add("--samples", type=int, default=7, help=samples)
     add("--batch", type=int, help="rows; default 16, sft and rm 8")
@@ -334,7 +348,8 @@ def check_required(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     """End with an error if an option that this benchmark needs is missing."""
     peers = {"sft": ["trl"], "rm": ["trl"], "ppo": ["trl_ppo"], "ppo-eos": ["trl_ppo"]}
     required = [] if args.work == "startup" else ["pairs"]
-    for name in required + peers.get(args.work, []):
+    against = [] if args.precisions else peers.get(args.work, [])
+    for name in required + against:
         if not getattr(args, name):
             parser.error(f"{args.work} needs --{name.replace('_', '-')}")
 

@@ -80,7 +80,8 @@ def results(
             "name": contestant["label"] if part == "seconds" else f"{contestant['label']}: {part}"
         }
         row |= {"n": 0 if disturbed else len(kept), "tries": len(contestant["samples"]) - WARM_UP}
-        gemm = limits[spec["precision"]] * 1e9
+        computed_in = "bf16" if spec["precision"] == "autocast" else spec["precision"]
+        gemm = limits[computed_in] * 1e9
         row["share"] = statistics.median(
             f["all" if part == "seconds" else part] / s / gemm for f, s in zip(flops, seconds)
         )

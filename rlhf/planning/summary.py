@@ -6,6 +6,7 @@ import datetime
 import itertools
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.base.log import plural
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 TIGHT = "it fits, but keep a tenth of the memory free"
 UNKNOWN = "known when the data are read"
+CPU_INFO = Path("/proc/cpuinfo")  # Linux on x86
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 Changes = dict[str, Any]  # key -> new value
 
 
@@ -168,7 +171,7 @@ def print_plan(plan: Plan, cfg: Config) -> None:
         console.print(f"  time     {time_text(plan, cfg)}", soft_wrap=True)
     checkpoints = f"{gib(plan.checkpoints)} of checkpoints during training"
     console.print(f"  on disk  {gib(plan.files)} GiB of models, {checkpoints}")
-    for note in plan.notes:
+    for note in [*plan.notes, *faster_precision(cfg)]:
         console.print(f"  note     {note}")
     size = f"{gib(plan.peak)} of {plan.limit / GIB:g} GiB (deploy.gpu_memory_gb)"
     if plan.fits:
@@ -180,6 +183,30 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     lines = cheapest_changes(cfg, plan.stage)
     for line in lines or ["none is known: take a smaller model, or more machines"]:
         console.print(f"    {line}")
+
+
+def faster_precision(cfg: Config) -> list[str]:
+    """A note where a run in float32 on the CPU would be faster in bfloat16."""
+    deploy = cfg.deploy
+    if deploy.device != Device.cpu or deploy.precision != Precision.fp32 or not multiplies_bf16():
+        return []
+    return [
+        "this processor multiplies bf16 itself: deploy.precision=bf16 takes about half the time "
+        "(docs/performance.md); last digits differ, so it is another run"
+    ]
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bfloat16; False where it is unknown.
+
+    Without them such products are emulated, and slower than those of float32.
+    """
+    try:
+        text = CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return not BF16_FLAGS.isdisjoint(flags.split())
 
 
 def time_text(plan: Plan, cfg: Config) -> str:

@@ -17,6 +17,7 @@ from rlhf.config.validation import check_config
 from rlhf.data.sandbox.ground_truth import all_prompts
 from rlhf.distributed.engine import build_engine
 from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.planning import summary as plan_text
 from rlhf.planning.formulas import activations, role_memory
 from rlhf.planning.memory import gather_for_rollout, make_plan
 from rlhf.planning.shapes import ACTIVATIONS, arch_of
@@ -301,3 +302,29 @@ def test_checkpoints_on_disk_are_counted_by_hand() -> None:
     assert kept.checkpoints == 2 * 12 * trained
     low = make_plan(composed("stage=ppo", "checkpoint.keep=3", "deploy.precision=bf16"), "ppo")
     assert low.checkpoints == 4 * 14 * trained
+
+
+@pytest.mark.parametrize(
+    "flags, overrides, expected",
+    [
+        ("fpu avx512_bf16 avx2", [], True),
+        ("fpu amx_bf16", [], True),
+        ("fpu avx512f", [], False),
+        ("fpu avx512_bf16", ["deploy.precision=bf16"], False),
+        ("fpu avx512_bf16", ["deploy=single_gpu", "deploy.precision=fp32"], False),
+        (None, [], False),
+    ],
+)
+def test_a_processor_that_multiplies_bf16_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str | None,
+    overrides: list[str],
+    expected: bool,
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if flags is not None:
+        file.write_text(f"model name\t: some\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(plan_text, "CPU_INFO", file)
+    notes = plan_text.faster_precision(composed(*overrides))
+    assert bool(notes) == expected and all("deploy.precision=bf16" in note for note in notes)
