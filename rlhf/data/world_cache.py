@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.base.checksums import damaged_files, files_below, hash_files, write_sums
 from rlhf.base.files import atomic_path
 from rlhf.base.log import first_line, log
 from rlhf.data.cache import cache_folder, digest, show_progress
@@ -78,12 +79,15 @@ def write(records: Records, folder: Path) -> None:
         getattr(records, name).save_to_disk(folder / name)
     lists = {name: [asdict(one) for one in getattr(records, name)] for name in LISTS}
     (folder / "evaluation.json").write_text(json.dumps(lists), encoding="utf-8")
+    write_sums(folder, hash_files(folder, files_below(folder)))
 
 
 def read(folder: Path) -> Records:
-    """Read what `write` has written."""
+    """Read what `write` has written. Raises: ValueError where it has changed since."""
     import datasets
 
+    if damaged := damaged_files(folder):
+        raise ValueError(f"{damaged[0]} has changed")
     tables = {name: datasets.load_from_disk(folder / name) for name in TABLES}
     lists = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     return Records(
