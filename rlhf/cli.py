@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf import compose, help, run, sweep
+from rlhf import arguments, compose, help, run, sweep
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.interrupts import interrupted
 from rlhf.base.log import plural, say
@@ -49,7 +49,7 @@ def main() -> int:
         say(f"error: {error}")
         return FAILED
     except AssertionError as error:
-        inside = compose.inside_optional(sys.argv[1:])
+        inside = arguments.inside_optional(sys.argv[1:])
         if not inside or "Unexpected type for root" not in str(error):  # OmegaConf's, of null
             raise
         say(
@@ -100,14 +100,14 @@ def dispatch(argv: Sequence[str]) -> int:
         )
     if args.shell_completion and (shell := query_of(args.overrides)):
         return print_completions(shell)
-    folders = compose.user_folders(args.config_dir, args.overrides)
+    folders = arguments.user_folders(args.config_dir, args.overrides)
     compose.register(folders)
     if args.help:
         return print_help(args.overrides, folders)
-    overrides = [compose.allow_user_names(arg) for arg in args.overrides]
-    sys.argv[1:] = [compose.allow_user_names(arg) for arg in argv]  # Hydra reads it again
+    overrides = [arguments.allow_user_names(arg) for arg in args.overrides]
+    sys.argv[1:] = [arguments.allow_user_names(arg) for arg in argv]  # Hydra reads it again
     problems = [line for flag in flags for line in explain_flag(flag)]
-    problems += [line for arg in args.overrides for line in compose.explain(arg, args.multirun)]
+    problems += [line for arg in args.overrides for line in arguments.explain(arg, args.multirun)]
     if problems and not args.shell_completion:
         raise UserError("\n".join(problems))
     if args.multirun:
@@ -156,7 +156,7 @@ def explain_flag(flag: str) -> list[str]:
     name, _, value = flag.lstrip("-").partition("=")
     if flag.partition("=")[0] in HYDRA_FLAGS:
         return []
-    if name in compose.group_names() or find_key(name):
+    if name in arguments.group_names() or find_key(name):
         return [f"{flag}: keys have no dashes: {name}={value or 'VALUE'}"]
     return [f"{flag}: no such flag; keys have no dashes, as in stage=ppo (python train.py --help)"]
 
@@ -173,7 +173,7 @@ def print_completions(shell: str) -> int:
     named = [b for a, b in zip(words, words[1:]) if a in ("--config-dir", "-cd")]
     folders: list[Path] = []
     with contextlib.suppress(UserError):  # a folder that is not there, which the command will say
-        folders = compose.user_folders(next(iter(named), None), words[:-1])
+        folders = arguments.user_folders(next(iter(named), None), words[:-1])
     compose.register(folders)
     print(("\n" if shell == "fish" else " ").join(help.complete(line, folders)))
     return DONE
@@ -185,7 +185,7 @@ def print_help(overrides: Sequence[str], folders: Sequence[Path]) -> int:
     if not names:
         print(help.overview())
         return DONE
-    given = [compose.allow_user_names(arg) for arg in overrides if "=" in arg]
+    given = [arguments.allow_user_names(arg) for arg in overrides if "=" in arg]
     cfg = compose.compose_alone(given, folders)
     print("\n\n".join(help.describe(name, cfg) for name in names))
     return DONE

@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import compose
-from rlhf.compose import group_names, group_options
+from rlhf import arguments, compose
+from rlhf.arguments import group_names, group_options
 from rlhf.config.keys import Key, find_key, schema, with_suggestion
 from rlhf.config.loading import as_text
 from rlhf.config.reference import type_name
@@ -89,7 +89,7 @@ def complete(line: str, folders: Sequence[Path]) -> list[str]:
     word = word[len(prefix) :]
     given = [arg.strip("'\"") for arg in before if "=" in arg and not arg.startswith("hydra")]
     try:
-        typed = [compose.allow_user_names(arg) for arg in given]
+        typed = [arguments.allow_user_names(arg) for arg in given]
         cfg = compose.compose_alone(typed, folders)
     except Exception:  # the words before are not finished or wrong, which the command will say
         cfg = compose.compose_alone([], folders)

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import compose, run
+from rlhf import arguments, compose, run
 from rlhf.base.errors import UserError
 from rlhf.base.interrupts import interrupted, raise_at_interrupt
 from rlhf.base.log import say
@@ -54,13 +54,13 @@ def read_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> Sweep:
 
     Raises: HydraException for values that only another sweeper knows, such as interval(0,1).
     """
-    typed = [compose.parse(arg) for arg in overrides]
+    typed = [arguments.parse(arg) for arg in overrides]
     fixed = [arg for arg, one in zip(overrides, typed) if not one.is_sweep_override()]
     master = compose.compose_with_hydra(fixed, folders).hydra
     params = (master.sweeper.params or {}).items()
-    in_files = [compose.allow_user_names(f"{key}={value}") for key, value in params]
-    every = [*map(compose.parse, in_files), *typed]
-    jobs = compose.jobs_of(every)
+    in_files = [arguments.allow_user_names(f"{key}={value}") for key, value in params]
+    every = [*map(arguments.parse, in_files), *typed]
+    jobs = arguments.jobs_of(every)
     swept = {one.key_or_group for one in every if one.is_sweep_override()}
     usual = compose.compose_with_hydra([], folders).hydra
     ours = [[arg for arg in job if not is_hydras(arg)] for job in jobs]

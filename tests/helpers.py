@@ -22,7 +22,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from rlhf import compose
+from rlhf import arguments, compose
 from rlhf.config import presets
 from rlhf.config.schema import Config
 from rlhf.config.stage_nodes import Rl
@@ -120,7 +120,7 @@ def composed(*overrides: str) -> Config:
 @functools.cache
 def compose_once(root: str | None, *overrides: str) -> Config:
     """root: which the configuration reads."""
-    typed = [compose.allow_user_names(arg) for arg in overrides]
+    typed = [arguments.allow_user_names(arg) for arg in overrides]
     values = [arg for arg in typed if "." in arg.split("=")[0] and "@" not in arg.split("=")[0]]
     node = copy.deepcopy(compose_options(root, *(arg for arg in typed if arg not in values)))
     parsed = OverridesParser.create().parse_overrides(values)
@@ -175,7 +175,7 @@ def command(*overrides: str, folders: Sequence[Path] = ()) -> Command:
     Raises: UserError as the command line does.
     """
     register(folders)
-    typed = [compose.allow_user_names(arg) for arg in overrides]
+    typed = [arguments.allow_user_names(arg) for arg in overrides]
     return compose.make_command(compose.compose_again(typed), typed)
 
 

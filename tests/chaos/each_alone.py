@@ -35,7 +35,7 @@ SECONDS = 60  # of the clock, for a busy machine
 
 @functools.cache
 def composed(*arguments: str) -> Config:
-    overrides = [compose.allow_user_names(arg) for arg in arguments]
+    overrides = [arguments.allow_user_names(arg) for arg in arguments]
     return compose.typed_config(compose.compose_alone(overrides, []))
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import MODELS, PRESETS, command, composed, write_option
 from omegaconf import OmegaConf
 
-from rlhf import cli, compose, sweep
+from rlhf import arguments, cli, compose, sweep
 from rlhf.base.errors import UserError
 from rlhf.config import keys
 from rlhf.config.schema import Config
@@ -169,17 +169,17 @@ def test_all_sources_of_the_score_are_added_at_once_and_the_others_stay() -> Non
     ],
 )
 def test_commands_that_are_printed_have_overrides_as_they_are_typed(typed: str) -> None:
-    assert compose.as_user_types(compose.allow_user_names(typed)) == typed
+    assert arguments.as_user_types(arguments.allow_user_names(typed)) == typed
 
 
 # ------------------------------------------------------------------------------------------ sweeps
 
 
 def test_a_sweep_over_a_source_of_the_score() -> None:
-    weights = compose.allow_user_names("rl.rewards.model.weight=1,2")
+    weights = arguments.allow_user_names("rl.rewards.model.weight=1,2")
     jobs = sweep.read_sweep([weights, "seed=1,2"], []).jobs
     assert len(jobs) == 4 and sweep.check_jobs(jobs, []) == {"default"}
-    wrong = [compose.allow_user_names("rl.rewards.model.weight=1,0")]
+    wrong = [arguments.allow_user_names("rl.rewards.model.weight=1,0")]
     with pytest.raises(UserError, match="rl.rewards: all weights are 0"):
         sweep.check_jobs(sweep.read_sweep(wrong, []).jobs, [])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import REPO, SLOW, command, composed, register, running, train
 
-from rlhf import cli, compose, run
+from rlhf import arguments, cli, run
 from rlhf.base.errors import UserError
 from rlhf.base.log import say
 from rlhf.config import keys
@@ -81,7 +81,7 @@ def parent(overrides: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
-            if problems := [line for arg in args for line in compose.explain(arg)]:
+            if problems := [line for arg in args for line in arguments.explain(arg)]:
                 raise UserError("\n".join(problems))
             run.run_command(command(*args))
         except UserError as error:

@@ -8,7 +8,7 @@ import pytest
 from helpers import command, train, write_option
 from omegaconf import OmegaConf
 
-from rlhf import compose, sweep
+from rlhf import arguments, sweep
 from rlhf.base.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("options")
@@ -62,8 +62,8 @@ def test_option_files_of_the_user_are_options_like_ours(folder: Path) -> None:
         ("experiment", "study"),
         ("sweep", "few"),
     ):
-        assert option in compose.group_options(group)
-        assert compose.explain(f"{group}={option}") == []
+        assert option in arguments.group_options(group)
+        assert arguments.explain(f"{group}={option}") == []
 
 
 @pytest.mark.parametrize("how", ["--config-dir", "hydra.searchpath"])
@@ -87,8 +87,8 @@ def test_the_folder_is_given_in_either_way(tmp_path: Path, how: str) -> None:
 def test_a_folder_that_is_not_there_is_named() -> None:
     for config_dir, overrides in (("/nowhere", []), (None, ["hydra.searchpath=[file:///nowhere]"])):
         with pytest.raises(UserError, match="/nowhere: no such folder; --config-dir and hydra"):
-            compose.user_folders(config_dir, overrides)
-    assert compose.user_folders(None, ["hydra.searchpath=[pkg://some.package]"]) == []
+            arguments.user_folders(config_dir, overrides)
+    assert arguments.user_folders(None, ["hydra.searchpath=[pkg://some.package]"]) == []
 
 
 def test_data_of_the_user_bring_their_reward_and_win_over_the_recipe(folder: Path) -> None:

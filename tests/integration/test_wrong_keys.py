@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import command
 
-from rlhf import cli, compose, run
+from rlhf import arguments, cli, run
 from rlhf.config import keys
 
 pytestmark = pytest.mark.usefixtures("options")
@@ -66,7 +66,7 @@ pytestmark = pytest.mark.usefixtures("options")
     ],
 )
 def test_an_unknown_key_gets_the_closest_one(override: str, suggestion: str) -> None:
-    (line,) = compose.explain(override)
+    (line,) = arguments.explain(override)
     assert line.startswith("unknown key ") and line.endswith(suggestion)
 
 
@@ -102,7 +102,7 @@ def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
     ],
 )
 def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: str) -> None:
-    (said,) = compose.explain(override)
+    (said,) = arguments.explain(override)
     assert said.startswith(line)
 
 
@@ -137,7 +137,7 @@ def test_an_option_that_is_not_there_gets_the_closest_one(override: str, line: s
     ],
 )
 def test_a_value_of_the_wrong_kind_gets_one_line(override: str, line: str) -> None:
-    (said,) = compose.explain(override)
+    (said,) = arguments.explain(override)
     assert line in said
 
 
@@ -167,7 +167,7 @@ def test_commas_without_m_get_the_fix() -> None:
         ("rl.betas=0.9,0.95", "a list is in brackets: 'rl.betas=[0.9,0.95]'"),
         ("wandb.notes=a,b", "a text with commas is in quotes: \"wandb.notes='a,b'\""),
     ):
-        (line,) = compose.explain(override, multirun=False)
+        (line,) = arguments.explain(override, multirun=False)
         assert line.endswith(fix), line
 
 
@@ -192,7 +192,7 @@ def test_what_exists_gets_no_remark() -> None:
         "wandb.notes='a, b'",
         "fresh=yes",
     ):
-        assert compose.explain(override) == [], override
+        assert arguments.explain(override) == [], override
 
 
 def test_keys_that_the_algorithm_does_not_read_are_named() -> None:

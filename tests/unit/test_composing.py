@@ -8,7 +8,7 @@ import pytest
 from helpers import register, write_option
 from omegaconf import OmegaConf
 
-from rlhf import cli, compose, sweep
+from rlhf import arguments, cli, compose, sweep
 from rlhf.base.errors import UserError
 
 SWEEPS = [
@@ -32,7 +32,7 @@ SWEEPS = [
 @pytest.mark.parametrize("overrides", SWEEPS, ids=" ".join)
 def test_a_job_is_composed_as_by_hydra(overrides: list[str]) -> None:
     register()
-    typed = [compose.allow_user_names(arg) for arg in overrides]
+    typed = [arguments.allow_user_names(arg) for arg in overrides]
     for job in sweep.read_sweep(typed, []).jobs[-2:]:
         ours = compose.compose_alone(job, [])
         hydras = compose.compose_with_hydra(job, [], hydra_too=False)

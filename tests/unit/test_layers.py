@@ -1,7 +1,7 @@
 """Who may import whom.
 
-The parent process stays free of torch. Stages do not know each other. Only rlhf.cli and
-rlhf.compose use Hydra.
+The parent process stays free of torch. Stages do not know each other. Only rlhf.cli,
+rlhf.arguments and rlhf.compose use Hydra.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FLOORS = [  # from the ground up; imports run downwards only, or within a packag
     ["chat", "rl"],
     ["evaluation"],
     ["stages"],
+    ["arguments"],
     ["compose", "rehearsal"],
     ["help", "run"],
     ["sweep", "worker", "report", "dashboard"],
@@ -120,7 +121,7 @@ def test_hydra_stays_in_front() -> None:
         for name, path in modules().items()
         if any(used.split(".")[0] == "hydra" for used in imports(path))
     }
-    assert users == {"rlhf.cli", "rlhf.compose"}
+    assert users == {"rlhf.cli", "rlhf.compose", "rlhf.arguments"}
 
 
 def test_the_parent_process_never_imports_torch() -> None:

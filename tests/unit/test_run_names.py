@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import PRESETS, command, composed
 
+from rlhf.arguments import group_names
 from rlhf.base.errors import UserError
-from rlhf.compose import group_names
 from rlhf.config.stage_graph import parent_stages
 from rlhf.runs.command import Command
 from rlhf.runs.identity import (
