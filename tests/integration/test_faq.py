@@ -64,6 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "same": [
             {"prompt": "Write a joke.", "chosen": f"A {i}", "rejected": "no"} for i in range(40)
         ],
+        "long": [{"prompt": "Q", "chosen": "A" * 2**20, "rejected": "no"}],
     }
     for name, lines in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -176,6 +177,9 @@ QUICK: dict[str, Callable[[], str]] = {
     ),
     "A line cannot be read": lambda: reading(
         "data=jsonl data.sources.mine.path=broken.jsonl data.on_bad_row=refuse"
+    ),
+    "A row is too long, or a file unpacks to too much": lambda: reading(
+        "data=jsonl data.sources.mine.path=long.jsonl data.max_row_mb=1"
     ),
     "All rows have one prompt": lambda: reading("data=jsonl data.sources.mine.path=same.jsonl"),
     "Too few rows for a rollout": few_prompts,
