@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 import os
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.integrations import HfDeepSpeedConfig
 
+# Others wait that long for a rank, also while rank 0 alone saves a model. DeepSpeed's 10 minutes are
+# too short for a large one; deploy.watchdog_minutes is longer.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 Module = TypeVar("Module", bound=nn.Module, covariant=True)
 
 
@@ -265,7 +269,10 @@ def init_distributed() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        timeout=COLLECTIVE_TIMEOUT,
+        verbose=False,
     )
     if not on_gpu:
         return torch.device("cpu")
