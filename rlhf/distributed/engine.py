@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.integrations import HfDeepSpeedConfig
 
-# Others wait that long for a rank, also while rank 0 alone saves a model. DeepSpeed's 10 minutes are
-# too short for a large one; deploy.watchdog_minutes is longer.
+# The others wait that long for a rank, also while rank 0 alone saves a model. DeepSpeed's 10 minutes
+# are too short for a large one; deploy.watchdog_minutes is longer.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 Module = TypeVar("Module", bound=nn.Module, covariant=True)
 
