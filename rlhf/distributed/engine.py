@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.integrations import HfDeepSpeedConfig
 
-# The others wait that long for a rank, also while rank 0 alone saves a model. DeepSpeed's 10 minutes
-# are too short for a large one; deploy.watchdog_minutes is longer.
+# The others wait that long for a rank, also while rank 0 alone saves a model. DeepSpeed's 10
+# minutes are too short for a large model; deploy.watchdog_minutes is longer.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 Module = TypeVar("Module", bound=nn.Module, covariant=True)
 
@@ -206,6 +207,25 @@ def gather_parameters(parameters: Iterable[Tensor], modify: bool = False) -> Ite
         partitioned, modifier_rank=0 if modify else None, enabled=bool(partitioned)
     ):
         yield bool(partitioned)
+
+
+@contextlib.contextmanager
+def gathered_model(module: nn.Module) -> Iterator[bool]:
+    """Gather all ZeRO-3 parameters of a module for many forward passes; yields whether it has any.
+
+    DeepSpeed's hooks are off inside the context: they would release each weight after its layer,
+    and every pass would fetch it again.
+    """
+    with gather_parameters(module.parameters()) as is_partitioned:
+        hooked = [*module.modules()] if is_partitioned else []
+        hooks = [(one, one._forward_pre_hooks, one._forward_hooks) for one in hooked]
+        for one in hooked:
+            one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
+        try:
+            yield is_partitioned
+        finally:
+            for one, before, after in hooks:
+                one._forward_pre_hooks, one._forward_hooks = before, after
 
 
 def computes_in_fp32(engine: Engine[nn.Module]) -> bool:

@@ -5,6 +5,7 @@ Shapes: B responses, P prompt tokens (left-padded), R response tokens (right-pad
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from rlhf.data import encoding
 from rlhf.data.batches import chunks, pad_left
 from rlhf.data.records import Prompt
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import Engine, autocast, computes_in_fp32, gather_parameters
+from rlhf.distributed.engine import Engine, autocast, computes_in_fp32, gathered_model
 from rlhf.models.wrappers import LogProbModel, Policy, Scorer
 from rlhf.rl import dschat
 from rlhf.sampling.batches import PromptBatch
@@ -214,11 +215,12 @@ def sample_responses(
     actor, tokenizer = models.actor, models.tokenizer
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     width = max(map(len, prompts.ids))
-    synced = any(hasattr(p, "ds_id") for p in actor.module.parameters())
+    is_partitioned = any(hasattr(p, "ds_id") for p in actor.module.parameters())
     use_hf = models.engine == RolloutEngine.hf or sampling.beams > 1
     generate = hf_generate if use_hf else sample
     parts = []
-    with gather_parameters(actor.module.parameters() if models.gather else []), autocast(actor):
+    whole = gathered_model(actor.module) if models.gather else contextlib.nullcontext(False)
+    with whole as is_whole, autocast(actor):
         for chunk in chunks(mine, micro_batch):
             ids, mask = pad_left([prompts.ids[i] for i in chunk], pad_id, actor.device)
             response, response_mask, logprobs = generate(
@@ -227,7 +229,7 @@ def sample_responses(
                 prompts.random[chunk],
                 eos_id,
                 sampling,
-                synced,
+                synced=is_partitioned and not is_whole,
             )
             pad = width - ids.shape[1]
             zeros = torch.zeros_like(logprobs)
