@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import announced
 
 SUMS = "SHA256SUMS"
 
@@ -70,7 +71,9 @@ def check_model(directory: Path) -> None:
 
     Raises: UserError that names the file.
     """
-    if damaged := damaged_files(directory):
+    with announced(f"comparing {directory} with its {SUMS}"):
+        damaged = damaged_files(directory)
+    if damaged:
         raise UserError(
             f"{directory / damaged[0]}: it is not the file that was saved ({SUMS}): train the "
             f"model again with fresh=true, or delete {SUMS} if you changed the model yourself"
