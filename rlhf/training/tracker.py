@@ -45,7 +45,8 @@ SHOWN_AS = {  # beside the progress bar; other metrics by their own names
     "tokens/response_mean": "response tokens",
     "win_rate": "win rate",
 }
-WANDB_SECONDS = 60.0  # in which W&B must have started
+WANDB_SECONDS = 60.0  # in which W&B must have started, and in which it must have taken what is sent
+HUNG_SECONDS = 2.0  # for a W&B that has failed before
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 
 
@@ -68,7 +69,8 @@ class Tracker:
         self.file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  one line per step, flushed at once
         # it takes seconds, in which the run can begin
         self.wandb_failed = False
-        self.wandb = ThreadPoolExecutor(1).submit(start_wandb, cfg, run_dir)
+        self.wandb_thread = ThreadPoolExecutor(1)
+        self.wandb = self.wandb_thread.submit(start_wandb, cfg, run_dir)
         # a terminal shows a bar; anything else gets a line every 10 seconds
         self.bar = tqdm(
             total=total, desc=cfg.stage.name, unit=self.unit, disable=None, dynamic_ncols=True
@@ -136,20 +138,22 @@ class Tracker:
         self.send_to_wandb(lambda run: run.alert(title=title, text=text, level="WARN"))
 
     def send_to_wandb(self, send: Callable[[Run], None]) -> None:
-        """An error of W&B does not stop the run, whose own files have everything. After the first
-        one nothing more is sent."""
+        """An error of W&B does not stop the run, whose own files have everything, nor does a W&B
+        that does not answer. After the first one nothing more is sent."""
         if self.wandb_failed:
             return
         try:
             if run := self.wandb.result(timeout=WANDB_SECONDS):
-                send(run)
+                self.wandb_thread.submit(send, run).result(timeout=WANDB_SECONDS)
         except UserError:  # wandb.mode=online, and no server
             raise
         except Exception as error:  # its client raises many kinds when its own process has ended
             self.wandb_failed = True
+            why = f"{type(error).__name__}: {first_line(error)}"
+            if isinstance(error, TimeoutError):
+                why = f"no answer in {WANDB_SECONDS:g} s"
             log.warning(
-                f"W&B: {type(error).__name__}: {first_line(error)}; from here on this run is only "
-                "in its own files, which have everything"
+                f"W&B: {why}; from here on this run is only in its own files, which have everything"
             )
 
     def state_dict(self) -> dict[str, int]:
@@ -182,9 +186,11 @@ class Tracker:
 
         self.send_to_wandb(send)
         if wandb := sys.modules.get("wandb"):
-            # here, as it would raise at the interpreter's end where W&B's own process has ended
+            # here: at the interpreter's end it would raise where W&B's own process has ended, and
+            # wait for ever where that hangs
+            seconds = HUNG_SECONDS if self.wandb_failed else WANDB_SECONDS
             with contextlib.suppress(Exception):
-                wandb.teardown()
+                ThreadPoolExecutor(1).submit(wandb.teardown).result(timeout=seconds)
 
 
 def cut_back(file: Path, size: int) -> None:
@@ -290,7 +296,7 @@ def wandb_options(cfg: Config, run_dir: Path) -> dict[str, Any]:
             console="off",
             silent=True,
             init_timeout=15,
-            finish_timeout=60,
+            finish_timeout=WANDB_SECONDS - 10,
             x_transaction_log_flush_interval=1,
             x_disable_meta=True,
         ),
@@ -301,7 +307,7 @@ def finish_wandb() -> None:
     """Send what this process has logged to W&B; a resumed run continues the same W&B run."""
     if (wandb := sys.modules.get("wandb")) and wandb.run:
         with contextlib.suppress(Exception):
-            wandb.finish()
+            ThreadPoolExecutor(1).submit(wandb.finish).result(timeout=WANDB_SECONDS)
 
 
 def set_up_logging(run_dir: Path) -> None:
