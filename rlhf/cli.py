@@ -23,7 +23,7 @@ from yaml import YAMLError
 from rlhf import arguments, compose, help, run, sweep
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.base.interrupts import interrupted
-from rlhf.base.log import plural, say
+from rlhf.base.log import cut, plural, say
 from rlhf.base.streams import cannot_write
 from rlhf.config.keys import find_key
 from rlhf.config.presets import CONF
@@ -31,6 +31,7 @@ from rlhf.runs import early
 from rlhf.runs.failures import WorkerError
 
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes
+MOST_OF_NAME = 300  # characters of a file's name in a message
 DEFAULT_NAME = "default"  # experiment_name in conf/config.yaml
 # What stopped this command (not a sweep). It is raised again outside Hydra, which would add a line.
 stopped_by: list[Exception] = []
@@ -63,6 +64,8 @@ def main() -> int:
         return WRONG
     except OSError as error:
         problem = machine_problem(error)
+        if problem is None and error.filename:
+            problem = f"{cut(str(error.filename), MOST_OF_NAME)}: {error.strerror}"
         if problem is None or cannot_write("\n"):
             raise
         say(f"error: {problem}")

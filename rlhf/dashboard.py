@@ -3,7 +3,11 @@
 The code is rlhf/reporting/wandb_dashboard.py.
 """
 
+import os
 import sys
+
+if __name__ == "__main__":  # -m would take modules from the current directory first
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
 from rlhf.base.interrupts import end_at_interrupt, run_interruptible
 

@@ -8,8 +8,13 @@ A RUN is a directory below outputs/, a SWEEP one below multirun/, a FOLDER one t
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+
+if __name__ == "__main__":  # -m would take modules from the current directory first
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+
+import argparse
 from pathlib import Path
 
 from rlhf.base.interrupts import end_at_interrupt, raise_at_interrupt, run_interruptible

@@ -16,8 +16,8 @@ from typing import Any
 
 from rlhf.base.checksums import check_model
 from rlhf.base.errors import UserError
+from rlhf.base.files import remove
 from rlhf.base.interrupts import raise_at_interrupt
-from rlhf.base.locations import is_directory
 from rlhf.base.log import say
 from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
@@ -181,9 +181,9 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         return directory
     # 2. what it needs
     check_machines(command.cfg)
-    for path in inputs.paths.values():
-        if is_directory(path):
-            check_model(Path(path))
+    for path in map(Path, inputs.paths.values()):
+        if path.is_dir():  # else a hub id, or a file of prompts
+            check_model(path)
     cfg = config_for_stage(command.cfg, stage, inputs.paths)
     early.prepare(cfg, stage, is_next=True)
     with contextlib.suppress(UserError, OSError):  # no formula for this model: no plan
@@ -228,7 +228,7 @@ def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: P
         for line in name_other_evaluation(command, stage, directory):
             say(line)
         for left in ("result.json", "stop", *(p.name for p in directory.glob("error-rank*.txt"))):
-            (directory / left).unlink(missing_ok=True)
+            remove(directory / left)
     elif archived := archive_attempt(directory):
         say(f"{stage}: an earlier attempt is kept in {archived}")
     say(f"{stage}: {directory}")
@@ -345,7 +345,7 @@ def inspect_data(command: Command) -> None:
     with lock_run(directory):
         for path in directory.iterdir():
             if path.name != LOCK_FILE:
-                path.unlink()
+                remove(path)
         save_config(cfg, directory / "config.yaml")
         run_workers(directory, cfg)
         result = read_file(directory, RESULT)

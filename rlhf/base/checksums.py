@@ -11,13 +11,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import read_small_file, special_kind
 from rlhf.base.log import announced
 
 SUMS = "SHA256SUMS"
 
 
 def hash_file(file: Path) -> str:
-    """The SHA-256 of a file's content, as 64 hexadecimal digits."""
+    """The SHA-256 of a file's content, as 64 hexadecimal digits.
+
+    Raises: OSError, also for a pipe or a device.
+    """
+    if special := special_kind(file):
+        raise OSError(f"{file}: this is {special}, not a file")
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -34,7 +40,7 @@ def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         try:
             hashes[name] = hash_file(directory / name)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the name
             hashes[name] = ""
     return hashes
 
@@ -48,14 +54,22 @@ def write_sums(directory: Path, hashes: Mapping[str, str]) -> None:
 def read_sums(directory: Path) -> dict[str, str]:
     """The hashes of SHA256SUMS by file name; empty where the directory has no such file.
 
-    A line that is damaged gives a name or a hash that no file has.
+    What is damaged gives a name or a hash that no file has.
     """
     try:
-        text = (directory / SUMS).read_text(encoding="utf-8", errors="replace")
+        text = read_small_file(directory / SUMS, errors="replace")
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError):
+        return {SUMS: "unreadable"}
     lines = (line.partition("  ") for line in text.split("\n") if line)
-    return {name: digest for digest, _, name in lines}
+    # a name that leads out of the directory is none that was written
+    return {name if is_below(name) else SUMS: digest for digest, _, name in lines}
+
+
+def is_below(name: str) -> bool:
+    """Whether a relative name stays in its directory."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def damaged_files(directory: Path, names: Iterable[str] | None = None) -> list[str]:

@@ -37,6 +37,8 @@ def machine_problem(error: BaseException | None) -> str | None:
     while error:
         text = (str(error).splitlines() or [""])[0]
         number = error.errno if isinstance(error, OSError) else number_in(text)
+        if isinstance(error, MemoryError):
+            number = errno.ENOMEM
         if number in MACHINE_PROBLEMS:
             return f"{MACHINE_PROBLEMS[number]}: {text}; the same command continues"
         error = error.__cause__ or error.__context__

@@ -50,15 +50,15 @@ def why_not_small_file(path: Path, most: int = SMALL_FILE) -> str:
     return ""
 
 
-def read_small_file(path: Path, most: int = SMALL_FILE) -> str:
+def read_small_file(path: Path, most: int = SMALL_FILE, errors: str = "strict") -> str:
     """The text of a file that the user names, which is UTF-8.
 
-    Args: most: bytes that it may have.
+    Args: most: bytes that it may have.  errors: as of open().
     Raises: OSError, and ValueError for what is no text or no small file.
     """
     if problem := why_not_small_file(path, most):
         raise ValueError(problem)
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 @contextlib.contextmanager
@@ -80,8 +80,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         allow_others(temporary)
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir() or temporary.is_dir():
+            remove(path)
         os.replace(temporary, path)
     except BaseException:
         remove(temporary)

@@ -12,6 +12,7 @@ MOST_PROCESSES = 1024  # on one machine
 MOST_NODES = 10_000
 MOST_WEIGHT = 1_000  # copies of each row
 MOST_SECONDS = 1_000_000
+MOST_MINUTES = 1_000_000
 THREADS_PER_CORE = 4  # deploy.threads; more only wait for each other
 # Any whole number that has no limit of its own. Libraries keep some of them in 32 bits.
 MOST = 2**31 - 1

@@ -13,6 +13,7 @@ from rlhf.config.choices import WORLDS, BadRow, Device, Format, Precision, Templ
 from rlhf.config.field import key, placement
 from rlhf.config.limits import (
     MOST_BATCH,
+    MOST_MINUTES,
     MOST_NODES,
     MOST_PROCESSES,
     MOST_ROWS,
@@ -232,6 +233,7 @@ class Deploy:
         "minutes without progress after which a worker ends with the stacks of its threads; longer "
         "than the 30 of collective operations; null: never",
         above=0,
+        at_most=MOST_MINUTES,
     )
 
 

@@ -92,7 +92,7 @@ def find_checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]]
         try:
             description = read_json(path / "checkpoint.json", Checkpoint)
             sizes = {name: (path / name).stat().st_size for name in description["files"]}
-        except (OSError, UserError):
+        except (OSError, ValueError):  # ValueError: no JSON, and a NUL in a name
             incomplete.append(path)
             continue
         if sizes == description["files"] and not damaged_files(path, ["checkpoint.json"]):

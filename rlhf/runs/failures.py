@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,8 @@ def write_failure(run_dir: Path, rank: str, error: Exception) -> None:
         (run_dir / f"error-rank{rank}.txt").write_text(text, encoding="utf-8")
     except OSError:  # the disk is full, or another node has no run directory of node 0
         say(f"rank {rank}: {failure.cause}")
+        with contextlib.suppress(OSError):  # the full disk has left an empty one
+            (run_dir / f"error-rank{rank}.txt").unlink()
 
 
 def take_stacks(run_dir: Path, minutes: float | None) -> None:
@@ -54,7 +57,7 @@ def take_stacks(run_dir: Path, minutes: float | None) -> None:
         rank = file.stem.removeprefix("stacks-rank")
         if stacks := file.read_text(encoding="utf-8", errors="replace"):
             line = f"rank {rank}: Stalled: no progress for {minutes} minutes"
-            line += " (deploy.watchdog_minutes)"
+            line += " (deploy.watchdog_minutes: raise it if the work takes that long)"
             (run_dir / f"error-rank{rank}.txt").write_text(f"{line}\n\n{stacks}", encoding="utf-8")
             with open(run_dir / "train.log", "a", encoding="utf-8") as log_file:
                 log_file.write(f"{line}\n{stacks}")

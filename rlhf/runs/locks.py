@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from rlhf.base.errors import UserError
+from rlhf.base.errors import UserError, machine_problem
 
 LOCK_FILE = ".owner"  # in a run directory; it names the process that holds the lock
 GRACE = 0.3  # s; `is_locked` of another process holds a lock that long at most
@@ -59,6 +59,21 @@ def lock_both(file: IO[str], folder: int) -> bool:
         return True
 
 
+def open_lock(directory: Path) -> IO[str]:
+    """Make a run directory and open its lock file. Raises: UserError where something is in the way;
+    OSError where the machine has run out of something."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return open(directory / LOCK_FILE, "a+", encoding="utf-8")
+    except OSError as error:
+        if machine_problem(error):
+            raise
+        raise UserError(
+            f"no run can be in {directory} ({error.strerror}: {error.filename}): remove what is "
+            "there, or choose another folder with root=DIR"
+        ) from None
+
+
 @contextlib.contextmanager
 def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
     """Lock a run directory for this process, so that no other process trains the same run.
@@ -66,11 +81,7 @@ def lock_run(directory: Path, wait: bool = False) -> Iterator[None]:
     Args: wait: wait for another process that holds the lock, with a line every 30 s.
     Raises: UserError that names the other process, without `wait`.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (
-        open(directory / LOCK_FILE, "a+", encoding="utf-8") as file,
-        open_folder(directory) as folder,
-    ):
+    with open_lock(directory) as file, open_folder(directory) as folder:
         wait_for_lock(file, folder, directory, wait)
         file.seek(0)
         file.truncate()

@@ -99,7 +99,7 @@ class Checkpoints:
             for path in broken:
                 log.warning(f"{path} is incomplete: skipped")
             for path in self.directory.glob("*.tmp"):
-                shutil.rmtree(path)
+                remove(path)
         while complete and (damaged := self._damaged_files(complete[0][0])):
             self._set_aside(complete.pop(0)[0], damaged, bool(complete))
         if not complete:
@@ -254,7 +254,7 @@ class Checkpoints:
         os.replace(temporary, target)
         complete, broken = find_checkpoints(self.run_dir)
         for path in [*broken, *(path for path, _ in complete[self.settings.keep :])]:
-            shutil.rmtree(path)
+            remove(path)
         log.debug(f"checkpoint {target}")
 
 

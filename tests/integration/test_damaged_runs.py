@@ -220,7 +220,7 @@ def test_the_page_is_a_regular_file_in_a_directory_that_is_there(
         monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--out", out])
         assert report.main() == 2
         (error,) = capsys.readouterr().err.splitlines()
-        assert error.startswith(f"error: {out}: ") and line in error
+        assert error.startswith(f"error: --out {out}: ") and line in error
     assert os.stat("/dev/full").st_rdev == device and (tmp_path / "pipe").is_fifo()
 
 

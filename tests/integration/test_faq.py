@@ -280,7 +280,7 @@ ELSEWHERE = {
     "The disk is full": ("test_checkpoints.py", "is the disk full?"),
     "NaN": ("test_checkpoints.py", "that is not finite is"),
     "A checkpoint or a model is damaged": ("test_checkpoints.py", "the one before it is used"),
-    "A run hangs": ("test_watchdog.py", "(deploy.watchdog_minutes)"),
+    "A run hangs": ("test_watchdog.py", "(deploy.watchdog_minutes"),
 }
 
 

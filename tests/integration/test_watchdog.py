@@ -69,7 +69,7 @@ def test_a_stalled_run_ends_with_one_line_and_the_stacks(tmp_path: Path) -> None
     said = parent.communicate(timeout=60)[1]
     (line,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert parent.returncode == 1
-    assert "rank 0: Stalled: no progress for 0.1 minutes (deploy.watchdog_minutes)" in line
+    assert "rank 0: Stalled: no progress for 0.1 minutes (deploy.watchdog_minutes: raise it" in line
     log = (run / "train.log").read_text()
     assert "Timeout" in log and "optimizer_step" in log, log[-3000:]
     assert "Stalled" in run_status(run) and not list(run.glob("stacks-rank*"))

@@ -21,6 +21,7 @@ from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.config.choices import Template
 from rlhf.config.schema import Source
 from rlhf.data import encoding, load, reading, tokenized
+from rlhf.data.cache import cached_map
 from rlhf.data.reading import hash_text
 from rlhf.data.records import Dataset, Demonstration, Pair, Prompt, Turn
 from rlhf.data.sources import load_sources, pair_of
@@ -253,3 +254,32 @@ def test_a_world_from_the_cache_is_the_world(
     monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     assert records(load.data_of_world(cfg)) == records(first)
     assert "cannot be read" in caplog.text and "it is made again" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["flip", "halve", "empty", "no sums"])
+def test_prepared_rows_that_are_damaged_are_made_again(
+    cache: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    import datasets
+
+    def prepare() -> list[int]:
+        table = datasets.Dataset.from_dict({"n": list(range(1000))})
+        features = datasets.Features({"m": datasets.Value("int64")})
+        double = lambda columns: {"m": [2 * n for n in columns["n"]]}  # noqa: E731
+        return cached_map(table, double, features, "0" * 32, "doubling", None)["m"][:]
+
+    expected = prepare()
+    [file] = cache.glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "flip":
+        file.write_bytes(content)
+    elif damage == "no sums":
+        file.write_bytes(content)
+        [sums] = cache.glob("*.sha256.json")
+        sums.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "halve" else b"")
+    with caplog.at_level("WARNING", logger="rlhf"):
+        assert prepare() == expected == prepare()
+    assert ("is made again" in caplog.text) == (damage != "no sums")
