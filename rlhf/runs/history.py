@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import special_kind
 from rlhf.base.log import first_line
 from rlhf.config.keys import find_key
 from rlhf.config.loading import load_config
@@ -106,6 +107,9 @@ def read_run(path: Path) -> Run:
 
 def read_sound_run(path: Path) -> Run:
     """Read a run directory. Raises: UserError and OSError that name the file that is damaged."""
+    for file in path.iterdir():
+        if kind := special_kind(file):  # reading it would wait, or never end
+            raise UserError(f"{file}: this is {kind}, not a file: remove it")
     summary: Any = read_summary(path) or {}
     stage = summary.get("stage") or stage_of(path / "config.yaml")
     settings = known_settings(path, summary, stage)

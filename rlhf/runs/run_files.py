@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import special_kind
 from rlhf.base.log import first_line
 
 SUMMARY, RESULT, WARNINGS = "summary.json", "result.json", "warnings.json"
@@ -117,6 +118,8 @@ def read_json(file: Path, kind: Any = Any) -> Any:
     Args: kind: its type: str, float, bool, dict, list, a TypedDict, or Any.
     Raises: FileNotFoundError; UserError that names the file and what is wrong with it.
     """
+    if kind_of_file := special_kind(file):
+        raise UserError(f"{file}: cannot be read (this is {kind_of_file}, not a file)")
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):

@@ -17,7 +17,7 @@ from rlhf.base.files import atomic_path
 from rlhf.reporting import report_page, tables
 from rlhf.run import prepare_directory
 from rlhf.runs.directory import check_resumable, read_summary, read_warnings, write_json
-from rlhf.runs.history import Run, find_runs
+from rlhf.runs.history import Run, find_runs, read_run
 from rlhf.runs.identity import run_dir_for
 from rlhf.runs.inputs import Inputs, find_inputs
 from rlhf.runs.run_files import read_file
@@ -212,10 +212,10 @@ def test_the_page_is_a_regular_file_in_a_directory_that_is_there(
     os.mkfifo(tmp_path / "pipe")
     device = os.stat("/dev/full").st_rdev
     for out, line in {
-        "/dev/full": "is no regular file",
-        str(tmp_path / "pipe"): "is no regular file",
-        str(tmp_path): "is a directory; give the page a name",
-        str(tmp_path / "none" / "page.html"): "there is no directory",
+        "/dev/full": "this is a device; give a file",
+        str(tmp_path / "pipe"): "this is a pipe; give a file",
+        str(tmp_path): "this is a folder; give a file in it",
+        str(tmp_path / "none" / "page.html"): "there is no folder",
     }.items():
         monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--out", out])
         assert report.main() == 2
@@ -248,3 +248,11 @@ def test_two_reports_at_once_do_not_collide(tmp_path: Path) -> None:
         thread.join()
     assert errors == [] and len(set(page.read_text())) == 1 and page.stat().st_size == 100_000
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.html.4567.tmp"}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "config.yaml", "parents.json"])
+def test_a_pipe_in_a_run_is_named_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    assert f"{name}: this is a pipe, not a file: remove it" in read_run(run).status
