@@ -115,19 +115,33 @@ def copy_run(run: Path, number: int) -> None:
 def measure(*command: str, cwd: Path) -> tuple[float, float, float]:
     """CPU seconds, wall-clock seconds and the largest memory in MB of a command of python."""
     started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, said
-    return used.ru_utime, time.monotonic() - started, used.ru_maxrss / 1024
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        # not ru_maxrss: that begins with the memory of the process that has started this one
+        peak, ended = 0.0, 0
+        while not ended:
+            peak = max(peak, peak_memory(process.pid))
+            time.sleep(0.01)
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        errors.seek(0)
+        assert os.waitstatus_to_exitcode(status) == 0, errors.read()
+    return used.ru_utime, time.monotonic() - started, peak
+
+
+def peak_memory(process: int) -> float:
+    """The most memory that a process has had so far, in MB; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    found = [line for line in lines if line.startswith("VmHWM:")]
+    return int(found[0].split()[1]) / 1024 if found else 0.0
 
 
 def report_of_long_run(work: Path, rows: int) -> list[Load]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bad_inputs import BAD_INPUTS, BAD_ROWS, BadInput
 
-from rlhf import cli, compose, report
+from rlhf import arguments, cli, compose, report
 from rlhf.base.errors import UserError
 from rlhf.base.log import say
 from rlhf.base.streams import prepare_streams
@@ -34,8 +34,8 @@ SECONDS = 60  # of the clock, for a busy machine
 
 
 @functools.cache
-def composed(*arguments: str) -> Config:
-    overrides = [arguments.allow_user_names(arg) for arg in arguments]
+def composed(*typed: str) -> Config:
+    overrides = [arguments.allow_user_names(arg) for arg in typed]
     return compose.typed_config(compose.compose_alone(overrides, []))
 
 
