@@ -23,7 +23,7 @@ def test_a_preset_ends_well_at_its_full_default_length(
     demo: Demo, tmp_path: Path, preset: str
 ) -> None:
     given = [f"stage={preset}", f"rl.actor={demo.sft}", f"rl.reward={demo.rm}"]
-    done = train(*given, f"root={tmp_path}", "wandb.mode=disabled", "deploy.threads=1")
+    done = train(*given, "wandb.mode=disabled", "deploy.threads=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = runs_in(tmp_path)[preset]
     final = summary(run)["metrics"]
