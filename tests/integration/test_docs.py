@@ -92,7 +92,7 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     elif "--help" in args or "--cfg" in args:
         done = train(*args, cwd=tmp_path)
     else:
-        other_data, world = "data=jsonl" in args, "data=arithmetic" in args
+        other_data, world = "data=jsonl" in args, "arithmetic" in command
         small = [o for o in SMALL if o.split("=")[0] not in command]
         if other_data or world:  # without the sizes of the sandbox
             small = [o for o in small if "sandbox" not in o]
