@@ -11,7 +11,6 @@ WORK is one of
     padding     the product's SFT on batches of equal token counts with more and more padding
     vocabulary  memory of the product's SFT with vocabularies of 8, 32 and 128 thousand
     processes   the product's PPO in one process and in two, each with one thread
-    startup     seconds from `python train.py` to the first optimizer step
     data        bench/data.py, small
 
 Contestants (bench/contestants.py, bench/peers.py) are processes that work in turns on the same
@@ -235,43 +234,10 @@ def processes(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, An
     )
 
 
-def startup(spec: Spec) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """Whole runs; the first one finds no prepared data."""
-    small = [
-        "stage=sft",
-        "data.sandbox.demonstrations=64",
-        "data.sandbox.pairs=64",
-        "data.eval_rows=16",
-        "sft.max_steps=1",
-    ]
-    small += ["wandb.mode=disabled", f"deploy.threads={spec['threads']}", *spec["set"]]
-    runs = []
-    for number in range(1 + spec["samples"]):
-        wait_for_quiet(spec["wait"])
-        steps = train(Path(spec["out"]) / f"startup-{number}", small)
-        runs.append(
-            {
-                "first": steps[0]["since_start"],
-                "end": steps[-1]["since_start"],
-                "foreign": max(s["foreign"] for s in steps),
-            }
-        )
-    rows = [
-        row_of("to the first optimizer step", "first", runs[1:]),
-        row_of("to the end of the run", "end", runs[1:]),
-    ]
-    return (
-        rows,
-        [f"with nothing prepared, to the first optimizer step: {runs[0]['first']:.1f} s"],
-        {"runs": runs},
-    )
-
-
 WORKS = {name: compare for name in ("generate", "ppo", "ppo-eos", "sft", "rm")} | {
     "padding": padding,
     "vocabulary": vocabulary,
     "processes": processes,
-    "startup": startup,
 }
 
 
@@ -315,7 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("work", choices=[*WORKS, "data"])
-    pairs = ".jsonl or .jsonl.gz of dialogues, chosen and rejected; not for startup and data"
+    pairs = ".jsonl or .jsonl.gz of dialogues, chosen and rejected; not for data"
     add("--pairs", help=pairs)
     target = "a directory of `pip install --no-deps --target DIR trl==1.16.0`, for sft and rm"
     add("--trl", help=target)
@@ -325,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--precision", choices=["fp32", "bf16"], default="fp32")
     itself = "the product in fp32, bf16 and autocast instead of a peer; for ppo, sft and rm"
     add("--precisions", action="store_true", help=itself)
-    samples = "undisturbed samples of each contestant; startup: runs"
+    samples = "undisturbed samples of each contestant"
     add("--samples", type=int, default=7, help=samples)
     add("--batch", type=int, help="rows; default 16, sft and rm 8")
     add("--prompt", type=int, help="last tokens of a prompt that are kept; default 64, ppo-eos 256")
@@ -347,9 +313,8 @@ def make_parser() -> argparse.ArgumentParser:
 def check_required(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error if an option that this benchmark needs is missing."""
     peers = {"sft": ["trl"], "rm": ["trl"], "ppo": ["trl_ppo"], "ppo-eos": ["trl_ppo"]}
-    required = [] if args.work == "startup" else ["pairs"]
     against = [] if args.precisions else peers.get(args.work, [])
-    for name in required + against:
+    for name in ["pairs", *against]:
         if not getattr(args, name):
             parser.error(f"{args.work} needs --{name.replace('_', '-')}")
 

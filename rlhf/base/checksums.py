@@ -45,8 +45,12 @@ def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
     return hashes
 
 
-def write_sums(directory: Path, hashes: Mapping[str, str]) -> None:
-    """Write SHA256SUMS. Args: hashes: of the files, by their names relative to the directory."""
+def write_sums(directory: Path, hashes: Mapping[str, str] | None = None) -> None:
+    """Write SHA256SUMS.
+
+    Args: hashes: of the files, by their names relative to the directory, where they are known.
+    """
+    hashes = hash_files(directory, files_below(directory)) if hashes is None else hashes
     text = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
     (directory / SUMS).write_text(text, encoding="utf-8")
 

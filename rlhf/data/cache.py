@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.base.checksums import hash_files
+from rlhf.base.checksums import damaged_files, read_sums, write_sums
 from rlhf.base.errors import UserError
 from rlhf.base.files import remove
 from rlhf.base.log import log
@@ -71,47 +70,32 @@ def cached_map(
     processes = min(workers or min(os.cpu_count() or 1, 8), len(table)) if large else None
     # another process of this run, or another run, may be computing the same: wait, then read it
     with FileLock(folder / f"{key}.lock"):
-        remove_damaged(folder, key)
+        prepared = folder / key
+        remove_damaged(prepared)
+        prepared.mkdir(exist_ok=True)
         mapped = table.map(
             function,
             batched=True,
             remove_columns=table.column_names,
             features=features,
             num_proc=processes,
-            cache_file_name=str(folder / f"{key}.arrow"),
+            cache_file_name=str(prepared / "rows.arrow"),
             new_fingerprint=key,
             desc=description,
         )
-        if not sums_of(folder, key).exists():
-            hashes = hash_files(folder, files_of(folder, key))
-            sums_of(folder, key).write_text(json.dumps(hashes), encoding="utf-8")
+        if not read_sums(prepared):
+            write_sums(prepared)
         return mapped
 
 
-def sums_of(folder: Path, key: str) -> Path:
-    """The file with the hashes of what the cache has under a key."""
-    return folder / f"{key}.sha256.json"
-
-
-def files_of(folder: Path, key: str) -> list[str]:
-    """What the cache has under a key: one file, or one of each process that made it."""
-    return sorted(file.name for file in folder.glob(f"{key}*.arrow"))
-
-
-def remove_damaged(folder: Path, key: str) -> None:
-    """Delete what the cache has under a key where it is not what was written: it is made again."""
-    names = files_of(folder, key)
-    try:
-        expected = json.loads(sums_of(folder, key).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        expected = None
-    if names and expected != hash_files(folder, names):
-        if expected is not None:  # else its maker was killed before the end
-            log.warning(f"{folder / names[0]}: not what was written; it is made again")
-        for name in names:
-            remove(folder / name)
-    if expected is None or not files_of(folder, key):
-        remove(sums_of(folder, key))
+def remove_damaged(prepared: Path) -> None:
+    """Delete prepared rows that are not what was written, or not complete: they are made again."""
+    sums = read_sums(prepared)
+    damaged = damaged_files(prepared)
+    if damaged:
+        log.warning(f"{prepared / damaged[0]}: not what was written; it is made again")
+    if damaged or not sums:  # without sums: its maker was killed
+        remove(prepared)
 
 
 def show_progress(wanted: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.base.checksums import damaged_files, files_below, hash_files, write_sums
+from rlhf.base.checksums import damaged_files, write_sums
 from rlhf.base.files import atomic_path
 from rlhf.base.log import first_line, log
 from rlhf.data.cache import cache_folder, digest, show_progress
@@ -79,7 +79,7 @@ def write(records: Records, folder: Path) -> None:
         getattr(records, name).save_to_disk(folder / name)
     lists = {name: [asdict(one) for one in getattr(records, name)] for name in LISTS}
     (folder / "evaluation.json").write_text(json.dumps(lists), encoding="utf-8")
-    write_sums(folder, hash_files(folder, files_below(folder)))
+    write_sums(folder)
 
 
 def read(folder: Path) -> Records:

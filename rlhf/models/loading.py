@@ -20,7 +20,7 @@ from rlhf.base.adapter_files import (
     is_adapter,
     tokenizer_of,
 )
-from rlhf.base.checksums import files_below, hash_files, write_sums
+from rlhf.base.checksums import write_sums
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.locations import ASSETS, BUILTIN, is_directory, model_directory
@@ -312,7 +312,7 @@ def save_engine(
             if adapter:
                 lora.write_adapter(hf, adapter, temporary / "adapter")
                 tokenizer.save_pretrained(temporary / "adapter")
-            write_sums(temporary, hash_files(temporary, files_below(temporary)))
+            write_sums(temporary)
     collectives.barrier()
 
 

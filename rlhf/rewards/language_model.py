@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError
+from rlhf.base.files import atomic_path
 from rlhf.base.log import log
 from rlhf.rewards.server import Server
 
@@ -122,10 +123,9 @@ def kept(file: Path) -> str | None:
 def keep(file: Path, reply: Mapping[str, str]) -> None:
     """Write a reply in one step. Other processes may write the same one. Where it cannot be
     written, there is a warning: the reply is there, and may have been paid for."""
-    own = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(exist_ok=True)
-        own.write_text(json.dumps(reply), encoding="utf-8")
-        own.replace(file)
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(reply), encoding="utf-8")
     except OSError as error:
         log.warning(f"cannot keep a reply ({file}): {error.strerror}")

@@ -15,6 +15,7 @@ from rlhf.base.adapter_files import (
     adapter_settings,
     is_adapter,
 )
+from rlhf.base.checksums import hash_file
 from rlhf.base.errors import UserError
 from rlhf.base.locations import is_directory, model_directory
 from rlhf.config.schema import Config
@@ -178,4 +179,4 @@ def content_id(path: str) -> str:
 
 
 def hash_of_file(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return hash_file(file)[:16]

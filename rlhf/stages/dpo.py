@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.base.files import allow_others
+from rlhf.base.files import atomic_path
 from rlhf.base.log import log
 from rlhf.config.schema import Config, Dpo
 from rlhf.data import encoding, tokenized
@@ -275,11 +274,8 @@ def cached_logprobs(
     computed = compute(missing)
     known = torch.where(known.isnan(), computed, known)
     if is_main:
-        # not atomic_path: several runs may write this file at the same time
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"logp": known}, temporary)
-        allow_others(temporary)
-        os.replace(temporary, file)
+        with atomic_path(file) as temporary:
+            save_file({"logp": known}, temporary)
     return known
 
 

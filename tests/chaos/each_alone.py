@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bad_inputs import BAD_INPUTS, BAD_ROWS, BadInput
+from bad_data import BAD_ROWS
+from bad_files import BadInput
+from bad_inputs import BAD_INPUTS
 
 from rlhf import arguments, cli, compose, report
 from rlhf.base.errors import UserError

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_inputs import BAD_INPUTS, BAD_ROWS, BadInput, BadRow
+from bad_data import BAD_ROWS
+from bad_files import BadInput, BadRow
+from bad_inputs import BAD_INPUTS
 from helpers import REPO
 
 HERE = Path(__file__).parent

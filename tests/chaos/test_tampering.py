@@ -111,15 +111,21 @@ def check_outcome(done: subprocess.CompletedProcess[str], file: str, folder: Pat
     assert "rollout 3" not in done.stderr
 
 
+def run_damaged(
+    given: Path, stage: str, file: str, damage: Damage, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """PPO in a copy of a folder in which a file of the stage's run is damaged."""
+    [run] = runs_in(copy_of(given, folder))[stage]
+    damage(run / file)
+    return train(*PPO, cwd=folder)
+
+
 @pytest.mark.parametrize("file, damage", OF_AN_INTERRUPTED_RUN, ids=names)
 def test_an_interrupted_run(
     file: str, damage: Damage, killed: Path, whole: Path, tmp_path: Path
 ) -> None:
-    folder = copy_of(killed, tmp_path / "root")
-    [run] = runs_in(folder)["ppo"]
-    damage(run / file)
-    done = train(*PPO, cwd=folder)
-    check_outcome(done, Path(file).name, folder, whole)
+    done = run_damaged(killed, "ppo", file, damage, tmp_path / "root")
+    check_outcome(done, Path(file).name, tmp_path / "root", whole)
     if file.startswith("checkpoints/"):
         assert done.returncode == 0 and "step-2" in done.stderr, done.stderr
         assert "incomplete" in done.stderr or "damaged" in done.stderr, done.stderr
@@ -129,13 +135,10 @@ def test_an_interrupted_run(
 def test_a_parent_run(
     file: str, damage: Damage, parents: Path, whole: Path, tmp_path: Path
 ) -> None:
-    folder = copy_of(parents, tmp_path / "root")
-    [run] = runs_in(folder)["sft"]
-    damage(run / file)
-    done = train(*PPO, cwd=folder)
+    done = run_damaged(parents, "sft", file, damage, tmp_path / "root")
     if done.returncode == 2 and damage is delete and file == "summary.json":
         assert "ppo needs a trained policy: not in" in done.stderr  # the run counts as unfinished
         return
-    check_outcome(done, Path(file).name, folder, whole)
+    check_outcome(done, Path(file).name, tmp_path / "root", whole)
     if file.startswith("model/") and "SHA256SUMS" not in file:
         assert done.returncode == 2

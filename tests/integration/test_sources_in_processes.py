@@ -66,4 +66,4 @@ def test_two_processes_prepare_the_same_at_once(tmp_path: Path) -> None:
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert said[0][0] == said[1][0] and int(said[0][0].split()[0]) > 900
-    assert len(list((tmp_path / "cache" / "rlhf").glob("*.arrow"))) == 2
+    assert len(list((tmp_path / "cache" / "rlhf").glob("*/rows*.arrow"))) == 2

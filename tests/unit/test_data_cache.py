@@ -104,7 +104,7 @@ def test_tokens_stay_on_disk_and_nothing_is_padded(
     before = pyarrow.total_allocated_bytes()
     done = tokenized.pairs(tokenizer, data.rm, 256, 256)
     tokens = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in done)
-    assert all(Path(f["filename"]).parent == cache for f in done.table.cache_files)
+    assert all(Path(f["filename"]).parent.parent == cache for f in done.table.cache_files)
     on_disk = sum(Path(f["filename"]).stat().st_size for f in done.table.cache_files)
     assert 4 * tokens * 0.5 < on_disk < 4 * tokens * 1.5
     assert pyarrow.total_allocated_bytes() - before < on_disk / 10
@@ -125,7 +125,7 @@ def test_records_of_the_memory_are_read_likewise(tokenizer: Any) -> None:
 
 
 def files(cache: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in cache.glob("*.arrow")}
+    return {path.parent.name: path.stat().st_mtime_ns for path in cache.glob("*/rows.arrow")}
 
 
 def test_the_cache_holds_for_the_same_and_for_nothing_else(
@@ -269,15 +269,14 @@ def test_prepared_rows_that_are_damaged_are_made_again(
         return cached_map(table, double, features, "0" * 32, "doubling", None)["m"][:]
 
     expected = prepare()
-    [file] = cache.glob("*.arrow")
+    [file] = cache.glob("*/rows.arrow")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "flip":
         file.write_bytes(content)
     elif damage == "no sums":
         file.write_bytes(content)
-        [sums] = cache.glob("*.sha256.json")
-        sums.unlink()
+        file.with_name("SHA256SUMS").unlink()
     else:
         file.write_bytes(content[: len(content) // 2] if damage == "halve" else b"")
     with caplog.at_level("WARNING", logger="rlhf"):
