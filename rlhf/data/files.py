@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import glob
 import itertools
 import os
@@ -208,7 +209,13 @@ def _open_file(file: Path, builder: str, source: Source, most_row: int) -> datas
     if builder == "text":
         options = {"encoding_errors": MARK_BYTES}
     pattern = glob.escape(str(file))  # the library takes it for one
-    return datasets.load_dataset(builder, data_files=pattern, split="train", **options)
+    load = functools.partial(
+        datasets.load_dataset, builder, data_files=pattern, split="train", **options
+    )
+    try:
+        return load()
+    except Exception:  # of any kind: the library's own cache of this file may be damaged
+        return load(download_mode=datasets.DownloadMode.FORCE_REDOWNLOAD)
 
 
 def _concatenate(tables: list[datasets.Dataset], files: list[Path]) -> datasets.Dataset:

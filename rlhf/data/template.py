@@ -116,8 +116,6 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], for_answer: bool) -> str:
-    from jinja2 import TemplateError
-
     messages = [message_of(turn) for turn in turns if turn.role != "tools"]
     tools = [json.loads(turn.text) for turn in turns if turn.role == "tools"]
     try:
@@ -127,7 +125,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], for_answer: b
             tokenize=False,
             add_generation_prompt=for_answer,
         )
-    except TemplateError as error:  # it has no system turn, or wants roles to alternate, ...
+    except Exception as error:  # it has no system turn, wants roles to alternate, divides by 0, ...
         roles = ", ".join(turn.role for turn in turns)
         raise _unfit(
             tokenizer, f"refuses the turns {roles} ({' '.join(str(error).split())})"

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf.base.checksums import damaged_files
 from rlhf.base.errors import UserError
-from rlhf.base.files import atomic_path
+from rlhf.base.files import atomic_path, special_kind
 from rlhf.config.deployment import placement
 from rlhf.config.schema import Config, StageChoice
 from rlhf.runs.locks import LOCK_FILE
@@ -41,6 +41,9 @@ PACKAGES = (
     "wandb",
     "numpy",
 )
+
+
+WRITTEN = (".json", ".jsonl", ".log", ".png", ".txt", ".yaml")  # endings of the files of a run
 
 
 def read_summary(directory: Path) -> Summary | None:
@@ -137,6 +140,22 @@ def check_resumable(
         if versions.get(name) != version
     ]
     return [f"resuming with other package versions: {', '.join(changed)}"] if changed else []
+
+
+def check_kinds(directory: Path) -> None:
+    """Refuse a folder where a run writes a file, and the reverse.
+
+    Raises: UserError that names it.
+    """
+    for path in directory.iterdir():
+        is_file_name = path.suffix in WRITTEN or path.name == "wandb_id"
+        special = special_kind(path)
+        if is_file_name and (special or path.is_dir()):
+            raise UserError(
+                f"{path}: this is {special or 'a folder'}, where the run has a file: remove it"
+            )
+        if path.name in ("attempts", "checkpoints") and not path.is_dir():
+            raise UserError(f"{path}: this is no folder, as the run has there: remove it")
 
 
 def archive_attempt(directory: Path) -> Path | None:

@@ -40,9 +40,9 @@ def run_workers(run_dir: Path, cfg: Config, next_stage: str | None = None) -> bo
     """Run `python -m rlhf.worker run_dir` in all processes of the deployment, until all are done.
 
     With deploy.hostfile DeepSpeed's launcher starts them on all nodes; otherwise this process
-    starts those of its own node. When one fails, the others are stopped. At Ctrl-C or SIGTERM they
-    save a checkpoint and end; at a second one they are stopped at once. When this process is
-    killed, its workers die with it.
+    starts those of its own node. When one fails, the others are stopped. At Ctrl-C, SIGTERM or
+    SIGHUP they save a checkpoint and end; at a second one they are stopped at once. When this
+    process is killed, its workers die with it.
 
     Args: next_stage: the one that this command runs after it; its workers import meanwhile.
     Returns: whether a stop was requested, but the run was done by then.
@@ -111,7 +111,8 @@ def wait_for_workers(
             notified = True
             text = "stopping (once training has begun: after this step, with a checkpoint); "
             text += "repeat it to stop at once"
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(text, file=sys.stderr, flush=True)
             request_stop(workers, run_dir, cfg)
         failed = {
             name: worker.returncode
@@ -250,9 +251,10 @@ def stop_workers(workers: list[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def graceful_shutdown() -> Iterator[list[int]]:
-    """Within this context a first Ctrl-C or SIGTERM is only added to the list that it gives.
+    """Within this context a first Ctrl-C, SIGTERM or SIGHUP is only added to the list it gives.
 
-    A second one raises KeyboardInterrupt.
+    A second one raises KeyboardInterrupt. SIGHUP is what a terminal sends when it is closed; under
+    nohup it stays ignored.
     """
     signals: list[int] = []
 
@@ -261,7 +263,10 @@ def graceful_shutdown() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         signals.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield signals
     finally:

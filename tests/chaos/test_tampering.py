@@ -42,22 +42,35 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def to_folder(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+def to_pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
 DAMAGES = (delete, halve, empty, flip)
 Damage = Callable[[Path], None]
 # of a run that was killed after its second rollout
 LOGS = ("metrics.jsonl", "samples.jsonl", "wandb_id", "parents.json", "env.json", "data.json")
 CHECKPOINT = ("checkpoint.json", "SHA256SUMS", "rank-0.pt", "actor/mp_rank_00_model_states.pt")
 DELETED = ("config.yaml", "train.log", "rollouts.jsonl", ".owner")
+WRITTEN = ("metrics.jsonl", "train.log", "curves.png", "ds_actor.json", "attempts")
 OF_AN_INTERRUPTED_RUN = [
     *itertools.product(LOGS, DAMAGES),
     *itertools.product((f"checkpoints/step-2/{name}" for name in CHECKPOINT), DAMAGES),
     *itertools.product(DELETED, [delete]),
+    *itertools.product(WRITTEN, [to_folder, to_pipe]),
 ]
 # of the finished run that PPO starts from
 OF_A_PARENT = [
     *itertools.product(("summary.json", "model/model.safetensors", "model/config.json"), DAMAGES),
     *itertools.product(("model/tokenizer.json", "model/SHA256SUMS"), DAMAGES),
     *itertools.product(("config.yaml", "result.json"), [delete, flip]),
+    *itertools.product(("model/config.json", "summary.json"), [to_folder, to_pipe]),
 ]
 
 

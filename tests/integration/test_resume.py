@@ -227,6 +227,15 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     )
 
 
+def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path: Path) -> None:
+    parent, run = running(*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null", cwd=tmp_path)
+    parent.stderr.close()  # as when the terminal is gone: nobody reads the lines
+    parent.send_signal(signal.SIGHUP)
+    parent.wait(60)
+    [(checkpoint, _)], incomplete = find_checkpoints(run)
+    assert 1 < lines(run / "metrics.jsonl") == int(checkpoint.name[5:]) < 400 and not incomplete
+
+
 @pytest.mark.full
 def test_a_finished_run_that_is_trained_again_keeps_the_old_attempt(tmp_path: Path) -> None:
     for more in ([], ["fresh=true"]):

@@ -95,6 +95,8 @@ def test_a_models_own_template(
             QWEN.replace("loop.last and", "loop.length > 2 and loop.last and"),
             "the first answer of a dialogue unlike",
         ),
+        (SMOL + "{{ 1 // 0 }}", "refuses the turns"),  # errors of Python are no TemplateError
+        (SMOL + "{{ none + 1 }}", "refuses the turns"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused_in_one_line(

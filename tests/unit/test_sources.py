@@ -7,8 +7,11 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 from data_files import jsonl, row, rows
 from helpers import composed
@@ -217,6 +220,16 @@ def test_a_run_says_what_it_reads(
         f"{data.report[0]['eval']}"
     )
     assert f"mine/train: 1,201 rows: {sizes}; skipped: 1 duplicate row" in caplog.text
+
+
+def test_the_copy_of_a_file_that_its_library_keeps_may_be_damaged(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", rows(*range(30)))
+    whole = load_sources(config(mine=file))
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    shutil.rmtree(cache / "rlhf")  # our own of prepared rows
+    [copy] = cache.rglob("*.arrow")
+    os.truncate(copy, 10)
+    assert load_sources(config(mine=file)).sft[:] == whole.sft[:]
 
 
 def test_a_stage_without_rows_says_why(tmp_path: Path) -> None:
