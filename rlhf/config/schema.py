@@ -203,7 +203,8 @@ class Deploy:
         "CPU threads per process, at most 4 x cores; null: cores / processes", above=0
     )
     zero_stage: int = placement(
-        "what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights",
+        "what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights; in "
+        "bf16 and fp16 at least 2 is built (docs/deployment.md)",
         at_least=0,
         at_most=3,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.choices import Device, Precision
-from rlhf.config.schema import Config
+from rlhf.config.schema import Config, Deploy
 from rlhf.config.stage_graph import node_name, optimizer_nodes
 from rlhf.config.stage_nodes import Optim
 
@@ -46,6 +46,8 @@ def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
         config["fp16"] = {"enabled": True, "loss_scale_window": 100}
     if deploy.precision == Precision.autocast:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if optim and BYTES[deploy.precision] == 2:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if optim:
         config["gradient_clipping"] = optim.grad_clip
         config["optimizer"] = {
@@ -63,6 +65,18 @@ def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
     return config
 
 
+def built_stage(deploy: Deploy) -> int:
+    """The ZeRO stage that DeepSpeed builds for a trained model: deploy.zero_stage, but at least 2
+    where its weights have 16 bits.
+
+    DeepSpeed 0.19.8 is right in 16 bits from stage 2 on only. At 0 it takes an optimizer step
+    before training, which Adam counts, and divides by a loss scale that it has not applied; at 0
+    and 1 it sums the gradients of micro-batches in 16 bits. On one process nothing is partitioned
+    at any stage.
+    """
+    return max(2, deploy.zero_stage) if BYTES[deploy.precision] == 2 else deploy.zero_stage
+
+
 def zero_section(cfg: Config, role: str) -> dict[str, Any]:
     """What is partitioned and what is kept in host memory."""
     deploy, offload = cfg.deploy, cfg.deploy.offload
@@ -71,12 +85,12 @@ def zero_section(cfg: Config, role: str) -> dict[str, Any]:
         # only stage 3 partitions weights, and only it fetches them from the host layer by layer
         zero: dict[str, Any] = {"stage": 3 if deploy.zero_stage == 3 or offload.frozen else 0}
         return zero | {"offload_param": host} if offload.frozen else zero
-    zero = {"stage": deploy.zero_stage}
-    if deploy.zero_stage:
+    zero = {"stage": built_stage(deploy)}
+    if zero["stage"]:
         # DeepSpeed wants an even number
         elements = int(deploy.bucket_mb * 2**20) // BYTES[deploy.precision] // 2 * 2
         zero |= {"overlap_comm": deploy.overlap_comm, "reduce_bucket_size": elements}
-        fetch = "stage3_prefetch" if deploy.zero_stage == 3 else "allgather"
+        fetch = "stage3_prefetch" if zero["stage"] == 3 else "allgather"
         zero[f"{fetch}_bucket_size"] = elements
     if offload.optimizer:
         zero["offload_optimizer"] = host

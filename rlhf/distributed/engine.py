@@ -22,7 +22,7 @@ from rlhf.base.log import announced
 from rlhf.config.schema import Config
 from rlhf.config.stage_nodes import Optim
 from rlhf.distributed import collectives
-from rlhf.distributed.deepspeed_config import build_ds_config, optim_of
+from rlhf.distributed.deepspeed_config import build_ds_config, built_stage, optim_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,10 +111,9 @@ def build_engine(
         engine: Engine[Wrapper] = deepspeed.initialize(
             model=module, config=ds_config, model_parameters=groups
         )[0]
-    count_from_zero(engine.optimizer)
     engine.checkpoint_engine.load = read_data_only
     engine.gradient_notes = track_nonfinite_grads(module)
-    if collectives.world_size() == 1 and cfg.deploy.zero_stage == 0:
+    if collectives.world_size() == 1 and built_stage(cfg.deploy) == 0:
         # with one rank it would only copy all gradients there and back
         engine.enable_backward_allreduce = False
     return engine
@@ -139,19 +138,6 @@ def read_data_only(path: str, map_location: Any = None) -> Any:
             f"{path}: it is no file of tensors and numbers, and no code in it is run: delete this "
             "checkpoint to resume from the one before"
         ) from error
-
-
-def count_from_zero(optimizer: torch.optim.Optimizer) -> None:
-    """Undo the step that DeepSpeed takes to allocate Adam's moments.
-
-    With weights in bf16 or fp16 and ZeRO 0 it steps once with gradients of zero before training.
-    The moments stay zero, but Adam counts the step: its first real update is then that of a second
-    step, 0.74 of the learning rate with betas (0.9, 0.95).
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps torch's
-    for state in inner.state.values():
-        if "step" in state:
-            state["step"].zero_()
 
 
 def parameter_groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:

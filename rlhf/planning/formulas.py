@@ -19,7 +19,7 @@ from rlhf.base.constants import (
 from rlhf.config.choices import Device, Precision
 from rlhf.config.deployment import world_size
 from rlhf.config.schema import Arch, Config
-from rlhf.distributed.deepspeed_config import BYTES
+from rlhf.distributed.deepspeed_config import BYTES, built_stage
 from rlhf.planning.shapes import ACTIVATIONS
 
 GIB = 2**30
@@ -27,6 +27,7 @@ GIB = 2**30
 LIBRARIES = {Device.gpu: 1.5 * GIB, Device.cpu: 0.5 * GIB}
 # weights that DeepSpeed holds gathered at stage 3, at most (its stage3_max_live_parameters)
 MAX_LIVE = 10**9
+SUB_GROUP = 10**9  # weights that it updates at a time at stage 3 (its sub_group_size)
 PADDED = ("bloom",)  # families whose attention needs padding
 
 
@@ -52,22 +53,22 @@ class Role:
 def role_memory(cfg: Config, name: str, model: str, count: int, trained: int) -> Role:
     """States of one model, as DeepSpeed holds them.
 
-    Weights and gradients are in the training precision; Adam's two moments and a copy of the
-    weights in fp32 (no copy at stage 0 in fp32). Stage 1 partitions the optimizer, 2 the
-    gradients, 3 the weights. Source: Rajbhandari 2020, arXiv:1910.02054, section 3.
+    Weights are in the training precision; gradients, Adam's two moments and a copy of the weights
+    in fp32 (no copy at stage 0). Stage 1 partitions the optimizer, 2 the gradients, 3 the weights.
+    Source: Rajbhandari 2020, arXiv:1910.02054, section 3.
 
     Args:
         name: of the role ("actor").  model: its short name, for the table.
         count: number of weights.  trained: how many of them are trained.
     """
     deploy, size, world = cfg.deploy, BYTES[cfg.deploy.precision], world_size(cfg)
-    zero, offload = deploy.zero_stage, deploy.offload
+    zero, offload = built_stage(deploy), deploy.offload
     if not trained:
         weights = size * count / (world if zero == 3 or offload.frozen else 1)
         return Role(name, model, count, 0, weights, 0, 0, weights if offload.frozen else 0)
     weights = size * count / (world if zero == 3 else 1)
-    gradients = size * trained / (world if zero >= 2 else 1)
-    copies = 8 if zero == 0 and size == 4 else 12
+    gradients = 4 * trained / (world if zero >= 2 else 1)
+    copies = 8 if zero == 0 else 12
     optimizer = copies * trained / (world if zero >= 1 else 1)
     host = (optimizer if offload.optimizer else 0) + (weights if offload.parameters else 0)
     return Role(name, model, count, trained, weights, gradients, optimizer, host)

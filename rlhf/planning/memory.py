@@ -22,11 +22,12 @@ from rlhf.config.stage_graph import (
     trains_critic,
     uses_trained_reward_model,
 )
-from rlhf.distributed.deepspeed_config import BYTES
+from rlhf.distributed.deepspeed_config import BYTES, built_stage
 from rlhf.planning.formulas import (
     GIB,
     LIBRARIES,
     MAX_LIVE,
+    SUB_GROUP,
     Role,
     activations,
     kv_cache,
@@ -251,13 +252,13 @@ class StageNeeds:
             self.files += self.size * critic_role.parameters
 
     def add_optimizer_step(self) -> None:
-        """In 16 bits: gradients are copied to fp32, where the optimizer is."""
-        if self.size != 2:
+        """At stage 3 DeepSpeed copies the gradients of this process, a group at a time."""
+        if built_stage(self.deploy) < 3 or self.deploy.offload.optimizer:
             return
         trained = max(role.trained for role in self.roles)
-        partitions = self.world if self.deploy.zero_stage else 1
-        copied = 0 if self.deploy.offload.optimizer else 4 * trained / partitions
-        self.phases["optimizer's step"] = {"fp32 gradients": copied}
+        self.phases["optimizer's step"] = {
+            "copied gradients": 4 * min(trained / self.world, SUB_GROUP)
+        }
 
     # ------------------------------------------------------------------------------- models
 
@@ -331,7 +332,7 @@ class StageNeeds:
         return {
             "activations": activations(arch, self.cfg, rows, tokens),
             "logits": logits(arch, self.cfg, rows, positions, trained=True),
-            "buckets": 2 * self.deploy.bucket_mb * 2**20 if self.deploy.zero_stage else 0,
+            "buckets": 2 * self.deploy.bucket_mb * 2**20 if built_stage(self.deploy) else 0,
             "gathered weights": self.live_weights(role),
         }
 

@@ -16,7 +16,7 @@ from rlhf.config.keys import lookup
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, node_name, trains_critic
 from rlhf.config.validation import check_config
-from rlhf.distributed.deepspeed_config import BYTES
+from rlhf.distributed.deepspeed_config import BYTES, built_stage
 from rlhf.planning.formulas import GIB
 from rlhf.planning.memory import Plan, make_plan
 from rlhf.runs.timing import measure_step
@@ -77,7 +77,7 @@ def possible_changes(cfg: Config, stage: str) -> list[Changes]:
     offers: list[tuple[Changes, bool]] = [
         ({"deploy.eval_micro_batch": 1}, deploy.eval_micro_batch > 1),
         ({"deploy.micro_batch": 1}, deploy.micro_batch > 1),
-        ({"deploy.zero_stage": 2}, several and deploy.zero_stage < 2),
+        ({"deploy.zero_stage": 2}, several and built_stage(deploy) < 2),
         ({"deploy.precision": Precision.bf16}, BYTES[deploy.precision] == 4),
         ({"deploy.activation_checkpointing": True}, not deploy.activation_checkpointing),
         ({"deploy.zero_stage": 3}, several and deploy.zero_stage < 3),
@@ -229,7 +229,7 @@ def table_of_roles(plan: Plan, cfg: Config) -> Table:
 
     deploy = cfg.deploy
     where = plural(world_size(cfg), "process", "es")
-    where += f", ZeRO {deploy.zero_stage}, {deploy.precision.name}"
+    where += f", ZeRO {built_stage(deploy)}, {deploy.precision.name}"
     each = "GPU" if deploy.device == Device.gpu else "process"
     table = Table(title=f"{plan.stage}: GiB on each {each} of {where}", box=box.SIMPLE)
     for column in ("role", "model"):

@@ -98,10 +98,8 @@ def test_model_states_are_the_measured_tensors(
 
 @pytest.mark.parametrize("world", [1, 8])
 def test_model_states_are_those_of_deepspeeds_estimators(world: int) -> None:
-    """The estimators count an fp32 copy of the gradients, which the plan counts elsewhere.
-
-    In the plan it belongs to the optimizer step: the whole copy (stage 2) or half of it (stage 3).
-    """
+    """Gradients are summed in fp32; at stage 2 the estimator counts them in bf16, too, of which the
+    plan has a bucket, in another place."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -119,12 +117,12 @@ def test_model_states_are_those_of_deepspeeds_estimators(world: int) -> None:
             _, theirs = estimate_zero2_model_states_mem_needs(
                 n, world, 1, cpu_offload=False, additional_buffer_factor=1
             )
-            assert ours + 4 * n / world == theirs
+            assert ours + 2 * n / world == theirs
         else:
             _, theirs, _ = estimate_zero3_model_states_mem_needs(
                 n, 0, world, 1, False, False, False, additional_buffer_factor=1
             )
-            assert ours + 2 * n / world == theirs
+            assert ours == theirs
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
@@ -200,7 +198,7 @@ def test_hand_numbers() -> None:
     assert actor.trained == adapter and actor.parameters == 12_853_473_280 + adapter
     assert (
         actor.weights == 2 * actor.parameters / 8
-        and actor.gradients == 2 * adapter / 8
+        and actor.gradients == 4 * adapter / 8
         and actor.optimizer == 12 * adapter / 8
     )
     assert [role.name for role in p.roles] == ["actor", "reward", "critic"], (
