@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-# rlhf/models/logprobs.py: tokens whose logits are computed at a time
-MAX_CHUNK_TOKENS = 512
-MIN_CHUNK_TOKENS = 64  # with fewer tokens the matrix product is slow
-# Elements of the logits of a chunk, within these bounds: 8 MiB, which stay in the cache of a CPU.
-CHUNK_LOGITS = 2**21
-# Probabilities kept for the backward pass, 16 MiB; those of further chunks are computed again.
-KEPT_PROBABILITIES = 2**22
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LogprobChunks:
+    """How rlhf/models/logprobs.py divides tokens, whose logits it computes a chunk at a time."""
+
+    max_tokens: int
+    min_tokens: int  # with fewer the matrix product is slow
+    logits: int  # elements of the logits of a chunk, within these bounds
+    kept: int  # probabilities kept for the backward pass; those of further chunks come again
+
+
+LOGPROB_CHUNKS = {
+    "cpu": LogprobChunks(512, 64, 2**21, 2**22),  # 8 MiB of logits, which stay in the cache
+    # each chunk starts as many kernels whatever its size: 1 GiB of logits (not yet measured)
+    "gpu": LogprobChunks(4096, 64, 2**28, 2**28),
+}
 
 # rlhf/data/sandbox/: prompts of the built-in world (24 things x 12 questions x 5 wishes about
 # length x 5 about tone), and the shares of the training prompts at which the part of SFT and the

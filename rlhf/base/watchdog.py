@@ -62,6 +62,17 @@ def stop() -> None:
 
 
 @contextlib.contextmanager
+def while_waiting() -> Iterator[None]:
+    """Within this context the clock stands: the process waits for another, which has its own."""
+    if _file:
+        faulthandler.cancel_dump_traceback_later()
+    try:
+        yield
+    finally:
+        progress(at_once=True)
+
+
+@contextlib.contextmanager
 def while_files_move() -> Iterator[None]:
     """Within this context each byte that the process reads or writes counts as progress.
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from rlhf.base import watchdog
+
 T = TypeVar("T")
+# The others wait at a barrier while rank 0 alone saves a model: hours, to a slow disk
+BARRIER_TIMEOUT = datetime.timedelta(hours=12)
+_waiting: dist.ProcessGroup | None = None  # of all ranks, for barriers; None: the default group
 
 
 def rank() -> int:
@@ -41,6 +47,8 @@ def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     """
     if world_size() == 1:
         return x
+    if not x.numel():  # NCCL takes no empty tensors
+        return x.new_empty((len(x) * world_size(), *x.shape[1:]))
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
@@ -62,6 +70,14 @@ def assert_same_across_ranks(value: str, what: str) -> None:
         raise RuntimeError(f"the processes do not agree on {what}: {different}")
 
 
+def make_barrier_group() -> None:
+    """Give barriers a group of their own, over gloo: another timeout, and no GPU that spins."""
+    global _waiting
+    if world_size() > 1:
+        _waiting = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
+
+
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with watchdog.while_waiting():
+            dist.barrier(_waiting)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.integrations import HfDeepSpeedConfig
 
-# The others wait that long for a rank, also while rank 0 alone saves a model. DeepSpeed's 10
-# minutes are too short for a large model; deploy.watchdog_minutes is longer.
+# The others wait that long for a rank (at a barrier: collectives.BARRIER_TIMEOUT). DeepSpeed's 10
+# minutes are too short where ranks prepare data; deploy.watchdog_minutes is longer.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 Module = TypeVar("Module", bound=nn.Module, covariant=True)
 
@@ -47,7 +47,7 @@ class Engine(Protocol[Module]):
     """What this package uses of DeepSpeed's engine, which gives no types of its own."""
 
     optimizer: torch.optim.Optimizer
-    gradient_notes: dict[str, Tensor]  # ours: see track_nonfinite_grads
+    gradient_notes: dict[str, list[Tensor]]  # ours: see track_nonfinite_grads
     enable_backward_allreduce: bool
     checkpoint_engine: Any  # DeepSpeed's reader and writer of files
 
@@ -154,16 +154,18 @@ def parameter_groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def track_nonfinite_grads(module: nn.Module) -> dict[str, Tensor]:
+def track_nonfinite_grads(module: nn.Module) -> dict[str, list[Tensor]]:
     """Note in the backward pass which gradients are not finite, without waiting for a GPU.
 
-    Returns: for each trained weight a scalar, filled by hooks: 0, or NaN where its gradient was not
-        finite.
+    It costs a GPU one kernel per weight and micro-batch. DeepSpeed frees gradients before it knows
+    their norm, so there is nothing to look at afterwards.
+
+    Returns: for each trained weight, filled by hooks, the sum of each of its gradients.
     """
-    notes: dict[str, Tensor] = {}
+    notes: dict[str, list[Tensor]] = {}
 
     def note(gradient: Tensor, name: str) -> None:
-        notes[name] = notes.get(name, 0) + gradient.detach().sum(dtype=torch.float32) * 0
+        notes.setdefault(name, []).append(gradient.detach().sum(dtype=torch.float32))
 
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -267,19 +269,21 @@ def without_zero3_init() -> Iterator[None]:
 def init_distributed() -> torch.device:
     """Join the process group; returns the device of this rank.
 
-    DeepSpeed's compiled communication op is skipped: it takes a minute to compile, and gloo and
-    nccl do the same.
+    On CPU DeepSpeed's compiled communication op is skipped: it takes a minute to compile, and gloo
+    does the same.
     """
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not on_gpu:  # on a GPU this would look for a compiler, with a warning per op
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
         auto_mpi_discovery=False,
         timeout=COLLECTIVE_TIMEOUT,
         verbose=False,
     )
+    collectives.make_barrier_group()
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -347,8 +347,7 @@ def full_state_dict(hf: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, T
                 continue
             value = weight.detach()
             if layer is not None:
-                delta = layer.get_delta_weight("default").float()
-                value = (value.float() + delta).to(weight.dtype)
+                value = lora.merged_weight(layer, value)
             if rows_of is not None:
                 value = merge_rows(value, rows_of.trained_ids, rows_of.trained_rows)
             value = value.to("cpu", copy=gathered)

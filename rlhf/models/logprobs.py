@@ -13,12 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.base.constants import (
-    CHUNK_LOGITS,
-    KEPT_PROBABILITIES,
-    MAX_CHUNK_TOKENS,
-    MIN_CHUNK_TOKENS,
-)
+from rlhf.base.constants import LOGPROB_CHUNKS
 from rlhf.models.token_rows import active_rows
 
 MIN_ONEDNN_WEIGHT = 2**20  # elements
@@ -85,8 +80,9 @@ class TargetLogp(torch.autograd.Function):
         )
         needs_gradient = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
-        size = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // len(weight)))
-        kept_tokens = KEPT_PROBABILITIES // len(weight)
+        chunks = LOGPROB_CHUNKS["cpu" if hidden.is_cpu else "gpu"]
+        size = min(chunks.max_tokens, max(chunks.min_tokens, chunks.logits // len(weight)))
+        kept_tokens = chunks.kept // len(weight)
         for start in range(0, len(hidden), size):
             s = slice(start, start + size)
             logits = logits_of(hidden[s], weight, bias, temperature, *rows)
@@ -168,8 +164,12 @@ def logits_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, *rows: Tensor
 ) -> Tensor:
     """Logits of tokens (N, V), float32, divided by the temperature. Args: rows: as target_logp."""
-    multiply = matmul_rows if uses_onednn(weight) else F.linear
-    logits = multiply(hidden, weight, bias).float()
+    if hidden.is_cuda and hidden.dtype != torch.float32:  # cuBLAS sums in float32 anyway
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        multiply = matmul_rows if uses_onednn(weight) else F.linear
+        logits = multiply(hidden, weight, bias).float()
     if rows:
         ids, values = rows
         replaced = F.linear(hidden, values, None if bias is None else bias[ids])

@@ -6,6 +6,7 @@ The model keeps its class and its names. Beside each chosen linear layer W x com
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Iterator
@@ -110,6 +111,40 @@ def lora_layers(hf: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
 def low_rank_weights(layer: LoraLayer) -> list[Tensor]:
     """A and B of an adapted layer."""
     return [p for part in (layer.lora_A, layer.lora_B) for p in part.parameters()]
+
+
+@contextlib.contextmanager
+def merged_adapter(hf: PreTrainedModel, in_place: bool = False) -> Iterator[None]:
+    """Within this context an adapter is part of the weights, for many forward passes without
+    gradient: each then starts as many kernels as without it, half of those with it.
+
+    Afterwards the weights are bit for bit those of before; until then it takes their memory once
+    more. (Subtracting the adapter again would leave its rounding.)
+
+    Args: in_place: do not restore the weights: they are a gathered copy that nobody needs later.
+    """
+    layers = [layer for _, layer in lora_layers(hf)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    before = [weight.data for weight in weights]
+    try:
+        for layer, weight in zip(layers, weights):
+            if in_place:
+                weight.data.copy_(merged_weight(layer, weight))
+            else:
+                weight.data = merged_weight(layer, weight)
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, weight, data in zip(layers, weights, before):
+            weight.data = data
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """The weight of an adapted layer and its adapter, summed in float32."""
+    delta = layer.get_delta_weight("default").float()
+    return (weight.detach().float() + delta).to(weight.dtype)
 
 
 class AdapterOff:

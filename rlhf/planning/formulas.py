@@ -10,12 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.base.constants import (
-    CHUNK_LOGITS,
-    KEPT_PROBABILITIES,
-    MAX_CHUNK_TOKENS,
-    MIN_CHUNK_TOKENS,
-)
+from rlhf.base.constants import LOGPROB_CHUNKS
 from rlhf.config.choices import Device, Precision
 from rlhf.config.deployment import world_size
 from rlhf.config.schema import Arch, Config
@@ -99,8 +94,9 @@ def logits(arch: Arch, cfg: Config, rows: int, positions: int, trained: bool) ->
     tokens = rows * positions
     if arch.family in PADDED:
         return tokens * arch.vocab * (8 + (4 if cfg.deploy.precision == Precision.fp32 else 2))
-    chunk = min(tokens, MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // arch.vocab))
-    kept = min(4 * KEPT_PROBABILITIES, 4 * tokens * arch.vocab) if trained else 0
+    sizes = LOGPROB_CHUNKS[cfg.deploy.device.name]
+    chunk = min(tokens, sizes.max_tokens, max(sizes.min_tokens, sizes.logits // arch.vocab))
+    kept = min(4 * sizes.kept, 4 * tokens * arch.vocab) if trained else 0
     return 8 * chunk * arch.vocab + kept
 
 

@@ -34,7 +34,7 @@ from rlhf.planning.formulas import (
     logits,
     role_memory,
 )
-from rlhf.planning.shapes import arch_of, lora_parameters, parameters
+from rlhf.planning.shapes import adapted_weights, arch_of, lora_parameters, parameters
 from rlhf.planning.steps import Steps, count_steps
 
 ROOM = 0.9  # share of the memory that a plan should use at most
@@ -352,9 +352,13 @@ class StageNeeds:
             "kv cache": kv_cache(arch, self.cfg, rows, tokens),
             "logits": rows * arch.vocab * (self.size + 16),  # probabilities, their sum in fp64
         }
+        adapter = self.cfg.actor.lora
+        if adapter.rank and (deploy.zero_stage < 3 or self.world == 1):
+            needs["merged weights"] = self.size * adapted_weights(arch, adapter)
         if deploy.zero_stage < 3:
             return needs
-        # DeepSpeed gathers into new memory, beside the partition of this process
+        # DeepSpeed gathers into new memory, beside the partition of this process; an adapter is
+        # merged there
         gathered = self.size * role.parameters
         states = sum(role.total for role in self.roles) + self.libraries
         fits = states + sum(needs.values()) + gathered <= self.limit

@@ -110,6 +110,14 @@ def lora_parameters(arch: Arch, lora: Lora, scorer: bool = False) -> int:
     return total + (width if scorer else 0) + (arch.vocab * width if lora.embeddings else 0)
 
 
+def adapted_weights(arch: Arch, lora: Lora) -> int:
+    """Number of frozen weights of the layers that an adapter is added to."""
+    layers = linear_layers(arch).items()
+    return arch.layers * sum(
+        inputs * outputs for name, (inputs, outputs) in layers if is_adapted(name, lora)
+    )
+
+
 def is_adapted(layer: str, lora: Lora) -> bool:
     """Whether a linear layer gets an adapter. Names match where one is the end of the other."""
     return lora.targets is None or any(

@@ -21,6 +21,7 @@ from rlhf.data.batches import chunks, pad_left
 from rlhf.data.records import Prompt
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, autocast, computes_in_fp32, gathered_model
+from rlhf.models.lora import merged_adapter
 from rlhf.models.wrappers import LogProbModel, Policy, Scorer
 from rlhf.rl import dschat
 from rlhf.sampling.batches import PromptBatch
@@ -220,7 +221,12 @@ def sample_responses(
     generate = hf_generate if use_hf else sample
     parts = []
     whole = gathered_model(actor.module) if models.gather else contextlib.nullcontext(False)
-    with whole as is_whole, autocast(actor):
+    with contextlib.ExitStack() as while_sampling:
+        is_whole = while_sampling.enter_context(whole)
+        while_sampling.enter_context(autocast(actor))
+        if is_whole or not is_partitioned:
+            is_copy = is_whole and collectives.world_size() > 1
+            while_sampling.enter_context(merged_adapter(actor.module.hf, in_place=is_copy))
         for chunk in chunks(mine, micro_batch):
             ids, mask = pad_left([prompts.ids[i] for i in chunk], pad_id, actor.device)
             response, response_mask, logprobs = generate(

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from rlhf.base.errors import UserError
-from rlhf.base.files import private_folder
-from rlhf.base.log import plural
+from rlhf.base.log import plural, say
 from rlhf.base.own_processes import end_with_parent, own_source, python_module
 from rlhf.config.choices import Device
 from rlhf.config.schema import Config
 from rlhf.runs import early
 from rlhf.runs.directory import find_checkpoints
-from rlhf.runs.environment import worker_environments
+from rlhf.runs.environment import free_port, worker_environments
 from rlhf.runs.failures import WorkerError, read_failures, take_stacks
-from rlhf.runs.locks import try_lock
+from rlhf.runs.gpus import check_gpus, claim_gpus, other_memory
 
 WORKER = "rlhf.worker"
-# names the file in which the jobs of a sweep, which may be other processes, report how they ended
-SWEEP_LOG = "RLHF_SWEEP_LOG"
 # exit code of a worker that was asked to stop and has saved (EX_TEMPFAIL: try again later)
 STOPPED = 75
 Workers = dict[str, "subprocess.Popen[bytes]"]  # by "rank N"
@@ -161,45 +156,6 @@ def raise_failure(failed: dict[str, int], run_dir: Path, cfg: Config) -> NoRetur
     )
 
 
-@contextlib.contextmanager
-def claim_gpus(cfg: Config) -> Iterator[None]:
-    """Within this context a job of a sweep has GPUs that no other job uses.
-
-    Jobs side by side take different GPUs, and wait until enough are free. Sets
-    CUDA_VISIBLE_DEVICES. No effect outside sweeps, on CPU, with a hostfile, and under SLURM, which
-    gives each job its own GPUs.
-    """
-    alone = SWEEP_LOG not in os.environ or "SLURM_JOB_ID" in os.environ
-    if alone or cfg.deploy.device == Device.cpu or cfg.deploy.hostfile:
-        yield
-        return
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = before.split(",") if before else [str(i) for i in range(count_gpus())]
-    try:
-        folder = private_folder(Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}")
-    except OSError as error:
-        raise UserError(f"no folder for the locks of GPUs: {error}") from None
-    while True:
-        with contextlib.ExitStack() as locks:
-            claimed = []
-            for gpu in visible:
-                if locks.enter_context(try_lock(folder / gpu)):
-                    claimed.append(gpu)
-                if len(claimed) == cfg.deploy.processes_per_node:
-                    break
-            if len(claimed) == cfg.deploy.processes_per_node:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(claimed)
-                try:
-                    yield
-                finally:
-                    os.environ.pop("CUDA_VISIBLE_DEVICES")
-                    if before is not None:
-                        os.environ["CUDA_VISIBLE_DEVICES"] = before
-                return
-        # at random: two jobs that each hold half of what they need must not meet for ever
-        time.sleep(random.uniform(0.5, 1.5))
-
-
 def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
     """DeepSpeed's launcher, which reaches the nodes of a hostfile by pdsh and ssh."""
     deploy = cfg.deploy
@@ -212,9 +168,11 @@ def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
         str(deploy.hostfile),
     ]
     command += ["--num_nodes", str(deploy.nodes), "--num_gpus", str(deploy.processes_per_node)]
-    if deploy.master:  # otherwise DeepSpeed takes the first host's address and port 29500
+    if deploy.master:
         host, port = deploy.master.rsplit(":", 1)
         command += ["--master_addr", host, "--master_port", port]
+    else:  # DeepSpeed takes the address of the first host, and 29500 for every run
+        command += ["--master_port", str(free_port())]
     return [*command, "--no_local_rank", "--module", WORKER, str(run_dir)]
 
 
@@ -291,12 +249,9 @@ def check_machines(cfg: Config) -> None:
         )
     if deploy.device == Device.cpu:
         return
-    available = count_gpus()
-    if available < deploy.processes_per_node:
-        raise UserError(
-            f"deploy.processes_per_node={deploy.processes_per_node}, but this machine shows "
-            f"{plural(available, 'NVIDIA GPU')}: use deploy=cpu, or fewer deploy.processes_per_node"
-        )
+    check_gpus(cfg)
+    if line := other_memory(cfg):
+        say(line)
 
 
 def check_hostfile(path: Path, cfg: Config) -> None:
@@ -322,12 +277,3 @@ def check_hostfile(path: Path, cfg: Config) -> None:
             "deploy.hostfile: DeepSpeed reaches the nodes by pdsh, which is not installed; "
             "install it, or use deploy.node_rank"
         )
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    devices = Path("/dev").glob("nvidia*")
-    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in devices)

@@ -65,7 +65,8 @@ def local_grad_norm(engine: Engine[nn.Module]) -> Tensor | None:
 
 def first_nonfinite_grad(engine: Engine[nn.Module]) -> str:
     """Which weight has the first gradient that is not finite, as a part of a sentence."""
-    bad = {name for name, note in engine.gradient_notes.items() if not torch.isfinite(note)}
+    notes = engine.gradient_notes.items()
+    bad = {name for name, sums in notes if not torch.isfinite(torch.stack(sums)).all()}
     first = next((name for name, _ in engine.module.named_parameters() if name in bad), "")
     return f"; the first gradient that is not finite is that of {first}" if first else ""
 

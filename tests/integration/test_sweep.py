@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SLOW, SMALL, SWEEP, composed, runs_in, summary, train
+from helpers import REPO, SLOW, SMALL, SWEEP, runs_in, summary, train
 
-from rlhf.runs import launch
 from rlhf.runs.directory import find_checkpoints
 from rlhf.runs.locks import is_locked
 
@@ -206,48 +205,6 @@ def test_a_sweep_of_plans_has_no_report(tmp_path: Path) -> None:
         and done.stdout.count("on disk") == 2
     )
     assert not [*(tmp_path / "multirun").glob("*/*")]
-
-
-HOLD = """
-import sys, time
-from helpers import composed
-from rlhf.runs import launch
-with launch.claim_gpus(composed("deploy=single_node", "deploy.processes_per_node=2")):
-    import os
-    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
-    time.sleep(float(sys.argv[1]))
-"""
-
-
-def test_jobs_side_by_side_take_gpus_of_their_own(tmp_path: Path) -> None:
-    """Four GPUs, two for each job: the first two jobs get two each, and a third one waits until one
-    is done."""
-    place = {
-        "CUDA_VISIBLE_DEVICES": "4,5,6,7",
-        launch.SWEEP_LOG: "there",
-        "TMPDIR": str(tmp_path),
-        "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
-    }
-    options = {"env": os.environ | place, "stdout": subprocess.PIPE, "text": True}
-
-    def job(seconds: float) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", HOLD, str(seconds)], **options)
-
-    one = job(60)
-    assert one.stdout.readline().strip() == "4,5"
-    two = job(60)
-    assert two.stdout.readline().strip() == "6,7"
-    three = job(0)
-    time.sleep(2)
-    assert three.poll() is None
-    one.kill()  # a lock ends with its process
-    assert three.stdout.readline().strip() == "4,5" and three.wait(20) == 0
-    two.kill()
-    for process in (one, two):
-        process.wait()
-    before = dict(os.environ)
-    with launch.claim_gpus(composed()):
-        assert dict(os.environ) == before  # no sweep
 
 
 def test_a_finished_run_says_what_it_is(tmp_path: Path) -> None:

@@ -186,6 +186,10 @@ def test_in_bf16_only_the_first_rollout_must_keep_the_sampler_s_limit(
 ) -> None:
     """Later a sharp policy has logits whose rounding alone is that large."""
     experience.sampler_logprobs += 0.06
+    near = Guards(Precision.bf16, OFF)
+    near.check_rollout(experience, EOS)
+    assert near.logged == {"sampler"}
+    experience.sampler_logprobs += 0.15
     with pytest.raises(RuntimeError, match="guard sampler"):
         checked(experience, precision=Precision.bf16)
     later = Guards(Precision.bf16, OFF)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from helpers import some
 from torch import Tensor, nn
 
+from rlhf.base.constants import LOGPROB_CHUNKS
 from rlhf.models import logprobs
 from rlhf.models.logprobs import target_logp
 
@@ -53,7 +55,8 @@ def test_values_and_gradients_equal_those_of_the_whole_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sizes: one chunk; several chunks; several, not all of them kept for the backward pass."""
-    monkeypatch.setattr(logprobs, "KEPT_PROBABILITIES", 2**21)
+    small = replace(LOGPROB_CHUNKS["cpu"], kept=2**21)
+    monkeypatch.setitem(LOGPROB_CHUNKS, "cpu", small)
     hidden, weight, offset, targets = random(size[0], 12, size[1], bias)
     a, b = torch.randn(2, size[0])
     found, expected = (

@@ -23,7 +23,7 @@ class OneOfMany:
 
     def __init__(self, module: torch.nn.Module, world: int):
         self.module, self.world = module, world
-        self.gradient_notes: dict[str, torch.Tensor] = {}
+        self.gradient_notes: dict[str, list[torch.Tensor]] = {}
         self.optimizer = types.SimpleNamespace(param_groups=[], _global_grad_norm=0.0)
 
     def set_gradient_accumulation_boundary(self, last: bool) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from test_logprobs import random, whole
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from rlhf.base.constants import LOGPROB_CHUNKS
 from rlhf.config.choices import Precision, Template
 from rlhf.data.batches import pad_left, uniforms
-from rlhf.models import logprobs
 from rlhf.models.loading import (
     full_state_dict,
     load_policy,
@@ -73,7 +74,8 @@ def test_values_and_gradients_equal_those_of_a_matrix_with_these_rows(
     size: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes: one chunk; several chunks; several, not all of them kept for the backward pass."""
-    monkeypatch.setattr(logprobs, "KEPT_PROBABILITIES", 2**21)
+    small = replace(LOGPROB_CHUNKS["cpu"], kept=2**21)
+    monkeypatch.setitem(LOGPROB_CHUNKS, "cpu", small)
     hidden, weight, offset, targets = random(size[0], 12, size[1], bias)
     ids = torch.tensor([3, size[1] - 1])
     targets[:3] = torch.tensor([3, size[1] - 1, 3])

@@ -1,0 +1,149 @@
+"""The GPUs of this machine, and which run uses which. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.base.errors import UserError
+from rlhf.base.files import private_folder
+from rlhf.base.log import plural
+from rlhf.config.choices import Device
+from rlhf.config.schema import Config
+from rlhf.runs.directory import output_of
+from rlhf.runs.locks import try_lock
+
+# names the file in which the jobs of a sweep, which may be other processes, report how they ended
+SWEEP_LOG = "RLHF_SWEEP_LOG"
+WSL2 = Path("/dev/dxg")  # its one file for all GPUs
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+REPORT_EVERY = 30.0  # s
+MEMORY_DIFFERS = 0.05  # share of deploy.gpu_memory_gb; drivers keep a little
+
+
+def visible_gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get(VISIBLE)
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return [name for name in names if name not in ("", "-1")]
+    files = [path.name for path in Path("/dev").glob("nvidia*")]
+    count = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in files)
+    if not count and WSL2.exists():
+        count = len(re.findall("^GPU ", output_of("nvidia-smi", "-L"), re.MULTILINE))
+    return [str(number) for number in range(count)]
+
+
+def check_gpus(cfg: Config) -> None:
+    """Refuse a deployment on GPUs that are not there.
+
+    Raises: UserError that names the key.
+    """
+    wanted, visible = cfg.deploy.processes_per_node, visible_gpus()
+    if len(visible) < wanted:
+        raise UserError(
+            f"deploy.processes_per_node={wanted}, but this machine shows "
+            f"{plural(len(visible), 'NVIDIA GPU')}: use deploy=cpu, or fewer "
+            "deploy.processes_per_node"
+        )
+    if wanted > 1 and has_instances():
+        raise UserError(
+            f"deploy.processes_per_node={wanted}: a GPU of this machine is divided into instances "
+            "(MIG), which NCCL cannot connect: use deploy.processes_per_node=1"
+        )
+
+
+def has_instances() -> bool:
+    """Whether the GPUs that this process may use are instances of one that is divided (MIG)."""
+    if os.environ.get(VISIBLE):
+        return any(name.startswith("MIG-") for name in visible_gpus())
+    return bool(re.search(r"^\s+MIG ", output_of("nvidia-smi", "-L"), re.MULTILINE))
+
+
+def other_memory(cfg: Config) -> str:
+    """A line where the GPUs have another memory than deploy.gpu_memory_gb says; else ""."""
+    sizes = output_of("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    mebibytes = [float(size) for size in sizes.split() if size.isdigit()]
+    if cfg.deploy.device == Device.cpu or not mebibytes:
+        return ""
+    expected, found = cfg.deploy.gpu_memory_gb, min(mebibytes) / 1024
+    if abs(found - expected) <= MEMORY_DIFFERS * expected:
+        return ""
+    return (
+        f"deploy.gpu_memory_gb={expected:g}, but the smallest GPU has {found:.1f} GiB: the plan "
+        f"needs the right number, deploy.gpu_memory_gb={int(found)}"
+    )
+
+
+@contextlib.contextmanager
+def claim_gpus(cfg: Config) -> Iterator[list[str]]:
+    """Within this context a run has GPUs that no other run of this user uses.
+
+    Runs side by side take different GPUs, and wait until enough are free. Where the user has set
+    CUDA_VISIBLE_DEVICES for a run by itself, it does not wait but shares these GPUs. No effect on
+    CPU, with a hostfile, and under SLURM, which gives each job its own GPUs.
+
+    Returns: their names, which CUDA_VISIBLE_DEVICES has where they are not the first ones.
+    """
+    deploy = cfg.deploy
+    if deploy.device == Device.cpu or deploy.hostfile or "SLURM_JOB_ID" in os.environ:
+        yield []
+        return
+    visible, wanted = visible_gpus(), deploy.processes_per_node
+    chosen_by_hand = VISIBLE in os.environ and SWEEP_LOG not in os.environ
+    try:
+        folder = private_folder(Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}")
+    except OSError as error:
+        raise UserError(f"no folder for the locks of GPUs: {error}") from None
+    next_report = time.monotonic()
+    while True:
+        with contextlib.ExitStack() as locks:
+            free: list[str] = []
+            for gpu in visible:
+                if len(free) < wanted and locks.enter_context(try_lock(folder / gpu)):
+                    free.append(gpu)
+            if len(free) < wanted and chosen_by_hand:
+                shared = [gpu for gpu in visible if gpu not in free][: wanted - len(free)]
+                say_waiting(f"another run uses GPU {', '.join(shared)}, too ({VISIBLE} names it)")
+                free += shared
+            if len(free) >= wanted:
+                with only_visible(free, visible):
+                    yield free
+                return
+        if time.monotonic() >= next_report:
+            text = f"waiting: other runs use {plural(len(visible) - len(free), 'GPU')} of "
+            say_waiting(f"{text}{len(visible)}; {VISIBLE}=0 shares GPU 0")
+            next_report = time.monotonic() + REPORT_EVERY
+        # at random: two jobs that each hold half of what they need must not meet for ever
+        time.sleep(random.uniform(0.5, 1.5))
+
+
+def say_waiting(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def only_visible(chosen: list[str], visible: list[str]) -> Iterator[None]:
+    """Let workers started within this context see the chosen GPUs only.
+
+    The first of those visible they take by themselves: then nothing is set, so that workers that
+    were started before can be used (runs/early.py).
+    """
+    if chosen == visible[: len(chosen)]:
+        yield
+        return
+    before = os.environ.get(VISIBLE)
+    os.environ[VISIBLE] = ",".join(chosen)
+    try:
+        yield
+    finally:
+        os.environ.pop(VISIBLE)
+        if before is not None:
+            os.environ[VISIBLE] = before
