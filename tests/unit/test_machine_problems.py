@@ -30,6 +30,14 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (RuntimeError("can't start new thread"), "(ulimit -u)"),
         (caused(RuntimeError("cannot write"), OSError(27, "File too large")), "(ulimit -f)"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79"),
+            "the memory of the GPU is used up",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "deploy.activation_checkpointing=true",
+        ),
         (OSError(2, "No such file or directory", "x"), None),
         (ConnectionError("Resource temporarily unavailable"), None),
         (RuntimeError(""), None),
