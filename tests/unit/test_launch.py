@@ -32,7 +32,8 @@ def test_places_number_all_processes_of_all_nodes() -> None:
     assert {(p["WORLD_SIZE"], p["MASTER_ADDR"], p["MASTER_PORT"]) for p in there} == {
         ("6", "head", "1234")
     }
-    assert "DS_ACCELERATOR" not in there[0]
+    assert there[0]["DS_ACCELERATOR"] == "cuda"
+    assert there[0]["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     (alone,) = worker_environments(composed())
     assert (alone["RANK"], alone["WORLD_SIZE"], alone["MASTER_ADDR"], alone["DS_ACCELERATOR"]) == (
         "0",
@@ -40,6 +41,22 @@ def test_places_number_all_processes_of_all_nodes() -> None:
         "127.0.0.1",
         "cpu",
     )
+
+
+def test_the_allocator_of_a_gpu_is_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    (place,) = worker_environments(composed("deploy=single_gpu"))
+    assert "PYTORCH_ALLOC_CONF" not in place
+
+
+def test_two_runs_of_a_hostfile_have_other_ports(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    cfg = composed("deploy=multi_node", f"deploy.hostfile={tmp_path}/hosts")
+    commands = [launch.launcher_command(tmp_path, cfg) for _ in range(2)]
+    ports = [command[command.index("--master_port") + 1] for command in commands]
+    assert ports[0] != ports[1] and "29500" not in ports
+    cfg.deploy.master = "head:1234"
+    assert launch.launcher_command(tmp_path, cfg)[-6:-4] == ["--master_port", "1234"]
 
 
 def test_workers_keep_freed_memory_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
