@@ -202,8 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--cases", help="first letters of the precisions; default: all", default="")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # of a worker of this script
     args = parser.parse_args()
-    if "RANK" not in os.environ:
+    if args.rank is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -211,7 +212,7 @@ def main() -> None:
         place |= {"MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         workers = [
             subprocess.Popen(
-                [sys.executable, *sys.argv],
+                [sys.executable, *sys.argv, "--rank", str(rank)],
                 env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(args.processes)

@@ -204,8 +204,9 @@ def test_hand_numbers() -> None:
     assert [role.name for role in p.roles] == ["actor", "reward", "critic"], (
         "the reference is the actor with its adapter off"
     )
-    assert p.phases["sampling"]["kv cache"] == 2 * 40 * 5120 * 32 * 512 * 2
-    assert p.phases["actor's update"]["logits"] == 64 * 50272 * (4 + 4) + 4 * 2**22
+    assert p.phases["sampling"]["kv cache"] == 2 * 40 * 5120 * 64 * 512 * 2
+    # 4 rows of 256 response tokens are one chunk, whose probabilities are kept
+    assert p.phases["actor's update"]["logits"] == 4 * 256 * 50272 * (4 + 4 + 4)
 
 
 def test_the_plan_knows_the_size_of_the_sandbox() -> None:

@@ -187,7 +187,8 @@ def test_a_traced_step_follows_the_model_when_its_weights_change(
             for p in policy.parameters():
                 change(p)
         traced = sample(policy, batch_of(PROMPTS), noise, EOS, Sampling())
-        assert (traced_functions.get(policy) is not None) == (family in TRACEABLE)
+        step = traced_functions.get(policy, {}).get(False)
+        assert (step is not None) == (family in TRACEABLE)
         with monkeypatch.context() as patch:
             without_tracing(patch)
             eager = sample(policy, batch_of(PROMPTS), noise, EOS, Sampling())
@@ -219,7 +220,7 @@ def test_a_model_that_cannot_be_traced_runs_eagerly(
 
     layer.forward = forward
     responses = sample(policy, prompts, noise, EOS, Sampling())
-    assert policy in traced_functions and traced_functions[policy] is None
+    assert traced_functions[policy] == {False: None}
     assert torch.equal(responses.ids, expected.ids)
 
 
@@ -292,7 +293,7 @@ def test_without_a_compiler_responses_are_the_same(
     without = sample(policy, prompts, noise, EOS, Sampling())
     assert torch.equal(with_kernels.ids, without.ids)
     assert torch.allclose(with_kernels.logprobs, without.logprobs, atol=1e-5)
-    assert traced_functions[policy] is not None, "the step is traced all the same"
+    assert traced_functions[policy][False] is not None, "the step is traced all the same"
 
 
 def test_fast_linear_layers_restore_what_they_replace(

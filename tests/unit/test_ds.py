@@ -81,6 +81,7 @@ def test_deepspeed_knows_every_key() -> None:
     }
     known |= {
         "torch_autocast",
+        "data_types",
         "zero_allow_untested_optimizer",
         "steps_per_print",
         "gradient_clipping",

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.base.log import first_line, log
+from rlhf.models.lora import lora_layers
 from rlhf.models.wrappers import Policy
 from rlhf.sampling.decode_state import DecodeState, DecodeStep
 from rlhf.sampling.kv_cache import new_cache
 
 TracedFunction = Callable[..., Tensor]  # the arguments and the result of `StepProgram.run`
-# By policy; None where tracing failed.
-traced_functions: WeakKeyDictionary[Policy, TracedFunction | None] = WeakKeyDictionary()
+# By policy, and whether its adapter takes part; None where tracing failed.
+traced_functions: WeakKeyDictionary[Policy, dict[bool, TracedFunction | None]] = WeakKeyDictionary()
 
 
 def traced_step(policy: Policy) -> DecodeStep | None:
@@ -41,9 +42,11 @@ def traced_step(policy: Policy) -> DecodeStep | None:
     partitioned = any(hasattr(p, "ds_id") for p in hf.parameters())
     if partitioned or not all(weight.is_cpu for weight in weights):
         return None
-    if policy not in traced_functions:
-        traced_functions[policy] = trace_decode_step(hf)
-    traced = traced_functions[policy]
+    of_policy = traced_functions.setdefault(policy, {})
+    adapter_on = any(not layer.disable_adapters for _, layer in lora_layers(hf))
+    if adapter_on not in of_policy:
+        of_policy[adapter_on] = trace_decode_step(hf)
+    traced = of_policy[adapter_on]
     if traced is None:
         return None
 
