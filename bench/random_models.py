@@ -42,6 +42,7 @@ TINY = [
     "rollout.max_new_tokens=6",
     "rl.batch_size=8",
     "rl.minibatches=1",
+    "actor.lora.rank=2",
 ]
 FIRST = 0.02  # of the probabilities; EOS, one of the first ids, is within it and never drawn
 

@@ -85,4 +85,5 @@ def error_line(stderr: str) -> str:
     """The one line that says why a command failed; no traceback is with it."""
     (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert "Traceback" not in stderr, stderr
+    print(line)
     return line

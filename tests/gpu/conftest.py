@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from gpu_device import DEVICE, ON_GPU, skip_reason
 from rlhf.runs.environment import free_port
 
 HERE = Path(__file__).parent
+if DEVICE:  # DeepSpeed looks once in the life of a process
+    os.environ["DS_ACCELERATOR"] = DEVICE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,7 +35,7 @@ def one_process() -> Iterator[None]:
 
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (place | {"DS_ACCELERATOR": DEVICE}).items():
+        for name, value in place.items():
             patch.setenv(name, value)
         if not torch.distributed.is_initialized():
             patch.setenv("MASTER_PORT", str(free_port()))

@@ -60,11 +60,10 @@ def test_in_fp32_the_gpu_computes_what_the_cpu_does(tmp_path: Path) -> None:
         assert other["logp"] == pytest.approx(one["logp"], **CLOSE)
 
 
-# what is killed: a worker of an SFT run, and one of PPO, which also remembers random streams
+# what is killed: an SFT run, and one of PPO, which also remembers random streams
 RUNS = {
     "sft": [*SLOW, *placed()],
     "ppo": [
-        "stage=ppo",
         "deterministic=true",
         *SMALL,
         *placed(),
@@ -80,25 +79,19 @@ RUNS = {
 def test_a_killed_worker_ends_in_one_line_and_the_run_resumes_bit_for_bit(
     stage: str, tmp_path: Path
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-        if stage == "ppo":  # its parents are no part of this test
-            parents = [one for one in RUNS["ppo"] if one != "stage=ppo"]
-            for parent in ("sft", "rm"):
-                done = train(f"stage={parent}", *parents, cwd=folder)
-                assert done.returncode == 0, done.stderr
-    done = train(*RUNS[stage], cwd=whole)
+    command = RUNS[stage]
+    done = train(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    parent, run = running(*RUNS[stage], cwd=killed, until=3, stage=stage)
+    whole = runs_in(tmp_path)[stage][0].rename(tmp_path / "whole")
+    parent, run = running(*command, cwd=tmp_path, until=3, stage=stage)
     worker = next(p for p in psutil.Process(parent.pid).children() if "rlhf.worker" in p.cmdline())
     worker.kill()
     said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 1
     assert "rank 0: killed by SIGKILL (out of memory?)" in error_line(said)
-    done = train(*RUNS[stage], cwd=killed)
+    done = train(*command, cwd=tmp_path)
     assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
-    same(runs_in(whole)[stage][0], run)
+    same(whole, run)
 
 
 def test_what_is_not_finite_ends_in_one_line(tmp_path: Path) -> None:
