@@ -138,7 +138,7 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
     command += ["--pairs", str(folder / "pairs.jsonl"), "--trl-ppo", str(args.trl_ppo)]
     command += ["--out", str(folder / "trl"), "--wait", "0"]
     if args.device == "cpu":
-        command += ["--samples", "1", "--batch", "4", "--prompt", "32", "--new", "8"]
+        command += ["--samples", "1", "--batch", "4", "--prompt", "128", "--new", "8"]
         command += ["--threads", "1"]
     else:
         command += ["--shape", "large", "--precision", "bf16", "--batch", "64", "--prompt", "256"]
