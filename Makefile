@@ -32,7 +32,7 @@ test: setup lint  ## lint and all tests but the full matrices
 test-all: setup lint  ## every test, three seeds
 	$(PYTEST) $(BY_FILE)
 
-test-gpu: setup  ## what only a GPU can show, in eight minutes on one; two GPUs are used if there
+test-gpu: setup  ## what only a GPU can show (eight minutes planned); two are used if there
 	RLHF_TEST_DEVICE=cuda $(BIN)/python -m pytest -v -rs -s --durations 25 tests/gpu
 
 # decides which processes are killed and when; give it to repeat a run
