@@ -13,9 +13,9 @@ WORK is one of
     memory            the plan of the memory against the measured peak
 
 Models have the shapes of OPT-1.3B (actor) and OPT-350M (reward model and critic) and random
-weights; settings are those of `stage=ppo actor=opt1.3b deploy=single_gpu`. It needs no
-network, and has not been run on a GPU yet. Every time depends on the GPU, its driver and the versions that are printed
-first; below each table stands what else its numbers depend on.
+weights; settings are those of `stage=ppo actor=opt1.3b deploy=single_gpu`. It needs no network, and
+has not been run on a GPU yet. Every time depends on the GPU, its driver and the versions that are
+printed first; below each table stands what else its numbers depend on.
 
 --device cpu runs the same code with tiny sizes: its numbers mean nothing.
 """
