@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 from collections.abc import Iterator
@@ -55,6 +56,11 @@ def without_tf32() -> dict[str, str]:
     return {"NVIDIA_TF32_OVERRIDE": "0"}
 
 
+def free_gpu_bytes() -> float:
+    """Of the GPU's memory; a CPU has enough for the tiny sizes."""
+    return torch.cuda.mem_get_info()[0] if ON_GPU else math.inf
+
+
 @contextlib.contextmanager
 def little_memory(on_gpu: float, on_cpu: float) -> Iterator[None]:
     """Commands that start in the block get so many GiB: of the GPU's memory, or of addresses."""
@@ -67,8 +73,8 @@ def little_memory(on_gpu: float, on_cpu: float) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, before)
         return
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(max(0, free - int(on_gpu * GIB)), dtype=torch.uint8, device=TORCH_DEVICE)
+    size = max(0, int(free_gpu_bytes() - on_gpu * GIB))
+    held = torch.empty(size, dtype=torch.uint8, device=TORCH_DEVICE)
     try:
         yield
     finally:
