@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 
 # a file's tests stay together, as they share what is trained for them; tests/conftest.py puts the long files first
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup demo test-unit test test-all chaos lint format
+.PHONY: help setup demo test-unit test test-all test-gpu chaos lint format
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: setup lint  ## lint and all tests but the full matrices
 
 test-all: setup lint  ## every test, three seeds
 	$(PYTEST) $(BY_FILE)
+
+test-gpu: setup  ## what only a GPU can show (eight minutes planned); two are used if there
+	RLHF_TEST_DEVICE=cuda $(BIN)/python -m pytest -v -rs -s --durations 25 tests/gpu
 
 # decides which processes are killed and when; give it to repeat a run
 CHAOS_SEED ?= $(shell date +%s)

@@ -155,6 +155,8 @@ def product_overrides(spec: Spec) -> list[str]:
         "wandb.mode=disabled",
         "checkpoint.every_minutes=null",
     ]
+    if spec["device"] == "cuda":
+        given += ["deploy=single_gpu"]
     given += [f"deploy.threads={spec['threads']}", f"deploy.precision={spec['precision']}"]
     given += [f"deploy.micro_batch={batch}", f"deploy.eval_micro_batch={batch}"]
     given += [

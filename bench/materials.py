@@ -39,7 +39,7 @@ def assets(spec: Spec) -> None:
     tokenizer = tokenizer_of(spec["model"]) if spec["model"] else train_tokenizer(pairs)
     shapes = {}
     for name, vocabulary in spec["policies"].items():
-        hf: Any = random_policy(vocabulary or len(tokenizer))
+        hf: Any = random_policy(vocabulary or len(tokenizer), spec["shape"])
         if spec["model"]:
             hf = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
             if hf.get_input_embeddings().num_embeddings != len(tokenizer):
@@ -114,16 +114,19 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def random_policy(vocabulary: int) -> PreTrainedModel:
+def random_policy(vocabulary: int, size: str) -> PreTrainedModel:
+    """An OPT. Args: size: small, of 5 million weights; large, of 310 million for a GPU."""
     from transformers import OPTConfig, OPTForCausalLM
 
+    width, layers, heads = {"small": (256, 4, 4), "large": (1024, 24, 16)}[size]
     shape: dict[str, Any] = {
-        "hidden_size": 256,
-        "word_embed_proj_dim": 256,
-        "num_hidden_layers": 4,
-        "ffn_dim": 1024,
+        "hidden_size": width,
+        "word_embed_proj_dim": width,
+        "num_hidden_layers": layers,
+        "ffn_dim": 4 * width,
     }
-    shape |= {"num_attention_heads": 4, "max_position_embeddings": 1024, "vocab_size": vocabulary}
+    shape |= {"num_attention_heads": heads, "max_position_embeddings": 1024}
+    shape |= {"vocab_size": vocabulary}
     return OPTForCausalLM(OPTConfig(**shape, dropout=0.0, attention_dropout=0.0))
 
 
@@ -182,14 +185,19 @@ def make_batches(
 
 
 def limits(spec: Spec) -> None:
-    """Report what this machine can do with spec["threads"] threads, as medians.
+    """Report what the device can do (a CPU with spec["threads"] threads), as medians.
 
     The best rate of matrix products of several shapes in GFLOP/s, in fp32 and in bf16; and the rate
     of reading memory in GB/s.
     """
     import torch
+    from accelerator import synchronize
 
     torch.set_num_threads(spec["threads"])
+    device = torch.device(spec["device"])
+    shapes = [(1024, 1024, 1024), (2048, 256, 1024), (2048, 768, 3072)]
+    if device.type == "cuda":
+        shapes += [(8192, 8192, 8192)]
 
     def typical(work: Callable[[], Any]) -> float:
         """Seconds of a repetition."""
@@ -198,17 +206,18 @@ def limits(spec: Spec) -> None:
         while not times or time.perf_counter() < end:
             begin = time.perf_counter()
             work()
+            synchronize(device)
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
     found: dict[str, float] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         rates = []
-        for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 768, 3072)):
-            a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        for m, k, n in shapes:
+            a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
             seconds = typical(functools.partial(torch.nn.functional.linear, a, b))
             rates.append(2e-9 * m * k * n / seconds)
         found[name] = max(rates)
-    numbers = torch.ones(2**27)
+    numbers = torch.ones(2**27, device=device)
     found["read"] = 4e-9 * numbers.numel() / typical(numbers.sum)
     say(spec, **found)

@@ -25,9 +25,10 @@ def transformers_generate(spec: Spec) -> None:
     turn = turns(spec, f"transformers {transformers.__version__}")
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
     hf = AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=dtype_of(spec)).eval()
+    hf.to(spec["device"])
     hf.generation_config.eos_token_id = None
     for prompts in read_batches(spec):
-        given = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        given = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(spec["device"])
         ids = hf.generate(
             **given,
             do_sample=True,
@@ -50,7 +51,7 @@ def trl_settings(spec: Spec) -> dict[str, Any]:
     """What all of TRL's trainers are given."""
     return {
         "output_dir": spec["out"] + "/trl",
-        "use_cpu": True,
+        "use_cpu": spec["device"] == "cpu",
         "bf16": spec["precision"] == "bf16",
         "report_to": "none",
         "save_strategy": "no",
@@ -94,6 +95,7 @@ class CountingGenerate:
 
         rows, width = arguments["input_ids"].shape
         lengths = torch.from_numpy(forced_lengths(next(self.calls), rows, self.longest))
+        lengths = lengths.to(arguments["input_ids"].device)
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         if self.forced:
             processor = ForcedLengths(lengths, width, eos_id, pad_id)

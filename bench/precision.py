@@ -1,8 +1,8 @@
 """What precision, ZeRO stage and micro-batches change in a model's first five optimizer steps.
 
-    python bench/precision.py [--processes 2]
+    python bench/precision.py [--processes 2] [--device cuda]
 
-An SFT policy of the tiny size, on CPU. Its weights start as numbers that bf16 has, so that all
+An SFT policy of the tiny size. Its weights start as numbers that bf16 has, so that all
 cases compute the same function. One batch of 16 sequences is learned five times, in micro-batches
 of 1 to 16, with ZeRO 0 to 3, in fp32, bf16, autocast and (one process) fp16, with and without LoRA.
 Each case is compared with fp32 at ZeRO 0 in one micro-batch:
@@ -57,6 +57,7 @@ class Learned:
     gradient: dict[str, Tensor] = field(default_factory=dict)  # of the first step
     update: dict[str, Tensor] = field(default_factory=dict)  # the first one, in learning rates
     norms: list[float] = field(default_factory=list)
+    early_steps: int = 0  # that Adam has counted before the first one
 
     def difference(self, other: Learned) -> dict[str, float]:
         """How another case differs from this one; see the top of this file."""
@@ -81,7 +82,7 @@ def learn(case: Case, folder: Path) -> Learned:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from rlhf import compose
-    from rlhf.config.choices import Precision
+    from rlhf.config.choices import Device, Precision
     from rlhf.distributed import collectives
     from rlhf.distributed.engine import build_engine
     from rlhf.models.loading import load_policy, load_tokenizer
@@ -92,6 +93,7 @@ def learn(case: Case, folder: Path) -> Learned:
         f"deploy.precision={case.precision}",
         f"deploy.zero_stage={case.zero}",
         f"deploy.overlap_comm={str(case.overlap).lower()}",
+        f"deploy.device={'cpu' if get_accelerator().device_name() == 'cpu' else 'gpu'}",
         "deploy.bucket_mb=1",
         f"actor.lora.rank={case.lora}",
     ]
@@ -108,20 +110,21 @@ def learn(case: Case, folder: Path) -> Learned:
             weight.data = weight.data.bfloat16().to(PRECISION_DTYPES[case.precision])
         return policy
 
-    # DeepSpeed refuses fp16 on CPU, though torch computes it there
-    get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
+    if cfg.deploy.device == Device.cpu:
+        # DeepSpeed refuses fp16 on CPU, though torch computes it there
+        get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
     engine = build_engine(load, cfg, "actor", folder)
     engine.train()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 400, (ROWS, TOKENS), generator=generator)
+    ids = torch.randint(5, 400, (ROWS, TOKENS), generator=generator).to(engine.device)
     rank, world = collectives.rank(), collectives.world_size()
     mine = torch.arange(ROWS // world * rank, ROWS // world * (rank + 1))
     micro_batches = mine.split(min(case.micro_batch, len(mine)))
 
     def loss_of(rows: Tensor) -> Tensor:
-        wanted = torch.ones(len(rows), TOKENS, dtype=torch.bool)
+        wanted = torch.ones_like(ids[rows], dtype=torch.bool)
         wanted[:, 0] = False
-        mask = torch.ones(len(rows), TOKENS, dtype=torch.long)
+        mask = torch.ones_like(ids[rows])
         return -engine(ids[rows], mask, wanted)[0].sum() / (ROWS * (TOKENS - 1))
 
     def trained_weights() -> dict[str, Tensor]:
@@ -132,7 +135,7 @@ def learn(case: Case, folder: Path) -> Learned:
                 found[name] = (weight.data if whole is None else whole).float().clone()
         return found
 
-    learned = Learned()
+    learned = Learned(early_steps=counted_steps(engine.optimizer))
     step = engine.step
 
     def observed_step() -> None:
@@ -153,6 +156,12 @@ def learn(case: Case, folder: Path) -> Learned:
             learned.update = {name: (after[name] - before[name]) / LR for name in before}
     engine.destroy()  # type: ignore[attr-defined]
     return learned
+
+
+def counted_steps(optimizer: Any) -> int:
+    """The steps that Adam has counted. Args: optimizer: DeepSpeed's, around torch's, or torch's."""
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 PRECISION_DTYPES = {
@@ -184,7 +193,8 @@ def measure(cases: Sequence[Case]) -> list[dict[str, Any]]:
             learned = learned_by(case)
             found = learned_by(Case(lora=case.lora)).difference(learned)
             whole = learned_by(Case(case.precision, 2, lora=case.lora))
-            rows.append(vars(case) | found | {"summed": whole.difference(learned)["gradient"]})
+            found |= {"summed": whole.difference(learned)["gradient"]}
+            rows.append(vars(case) | found | {"early_steps": learned.early_steps})
     return rows
 
 
@@ -201,6 +211,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cases", help="first letters of the precisions; default: all", default="")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # of a worker of this script
     args = parser.parse_args()
@@ -209,7 +220,7 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         place = {"WORLD_SIZE": str(args.processes), "MASTER_ADDR": "127.0.0.1"}
-        place |= {"MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        place |= {"MASTER_PORT": port, "DS_ACCELERATOR": args.device, "OMP_NUM_THREADS": "1"}
         workers = [
             subprocess.Popen(
                 [sys.executable, *sys.argv, "--rank", str(rank)],

@@ -27,9 +27,12 @@ def turns(spec: Spec, peer: str) -> Turn:
     Returns: what a contestant calls at the end of each sample. It reports (the first time: ready)
         and waits. Its argument returns the counts, and is not timed.
     """
+    on_gpu = spec["device"] == "cuda"  # then the peak is that of its tensors
     begin, state = memory("VmRSS"), {"started": 0.0}
 
     def turn(counted: Callable[[], dict[str, Any]]) -> None:
+        if on_gpu:
+            wait_for_gpu()
         seconds = time.perf_counter() - state["started"]
         counts = counted()  # also at the start: some counters continue from there
         if state["started"]:
@@ -37,11 +40,25 @@ def turns(spec: Spec, peer: str) -> Turn:
         else:
             say(spec, ready=peer)
         if sys.stdin.readline().strip() != "go":
-            say(spec, peak_mib=(memory("VmHWM") - begin) / MiB, imports_mib=begin / MiB)
+            peak = gpu_peak() if on_gpu else memory("VmHWM") - begin
+            say(spec, peak_mib=peak / MiB, imports_mib=begin / MiB)
             os._exit(0)
         state["started"] = time.perf_counter()
 
     return turn
+
+
+def wait_for_gpu() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def gpu_peak() -> int:
+    """Most bytes of tensors on the GPU so far."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 def memory(key: str) -> int:

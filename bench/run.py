@@ -288,6 +288,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trl-ppo", help="the same with trl==1.12.0, the last version with PPO")
     model = "directory of a causal language model; default: a random OPT of 5 million weights"
     add("--model", help=model)
+    add("--shape", choices=["small", "large"], default="small", help="of it: 4 or 24 layers")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: generate, ppo, sft, rm")
     add("--precision", choices=["fp32", "bf16"], default="fp32")
     itself = "the product in fp32, bf16 and autocast instead of a peer; for ppo, sft and rm"
     add("--precisions", action="store_true", help=itself)
@@ -347,7 +349,8 @@ def set_environment(out: str) -> None:
 
 def describe(spec: Spec, about: dict[str, Any], more: dict[str, Any]) -> list[str]:
     """Lines above the table: settings, machine, versions and what the machine can do."""
-    settings = f"{spec['precision']}, {spec['threads']} threads, batch {spec['batch']}"
+    settings = f"{spec['device']}, {spec['precision']}, {spec['threads']} threads, "
+    settings += f"batch {spec['batch']}"
     lines = [f"{spec['work']}: {settings}; {about['cpu']}, {about['cores']} cores"]
     peers = (each["peer"].split() for each in more.get("contestants", []))
     versions = about["packages"] | {words[0]: words[-1] for words in peers}

@@ -184,9 +184,9 @@ def lines(file: Path) -> int:
 
 
 def running(
-    *args: str, cwd: Path, until: int = 3, **options: object
+    *args: str, cwd: Path, until: int = 3, stage: str = "sft", **options: object
 ) -> tuple[subprocess.Popen, Path]:
-    """train.py, when its SFT has made some steps; and the run's directory."""
+    """train.py, when a stage of it has made some steps; and the run's directory."""
     parent = subprocess.Popen(
         [sys.executable, str(REPO / "train.py"), *args],
         cwd=cwd,
@@ -197,7 +197,9 @@ def running(
     )
     deadline = time.time() + 120
     while True:
-        found = [path for path in cwd.glob("outputs/sft-*/metrics.jsonl") if lines(path) >= until]
+        found = [
+            path for path in cwd.glob(f"outputs/{stage}-*/metrics.jsonl") if lines(path) >= until
+        ]
         if found:
             return parent, found[0].parent
         assert time.time() < deadline and parent.poll() is None, parent.stderr

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from rlhf.config.choices import Precision
 from rlhf.config.schema import Config
 from rlhf.data import encoding
-from rlhf.data.batches import pad_left
+from rlhf.data.batches import pad_left, uniforms
 from rlhf.data.records import Prompt, Turn
 from rlhf.distributed.engine import build_engine
 from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
@@ -160,3 +161,26 @@ def some_rollout(m: Engines) -> tuple[list[list[int]], list[list[int]], Tensor]:
         ]
     )
     return prompts, answers, draws
+
+
+def fetches_while_sampling(
+    engine: Any, tokenizer: Any, gather: bool, monkeypatch: pytest.MonkeyPatch
+) -> tuple[experience_module.Experience, int]:
+    """Responses of a ZeRO-3 engine, and how often DeepSpeed looked for the weights of a layer."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    fetched = []
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        fetched.append(1)
+        return fetch(*args, **kwargs)
+
+    noise = uniforms("rollout", range(4), 0, 0, 6)
+    ids = [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9]]
+    prompts = Prompts([Prompt([Turn("user", "Hi")])] * 4, ids, noise)
+    models = experience_module.Models(tokenizer, engine, gather=gather)
+    with monkeypatch.context() as patch:
+        patch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", counted)
+        made = experience_module.sample_responses(models, prompts, range(4), Sampling(), 4)
+    return made, len(fetched)

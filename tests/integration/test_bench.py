@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,8 @@ sys.path.insert(0, str(REPO / "bench"))
 
 import quiet
 import table
+from gpu import WORKS
+from random_models import write_random_pairs
 
 
 def test_needed_operations_by_hand() -> None:
@@ -52,18 +54,7 @@ def test_a_sample_counts_if_nobody_else_worked() -> None:
 @pytest.mark.full
 def test_a_benchmark_runs(tmp_path: Path) -> None:
     """Generation by the product and by transformers, as small as can be."""
-    draw = random.Random(0)
-    words = [
-        "".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(5000)
-    ]  # EOS is one of many tokens
-    with (tmp_path / "pairs.jsonl").open("w") as lines:
-        for _ in range(200):
-            prompt, chosen, rejected = (" ".join(draw.choices(words, k=30)) for _ in range(3))
-            texts = {
-                name: f"\n\nHuman: {prompt}\n\nAssistant: {answer}"
-                for name, answer in (("chosen", chosen), ("rejected", rejected))
-            }
-            lines.write(json.dumps(texts) + "\n")
+    write_random_pairs(tmp_path / "pairs.jsonl")
     command = [sys.executable, str(REPO / "bench" / "run.py"), "generate", "--samples", "1"]
     command += ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
     command += ["--new", "8", "--batch", "4", "--prompt", "32", "--threads", "1", "--wait", "0"]
@@ -73,3 +64,42 @@ def test_a_benchmark_runs(tmp_path: Path) -> None:
     (file,) = (tmp_path / "out").rglob("result.json")
     result = json.loads(file.read_text())
     assert {row["name"] for row in result["rows"]} == {"product", "transformers"}
+
+
+def bench_gpu(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPO / "bench" / "gpu.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = bench_gpu("all")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("no NVIDIA GPU: nothing is measured")
+
+
+def test_what_a_gpu_does_runs_on_a_cpu() -> None:
+    """Every work of bench/gpu.py prints its table, with tiny sizes."""
+    done = bench_gpu("all", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    tables = {part.split("\n")[0]: part for part in done.stdout.split("\n## ")[1:]}
+    assert list(tables) == list(WORKS)
+    for name, text in tables.items():
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(rows) >= 4 and len({row.count("|") for row in rows}) == 1, (name, text)
+        assert "out of memory" not in text
+
+
+@pytest.mark.full
+def test_the_bodies_of_the_gpu_tests_run_on_a_cpu() -> None:
+    command = [sys.executable, "-m", "pytest", str(REPO / "tests" / "gpu")]
+    done = subprocess.run(
+        command,
+        cwd=REPO,
+        env=os.environ | {"RLHF_TEST_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-5000:]
