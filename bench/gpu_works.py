@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from random_models import Bench
 from table import needed_flops
 from torch import Tensor
 
+from rlhf.base.constants import LOGPROB_CHUNKS
 from rlhf.config.choices import RolloutEngine
 from rlhf.models import logprobs
 from rlhf.models.loading import DTYPES
@@ -191,17 +192,15 @@ GPU_CHUNKS = [(2**21, 512), (2**24, 4096), (2**26, 4096), (2**28, 4096), (2**29,
 
 @contextlib.contextmanager
 def chunk_sizes(logits: int | None = None, most: int | None = None) -> Iterator[None]:
-    """Other constants of rlhf/models/logprobs.py. Args: elements of the logits; tokens."""
-    names = ("CHUNK_LOGITS", "KEPT_PROBABILITIES", "MAX_CHUNK_TOKENS")
-    before = {name: getattr(logprobs, name) for name in names}
-    if logits is not None:
-        for name, value in zip(names, (logits, logits, most)):
-            setattr(logprobs, name, value)
+    """Other chunks of rlhf/models/logprobs.py. Args: elements of the logits; tokens."""
+    before = dict(LOGPROB_CHUNKS)
+    if logits is not None and most is not None:
+        for device, chunks in before.items():
+            LOGPROB_CHUNKS[device] = replace(chunks, logits=logits, kept=logits, max_tokens=most)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(logprobs, name, value)
+        LOGPROB_CHUNKS.update(before)
 
 
 def packing(bench: Bench) -> Table:
