@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.data.batches import upload
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -51,13 +53,25 @@ class PackedBatch:
     scatter_index: Tensor  # (N,) index of each row token among the elements of all buckets
     is_dense: bool  # nothing is shared, all sequences are equally long: the row is the only bucket
 
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same on a device."""
+        ids, position_ids, gather_index, scatter_index, *buckets = upload(
+            device,
+            self.ids,
+            self.position_ids,
+            self.gather_index,
+            self.scatter_index,
+            *self.buckets,
+        )
+        return PackedBatch(ids, position_ids, gather_index, buckets, scatter_index, self.is_dense)
+
 
 def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
-    """Pack a batch. Args: ids, mask (B, T), padded on either side or with holes.
+    """Pack a batch, in host memory. Args: ids, mask (B, T), padded on either side or with holes.
 
     Raises: ValueError for a sequence without any token.
     """
-    real, tokens = mask.cpu().numpy() > 0, ids.cpu().numpy().astype(np.int32)
+    real, tokens = mask.numpy() > 0, ids.numpy().astype(np.int32)
     lengths = real.sum(1)
     n_rows, width = len(real), int(lengths.max())
     if not lengths.all():
@@ -90,7 +104,7 @@ def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
     is_dense = is_dense and bool((buckets[0].reshape(-1) == np.arange(n)).all())
 
     def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(ids.device)
+        return torch.from_numpy(np.ascontiguousarray(x))
 
     return PackedBatch(
         ids=tensor(packed_ids[None]),

@@ -69,6 +69,7 @@ class Counts:
 
 
 COUNTS = Counts()
+counts_kernels = True  # False inside attention
 
 
 def current_line() -> str:
@@ -143,7 +144,7 @@ def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if inputs:
         check_devices(name, args, tensors)
     note_waiting(name, args, kwargs, to_device)
-    if not function.is_view and name not in NO_KERNEL and "empty" not in name:
+    if counts_kernels and not function.is_view and name not in NO_KERNEL and "empty" not in name:
         COUNTS.kernels[current_line()] += 1
 
     def data(x: Any) -> Any:
@@ -216,17 +217,19 @@ class Backend(backend_registration._DummyBackendModule):
         torch.set_rng_state(state)
 
 
-attention = F.scaled_dot_product_attention
+attention, inference_mode = F.scaled_dot_product_attention, torch.inference_mode
 
 
 def counted_attention(*args: Any, **kwargs: Any) -> Tensor:
     """Attention, which is one kernel on a GPU; here torch has only its formula for it."""
-    before = COUNTS.kernels.copy()
-    output = attention(*args, **kwargs)
-    if isinstance(output, DeviceTensor):
-        COUNTS.kernels = before
+    global counts_kernels
+    if isinstance(args[0], DeviceTensor):
         COUNTS.kernels[current_line()] += 1
-    return output
+    counts_kernels = False
+    try:
+        return attention(*args, **kwargs)
+    finally:
+        counts_kernels = True
 
 
 @contextlib.contextmanager
@@ -241,11 +244,12 @@ def pretended_gpu() -> Iterator[torch.device]:
     # torch.tensor(..., device=...) makes a CPU tensor and uploads it, where we see it
     torch._C._set_only_lift_cpu_tensors(True)
     F.scaled_dot_product_attention = counted_attention
+    torch.inference_mode = torch.no_grad  # torch refuses our tensors there
     try:
         with Dispatch():
             yield torch.device(NAME, 0)
     finally:
-        F.scaled_dot_product_attention = attention
+        F.scaled_dot_product_attention, torch.inference_mode = attention, inference_mode
         torch._C._set_only_lift_cpu_tensors(only_lift)
 
 

@@ -34,11 +34,11 @@ SETTINGS = [
     "data.eval_rows=8",
     f"rollout.max_new_tokens={NEW_TOKENS}",
     "sft.max_steps=2",
-    "sft.batch_size=8",
+    "sft.batch_size=16",
     "rm.max_steps=2",
-    "rm.batch_size=8",
+    "rm.batch_size=16",
     "dpo.max_steps=2",
-    "dpo.batch_size=8",
+    "dpo.batch_size=16",
 ]
 ONLINE = ["rl.batch_size=16", "rl.minibatches=2", "rl.epochs=1"]
 PPO = ["rl.ema=0.9", "rl.ptx.coef=1", "rl.entropy_coef=0.01", "rl.evaluation.every=1"]
