@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,9 +62,9 @@ class Counts:
             self.kernels - before.kernels, self.synchronisations - before.synchronisations
         )
 
-    def add(self, other: Counts) -> None:
-        self.kernels += other.kernels
-        self.synchronisations += other.synchronisations
+    def reset(self, before: Counts) -> None:
+        """Forget what has happened after `before`."""
+        self.kernels, self.synchronisations = before.kernels, before.synchronisations
 
 
 COUNTS = Counts()
@@ -127,13 +126,15 @@ class DeviceTensor(torch.Tensor):
 def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation of torch, on the tensors' data."""
     name = function.overloadpacket.__name__
-    tensors = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
-    inputs = [x for x in tensors if isinstance(x, DeviceTensor)]
+    tensors: list[Tensor] = []
+    host_args = on_host(args, tensors)
+    host_kwargs = {key: on_host(value, tensors) for key, value in kwargs.items()}
+    inputs = any(isinstance(x, DeviceTensor) for x in tensors)
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    to_device = device.type == NAME if device is not None else bool(inputs)
+    to_device = device.type == NAME if device is not None else inputs
     if name == "is_pinned":
         return not inputs and getattr(args[0], "is_in_pinned_memory", False)
-    if name in ("_pin_memory", "pin_memory") and not inputs:
+    if name == "_pin_memory" and not inputs:
         pinned = args[0].clone()
         pinned.is_in_pinned_memory = True
         return pinned
@@ -146,20 +147,32 @@ def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     note_waiting(name, args, kwargs, to_device)
     if counts_kernels and not function.is_view and name not in NO_KERNEL and "empty" not in name:
         COUNTS.kernels[current_line()] += 1
-
-    def data(x: Any) -> Any:
-        return x.data_on_host if isinstance(x, DeviceTensor) else x
-
-    host_kwargs = pytree.tree_map(data, kwargs) | ({"device": "cpu"} if device else {})
-    result = function(*pytree.tree_map(data, args), **host_kwargs)
+    if device is not None:
+        host_kwargs["device"] = "cpu"
+    result = function(*host_args, **host_kwargs)
     if function._schema.is_mutable:  # the very tensors that were changed
-        changed = {id(data(x)): x for x in tensors}
-        return pytree.tree_map(
-            lambda x: changed.get(id(x), x) if isinstance(x, Tensor) else x, result
-        )
-    if not to_device:
-        return result
-    return pytree.tree_map(lambda x: DeviceTensor(x) if isinstance(x, Tensor) else x, result)
+        changed = {id(on_host(x, [])): x for x in tensors}
+        return change_tensors(result, lambda x: changed.get(id(x), x))
+    return change_tensors(result, DeviceTensor) if to_device else result
+
+
+def on_host(x: Any, tensors: list[Tensor]) -> Any:
+    """An argument with the data of tensors in their place. Args: tensors: gets those it has."""
+
+    def data(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor.data_on_host if isinstance(tensor, DeviceTensor) else tensor
+
+    return change_tensors(x, data)
+
+
+def change_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument or a result of an operation with each tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if type(x) in (list, tuple):
+        return type(x)(change_tensors(part, change) for part in x)
+    return x
 
 
 def check_devices(name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import sys
@@ -23,10 +22,9 @@ from typing import Any
 import torch
 from device import COUNTS, Counts, move_module, pretended_gpu
 from plain_engine import initialize
-from torch import Tensor
 
 TESTS = Path(__file__).resolve().parents[1]
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 SETTINGS = [
     "deploy=single_gpu",
     "deploy.micro_batch=2",
@@ -42,8 +40,9 @@ SETTINGS = [
 ]
 ONLINE = ["rl.batch_size=16", "rl.minibatches=2", "rl.epochs=1"]
 PPO = ["rl.ema=0.9", "rl.ptx.coef=1", "rl.entropy_coef=0.01", "rl.evaluation.every=1"]
-LORA = ["actor.lora.rank=4", "reward.lora.rank=4"]
-GROUPS = ["rl.responses_per_prompt=4"]
+LORA = ["rl.max_steps=1", "actor.lora.rank=4", "reward.lora.rank=4"]
+GROUPS = ["rl.responses_per_prompt=4", "rl.max_steps=1"]
+EVAL = ["eval.policies=[sft,ppo]", "eval.prompts=[]", "eval.best_of=2", "eval.best_of_prompts=4"]
 # stage, the runs whose models it reads, and settings
 CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "sft": ("sft", [], []),
@@ -52,7 +51,7 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "grpo": ("grpo", ["sft", "rm"], [*ONLINE, *GROUPS]),
     "dpo": ("dpo", ["sft"], []),
     "lora": ("ppo", ["sft", "rm"], [*ONLINE, *LORA]),
-    "eval": ("eval", ["sft", "rm", "ppo"], ["eval.policies=[sft,ppo]", "eval.prompts=[]"]),
+    "eval": ("eval", ["sft", "rm", "ppo"], EVAL),
 }
 
 
@@ -81,13 +80,12 @@ case_now = ""
 
 
 def count_calls(
-    module: str, name: str, unit: str, part_and_units: Callable[..., tuple[str, int]]
+    owner: Any, name: str, unit: str, part_and_units: Callable[..., tuple[str, int]]
 ) -> None:
-    """Replace a function of a module by itself, counted.
+    """Replace a function of a module or class by itself, counted.
 
     Args: part_and_units: of the phase, from the result and the arguments of a call.
     """
-    owner = importlib.import_module(module)
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -97,6 +95,10 @@ def count_calls(
         counts = COUNTS.since(before)
         part, units = part_and_units(result, *args, **kwargs)
         PHASES.setdefault((case_now, part), Phase(case_now, part, unit)).add(counts, units)
+        if (
+            unit == "model"
+        ):  # once in a run, so it does not count for the phase that it is a part of
+            COUNTS.reset(before)
         return result
 
     setattr(owner, name, counted)
@@ -112,24 +114,32 @@ def sampling(responses: Any, *args: Any, **kwargs: Any) -> tuple[str, int]:
     return "sampling", int(responses.mask.cpu().sum(1).max())
 
 
-def reading(logits: Tensor, *args: Any) -> tuple[str, int]:
-    return "reading prompts", 1
-
-
 def measuring(experience: Any, *args: Any, **kwargs: Any) -> tuple[str, int]:
     return "making experience", len(experience.response_ids)
 
 
 def install_counters() -> None:
     """Count in the functions that all stages call."""
-    for module in ("stages.sft", "stages.rm", "stages.dpo", "rl.update"):
-        count_calls(f"rlhf.{module}", "optimizer_step", "micro-batch", training)
-        step = "train_minibatch" if module == "rl.update" else "train_step"
-        count_calls(f"rlhf.{module}", step, "step", lambda *_: ("whole steps", 1))
-    count_calls("rlhf.sampling.sampler", "read_prompts", "batch", reading)
-    count_calls("rlhf.rl.experience", "sample", "token", sampling)
-    for module in ("stages.rl", "evaluation.policy"):
-        count_calls(f"rlhf.{module}", "make_experience", "response", measuring)
+    from rlhf.evaluation import policy
+    from rlhf.models import wrappers
+    from rlhf.rl import experience, update
+    from rlhf.sampling import sampler
+    from rlhf.stages import dpo, rl, rm, sft
+
+    for module, step in (
+        (sft, "train_step"),
+        (rm, "train_step"),
+        (dpo, "train_step"),
+        (update, "train_minibatch"),
+    ):
+        count_calls(module, "optimizer_step", "micro-batch", training)
+        count_calls(module, step, "step", lambda *_: ("whole steps", 1))
+    check = "checking that packing works"
+    count_calls(wrappers.Model, "packing_matches_unpacked", "model", lambda *_: (check, 1))
+    count_calls(sampler, "read_prompts", "batch", lambda *_: ("reading prompts", 1))
+    count_calls(experience, "sample", "token", sampling)
+    for module in (rl, policy):
+        count_calls(module, "make_experience", "response", measuring)
 
 
 def run_case(root: Path, case: str, finished: dict[str, Path]) -> Path:
