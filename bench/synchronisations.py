@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def count_stages(folder: Path) -> list[dict[str, Any]]:
     return phases
 
 
-def kernels_per_token(family: str, layers: int, lora_rank: int = 0) -> float:
-    """Kernels of one decoding step of a random model of a family."""
-    return float(run("decoding.py", family, layers, lora_rank).splitlines()[-1])
+def kernels_per_token(family: str, layers: Sequence[int], lora_rank: int = 0) -> list[int]:
+    """Kernels of one decoding step of random models of a family. Args: layers: of each of them."""
+    return [int(line) for line in run("decoding.py", family, lora_rank, *layers).splitlines()]
 
 
 def table_of_stages(phases: list[dict[str, Any]], lines: bool = False) -> str:
@@ -72,7 +73,7 @@ def main() -> None:
     print(f"\n| {LAYERS} layers | kernels per sampled token |\n|---|---:|")
     for family in FAMILIES:
         for rank, name in ((0, family), (4, f"{family}, LoRA beside its weights")):
-            print(f"| {name} | {kernels_per_token(family, LAYERS, rank):.0f} |")
+            print(f"| {name} | {kernels_per_token(family, [LAYERS], rank)[0]} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Kernels of one decoding step of a random model on the pretended GPU.
+"""Kernels of one decoding step of random models on the pretended GPU.
 
-python tests/pretend/decoding.py FAMILY LAYERS LORA_RANK
+    python tests/pretend/decoding.py FAMILY LORA_RANK LAYERS [LAYERS ...]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EOS = 2
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
 
 
-def kernels(family: str, layers: int, lora_rank: int) -> float:
+def kernels(family: str, layers: int, lora_rank: int) -> int:
     """Those of a sampling loop with one more token, less those without it."""
     from helpers import composed
 
@@ -54,4 +54,5 @@ def kernels(family: str, layers: int, lora_rank: int) -> float:
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore")
-    print(kernels(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    for number in sys.argv[3:]:
+        print(kernels(sys.argv[1], int(number), int(sys.argv[2])))

@@ -119,6 +119,31 @@ def check_kernels(device: torch.device) -> None:
     assert counts_of(lambda: attend(q, q, q, is_causal=True)).kernels.total() == 1
 
 
+def check_sampling_gives_the_same_responses(device: torch.device) -> None:
+    """A GPU looks every 16 tokens which rows are finished; they have padding from there on."""
+    from rlhf.config.choices import Precision
+    from rlhf.data.batches import pad_left, uniforms
+    from rlhf.models.loading import load_policy, load_tokenizer
+    from rlhf.sampling.batches import PromptBatch
+    from rlhf.sampling.sampler import sample
+    from rlhf.sampling.token_choice import Sampling
+
+    torch.manual_seed(0)
+    policy = load_policy("builtin:tiny", load_tokenizer("builtin:tiny"), Precision.fp32)
+    policy.requires_grad_(False).eval()
+    prompts = PromptBatch(*pad_left([[5, 6, 7], [8], [300, 301, 302, 303], [9, 9]], 0))
+    noise, never = uniforms("test", range(4), 0, 0, 40), -1
+    endless = sample(policy, prompts, noise, never, Sampling())
+    eos = int(endless.ids[0, 20])  # the first row ends between two looks
+    expected = sample(policy, prompts, noise, eos, Sampling())
+    assert 0 < expected.mask.sum(1)[0] <= 21 < expected.mask.sum(1).max()
+    move_module(policy)
+    found = sample(policy, prompts, noise, eos, Sampling())
+    assert torch.equal(found.ids.cpu(), expected.ids)
+    assert torch.equal(found.mask.cpu(), expected.mask)
+    assert torch.allclose(found.logprobs.cpu(), expected.logprobs, atol=1e-4)
+
+
 def main() -> None:
     results = {}
     with pretended_gpu() as device:

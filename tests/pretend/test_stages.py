@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def test_every_stage_runs_through(phases: list[dict[str, Any]]) -> None:
 
 def test_the_host_waits_at_most_six_times_in_a_micro_batch(phases: list[dict[str, Any]]) -> None:
     for phase in of(phases, "micro-batch"):
-        assert phase["units"] >= 8, phase
+        assert phase["units"] >= 6, phase
         assert phase["synchronisations"] <= MOST_PER_MICRO_BATCH * phase["units"], phase
 
 
@@ -59,7 +58,7 @@ def test_the_host_waits_at_most_twice_in_sixteen_tokens(phases: list[dict[str, A
         assert phase["synchronisations"] <= MOST_PER_16_TOKENS * phase["units"] / 16, phase
 
 
-def test_counts_of_deeper_models(tmp_path: Path) -> None:
+def test_counts_of_deeper_models() -> None:
     """A layer more costs as many kernels per token as the one before it."""
-    two, four, six = (synchronisations.kernels_per_token("opt", layers) for layers in (2, 4, 6))
+    two, four, six = synchronisations.kernels_per_token("opt", [2, 4, 6])
     assert 0 < four - two == six - four
