@@ -157,9 +157,7 @@ def product_generate(spec: Spec) -> None:
     policy.to(spec["device"])
     for step, prompts in enumerate(read_batches(spec)):
         noise = uniforms("rollout", range(len(prompts)), 1, step, spec["new"])
-        batch = PromptBatch(
-            *pad_left(prompts, tokenizer.pad_token_id, torch.device(spec["device"]))
-        )
+        batch = PromptBatch(*pad_left(prompts, tokenizer.pad_token_id))
         # below 1 - p(EOS), so that no response ends, as in `product`
         responses = sample(policy, batch, noise * 0.999, tokenizer.eos_token_id, Sampling())
         tokens = int(batch.mask.sum() + responses.mask.sum())

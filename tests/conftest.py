@@ -169,9 +169,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Parallel test processes get one file after the other. There the long files are first, so that
     all end at about the same time. Files that wait for the demo come after others of their tier.
     """
-    tiers = ["unit", "integration", "learning", "gpu", "chaos"]
+    tiers = ["unit", "pretend", "integration", "learning", "gpu", "chaos"]
     if "PYTEST_XDIST_WORKER" in os.environ:
-        tiers = ["chaos", "gpu", "integration", "learning", "unit"]
+        tiers = ["chaos", "gpu", "integration", "learning", "pretend", "unit"]
     waiting = {item.path for item in items if wants_demo(item)}
 
     def place(item: pytest.Item) -> tuple[int, bool, bool]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from rlhf.config.choices import Precision
 from rlhf.models.wrappers import Policy, Scorer, last_token_score
 
-CPU = torch.device("cpu")
 FP32 = Precision.fp32
 ROWS = [[5, 6, 7], [300, 301, 302, 303, 304, 305], [9, 10, 11, 12]]
 each_family = pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,6 @@ from rlhf.rl.experience import Prompts
 from rlhf.rl.rewards import Rewards, Source
 from rlhf.sampling.token_choice import Sampling
 
-CPU = torch.device("cpu")
 PAD, EOS = 0, 2
 FEW = 12  # tokens of the small vocabulary, so that EOS is drawn often
 QUESTIONS = [
@@ -69,7 +68,7 @@ def experience_of(
     prompts: Sequence[Sequence[int]], response: Tensor, mask: Tensor
 ) -> experience_module.Experience:
     zeros = torch.zeros_like(mask)
-    prompt_ids, prompt_mask = pad_left(prompts, PAD, CPU)
+    prompt_ids, prompt_mask = pad_left(prompts, PAD)
     return experience_module.Experience(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,

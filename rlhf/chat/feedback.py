@@ -64,7 +64,7 @@ class Judge:
             prompt = self.reader(reply.prompt)
             response = encoding.encode_response(self.tokenizer, reply.text, reply.finished)
         ids = encoding.to_end(self.tokenizer, prompt, response)
-        row = torch.tensor([ids[-context_of(self.scorer.hf) :]], device=self.scorer.hf.device)
+        row = torch.tensor([ids[-context_of(self.scorer.hf) :]])
         with torch.inference_mode():
             return float(sequence_scores(self.scorer, row, torch.ones_like(row), eos_id))
 

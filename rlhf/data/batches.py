@@ -1,6 +1,7 @@
 """From token ids to tensors: padding, order, micro-batches, and the rows of each rank.
 
-Masks are made here and carried along; no mask is derived from ids.
+Masks are made here and carried along; no mask is derived from ids. All of it is in host memory:
+models upload what they read.
 """
 
 from __future__ import annotations
@@ -21,23 +22,17 @@ from rlhf.distributed import collectives
 T = TypeVar("T")
 
 
-def pad_right(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """ids and mask (B, T) int64, padded on the right to the longest row."""
-    return _pad(rows, pad_id, device, left=False)
+    return _pad(rows, pad_id, left=False)
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """ids and mask (B, T) int64, padded on the left to the longest row."""
-    return _pad(rows, pad_id, device, left=True)
+    return _pad(rows, pad_id, left=True)
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool
-) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
@@ -45,7 +40,22 @@ def _pad(
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place] = row
         mask[i, place] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def upload(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies on a GPU of tensors in host memory; on a CPU the tensors themselves.
+
+    There is one copy for each dtype, which the host does not wait for.
+    """
+    if device.type == "cpu":
+        return tensors
+    moved = {}
+    for dtype in {x.dtype for x in tensors}:
+        same = [x for x in tensors if x.dtype == dtype]
+        flat = torch.cat([x.flatten() for x in same]).pin_memory().to(device, non_blocking=True)
+        moved[dtype] = iter(flat.split([x.numel() for x in same]))
+    return tuple(next(moved[x.dtype]).view(x.shape) for x in tensors)
 
 
 def global_batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
@@ -118,7 +128,7 @@ def map_across_ranks(
     work: Callable[[Sequence[int]], Tensor],
     used: np.ndarray | None = None,
 ) -> Tensor:
-    """The results of `work` for all rows, in the order of the rows, on every rank.
+    """The results of `work` for all rows, in the order of the rows, in host memory of every rank.
 
     Each rank computes its part in micro-batches of rows of similar length.
 
@@ -141,7 +151,7 @@ def map_across_ranks(
     ]
     results = collectives.all_gather_rows(
         torch.cat([work(parts[rank][k]) for k in with_progress(numbers)])
-    )
+    ).cpu()
     gathered = [row for part in parts for k in numbers for row in part[k]]
     position = {row: i for i, row in enumerate(gathered)}
     full = results.new_full((len(lengths), *results.shape[1:]), math.nan)

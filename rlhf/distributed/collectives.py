@@ -25,33 +25,43 @@ def world_size() -> int:
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Element-wise sum over all ranks, in float64."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    if world_size() > 1:
-        dist.all_reduce(total)
+    """Element-wise sum over all ranks, in float64. Args: device: of this rank's tensors."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64, device=exchange_device(device))
+    dist.all_reduce(total)
     return total.tolist()
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:
-    """The largest value of all ranks."""
-    top = torch.tensor(value, dtype=torch.float64, device=device)
-    if world_size() > 1:
-        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    """The largest value of all ranks. Args: device: of this rank's tensors."""
+    if world_size() == 1:
+        return float(value)
+    top = torch.tensor(value, dtype=torch.float64, device=exchange_device(device))
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
     return float(top)
 
 
 def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     """The rows of all ranks, in rank order: (b, ...) of each becomes (b * world, ...).
 
-    All ranks must have the same shape.
+    All ranks must have the same shape. The result is on the device of `x`.
     """
     if world_size() == 1:
         return x
     if not x.numel():  # NCCL takes no empty tensors
         return x.new_empty((len(x) * world_size(), *x.shape[1:]))
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    own = x.to(exchange_device(x.device)).contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts).to(x.device)
+
+
+def exchange_device(device: torch.device) -> torch.device:
+    """Where a tensor of `device` has to be for a collective: NCCL takes those of GPUs only."""
+    if device.type == "cpu" and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def all_gather_objects(value: T) -> list[T]:

@@ -9,7 +9,7 @@ the measurements.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+
+from rlhf.data.batches import upload
+from rlhf.models.varlen import Varlen, has_flash_kernel, varlen_attention, varlen_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,30 +53,30 @@ class PackedBatch:
     buckets: list[Tensor]  # (b, w) each: index in the row of the tokens of b sequences; any at pads
     scatter_index: Tensor  # (N,) index of each row token among the elements of all buckets
     is_dense: bool  # nothing is shared, all sequences are equally long: the row is the only bucket
-    varlen: Varlen | None = None  # on a GPU: what its own attention takes in place of the buckets
+    varlen: Varlen  # what the attention of a GPU takes in place of the buckets
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same on a device."""
+        ids, position_ids, gather_index, scatter_index, *buckets = upload(
+            device,
+            self.ids,
+            self.position_ids,
+            self.gather_index,
+            self.scatter_index,
+            *self.buckets,
+        )
+        varlen = self.varlen.to(device)
+        return PackedBatch(
+            ids, position_ids, gather_index, buckets, scatter_index, self.is_dense, varlen
+        )
 
 
-@dataclass
-class Varlen:
-    """Sequences as torch's varlen_attn takes them: the queries of one are its fresh tokens, those
-    that the row has for it alone, and its keys all its tokens."""
+def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
+    """Pack a batch, in host memory. Args: ids, mask (B, T), padded on either side or with holes.
 
-    fresh: Tensor  # (S + 1,) int32, where the fresh tokens of each sequence begin, and the end
-    whole: Tensor  # (S + 1,) int32, the same of all its tokens
-    most_fresh: int  # of a sequence
-    most: int
-    key_index: Tensor | None  # (K,) index in the row of the keys; None: the row itself
-
-
-def pack(ids: Tensor, mask: Tensor, on_gpu: bool | None = None) -> PackedBatch:
-    """Pack a batch.
-
-    Args: ids, mask (B, T), padded on either side or with holes.  on_gpu: with `varlen`; None:
-        where ids are there.
     Raises: ValueError for a sequence without any token.
     """
-    on_gpu = ids.is_cuda if on_gpu is None else on_gpu
-    real, tokens = mask.cpu().numpy() > 0, ids.cpu().numpy().astype(np.int32)
+    real, tokens = mask.numpy() > 0, ids.numpy().astype(np.int32)
     lengths = real.sum(1)
     n_rows, width = len(real), int(lengths.max())
     if not lengths.all():
@@ -107,7 +109,7 @@ def pack(ids: Tensor, mask: Tensor, on_gpu: bool | None = None) -> PackedBatch:
     is_dense = is_dense and bool((buckets[0].reshape(-1) == np.arange(n)).all())
 
     def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(ids.device)
+        return torch.from_numpy(np.ascontiguousarray(x))
 
     return PackedBatch(
         ids=tensor(packed_ids[None]),
@@ -116,33 +118,7 @@ def pack(ids: Tensor, mask: Tensor, on_gpu: bool | None = None) -> PackedBatch:
         buckets=[tensor(bucket) for bucket in buckets],
         scatter_index=tensor(np.concatenate(scatter_index)),
         is_dense=is_dense,
-        varlen=varlen_of(sequences, lengths, order, position_ids, ids.device) if on_gpu else None,
-    )
-
-
-def varlen_of(
-    sequences: np.ndarray,
-    lengths: np.ndarray,
-    order: Sequence[int],
-    fresh: Sequence[np.ndarray],
-    device: torch.device,
-) -> Varlen:
-    """Args: sequences (B, T), lengths (B,): as in `pack`.  order: of the sequences in the row.
-    fresh: positions of the tokens that the row has for each of them, in this order."""
-    asked = [(row, len(new)) for row, new in zip(order, fresh) if len(new)]  # not twice the same
-    keys = np.concatenate([sequences[row, : lengths[row]] for row, _ in asked])
-    in_order = len(keys) == sum(count for _, count in asked)
-
-    def starts(counts: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32).to(device)
-
-    whole = [int(lengths[row]) for row, _ in asked]
-    return Varlen(
-        fresh=starts([count for _, count in asked]),
-        whole=starts(whole),
-        most_fresh=max(count for _, count in asked),
-        most=max(whole),
-        key_index=None if in_order else torch.from_numpy(keys).to(device),
+        varlen=varlen_of(sequences, lengths, order, position_ids),
     )
 
 
@@ -247,7 +223,7 @@ def packed_attention(
     """
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    if packed.varlen is not None and not dropout and has_flash_kernel(qkv[0]):
+    if not dropout and has_flash_kernel(qkv[0]):
         return varlen_attention(qkv, packed.varlen, scaling, sliding_window)
     groups = qkv[0].shape[1] // qkv[1].shape[1]
     rows = [x[0].transpose(0, 1) for x in qkv]  # (N, heads, d)
@@ -267,42 +243,6 @@ def packed_attention(
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return (output if packed.is_dense else output.index_select(0, packed.scatter_index))[None]
-
-
-def has_flash_kernel(query: Tensor) -> bool:
-    """Whether flash attention takes queries (1, heads, N, d): on a GPU, in 16 bits."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-
-
-def varlen_attention(
-    qkv: tuple[Tensor, Tensor, Tensor],
-    varlen: Varlen,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    """packed_attention in one kernel: no padding, no copies of keys for their groups of heads.
-
-    Where a sequence has more keys than queries, the last query sees the last key.
-    """
-    query, key, value = (x[0].transpose(0, 1) for x in qkv)  # (N, heads, d)
-    if varlen.key_index is not None:
-        key, value = (x.index_select(0, varlen.key_index) for x in (key, value))
-    before = -1 if sliding_window is None else sliding_window - 1  # tokens that a query looks back
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        varlen.fresh,
-        varlen.whole,
-        varlen.most_fresh,
-        varlen.most,
-        scale=scaling,
-        window_size=(before, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(output, Tensor)  # a tuple only with return_aux
-    return output[None]
 
 
 def use_packed_attention(hf: PreTrainedModel) -> bool:

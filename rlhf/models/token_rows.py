@@ -83,7 +83,7 @@ def replace_embeddings(layer: LayerWithRows, args: tuple[Tensor], output: Tensor
     matches: Tensor = args[0][..., None] == layer.trained_ids  # (..., k)
     rows = F.embedding(matches.int().argmax(-1), layer.trained_rows)
     scale = torch.as_tensor(getattr(layer, "embed_scale", 1.0))  # Gemma 3 scales in this layer
-    rows = rows * scale.to(rows)
+    rows = rows * scale.to(rows.dtype)
     return torch.where(matches.any(-1, keepdim=True), rows.to(output.dtype), output)
 
 

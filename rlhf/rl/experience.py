@@ -39,7 +39,11 @@ PER_RESPONSE = ("scores", "finished", "reward_errors")
 
 @dataclass
 class Experience:
-    """Sampled responses and what is known about them."""
+    """Sampled responses and what is known about them, in host memory.
+
+    Rows can so be picked, measured and compared without waiting for a GPU; models upload what they
+    read.
+    """
 
     prompt_ids: Tensor  # (B, P)
     prompt_mask: Tensor  # (B, P) 1 on real tokens
@@ -228,8 +232,8 @@ def sample_responses(
             is_copy = is_whole and collectives.world_size() > 1
             while_sampling.enter_context(merged_adapter(actor.module.hf, in_place=is_copy))
         for chunk in chunks(mine, micro_batch):
-            ids, mask = pad_left([prompts.ids[i] for i in chunk], pad_id, actor.device)
-            response, response_mask, logprobs = generate(
+            ids, mask = pad_left([prompts.ids[i] for i in chunk], pad_id)
+            sampled = generate(
                 actor.module,
                 PromptBatch(ids, mask),
                 prompts.random[chunk],
@@ -237,6 +241,7 @@ def sample_responses(
                 sampling,
                 synced=is_partitioned and not is_whole,
             )
+            response, response_mask, logprobs = (x.cpu() for x in sampled)
             pad = width - ids.shape[1]
             zeros = torch.zeros_like(logprobs)
             parts.append(
@@ -268,7 +273,7 @@ def measure(
         if rescore:
             experience.old_logprobs[chunk, :r] = policy_logprobs(models.actor, part, temperature)
         if models.critic is not None:
-            at_tokens = models.critic(part.ids, part.full_mask)
+            at_tokens = models.critic(part.ids, part.full_mask).cpu()
             experience.values[chunk, :r] = values_before(at_tokens, r) * part.response_mask
         if models.ref is not None:
             experience.ref_logprobs[chunk, :r] = policy_logprobs(models.ref, part, temperature)
@@ -295,9 +300,9 @@ def by_length(experience: Experience, micro_batch: int) -> list[Sequence[int]]:
 
 @torch.no_grad()
 def policy_logprobs(policy: LogProbModel, experience: Experience, temperature: float) -> Tensor:
-    """Log-probs of the sampled tokens under a policy, (B, R)."""
+    """Log-probs of the sampled tokens under a policy, (B, R), in host memory."""
     stats = policy(experience.ids, experience.full_mask, experience.target_mask, temperature)
-    return stats.logprobs[:, -experience.response_mask.shape[1] :]
+    return stats.logprobs[:, -experience.response_mask.shape[1] :].cpu()
 
 
 def values_before(scores: Tensor, r: int) -> Tensor:

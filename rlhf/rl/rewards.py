@@ -143,17 +143,17 @@ class Rewards:
     def model_scores(
         self, source: Source, part: Experience, turns: Sequence[list[Turn]], texts: Sequence[str]
     ) -> Tensor:
-        """Scores of a reward model, (b,)."""
+        """Scores of a reward model, (b,), in host memory."""
         assert source.engine is not None
         if not source.reads_text:
             eos_id = self.tokenizer.eos_token_id
-            return sequence_scores(source.engine, part.ids, part.full_mask, eos_id)
+            return sequence_scores(source.engine, part.ids, part.full_mask, eos_id).cpu()
         assert source.tokenizer is not None
         finished = [bool(value) for value in part.finished]
         rows = [retokenize(source, *row) for row in zip(turns, texts, finished)]
         # any id will do behind the mask; the policy's pad id may not exist here
-        ids, mask = pad_right(rows, 0, source.engine.device)
-        return sequence_scores(source.engine, ids, mask, source.tokenizer.eos_token_id)
+        ids, mask = pad_right(rows, 0)
+        return sequence_scores(source.engine, ids, mask, source.tokenizer.eos_token_id).cpu()
 
 
 def needs_text(policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> bool:
@@ -291,7 +291,7 @@ def score_rows(
     """The score of each sequence of token ids, in order; the ranks share the work."""
 
     def scores_of(index: Sequence[int]) -> Tensor:
-        ids, mask = pad_right([rows[i] for i in index], tokenizer.pad_token_id, engine.device)
+        ids, mask = pad_right([rows[i] for i in index], tokenizer.pad_token_id)
         return sequence_scores(engine, ids, mask, tokenizer.eos_token_id)
 
     return map_across_ranks([len(row) for row in rows], micro_batch, scores_of).tolist()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from rlhf.base.log import log
 from rlhf.config.choices import KlAppliedTo
 from rlhf.config.schema import Config
 from rlhf.data import tokenized
-from rlhf.data.batches import micro_batches
+from rlhf.data.batches import micro_batches, upload
 from rlhf.data.records import Dataset
 from rlhf.distributed import collectives
 from rlhf.models.loading import check_context
@@ -109,24 +110,30 @@ class Minibatch:
 def actor_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tensor:
     """The actor's loss on some of this rank's rows, a part of the step's loss."""
     rl, part = learner.cfg.rl, batch.experience.rows(rows)
-    weight, r = batch.weights(part, learner.cfg), part.response_mask.shape[1]
-    stats = learner.models.actor(
-        part.ids, part.full_mask, part.target_mask, learner.cfg.rollout.temperature
-    )
+    actor, r = learner.models.actor, part.response_mask.shape[1]
+    stats = actor(part.ids, part.full_mask, part.target_mask, learner.cfg.rollout.temperature)
     logprobs, entropy = stats.logprobs[:, -r:], stats.entropy[:, -r:]
     if batch.is_first:
-        first = batch.rollout == learner.warmup
-        learner.guards.check_ratio(logprobs.detach(), part.old_logprobs, part.response_mask, first)
-    loss, sums = policy_loss(logprobs, part.old_logprobs, part.advantages, part.loss_mask, rl)
+        first, new = batch.rollout == learner.warmup, logprobs.detach().cpu()
+        learner.guards.check_ratio(new, part.old_logprobs, part.response_mask, first)
+    old_logprobs, ref_logprobs, advantages, mask, weight = upload(
+        actor.device,
+        part.old_logprobs,
+        part.ref_logprobs,
+        part.advantages,
+        part.loss_mask,
+        batch.weights(part, learner.cfg),
+    )
+    loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, rl)
     batch.stats.maximum(ratio_max=sums.pop("ratio_max"))
-    entropy_sum = (entropy.detach() * part.loss_mask).sum()
+    entropy_sum = (entropy.detach() * mask).sum()
     batch.stats.add(**{name: value.double() for name, value in sums.items()})
     batch.stats.add(entropy=entropy_sum.double())
     terms = {"policy": (weight * loss).sum()}
     if rl.entropy_coef:
         terms["entropy"] = -rl.entropy_coef * (weight * entropy).sum()
     if batch.kl_coef:
-        kl = kl_estimate(logprobs, part.ref_logprobs, rl.kl.estimator)
+        kl = kl_estimate(logprobs, ref_logprobs, rl.kl.estimator)
         terms["kl"] = batch.kl_coef * (weight * kl).sum()
     batch.stats.add(**{f"loss/{name}": term.detach().double() for name, term in terms.items()})
     return sum(terms.values(), logprobs.new_zeros(()))
@@ -137,9 +144,12 @@ def critic_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tens
     critic, part = learner.models.critic, batch.experience.rows(rows)
     assert critic is not None
     values = values_before(critic(part.ids, part.full_mask), part.response_mask.shape[1])
-    clip = learner.cfg.rl.critic.value_clip
-    loss, clipped = value_loss(values, part.values, part.returns, part.loss_mask, clip)
-    total = (batch.weights(part, learner.cfg) * loss).sum()
+    weight, clip = batch.weights(part, learner.cfg), learner.cfg.rl.critic.value_clip
+    old_values, returns, mask, weight = upload(
+        critic.device, part.values, part.returns, part.loss_mask, weight
+    )
+    loss, clipped = value_loss(values, old_values, returns, mask, clip)
+    total = (weight * loss).sum()
     batch.stats.add(**{"loss/value": total.detach().double(), "value_clipfrac": clipped.double()})
     return total
 
@@ -317,7 +327,7 @@ def update_metrics(learner: Learner, done: list[Minibatch], rollout: int) -> dic
         }
     if not actor_norms:
         return metrics
-    ratio_max = max(batch.stats.maxima.get("ratio_max", 0.0) for batch in done)
+    ratio_max = float(torch.stack([batch.stats.maxima["ratio_max"] for batch in done]).max())
     metrics |= {f"loss/{name}_avg": loss[name] for name in TERMS if name in loss}
     metrics |= {
         "loss/total_avg": sum(loss.get(name, 0.0) for name in TERMS),

@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class PromptBatch(NamedTuple):
-    """B prompts, left-padded to P tokens."""
+    """B prompts, left-padded to P tokens, in host memory."""
 
     ids: Tensor  # (B, P)
     mask: Tensor  # (B, P) 1 on real tokens, 0 on padding
 
 
 class SampledResponses(NamedTuple):
-    """B responses, right-padded with EOS to R tokens."""
+    """B responses, right-padded with EOS to R tokens, on the policy's device."""
 
     ids: Tensor  # (B, R)
     mask: Tensor  # (B, R) float, 1 up to and including the first EOS

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from rlhf.data.batches import upload
 from rlhf.models.wrappers import Policy
 from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.kv_cache import PreallocatedCacheLayer, new_cache
@@ -29,7 +30,7 @@ class DecodeState:
     @classmethod
     def before_prompts(cls, policy: Policy, prompts: PromptBatch, max_new: int) -> DecodeState:
         """All rows of a batch, with an empty cache for P + `max_new` tokens."""
-        mask = prompts.mask
+        (mask,) = upload(policy.device, prompts.mask)
         cache = new_cache(policy.hf, mask.shape[1] + max_new)
         packed = policy.supports_packing() and isinstance(cache.layers[0], PreallocatedCacheLayer)
         positions = mask.sum(1, keepdim=True) - 1

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.data.batches import upload
 from rlhf.models.wrappers import Policy
 from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.token_choice import Sampling, choose_token, scale_by_temperature
@@ -28,8 +29,8 @@ def hf_generate(
     from transformers import GenerationConfig
 
     hf, P, (B, R) = policy.hf, prompts.ids.shape[1], random.shape
-    logprobs = torch.zeros((B, R), device=prompts.ids.device)
-    random = random.to(prompts.ids.device)
+    logprobs = torch.zeros((B, R), device=policy.device)
+    prompt_ids, prompt_mask, random = upload(policy.device, prompts.ids, prompts.mask, random)
 
     def leave_chosen_token(ids: Tensor, logits: Tensor) -> Tensor:
         """Logits (B, V) in which only the token that `sample` chooses is possible."""
@@ -51,7 +52,7 @@ def hf_generate(
     )
     try:
         generated = hf.generate(
-            prompts.ids, attention_mask=prompts.mask, synced_gpus=synced, **processors
+            prompt_ids, attention_mask=prompt_mask, synced_gpus=synced, **processors
         )[:, P:]
     finally:
         hf.generation_config = model_settings

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.base import watchdog
+from rlhf.data.batches import upload
 from rlhf.distributed import collectives
 from rlhf.models import packing
 from rlhf.models.wrappers import Policy, model_inputs
@@ -17,6 +18,10 @@ from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.cpu.fast_path import cpu_fast_path
 from rlhf.sampling.decode_state import DecodeState, eager_step
 from rlhf.sampling.token_choice import Sampling, choose_token, scale_by_temperature
+
+# Tokens after which a GPU is asked which rows are finished; the answer makes the host wait until
+# all that was launched is done.
+CHECK_EVERY = 16
 
 
 @torch.no_grad()
@@ -35,12 +40,13 @@ def sample(
         synced: every rank runs as many forwards as the slowest one. ZeRO-3 needs this: ranks
             communicate in every forward, also where no weight has to be fetched.
     """
-    device, (B, R) = prompts.ids.device, random.shape
-    random = random.to(device)
+    device, (B, R) = policy.device, random.shape
+    (random,) = upload(device, random)
     ids = torch.full((B, R), eos_id, device=device)
     mask, logprobs = (torch.zeros((B, R), device=device) for _ in range(2))
     state = DecodeState.before_prompts(policy, prompts, R)
-    finished = False  # all rows of this rank
+    finished = torch.zeros(B, dtype=torch.bool, device=device)  # which rows of the state
+    check_every = 1 if device.type == "cpu" else CHECK_EVERY
     with cpu_fast_path(policy, state.packed) as fast_step:
         step = fast_step or eager_step(policy.hf)
         logits = read_prompts(policy.hf, prompts, state)
@@ -48,19 +54,23 @@ def sample(
             watchdog.progress()
             probabilities = scale_by_temperature(logits, sampling).softmax(-1)
             token = choose_token(probabilities, random[state.rows, t : t + 1], sampling)
-            if not finished:
-                ids[state.rows, t], mask[state.rows, t] = token[:, 0], 1.0
-                logprobs[state.rows, t] = probabilities.gather(1, token)[:, 0].log()
-            unfinished = (token[:, 0] != eos_id) & (not finished)
-            finished = not unfinished.any()
-            if t == R - 1 or all_finished(finished, synced, device):
+            # what a finished row goes on to sample is padding
+            ids[state.rows, t] = token[:, 0].masked_fill(finished, eos_id)
+            mask[state.rows, t] = (~finished).float()
+            chosen = probabilities.gather(1, token)[:, 0].log()
+            logprobs[state.rows, t] = chosen.masked_fill(finished, 0.0)
+            finished = finished | (token[:, 0] == eos_id)
+            if t == R - 1:
                 break
-            if not unfinished.all():  # a finished row costs no further forward
-                kept = unfinished.nonzero()[:, 0]
-                if finished:  # this rank only waits for the others, with one row
+            if (t + 1) % check_every == 0:
+                kept = (~finished).nonzero()[:, 0]
+                if all_finished(not len(kept), synced, device):
+                    break
+                if not len(kept):  # this rank only waits for the others, with one row
                     kept = torch.zeros(1, dtype=torch.long, device=device)
-                token = token[kept]
-                state.keep(kept)
+                if len(kept) < len(finished):  # a finished row costs no further forward
+                    token, finished = token[kept], finished[kept]
+                    state.keep(kept)
             state.add_token()
             logits = step(token, state)
     return SampledResponses(ids, mask, logprobs)
@@ -83,7 +93,7 @@ def read_prompts(hf: PreTrainedModel, prompts: PromptBatch, state: DecodeState) 
         inputs = model_inputs(hf, prompts.ids, prompts.mask)
         output = hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
-    packed = packing.pack(prompts.ids, prompts.mask)
+    packed = packing.pack(prompts.ids, prompts.mask).to(state.rows.device)
     for layer in cache.layers:
         layer.gather_index = packed.gather_index
     inputs = packing.packed_inputs(packed, hf.dtype)

@@ -23,7 +23,7 @@ from rlhf.base.files import atomic_path
 from rlhf.base.log import log
 from rlhf.config.schema import Config, Dpo
 from rlhf.data import encoding, tokenized
-from rlhf.data.batches import global_batches, map_across_ranks, micro_batches
+from rlhf.data.batches import global_batches, map_across_ranks, micro_batches, upload
 from rlhf.data.cache import cache_folder, digest
 from rlhf.data.records import Dataset
 from rlhf.data.template_check import check_template
@@ -169,7 +169,8 @@ def dpo_loss(
 ) -> Tensor:
     """Mean loss of the pairs, the share of one micro-batch."""
     logp = chosen_rejected_logprobs(actor, micro.pairs, pad_id)
-    ratio = logp - micro.reference.to(logp.device)
+    (reference,) = upload(actor.device, micro.reference)
+    ratio = logp - reference
     losses = preference_loss(ratio[:, 0], ratio[:, 1], dpo.beta, dpo.loss, dpo.label_smoothing)
     stats.append(pairs=torch.cat([losses[:, None], logp, ratio], 1))
     return losses.sum() / dpo.batch_size
@@ -236,7 +237,7 @@ def pair_logprobs(
     def work(rows: Sequence[int]) -> Tensor:
         return chosen_rejected_logprobs(policy, [pairs[i] for i in rows], pad_id)
 
-    return map_across_ranks(lengths, max(1, micro_batch // 2), work, used).cpu()
+    return map_across_ranks(lengths, max(1, micro_batch // 2), work, used)
 
 
 def used_pairs(dpo: Dpo, pairs: int, steps: int, seed: int) -> np.ndarray:

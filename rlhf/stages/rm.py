@@ -18,7 +18,7 @@ from rlhf.base.log import log
 from rlhf.config.choices import RmLoss
 from rlhf.config.schema import Config
 from rlhf.data import encoding, template, tokenized
-from rlhf.data.batches import global_batches, micro_batches, pad_right
+from rlhf.data.batches import global_batches, micro_batches, pad_right, upload
 from rlhf.data.records import Demonstration, Pair
 from rlhf.data.template_check import check_template
 from rlhf.distributed import collectives
@@ -176,14 +176,14 @@ def compare(
     """
     rows = [prompt + chosen for prompt, chosen, _ in pairs]
     rows += [prompt + rejected for prompt, _, rejected in pairs]
-    ids, mask = pad_right(rows, tokenizer.pad_token_id, scorer.device)
+    ids, mask = pad_right(rows, tokenizer.pad_token_id)
     at_tokens = scorer(ids, mask, loss == RmLoss.per_token)
     if loss == RmLoss.sequence:
         chosen, rejected = last_token_score(at_tokens, mask).chunk(2)
         return chosen, rejected, pairwise_loss(chosen, rejected)
     mask = without_eos(ids, mask, tokenizer.eos_token_id)
     chosen, rejected = last_token_score(at_tokens, mask).chunk(2)
-    starts, ends = compared_span(ids, mask)
+    starts, ends = upload(scorer.device, *compared_span(ids, mask))
     chosen_at_tokens, rejected_at_tokens = at_tokens.chunk(2)
     total = pairwise_loss_per_token(chosen_at_tokens, rejected_at_tokens, starts, ends)
     return chosen, rejected, total
@@ -196,7 +196,7 @@ def compared_span(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns: (B,) first position where the two differ, or the last one where they do not; and
         (B,) the position behind the last token of the longer one.
     """
-    position = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    position = torch.arange(1, ids.shape[1] + 1)
     ends = torch.stack((position * mask).amax(1).chunk(2)).amax(0)
     ids_chosen, ids_rejected = ids.chunk(2)
     differs = ids_chosen != ids_rejected

@@ -27,7 +27,7 @@ def response_nll_stats(
     Returns: three scalars: -log p (nats, with gradient), the number of tokens that are the
         likeliest, and entropy (nats).
     """
-    ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
+    ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id)
     starts = [first_loss_token(prompt, train_on_prompt) for prompt, _ in rows]
     stats = policy(ids, mask, mask_from(starts, mask))
     return -stats.logprobs.sum(), stats.is_argmax.sum(), stats.entropy.detach().sum()
@@ -35,15 +35,15 @@ def response_nll_stats(
 
 def response_logprobs(policy: LogProbModel, rows: Sequence[Row], pad_id: int) -> Tensor:
     """Log-probability of each response given its prompt, EOS included, (B,), nats."""
-    ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id, policy.device)
+    ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_id)
     starts = [len(prompt) for prompt, _ in rows]
     return policy(ids, mask, mask_from(starts, mask))[0].sum(1)
 
 
 def mask_from(starts: Sequence[int], mask: Tensor) -> Tensor:
     """The real tokens of each row from `starts` (B,) on, (B, T) bool. Args: mask (B, T)."""
-    first = torch.tensor(starts, device=mask.device)[:, None]
-    return (torch.arange(mask.shape[1], device=mask.device) >= first) & (mask > 0)
+    first = torch.tensor(starts)[:, None]
+    return (torch.arange(mask.shape[1]) >= first) & (mask > 0)
 
 
 def rows_of_rank(rows: Sequence[Row]) -> list[Row]:
@@ -79,10 +79,10 @@ def end_probability(
     total = 0.0
     mine = rows_of_rank(whole)
     for part in chunks(mine, micro_batch):
-        ids, mask = pad_right([prompt + answer for prompt, answer in part], pad_id, policy.device)
+        ids, mask = pad_right([prompt + answer for prompt, answer in part], pad_id)
         # the last token only; none of a row without a response
         starts = [len(prompt) + max(0, len(answer) - 1) for prompt, answer in part]
-        logprobs = policy(ids, mask, mask_from(starts, mask)).logprobs.sum(1)
-        real = torch.tensor([bool(answer) for _, answer in part], device=policy.device)
+        logprobs = policy(ids, mask, mask_from(starts, mask)).logprobs.sum(1).cpu()
+        real = torch.tensor([bool(answer) for _, answer in part])
         total += float((logprobs.exp() * real).sum())
     return collectives.all_reduce_sum([total], policy.device)[0] / len(whole)

@@ -29,17 +29,14 @@ def optimizer_step(
     engine.gradient_notes.clear()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    values = []
     for i, compute_loss in enumerate(losses):
         engine.set_gradient_accumulation_boundary(i == len(losses) - 1)
         loss = compute_loss()
-        if not torch.isfinite(loss):
-            where = first_nonfinite_output(engine, compute_loss)
-            raise RuntimeError(
-                f"the loss is {loss.item()}{where}: lower the learning rate, "
-                "or look at the last samples in samples.jsonl"
-            )
+        values.append(loss.detach())
         # DeepSpeed averages gradients over ranks; ours must be summed
         engine.backward(loss * collectives.world_size(), scale_wrt_gas=False)
+    check_losses(engine, losses, values)
     norm = local_grad_norm(engine)
     engine.step()
     value = float(engine.get_global_grad_norm() if norm is None else norm)
@@ -50,6 +47,23 @@ def optimizer_step(
             f"{first_nonfinite_grad(engine)}: lower the learning rate"
         )
     return value
+
+
+def check_losses(
+    engine: Engine[nn.Module], losses: Sequence[Callable[[], Tensor]], values: Sequence[Tensor]
+) -> None:
+    """Check the losses of a step's micro-batches before its update; the host waits here once.
+
+    Args: losses: as in `optimizer_step`.  values: what they gave.
+    Raises: RuntimeError for the first that is not finite.
+    """
+    for compute_loss, value in zip(losses, torch.stack(list(values)).tolist()):
+        if not math.isfinite(value):
+            where = first_nonfinite_output(engine, compute_loss)
+            raise RuntimeError(
+                f"the loss is {value}{where}: lower the learning rate, "
+                "or look at the last samples in samples.jsonl"
+            )
 
 
 def local_grad_norm(engine: Engine[nn.Module]) -> Tensor | None:

@@ -11,24 +11,25 @@ from rlhf.distributed import collectives
 class Stats:
     """What a loss function measures besides the loss, accumulated over this rank's micro-batches.
 
-    A sum keeps the dtype and device of its values, so that adding does not wait for a GPU; pass
-    `.double()` where rounding to float32 matters.
+    Everything keeps the dtype and device of its values, so that adding does not wait for a GPU;
+    pass `.double()` where rounding to float32 matters.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.maxima: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.maxima: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = {}
 
-    def add(self, **values: Tensor | float) -> None:
+    def add(self, **values: Tensor) -> None:
         """Add each scalar to the sum of that name. Gradients are not kept."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + _detached(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
-    def maximum(self, **values: Tensor | float) -> None:
-        """Keep the largest value of each name; 0 where none is larger."""
+    def maximum(self, **values: Tensor) -> None:
+        """Keep the largest value of each name."""
         for name, value in values.items():
-            self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+            largest = self.maxima.get(name)
+            self.maxima[name] = value if largest is None else torch.maximum(largest, value)
 
     def append(self, **columns: Tensor) -> None:
         """Keep a tensor per name with a row for each row of the micro-batch, (b, ...)."""
@@ -38,17 +39,12 @@ class Stats:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """The sums over all micro-batches and ranks, in float64. All ranks need the same names."""
         names = sorted(self.sums)
-        local = [float(self.sums[name]) for name in names]
+        local = torch.stack([self.sums[name].double() for name in names]).tolist()
         return dict(zip(names, collectives.all_reduce_sum(local, device)))
 
-    def reduce_maximum(self, name: str, device: torch.device) -> float:
-        """The maximum of that name over all micro-batches and ranks."""
-        return collectives.all_reduce_max(self.maxima.get(name, 0.0), device)
-
     def gather(self, name: str) -> Tensor:
-        """The rows of that name of all ranks, in rank order, float64. All ranks need as many."""
-        return collectives.all_gather_rows(torch.cat(self.rows[name])).double()
+        """The rows of that name of all ranks, in rank order, float64, in host memory.
 
-
-def _detached(value: Tensor | float) -> Tensor | float:
-    return value.detach() if isinstance(value, Tensor) else value
+        All ranks need as many.
+        """
+        return collectives.all_gather_rows(torch.cat(self.rows[name])).cpu().double()

@@ -73,7 +73,7 @@ def test_architectures_train_save_load_and_generate(tmp_path: Path, families: li
         runs[family] = {"sft": sft, "rm": rm, "ppo": ppo}
     work([run for stages in runs.values() for run in stages.values()], 1)
     prompts = [[5, 6, 7, 8], [300, 301]]
-    ids, mask = pad_left(prompts, PAD, torch.device("cpu"))
+    ids, mask = pad_left(prompts, PAD)
     for family, stages in runs.items():
         for stage, run in stages.items():
             row = metrics(run)[0]

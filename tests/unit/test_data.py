@@ -16,8 +16,6 @@ from rlhf.data import batches, encoding, template, tokenized
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.models.loading import load_tokenizer
 
-CPU = torch.device("cpu")
-
 
 @functools.cache
 def tokenizer() -> Any:
@@ -176,10 +174,10 @@ def test_the_role_words_alone_are_no_role_marks() -> None:
 def test_padding_carries_masks_and_does_not_guess_them_from_ids() -> None:
     pad = 0
     rows = [[5, pad, 7], [pad], [1, 2, 3, pad]]  # real tokens that have the pad's id
-    right, right_mask = batches.pad_right(rows, pad, CPU)
+    right, right_mask = batches.pad_right(rows, pad)
     assert right.tolist() == [[5, 0, 7, 0], [0, 0, 0, 0], [1, 2, 3, 0]]
     assert right_mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-    left, left_mask = batches.pad_left(rows, pad, CPU)
+    left, left_mask = batches.pad_left(rows, pad)
     assert left.tolist() == [[0, 5, 0, 7], [0, 0, 0, 0], [1, 2, 3, 0]]
     assert left_mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
     assert right.dtype == left_mask.dtype == torch.int64
@@ -188,7 +186,7 @@ def test_padding_carries_masks_and_does_not_guess_them_from_ids() -> None:
 def test_rows_of_one_length_are_not_padded() -> None:
     """D11: a batch is as wide as its longest row, not as the limit."""
     for pad in (batches.pad_left, batches.pad_right):
-        ids, mask = pad([[1, 2], [3, 4]], 9, CPU)
+        ids, mask = pad([[1, 2], [3, 4]], 9)
         assert ids.tolist() == [[1, 2], [3, 4]] and mask.tolist() == [[1, 1], [1, 1]]
 
 

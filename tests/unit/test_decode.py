@@ -28,7 +28,6 @@ from rlhf.sampling.kv_cache import PreallocatedCacheLayer, new_cache
 from rlhf.sampling.sampler import sample
 from rlhf.sampling.token_choice import Sampling
 
-CPU = torch.device("cpu")
 BEGINNING = list(range(20, 32))
 PROMPTS = [
     [*BEGINNING, 40, 41],
@@ -43,7 +42,7 @@ GREEDY = Sampling(greedy=True)
 
 
 def batch_of(prompts: list[list[int]]) -> PromptBatch:
-    return PromptBatch(*pad_left(prompts, PAD, CPU))
+    return PromptBatch(*pad_left(prompts, PAD))
 
 
 def noise_for(prompts: list[list[int]], step: int = 0, n: int = NEW) -> Tensor:

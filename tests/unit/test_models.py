@@ -12,7 +12,6 @@ import torch
 from families import EOS, FAMILIES, PAD, VOCABULARY, save_base
 from helpers import composed
 from model_outputs import (
-    CPU,
     FP32,
     ROWS,
     all_but_the_first,
@@ -94,7 +93,7 @@ def test_precision_is_that_of_the_weights_and_scores_and_log_probabilities_are_f
         load("builtin:tiny", tokenizer, Precision.bf16) for load in (load_policy, load_scorer)
     )
     assert {p.dtype for module in (policy, scorer) for p in module.parameters()} == {torch.bfloat16}
-    ids, mask = pad_right(ROWS, PAD, CPU)
+    ids, mask = pad_right(ROWS, PAD)
     assert {x.dtype for x in (scorer(ids, mask), *policy(ids, mask, all_but_the_first(mask)))} == {
         torch.float32
     }
@@ -172,7 +171,7 @@ def test_a_saved_reward_model_gives_the_same_scores_here_and_in_plain_transforme
     tmp_path: Path, base: Any, tokenizer: Any, one_process: None, cfg: Config, family: str
 ) -> None:
     scorer = in_own_memory(load_scorer(base(family), tokenizer, FP32))
-    ids, mask = pad_right(ROWS, PAD, CPU)
+    ids, mask = pad_right(ROWS, PAD)
     raw = last_token_score(scorer(ids, mask), mask).detach()
     scorer.hf.config.score_mean, scorer.hf.config.score_std = 0.75, 2.5
     normalised = last_token_score(scorer(ids, mask), mask).detach()
@@ -201,7 +200,7 @@ def test_a_saved_policy_gives_the_same_logits_here_and_in_plain_transformers(
     tmp_path: Path, base: Any, tokenizer: Any, one_process: None, cfg: Config, family: str
 ) -> None:
     policy = in_own_memory(load_policy(base(family), tokenizer, FP32))
-    ids, mask = pad_right(ROWS, PAD, CPU)
+    ids, mask = pad_right(ROWS, PAD)
     inputs, wanted = model_inputs(policy.hf, ids, mask), all_but_the_first(mask)
     with torch.no_grad():
         logits, (logp, entropy, correct) = policy.hf(**inputs).logits, policy(ids, mask, wanted)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import PAD
 from model_outputs import (
-    CPU,
     FP32,
     ROWS,
     all_but_the_first,
@@ -51,7 +50,7 @@ def test_log_probabilities_of_a_batch_are_those_of_its_rows(
         (pad_left, lambda row: slice(7 - len(row), 6)),
         (pad_right, lambda row: slice(1, len(row))),
     ):
-        ids, mask = pad(ROWS, PAD, CPU)
+        ids, mask = pad(ROWS, PAD)
         logp = policy(ids, mask, all_but_the_first(mask))[0]
         for i, row in enumerate(ROWS):
             assert torch.allclose(logp[i, place(row)], logp_of(policy, row), atol=1e-5)
@@ -63,7 +62,7 @@ def test_a_policy_answers_for_the_wanted_tokens_only(tokenizer: Any, plain: bool
     assert policy.supports_packing()
     policy.can_pack = plain
     for pad in (pad_left, pad_right):
-        ids, mask = pad(ROWS, PAD, CPU)
+        ids, mask = pad(ROWS, PAD)
         everything = policy.hf(**model_inputs(policy.hf, ids, mask)).logits
         some = all_but_the_first(mask)
         few = some & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4)
@@ -97,7 +96,7 @@ def test_each_token_has_its_score_and_padding_that_of_the_last_one_before_it(
     scorer = load_scorer(base(family), tokenizer, FP32).eval()
     hf = scorer.hf
     for pad in (pad_left, pad_right):
-        ids, mask = pad(ROWS, PAD, CPU)
+        ids, mask = pad(ROWS, PAD)
         with torch.no_grad():
             scores, read = scorer(ids, mask), scorer(ids, mask, with_padding=True)
             states = hf.base_model(
@@ -128,7 +127,7 @@ def test_a_score_does_not_depend_on_padding_or_company(
             assert score_of(scorer, row, left, right) == pytest.approx(score, abs=1e-5)
     for pad in (pad_left, pad_right):
         for order in ([0, 1, 2], [2, 0], [1, 1, 0, 2]):
-            ids, mask = pad([ROWS[i] for i in order], PAD, CPU)
+            ids, mask = pad([ROWS[i] for i in order], PAD)
             assert last_token_score(scorer(ids, mask), mask).tolist() == pytest.approx(
                 [alone[i] for i in order], abs=1e-5
             )
@@ -151,7 +150,7 @@ def test_dropout_of_the_configuration_is_off_after_loading(
     base: Any, tokenizer: Any, family: str
 ) -> None:
     """The update has the log-probabilities of the rollout; else PPO's first ratio is not 1."""
-    ids, mask = pad_right(ROWS, PAD, CPU)
+    ids, mask = pad_right(ROWS, PAD)
     as_it_comes = AutoModelForCausalLM.from_pretrained(base(family)).train()
     assert not torch.equal(as_it_comes(input_ids=ids).logits, as_it_comes(input_ids=ids).logits)
     policy, scorer = (
@@ -169,7 +168,7 @@ def test_dropout_of_the_configuration_is_off_after_loading(
 
 @each_family
 def test_every_weight_of_a_model_learns(base: Any, tokenizer: Any, family: str) -> None:
-    ids, mask = pad_right(ROWS, PAD, CPU)
+    ids, mask = pad_right(ROWS, PAD)
     policy, scorer = (
         load_policy(base(family), tokenizer, FP32),
         load_scorer(base(family), tokenizer, FP32),

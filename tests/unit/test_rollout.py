@@ -11,7 +11,6 @@ import torch
 from helpers import rl_node
 from rollouts import (
     ANSWERS,
-    CPU,
     EOS,
     PAD,
     QUESTIONS,
@@ -287,7 +286,7 @@ def test_padding_on_the_right_serves_the_reward_model_as_well(models_of_ppo: Eng
     m = models_of_ppo
     prompts, answers, draws = some_rollout(m)
     e = m.experience(prompts, draws)
-    ids, mask = pad_right([prompt + answer for prompt, answer in zip(prompts, answers)], PAD, CPU)
+    ids, mask = pad_right([prompt + answer for prompt, answer in zip(prompts, answers)], PAD)
     with torch.no_grad():
         scores = last_token_score(m.reward(ids, mask), mask)
     assert scores.tolist() == pytest.approx(e.scores[:, 0].tolist(), abs=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import some
-from rollouts import CPU, EOS, FEW, PAD, draws_for, experience_of, next_probabilities
+from rollouts import EOS, FEW, PAD, draws_for, experience_of, next_probabilities
 from torch import Tensor
 
 from rlhf.data.batches import pad_left, uniforms
@@ -83,7 +83,7 @@ def sample(
     temperature: float = 1.0,
     **choice: Any,
 ) -> SampledResponses:
-    batch = PromptBatch(*pad_left(prompts, PAD, CPU))
+    batch = PromptBatch(*pad_left(prompts, PAD))
     return sampler.sample(policy, batch, draws, EOS, Sampling(temperature, **choice))
 
 

@@ -132,7 +132,7 @@ def test_what_is_sampled_equals_what_the_plain_model_samples(
     rows change."""
     policy = adapted(tmp_path, family, tied, chatml)
     prompts = [[*range(20, 32), 733, 41], [8], [733, 9, 732], [30, 31, 732]]
-    batch = PromptBatch(*pad_left(prompts, PAD, torch.device("cpu")))
+    batch = PromptBatch(*pad_left(prompts, PAD))
     noise = uniforms("test", range(4), 0, 0, 20)
     with torch.no_grad():
         for _ in range(2):

@@ -23,7 +23,6 @@ from rlhf.models.loading import load_policy, load_scorer
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.wrappers import Policy
 
-CPU = torch.device("cpu")
 PLAIN = ["opt", "gpt2", "gpt_neox", "llama", "qwen2", "gemma3_text"]
 BEGINNING = list(range(20, 32))
 # Some are longer than the sliding window of gemma3_text (8), some are as short as can be, and some
@@ -40,7 +39,7 @@ ROWS = [
 
 def batch(left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """ids, mask, and which tokens are wanted: all but the first of each row."""
-    ids, mask = (pad_left if left else pad_right)(ROWS, PAD, CPU)
+    ids, mask = (pad_left if left else pad_right)(ROWS, PAD)
     return ids, mask, (mask > 0) & (mask.cumsum(1) > 1)
 
 
@@ -101,7 +100,7 @@ def test_every_token_is_there_once_and_at_its_place(seed: int) -> None:
         + [random.randint(1, 3) for _ in range(random.randint(0, 9))]
         for _ in range(9)
     ]
-    ids, mask = (pad_left if seed % 2 else pad_right)(rows, 0, CPU)
+    ids, mask = (pad_left if seed % 2 else pad_right)(rows, 0)
     for i in range(len(rows)):  # holes, but not where a row would be empty
         if random.random() < 0.3 and len(rows[i]) > 2:
             hole = random.choice(mask[i].nonzero()[:, 0].tolist())
@@ -139,7 +138,7 @@ def test_what_begins_alike_is_there_once() -> None:
         0,
     ]
     assert packed.ids.shape[1] == len(BEGINNING) + sum(fresh[:5]) + 7
-    alike = packing.pack(*pad_right([ROWS[0], ROWS[0]], PAD, CPU))
+    alike = packing.pack(*pad_right([ROWS[0], ROWS[0]], PAD))
     assert (
         alike.ids.tolist() == [ROWS[0]]
         and alike.buckets[0].tolist() == [list(range(len(ROWS[0])))] * 2
@@ -149,7 +148,7 @@ def test_what_begins_alike_is_there_once() -> None:
 def test_attention_pads_little() -> None:
     """A part has sequences of at least 0.8 times its longest; all short ones are one part."""
     rows = [[1] * n for n in (100, 79, 81, 5, 32, 64, 100, 63, 2)]
-    packed = packing.pack(*pad_right([[i] * len(row) for i, row in enumerate(rows)], PAD, CPU))
+    packed = packing.pack(*pad_right([[i] * len(row) for i, row in enumerate(rows)], PAD))
     assert [tuple(part.shape) for part in packed.buckets] == [(3, 100), (2, 79), (1, 63), (3, 32)]
 
 
