@@ -72,7 +72,7 @@ def main() -> None:
         print(table_of_stages(count_stages(Path(folder)), args.lines))
     print(f"\n| {LAYERS} layers | kernels per sampled token |\n|---|---:|")
     for family in FAMILIES:
-        for rank, name in ((0, family), (4, f"{family}, LoRA beside its weights")):
+        for rank, name in ((0, family), (4, f"{family} with LoRA")):
             print(f"| {name} | {kernels_per_token(family, [LAYERS], rank)[0]} |")
 
 

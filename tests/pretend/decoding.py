@@ -1,6 +1,8 @@
 """Kernels of one decoding step of random models on the pretended GPU.
 
-python tests/pretend/decoding.py FAMILY LORA_RANK LAYERS [LAYERS ...]
+    python tests/pretend/decoding.py FAMILY LORA_RANK LAYERS [LAYERS ...]
+
+Prints one number per line, for each number of layers.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def kernels(family: str, layers: int, lora_rank: int) -> int:
     from rlhf.config.choices import Precision
     from rlhf.data import batches
     from rlhf.models.loading import load_policy, load_tokenizer
+    from rlhf.models.lora import merged_adapter
     from rlhf.sampling.batches import PromptBatch
     from rlhf.sampling.sampler import sample
     from rlhf.sampling.token_choice import Sampling
@@ -43,11 +46,12 @@ def kernels(family: str, layers: int, lora_rank: int) -> int:
     counted = []
     with pretended_gpu():
         move_module(policy)
-        for tokens in (1, 2, 3):  # the first loop also finds out how the model reads prompts
-            before = COUNTS.copy()
-            # random numbers of 0 choose token 0, never the end
-            sample(policy, prompts, torch.zeros(len(PROMPTS), tokens), EOS, Sampling())
-            counted.append(COUNTS.since(before).kernels.total())
+        with merged_adapter(policy.hf):  # as the stages do
+            for tokens in (1, 2, 3):  # the first loop also finds out how the model reads prompts
+                before = COUNTS.copy()
+                # random numbers of 0 choose token 0, never the end
+                sample(policy, prompts, torch.zeros(len(PROMPTS), tokens), EOS, Sampling())
+                counted.append(COUNTS.since(before).kernels.total())
     return counted[2] - counted[1]
 
 
