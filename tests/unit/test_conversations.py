@@ -245,7 +245,6 @@ def test_the_loss_on_every_answer_is_that_of_one_pass_over_the_conversation() ->
     torch.manual_seed(0)
     tokenizer = load_tokenizer("builtin:tiny", Template.chatml)
     policy = load_policy("builtin:tiny", tokenizer, Precision.fp32)
-    policy.device = torch.device("cpu")
     turns = [Turn(message["role"], message["content"]) for message in TURNS]
     rows = [
         (
