@@ -61,7 +61,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @contextlib.contextmanager
-def synchronizations(device: torch.device) -> Iterator[list[str]]:
+def synchronisations(device: torch.device) -> Iterator[list[str]]:
     """Where the host waits for the device in the block: a source line, or an operation, for each.
 
     The list is filled at the end of the block. On a GPU torch reports them; its documentation says

@@ -8,7 +8,7 @@ WORK is one of
     update            tokens per second, and the share of the GPU's peak in model-FLOPs
     chunks            log-probabilities of tokens, by the size of their chunks
     packing           padding-free batches against padded ones
-    synchronizations  how often the host waits for the GPU, and where
+    synchronisations  how often the host waits for the GPU, and where
     ppo               seconds of sampling, scoring and update; with --trl-ppo against TRL
     memory            the plan of the memory against the measured peak
 
@@ -42,7 +42,7 @@ WORKS = {  # the module of each
     "update": "gpu_works",
     "chunks": "gpu_works",
     "packing": "gpu_works",
-    "synchronizations": "gpu_ppo",
+    "synchronisations": "gpu_ppo",
     "ppo": "gpu_ppo",
     "memory": "gpu_ppo",
 }
@@ -143,7 +143,9 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
     else:
         command += ["--shape", "large", "--precision", "bf16", "--batch", "64", "--prompt", "256"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment())
-    return done.stdout if not done.returncode else f"it ended with {done.returncode}"
+    if done.returncode:
+        raise SystemExit(f"the comparison with TRL ended with {done.returncode}")
+    return done.stdout
 
 
 def environment() -> dict[str, str]:

@@ -26,7 +26,7 @@ from rlhf.training.optimizer_step import optimizer_step
 # -------------------------------------------------------------------------- synchronisations
 
 
-def synchronizations(bench: Bench) -> Table:
+def synchronisations(bench: Bench) -> Table:
     """How often the host waits for the GPU: per micro-batch of an update, and per sampled token."""
     counts = {
         "micro-batch of actor and critic": syncs_per_micro_batch(bench, bench.learner()),
@@ -47,7 +47,7 @@ def difference(
     counts = []
     for work in (less, more):
         work()
-        with accelerator.synchronizations(device) as found:
+        with accelerator.synchronisations(device) as found:
             work()
         counts.append(Counter(found))
     counts[1].subtract(counts[0])

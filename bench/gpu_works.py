@@ -196,7 +196,9 @@ def chunk_sizes(logits: int | None = None, most: int | None = None) -> Iterator[
     before = dict(LOGPROB_CHUNKS)
     if logits is not None and most is not None:
         for device, chunks in before.items():
-            LOGPROB_CHUNKS[device] = replace(chunks, logits=logits, kept=logits, max_tokens=most)
+            LOGPROB_CHUNKS[device] = replace(
+                chunks, max_logits=logits, kept_probabilities=logits, max_tokens=most
+            )
     try:
         yield
     finally:

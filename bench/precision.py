@@ -2,10 +2,11 @@
 
     python bench/precision.py [--processes 2] [--device cuda]
 
-An SFT policy of the tiny size. Its weights start as numbers that bf16 has, so that all
-cases compute the same function. One batch of 16 sequences is learned five times, in micro-batches
-of 1 to 16, with ZeRO 0 to 3, in fp32, bf16, autocast and (one process) fp16, with and without LoRA.
-Each case is compared with fp32 at ZeRO 0 in one micro-batch:
+An SFT policy of the tiny size. Its weights start as numbers that bf16 has, so that all cases compute
+the same function. One batch of 16 sequences is trained on for five steps, in micro-batches of 1 to
+16, with ZeRO 0 to 3, in fp32, bf16, autocast and (one process) fp16, with and without LoRA. --cases
+takes the first letters of some precisions. Each case is compared with fp32 at ZeRO 0 in one
+micro-batch:
 
 - first update: mean length over all trained weights, in learning rates;
 - its difference: the share of that length by which it differs, on weights with a clear gradient;
@@ -20,7 +21,6 @@ import argparse
 import functools
 import itertools
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf.runs.environment import free_port
 
 ROWS, TOKENS, STEPS = 16, 24, 5
 LR = 1e-3
@@ -51,15 +53,15 @@ class Case:
 
 
 @dataclass
-class Learned:
-    """What a case learned. Tensors are by the name of the weight, in float32."""
+class CaseResult:
+    """What training a case gave. Tensors are by the name of the weight, in float32."""
 
     gradient: dict[str, Tensor] = field(default_factory=dict)  # of the first step
     update: dict[str, Tensor] = field(default_factory=dict)  # the first one, in learning rates
     norms: list[float] = field(default_factory=list)
     early_steps: int = 0  # that Adam has counted before the first one
 
-    def difference(self, other: Learned) -> dict[str, float]:
+    def difference(self, other: CaseResult) -> dict[str, float]:
         """How another case differs from this one; see the top of this file."""
         names = self.gradient.keys()
         gradient = torch.cat([self.gradient[name].flatten() for name in names])
@@ -76,17 +78,56 @@ class Learned:
         }
 
 
-def learn(case: Case, folder: Path) -> Learned:
+def train_case(case: Case, folder: Path) -> CaseResult:
     """Five optimizer steps of one case, by the engine and the step that all stages use."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from rlhf.distributed import collectives
+    from rlhf.training.optimizer_step import optimizer_step
+
+    engine = build_case_engine(case, folder)
+    ids = torch.randint(5, 400, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    rank, world = collectives.rank(), collectives.world_size()
+    mine = torch.arange(ROWS // world * rank, ROWS // world * (rank + 1))
+    micro_batches = mine.split(min(case.micro_batch, len(mine)))
+
+    def loss_of(rows: Tensor) -> Tensor:
+        wanted = torch.ones_like(ids[rows], dtype=torch.bool)
+        wanted[:, 0] = False
+        mask = torch.ones_like(ids[rows])
+        return -engine(ids[rows], mask, wanted)[0].sum() / (ROWS * (TOKENS - 1))
+
+    result = CaseResult(early_steps=counted_steps(engine.optimizer))
+    step = engine.step
+
+    def observed_step() -> None:
+        if not result.gradient:
+            scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1
+            for name, weight in engine.module.named_parameters():
+                if weight.requires_grad:
+                    result.gradient[name] = safe_get_full_grad(weight).float() / scale
+        step()
+
+    engine.step = observed_step
+    before = trained_weights(engine)
+    for i in range(STEPS):
+        losses = [partial(loss_of, rows) for rows in micro_batches]
+        result.norms.append(optimizer_step(engine, losses, LR))
+        if not i:
+            after = trained_weights(engine)
+            result.update = {name: (after[name] - before[name]) / LR for name in before}
+    engine.destroy()
+    return result
+
+
+def build_case_engine(case: Case, folder: Path) -> Any:
+    """The engine of a policy whose weights are numbers that bf16 has."""
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from rlhf import compose
     from rlhf.config.choices import Device, Precision
-    from rlhf.distributed import collectives
     from rlhf.distributed.engine import build_engine
-    from rlhf.models.loading import load_policy, load_tokenizer
-    from rlhf.training.optimizer_step import optimizer_step
+    from rlhf.models.loading import DTYPES, load_policy, load_tokenizer
 
     overrides = [
         "stage=sft",
@@ -107,7 +148,7 @@ def learn(case: Case, folder: Path) -> Learned:
         for name, weight in policy.named_parameters():
             if ".lora_B." in name:  # zero at the start of a training: the other half learns nothing
                 weight.data.normal_(0, 0.02)
-            weight.data = weight.data.bfloat16().to(PRECISION_DTYPES[case.precision])
+            weight.data = weight.data.bfloat16().to(DTYPES[cfg.deploy.precision])
         return policy
 
     if cfg.deploy.device == Device.cpu:
@@ -115,61 +156,25 @@ def learn(case: Case, folder: Path) -> Learned:
         get_accelerator().is_fp16_supported = lambda: True  # type: ignore[method-assign]
     engine = build_engine(load, cfg, "actor", folder)
     engine.train()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 400, (ROWS, TOKENS), generator=generator).to(engine.device)
-    rank, world = collectives.rank(), collectives.world_size()
-    mine = torch.arange(ROWS // world * rank, ROWS // world * (rank + 1))
-    micro_batches = mine.split(min(case.micro_batch, len(mine)))
+    return engine
 
-    def loss_of(rows: Tensor) -> Tensor:
-        wanted = torch.ones_like(ids[rows], dtype=torch.bool)
-        wanted[:, 0] = False
-        mask = torch.ones_like(ids[rows])
-        return -engine(ids[rows], mask, wanted)[0].sum() / (ROWS * (TOKENS - 1))
 
-    def trained_weights() -> dict[str, Tensor]:
-        found = {}
-        for name, weight in engine.module.named_parameters():
-            if weight.requires_grad:
-                whole = safe_get_full_fp32_param(weight)  # None without ZeRO
-                found[name] = (weight.data if whole is None else whole).float().clone()
-        return found
+def trained_weights(engine: Any) -> dict[str, Tensor]:
+    """The optimizer's weights, in float32."""
+    from deepspeed.utils import safe_get_full_fp32_param
 
-    learned = Learned(early_steps=counted_steps(engine.optimizer))
-    step = engine.step
-
-    def observed_step() -> None:
-        if not learned.gradient:
-            scale = getattr(engine.optimizer, "loss_scale", 1) if engine.fp16_enabled() else 1
-            for name, weight in engine.module.named_parameters():
-                if weight.requires_grad:
-                    learned.gradient[name] = safe_get_full_grad(weight).float() / scale
-        step()
-
-    engine.step = observed_step  # type: ignore[method-assign]
-    before = trained_weights()
-    for i in range(STEPS):
-        losses = [partial(loss_of, rows) for rows in micro_batches]
-        learned.norms.append(optimizer_step(engine, losses, LR))
-        if not i:
-            after = trained_weights()
-            learned.update = {name: (after[name] - before[name]) / LR for name in before}
-    engine.destroy()  # type: ignore[attr-defined]
-    return learned
+    found = {}
+    for name, weight in engine.module.named_parameters():
+        if weight.requires_grad:
+            whole = safe_get_full_fp32_param(weight)  # None without ZeRO
+            found[name] = (weight.data if whole is None else whole).float().clone()
+    return found
 
 
 def counted_steps(optimizer: Any) -> int:
     """The steps that Adam has counted. Args: optimizer: DeepSpeed's, around torch's, or torch's."""
     states = getattr(optimizer, "optimizer", optimizer).state.values()
     return max((int(state["step"]) for state in states if "step" in state), default=0)
-
-
-PRECISION_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "autocast": torch.float32,
-    "fp16": torch.float16,
-}
 
 
 def all_cases(processes: int) -> list[Case]:
@@ -188,7 +193,7 @@ def measure(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """The difference of each case from fp32 at ZeRO 0 in one micro-batch, in this process group."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        learned_by = functools.cache(lambda case: learn(case, Path(folder)))
+        learned_by = functools.cache(lambda case: train_case(case, Path(folder)))
         for case in cases:
             learned = learned_by(case)
             found = learned_by(Case(lora=case.lora)).difference(learned)
@@ -216,11 +221,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # of a worker of this script
     args = parser.parse_args()
     if args.rank is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         place = {"WORLD_SIZE": str(args.processes), "MASTER_ADDR": "127.0.0.1"}
-        place |= {"MASTER_PORT": port, "DS_ACCELERATOR": args.device, "OMP_NUM_THREADS": "1"}
+        place |= {
+            "MASTER_PORT": str(free_port()),
+            "DS_ACCELERATOR": args.device,
+            "OMP_NUM_THREADS": "1",
+        }
         workers = [
             subprocess.Popen(
                 [sys.executable, *sys.argv, "--rank", str(rank)],

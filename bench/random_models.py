@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,7 @@ class Bench:
 
     def actor_engine(self, with_adapter: bool = True) -> Any:
         """The actor, ready to be trained."""
-        load = lambda: self.policy(with_adapter)  # noqa: E731
-        return build_engine(load, self.cfg, "actor", self.folder)
+        return build_engine(partial(self.policy, with_adapter), self.cfg, "actor", self.folder)
 
     def learner(self) -> Learner:
         """All models of PPO, as rlhf/stages/rl.py builds them from files."""
@@ -174,7 +173,7 @@ class Bench:
         return Prompts([Prompt([Turn("user", "")])] * rows, ids, FIRST + (1 - FIRST) * noise)
 
     def batch(self, prompts: Prompts) -> PromptBatch:
-        return PromptBatch(*pad_left(prompts.ids, self.tokenizer.pad_token_id, self.device))
+        return PromptBatch(*pad_left(prompts.ids, self.tokenizer.pad_token_id))
 
     def experience(self, learner: Learner, rows: int) -> Experience:
         """A rollout with random advantages and returns."""
@@ -191,7 +190,7 @@ class Bench:
         lengths[0] = width
         ids = torch.randint(5, self.arch.vocab, (rows, width))
         mask = (torch.arange(width) < lengths[:, None]).long()
-        return ids.to(self.device), mask.to(self.device)
+        return ids, mask
 
 
 def write_random_pairs(file: Path, rows: int = 200) -> None:

@@ -35,7 +35,7 @@ from rlhf.runs import early
 from rlhf.runs.command import Command
 from rlhf.runs.directory import (
     archive_attempt,
-    check_kinds,
+    check_file_types,
     check_resumable,
     config_for_stage,
     describe_environment,
@@ -222,7 +222,7 @@ def next_to_run(command: Command, stage: str) -> str | None:
 
 def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: Path) -> None:
     """Keep the checkpoints that the run resumes from, or move an earlier attempt aside."""
-    check_kinds(directory)
+    check_file_types(directory)
     intact, _ = find_checkpoints(directory)
     if intact and not command.cfg.fresh and not read_summary(directory):
         for line in check_resumable(directory, intact[0][1], command.cfg, inputs.ids):

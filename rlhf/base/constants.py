@@ -11,8 +11,8 @@ class LogprobChunks:
 
     max_tokens: int
     min_tokens: int  # with fewer the matrix product is slow
-    logits: int  # elements of the logits of a chunk, within these bounds
-    kept: int  # probabilities kept for the backward pass; those of further chunks come again
+    max_logits: int  # elements of the logits of a chunk, within these bounds
+    kept_probabilities: int  # for the backward pass; those of further chunks are recomputed
 
 
 LOGPROB_CHUNKS = {

@@ -19,10 +19,12 @@ MACHINE_PROBLEMS = {
     errno.EAGAIN: "no more processes or threads are allowed (ulimit -u)",
 }
 # how torch says that a GPU is full: its allocator, the driver, cuBLAS
-GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+GPU_OUT_OF_MEMORY = re.compile(
+    "CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
 LESS_MEMORY = (
-    "plan=true shows what is needed; the same command with a smaller deploy.micro_batch or "
-    "deploy.eval_micro_batch, or deploy.activation_checkpointing=true, continues"
+    "plan=true shows what is needed; use a smaller deploy.micro_batch or deploy.eval_micro_batch, "
+    "or deploy.activation_checkpointing=true: the run continues"
 )
 
 
@@ -42,8 +44,8 @@ def machine_problem(error: BaseException | None) -> str | None:
     """
     while error:
         text = (str(error).splitlines() or [""])[0]
-        if GPU_MEMORY.search(text):
-            return f"the memory of the GPU is used up: {text}; {LESS_MEMORY}"
+        if GPU_OUT_OF_MEMORY.search(text):
+            return f"out of GPU memory: {text}; {LESS_MEMORY}"
         number = error.errno if isinstance(error, OSError) else number_in(text)
         if isinstance(error, MemoryError):
             number = errno.ENOMEM

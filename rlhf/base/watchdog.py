@@ -63,7 +63,7 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def while_waiting() -> Iterator[None]:
-    """Within this context the clock stands: the process waits for another, which has its own."""
+    """Pause the watchdog while this process waits for another, which has its own."""
     if _file:
         faulthandler.cancel_dump_traceback_later()
     try:

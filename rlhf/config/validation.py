@@ -29,7 +29,7 @@ from rlhf.config.choices import (
     Precision,
     Template,
 )
-from rlhf.config.deployment import describe_processes, world_size
+from rlhf.config.deployment import built_stage, describe_processes, world_size
 from rlhf.config.keys import out_of_range
 from rlhf.config.limits import MOST_BATCH, MOST_NODES, MOST_PROCESSES, THREADS_PER_CORE
 from rlhf.config.schema import Config, Source
@@ -54,7 +54,7 @@ def check_names(cfg: Config) -> Iterator[str]:
 
 def check_deploy(cfg: Config) -> Iterator[str]:
     deploy, offload = cfg.deploy, cfg.deploy.offload
-    if offload.optimizer and deploy.zero_stage == 0:
+    if offload.optimizer and built_stage(deploy) == 0:
         yield "deploy.offload.optimizer=true: needs deploy.zero_stage=1 or more, not 0"
     if offload.parameters and deploy.zero_stage != 3:
         yield f"deploy.offload.parameters=true: needs deploy.zero_stage=3, not {deploy.zero_stage}"

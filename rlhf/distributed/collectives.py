@@ -13,7 +13,9 @@ from rlhf.base import watchdog
 T = TypeVar("T")
 # The others wait at a barrier while rank 0 alone saves a model: hours, to a slow disk
 BARRIER_TIMEOUT = datetime.timedelta(hours=12)
-_waiting: dist.ProcessGroup | None = None  # of all ranks, for barriers; None: the default group
+_barrier_group: dist.ProcessGroup | None = (
+    None  # of all ranks, for barriers; None: the default group
+)
 
 
 def rank() -> int:
@@ -81,13 +83,13 @@ def assert_same_across_ranks(value: str, what: str) -> None:
 
 
 def make_barrier_group() -> None:
-    """Give barriers a group of their own, over gloo: another timeout, and no GPU that spins."""
-    global _waiting
+    """Create a gloo group for barriers: its own timeout, and waiting ranks do not spin a GPU."""
+    global _barrier_group
     if world_size() > 1:
-        _waiting = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
+        _barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
 
 
 def barrier() -> None:
     if world_size() > 1:
         with watchdog.while_waiting():
-            dist.barrier(_waiting)
+            dist.barrier(_barrier_group)

@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.choices import Device, Precision
-from rlhf.config.schema import Config, Deploy
+from rlhf.config.deployment import BYTES, built_stage
+from rlhf.config.schema import Config
 from rlhf.config.stage_graph import node_name, optimizer_nodes
 from rlhf.config.stage_nodes import Optim
 
 TRAINED = ("actor", "critic", "reward_trained")
 FROZEN = ("ref", "reward", "policy")
-# of a weight
-BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2, Precision.autocast: 4}
 
 
 def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
@@ -63,18 +62,6 @@ def build_ds_config(cfg: Config, role: str, world_size: int) -> dict[str, Any]:
             },
         }
     return config
-
-
-def built_stage(deploy: Deploy) -> int:
-    """The ZeRO stage that DeepSpeed builds for a trained model: deploy.zero_stage, but at least 2
-    where its weights have 16 bits.
-
-    DeepSpeed 0.19.8 is right in 16 bits from stage 2 on only. At 0 it takes an optimizer step
-    before training, which Adam counts, and divides by a loss scale that it has not applied; at 0
-    and 1 it sums the gradients of micro-batches in 16 bits. On one process nothing is partitioned
-    at any stage.
-    """
-    return max(2, deploy.zero_stage) if BYTES[deploy.precision] == 2 else deploy.zero_stage
 
 
 def zero_section(cfg: Config, role: str) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from rlhf.base import watchdog
 from rlhf.base.errors import UserError
 from rlhf.base.log import announced
+from rlhf.config.deployment import built_stage
 from rlhf.config.schema import Config
 from rlhf.config.stage_nodes import Optim
 from rlhf.distributed import collectives
-from rlhf.distributed.deepspeed_config import build_ds_config, built_stage, optim_of
+from rlhf.distributed.deepspeed_config import build_ds_config, optim_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -81,8 +81,8 @@ class TargetLogp(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
         chunks = LOGPROB_CHUNKS["cpu" if hidden.is_cpu else "gpu"]
-        size = min(chunks.max_tokens, max(chunks.min_tokens, chunks.logits // len(weight)))
-        kept_tokens = chunks.kept // len(weight)
+        size = min(chunks.max_tokens, max(chunks.min_tokens, chunks.max_logits // len(weight)))
+        kept_tokens = chunks.kept_probabilities // len(weight)
         for start in range(0, len(hidden), size):
             s = slice(start, start + size)
             logits = logits_of(hidden[s], weight, bias, temperature, *rows)

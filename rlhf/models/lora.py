@@ -115,8 +115,8 @@ def low_rank_weights(layer: LoraLayer) -> list[Tensor]:
 
 @contextlib.contextmanager
 def merged_adapter(hf: PreTrainedModel, in_place: bool = False) -> Iterator[None]:
-    """Within this context an adapter is part of the weights, for many forward passes without
-    gradient: each then starts as many kernels as without it, half of those with it.
+    """Merge the adapter into the weights inside the context, for many forward passes without
+    gradient: each then launches as many kernels as a model without adapter.
 
     Afterwards the weights are bit for bit those of before; until then it takes their memory once
     more. (Subtracting the adapter again would leave its rounding.)

@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.data.batches import upload
-from rlhf.models.varlen import Varlen, has_flash_kernel, varlen_attention, varlen_of
+from rlhf.models.varlen import (
+    VarlenLayout,
+    supports_varlen_attention,
+    varlen_attention,
+    varlen_layout,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +58,7 @@ class PackedBatch:
     buckets: list[Tensor]  # (b, w) each: index in the row of the tokens of b sequences; any at pads
     scatter_index: Tensor  # (N,) index of each row token among the elements of all buckets
     is_dense: bool  # nothing is shared, all sequences are equally long: the row is the only bucket
-    varlen: Varlen  # what the attention of a GPU takes in place of the buckets
+    varlen: VarlenLayout  # what the attention of a GPU takes in place of the buckets
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on a device."""
@@ -118,7 +123,7 @@ def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
         buckets=[tensor(bucket) for bucket in buckets],
         scatter_index=tensor(np.concatenate(scatter_index)),
         is_dense=is_dense,
-        varlen=varlen_of(sequences, lengths, order, position_ids),
+        varlen=varlen_layout(sequences, lengths, order, position_ids),
     )
 
 
@@ -223,7 +228,7 @@ def packed_attention(
     """
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    if not dropout and has_flash_kernel(qkv[0]):
+    if not dropout and supports_varlen_attention(qkv[0]):
         return varlen_attention(qkv, packed.varlen, scaling, sliding_window)
     groups = qkv[0].shape[1] // qkv[1].shape[1]
     rows = [x[0].transpose(0, 1) for x in qkv]  # (N, heads, d)

@@ -17,53 +17,54 @@ from rlhf.data.batches import upload
 
 
 @dataclass
-class Varlen:
-    """Sequences as torch's varlen_attn takes them: the queries of one are its fresh tokens, those
-    that the row has for it alone, and its keys all its tokens."""
+class VarlenLayout:
+    """Arguments of torch's varlen_attn. Queries of a sequence: the tokens that it does not share
+    with the one before it. Keys: all its tokens."""
 
-    fresh: Tensor  # (S + 1,) int32, where the fresh tokens of each sequence begin, and the end
-    whole: Tensor  # (S + 1,) int32, the same of all its tokens
-    most_fresh: int  # of a sequence
-    most: int
+    cu_seqlens_q: Tensor  # (S + 1,) int32, where the queries of each sequence begin, and the end
+    cu_seqlens_k: Tensor  # (S + 1,) int32, the same of its keys
+    max_seqlen_q: int  # of a sequence
+    max_seqlen_k: int
     key_index: Tensor | None  # (K,) index in the row of the keys; None: the row itself
 
-    def to(self, device: torch.device) -> Varlen:
+    def to(self, device: torch.device) -> VarlenLayout:
         """The same on a device."""
-        fresh, whole = upload(device, self.fresh, self.whole)
+        cu_seqlens_q, cu_seqlens_k = upload(device, self.cu_seqlens_q, self.cu_seqlens_k)
         keys = None if self.key_index is None else upload(device, self.key_index)[0]
-        return replace(self, fresh=fresh, whole=whole, key_index=keys)
+        return replace(self, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_index=keys)
 
 
-def varlen_of(
+def varlen_layout(
     sequences: np.ndarray,
     lengths: np.ndarray,
     order: Sequence[int],
-    fresh: Sequence[np.ndarray],
-) -> Varlen:
-    """In host memory.
+    new_positions: Sequence[np.ndarray],
+) -> VarlenLayout:
+    """The layout of a packed row, in host memory.
 
     Args: sequences (B, T): index in the row of each token of each sequence, left-aligned.
-        lengths (B,).  order: of the sequences in the row.  fresh: positions of the tokens that the
-        row has for each of them, in this order.
+        lengths (B,).  order: of the sequences in the row.  new_positions: of the tokens that each
+        sequence does not share, in this order.
     """
-    asked = [(row, len(new)) for row, new in zip(order, fresh) if len(new)]  # not twice the same
-    keys = np.concatenate([sequences[row, : lengths[row]] for row, _ in asked])
-    in_order = len(keys) == sum(count for _, count in asked)
+    queries = ((row, len(new)) for row, new in zip(order, new_positions))
+    queried = [(row, count) for row, count in queries if count]  # not those that share all
+    keys = np.concatenate([sequences[row, : lengths[row]] for row, _ in queried])
+    in_order = len(keys) == sum(count for _, count in queried)
 
     def starts(counts: Sequence[int]) -> Tensor:
         return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
 
-    whole = [int(lengths[row]) for row, _ in asked]
-    return Varlen(
-        fresh=starts([count for _, count in asked]),
-        whole=starts(whole),
-        most_fresh=max(count for _, count in asked),
-        most=max(whole),
+    key_counts = [int(lengths[row]) for row, _ in queried]
+    return VarlenLayout(
+        cu_seqlens_q=starts([count for _, count in queried]),
+        cu_seqlens_k=starts(key_counts),
+        max_seqlen_q=max(count for _, count in queried),
+        max_seqlen_k=max(key_counts),
         key_index=None if in_order else torch.from_numpy(keys),
     )
 
 
-def has_flash_kernel(query: Tensor) -> bool:
+def supports_varlen_attention(query: Tensor) -> bool:
     """Whether flash attention takes queries (1, heads, N, d): on a GPU, in 16 bits."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     return query.is_cuda and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
@@ -71,7 +72,7 @@ def has_flash_kernel(query: Tensor) -> bool:
 
 def varlen_attention(
     qkv: tuple[Tensor, Tensor, Tensor],
-    varlen: Varlen,
+    varlen: VarlenLayout,
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
@@ -87,10 +88,10 @@ def varlen_attention(
         query,
         key,
         value,
-        varlen.fresh,
-        varlen.whole,
-        varlen.most_fresh,
-        varlen.most,
+        varlen.cu_seqlens_q,
+        varlen.cu_seqlens_k,
+        varlen.max_seqlen_q,
+        varlen.max_seqlen_k,
         scale=scaling,
         window_size=(before, 0),
         enable_gqa=query.shape[1] != key.shape[1],

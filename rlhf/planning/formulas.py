@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from rlhf.base.constants import LOGPROB_CHUNKS
 from rlhf.config.choices import Device, Precision
-from rlhf.config.deployment import world_size
+from rlhf.config.deployment import BYTES, built_stage, world_size
 from rlhf.config.schema import Arch, Config
-from rlhf.distributed.deepspeed_config import BYTES, built_stage
 from rlhf.planning.shapes import ACTIVATIONS
 
 GIB = 2**30
@@ -95,8 +94,8 @@ def logits(arch: Arch, cfg: Config, rows: int, positions: int, trained: bool) ->
     if arch.family in PADDED:
         return tokens * arch.vocab * (8 + (4 if cfg.deploy.precision == Precision.fp32 else 2))
     sizes = LOGPROB_CHUNKS[cfg.deploy.device.name]
-    chunk = min(tokens, sizes.max_tokens, max(sizes.min_tokens, sizes.logits // arch.vocab))
-    kept = min(4 * sizes.kept, 4 * tokens * arch.vocab) if trained else 0
+    chunk = min(tokens, sizes.max_tokens, max(sizes.min_tokens, sizes.max_logits // arch.vocab))
+    kept = min(4 * sizes.kept_probabilities, 4 * tokens * arch.vocab) if trained else 0
     return 8 * chunk * arch.vocab + kept
 
 

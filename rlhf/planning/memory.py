@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Decoding
-from rlhf.config.deployment import world_size
+from rlhf.config.deployment import BYTES, built_stage, world_size
 from rlhf.config.schema import Arch, Config, Model
 from rlhf.config.stage_graph import (
     adapter_only,
@@ -22,7 +22,6 @@ from rlhf.config.stage_graph import (
     trains_critic,
     uses_trained_reward_model,
 )
-from rlhf.distributed.deepspeed_config import BYTES, built_stage
 from rlhf.planning.formulas import (
     GIB,
     LIBRARIES,

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.base.log import plural
 from rlhf.config.choices import Device, Precision
-from rlhf.config.deployment import world_size
+from rlhf.config.deployment import BYTES, built_stage, world_size
 from rlhf.config.keys import lookup
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl, node_name, trains_critic
 from rlhf.config.validation import check_config
-from rlhf.distributed.deepspeed_config import BYTES, built_stage
 from rlhf.planning.formulas import GIB
 from rlhf.planning.memory import Plan, make_plan
 from rlhf.runs.timing import measure_step
@@ -71,7 +70,7 @@ def possible_changes(cfg: Config, stage: str) -> list[Changes]:
     deploy, several = cfg.deploy, world_size(cfg) > 1
     single_gpu = deploy.device == Device.gpu and deploy.processes_per_node < 8
     # stage 0 cannot offload; one GPU may have stage 2
-    offload_optimizer: Changes = {"deploy.zero_stage": 2} if deploy.zero_stage == 0 else {}
+    offload_optimizer: Changes = {"deploy.zero_stage": 2} if built_stage(deploy) == 0 else {}
     offload_optimizer |= {"deploy.offload.optimizer": True}
     keep_partitions = {"deploy.gather_for_rollout": False}
     offers: list[tuple[Changes, bool]] = [

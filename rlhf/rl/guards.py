@@ -68,9 +68,9 @@ class Guards:
         """What explains a mask that is guessed from ids."""
         return "rl.dschat.pad_is_eos" if self.switches.pad_is_eos else ""
 
-    def rounding(self, first: bool) -> str:
-        """What explains a difference after the first rollout, when logits may be large."""
-        low = not first and self.precision != Precision.fp32
+    def rounding(self, must_hold: bool) -> str:
+        """What explains a difference that need not stop the run."""
+        low = not must_hold and self.precision != Precision.fp32
         return f"deploy.precision={self.precision.name}" if low else ""
 
     def measure(self, name: str, one: Tensor, other: Tensor, mask: Tensor) -> tuple[float, float]:
@@ -125,13 +125,16 @@ class Guards:
         line = f"the EOS of {outside} responses is not in the loss: the policy cannot learn to stop"
         self.check("eos", not outside, line, self.pad_is_eos())
         mean, worst = self.measure("sampler", e.sampler_logprobs, e.old_logprobs, mask)
+        stops = first and mean > self.sampler_limit
+        limit = (
+            self.sampler_limit if stops and self.precision != Precision.fp32 else self.mean_limit
+        )
         line = (
             "the sampling loop and the training forward pass disagree: "
-            f"{describe_gap(mean, worst)}, allowed {self.mean_limit:g}: "
+            f"{describe_gap(mean, worst)}, allowed {limit:g}: "
             "cache, positions, masks or temperature of one of them are wrong"
         )
         ok = mean <= self.mean_limit and worst <= self.max_limit
-        stops = first and mean > self.sampler_limit
         self.check("sampler", ok, line, self.pad_is_eos() or self.rounding(stops))
 
     def check_start(self, e: Experience) -> None:

@@ -43,7 +43,7 @@ PACKAGES = (
 )
 
 
-WRITTEN = (".json", ".jsonl", ".log", ".png", ".txt", ".yaml")  # endings of the files of a run
+RUN_FILE_SUFFIXES = (".json", ".jsonl", ".log", ".png", ".txt", ".yaml")
 
 
 def read_summary(directory: Path) -> Summary | None:
@@ -142,20 +142,22 @@ def check_resumable(
     return [f"resuming with other package versions: {', '.join(changed)}"] if changed else []
 
 
-def check_kinds(directory: Path) -> None:
+def check_file_types(directory: Path) -> None:
     """Refuse a folder where a run writes a file, and the reverse.
 
     Raises: UserError that names it.
     """
     for path in directory.iterdir():
-        is_file_name = path.suffix in WRITTEN or path.name == "wandb_id"
+        is_file_name = path.suffix in RUN_FILE_SUFFIXES or path.name == "wandb_id"
         special = special_kind(path)
         if is_file_name and (special or path.is_dir()):
             raise UserError(
                 f"{path}: this is {special or 'a folder'}, where the run has a file: remove it"
             )
         if path.name in ("attempts", "checkpoints") and not path.is_dir():
-            raise UserError(f"{path}: this is no folder, as the run has there: remove it")
+            raise UserError(
+                f"{path}: not a folder, but the run keeps a folder of this name: remove it"
+            )
 
 
 def archive_attempt(directory: Path) -> Path | None:

@@ -27,7 +27,8 @@ QUIET = {  # libraries say on the console what is wrong, no more
 SPIN_NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 SPIN_IDLE = "5000"  # turns on an idle machine, about as fast as the default of 300,000
 SPIN_BUSY = "300"  # turns on a busy machine, about as fast as no spinning at all
-ALLOCATOR = "PYTORCH_ALLOC_CONF"  # settings of torch's allocator on GPUs
+# settings of torch's allocator on GPUs, by their new and their old name
+ALLOCATOR_NAMES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 FREE_ENOUGH = 0.5  # processors that other work may use before the machine counts as busy
 
 
@@ -46,9 +47,9 @@ def library_settings(cfg: Config, busy: Callable[[], float] | None = None) -> di
     if cfg.deploy.device == Device.cpu:
         return settings | {"DS_ACCELERATOR": "cpu"}  # also where there are GPUs
     settings["DS_ACCELERATOR"] = "cuda"  # DeepSpeed looks for other kinds first
-    if ALLOCATOR not in os.environ:
+    if not ALLOCATOR_NAMES & os.environ.keys():
         # rows of many lengths would leave gaps of memory that no tensor fits into
-        settings[ALLOCATOR] = "expandable_segments:True"
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return settings
 
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import private_folder
-from rlhf.base.log import plural
+from rlhf.base.log import plural, say
 from rlhf.config.choices import Device
 from rlhf.config.schema import Config
 from rlhf.runs.directory import output_of
@@ -67,18 +66,18 @@ def has_instances() -> bool:
     return bool(re.search(r"^\s+MIG ", output_of("nvidia-smi", "-L"), re.MULTILINE))
 
 
-def other_memory(cfg: Config) -> str:
+def memory_mismatch(cfg: Config) -> str:
     """A line where the GPUs have another memory than deploy.gpu_memory_gb says; else ""."""
     sizes = output_of("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
     mebibytes = [float(size) for size in sizes.split() if size.isdigit()]
-    if cfg.deploy.device == Device.cpu or not mebibytes:
+    if not mebibytes:
         return ""
     expected, found = cfg.deploy.gpu_memory_gb, min(mebibytes) / 1024
     if abs(found - expected) <= MEMORY_DIFFERS * expected:
         return ""
     return (
-        f"deploy.gpu_memory_gb={expected:g}, but the smallest GPU has {found:.1f} GiB: the plan "
-        f"needs the right number, deploy.gpu_memory_gb={int(found)}"
+        f"deploy.gpu_memory_gb={expected:g}, but the smallest GPU of this machine has {found:.1f} "
+        f"GiB: the plan needs the right number, deploy.gpu_memory_gb={int(found)}"
     )
 
 
@@ -111,22 +110,21 @@ def claim_gpus(cfg: Config) -> Iterator[list[str]]:
                     free.append(gpu)
             if len(free) < wanted and chosen_by_hand:
                 shared = [gpu for gpu in visible if gpu not in free][: wanted - len(free)]
-                say_waiting(f"another run uses GPU {', '.join(shared)}, too ({VISIBLE} names it)")
+                say(f"another run uses GPU {', '.join(shared)}, too ({VISIBLE} names it)")
                 free += shared
             if len(free) >= wanted:
                 with only_visible(free, visible):
                     yield free
                 return
         if time.monotonic() >= next_report:
-            text = f"waiting: other runs use {plural(len(visible) - len(free), 'GPU')} of "
-            say_waiting(f"{text}{len(visible)}; {VISIBLE}=0 shares GPU 0")
+            line = f"waiting: other runs use {plural(len(visible) - len(free), 'GPU')} of "
+            line += str(len(visible))
+            if SWEEP_LOG not in os.environ:
+                line += f"; {VISIBLE}={','.join(visible[:wanted])} shares with them"
+            say(line)
             next_report = time.monotonic() + REPORT_EVERY
         # at random: two jobs that each hold half of what they need must not meet for ever
         time.sleep(random.uniform(0.5, 1.5))
-
-
-def say_waiting(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

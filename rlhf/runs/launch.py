@@ -23,7 +23,7 @@ from rlhf.runs import early
 from rlhf.runs.directory import find_checkpoints
 from rlhf.runs.environment import free_port, worker_environments
 from rlhf.runs.failures import WorkerError, read_failures, take_stacks
-from rlhf.runs.gpus import check_gpus, claim_gpus, other_memory
+from rlhf.runs.gpus import check_gpus, claim_gpus, memory_mismatch
 
 WORKER = "rlhf.worker"
 # exit code of a worker that was asked to stop and has saved (EX_TEMPFAIL: try again later)
@@ -250,7 +250,7 @@ def check_machines(cfg: Config) -> None:
     if deploy.device == Device.cpu:
         return
     check_gpus(cfg)
-    if line := other_memory(cfg):
+    if line := memory_mismatch(cfg):
         say(line)
 
 

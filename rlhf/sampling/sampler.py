@@ -54,7 +54,7 @@ def sample(
             watchdog.progress()
             probabilities = scale_by_temperature(logits, sampling).softmax(-1)
             token = choose_token(probabilities, random[state.rows, t : t + 1], sampling)
-            # what a finished row goes on to sample is padding
+            # finished rows write padding until they are dropped
             ids[state.rows, t] = token[:, 0].masked_fill(finished, eos_id)
             mask[state.rows, t] = (~finished).float()
             chosen = probabilities.gather(1, token)[:, 0].log()

@@ -28,7 +28,7 @@ class Stats:
     def maximum(self, **values: Tensor) -> None:
         """Keep the largest value of each name."""
         for name, value in values.items():
-            largest = self.maxima.get(name)
+            value, largest = value.detach(), self.maxima.get(name)
             self.maxima[name] = value if largest is None else torch.maximum(largest, value)
 
     def append(self, **columns: Tensor) -> None:

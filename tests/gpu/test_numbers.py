@@ -111,7 +111,7 @@ ROWS = [
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     """ids, mask, and the tokens to score: all but the first of each row."""
-    ids, mask = pad_right(ROWS, 0, TORCH_DEVICE)
+    ids, mask = pad_right(ROWS, 0)
     return ids, mask, (mask > 0) & (mask.cumsum(1) > 1)
 
 

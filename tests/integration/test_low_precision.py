@@ -14,7 +14,7 @@ sys.path.insert(0, str(REPO / "bench"))
 import precision
 
 from rlhf.config.choices import Precision
-from rlhf.distributed.deepspeed_config import built_stage
+from rlhf.config.deployment import built_stage
 
 # Largest differences from fp32 at ZeRO 0; docs/deployment.md says them. The tiny model has random
 # weights, on which 16 bits round the gradient by 4 to 5 %.

@@ -19,7 +19,7 @@ class PlainEngine:
     def __init__(self, module: nn.Module, config: dict[str, Any], groups: list[dict] | None):
         moved = move_module(module)
         self.module, self.device = module, torch.device(NAME, 0)
-        self.gradient_notes: dict[str, Tensor] = {}
+        self.gradient_notes: dict[str, list[Tensor]] = {}
         self.enable_backward_allreduce = True
         self.checkpoint_engine = self  # takes a function for its `load`
         if groups is None:

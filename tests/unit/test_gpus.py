@@ -18,6 +18,7 @@ HOLD = """
 import sys, time
 from helpers import composed
 from rlhf.runs import gpus
+{setup}
 with gpus.claim_gpus(composed("deploy=single_node", "deploy.processes_per_node=2")) as claimed:
     print(",".join(claimed), flush=True)
     time.sleep(float(sys.argv[1]))
@@ -36,7 +37,9 @@ def test_jobs_side_by_side_take_gpus_of_their_own(tmp_path: Path) -> None:
     options = {"env": os.environ | place, "stdout": subprocess.PIPE, "text": True}
 
     def job(seconds: float) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", HOLD, str(seconds)], **options)
+        return subprocess.Popen(
+            [sys.executable, "-c", HOLD.format(setup=""), str(seconds)], **options
+        )
 
     one = job(60)
     assert one.stdout.readline().strip() == "4,5"
@@ -80,10 +83,7 @@ def test_runs_by_hand_take_other_gpus_and_wait_or_share(
 
 
 def test_a_run_that_waits_says_so_and_goes_on(tmp_path: Path) -> None:
-    code = HOLD.replace("gpus.claim", "gpus.visible_gpus = lambda: ['0', '1']; gpus.claim", 1)
-    code = code.replace("with gpus.visible", "gpus.visible").replace(
-        "; gpus.claim", "\nwith gpus.claim"
-    )
+    code = HOLD.format(setup="gpus.visible_gpus = lambda: ['0', '1']")
     place = {"TMPDIR": str(tmp_path), "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
     environment = {k: v for k, v in os.environ.items() if k != gpus.VISIBLE} | place
 
@@ -96,7 +96,7 @@ def test_a_run_that_waits_says_so_and_goes_on(tmp_path: Path) -> None:
     assert one.stdout and one.stdout.readline() == "0,1\n"
     two = job(0)
     assert two.stderr and two.stderr.readline() == (
-        "waiting: other runs use 2 GPUs of 2; CUDA_VISIBLE_DEVICES=0 shares GPU 0\n"
+        "waiting: other runs use 2 GPUs of 2; CUDA_VISIBLE_DEVICES=0,1 shares with them\n"
     )
     one.kill()
     one.wait()
@@ -150,8 +150,8 @@ def test_instances_of_a_gpu_serve_one_process(
         ("[N/A]\\n", ""),
         (
             "81559\\n24564\\n",
-            "deploy.gpu_memory_gb=80, but the smallest GPU has 24.0 GiB: the plan needs the right "
-            "number, deploy.gpu_memory_gb=23",
+            "deploy.gpu_memory_gb=80, but the smallest GPU of this machine has 24.0 GiB: the plan "
+            "needs the right number, deploy.gpu_memory_gb=23",
         ),
     ],
 )
@@ -159,5 +159,4 @@ def test_another_memory_than_the_plan_counts_on_is_named(
     memory: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_driver(tmp_path, monkeypatch, TWO, memory)
-    assert gpus.other_memory(composed("deploy=single_gpu")) == line
-    assert gpus.other_memory(composed()) == ""
+    assert gpus.memory_mismatch(composed("deploy=single_gpu")) == line

@@ -43,8 +43,11 @@ def test_places_number_all_processes_of_all_nodes() -> None:
     )
 
 
-def test_the_allocator_of_a_gpu_is_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_a_gpu_is_as_the_user_says(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:128")
     (place,) = worker_environments(composed("deploy=single_gpu"))
     assert "PYTORCH_ALLOC_CONF" not in place
 

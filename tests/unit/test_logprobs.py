@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_those_of_the_whole_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sizes: one chunk; several chunks; several, not all of them kept for the backward pass."""
-    small = replace(LOGPROB_CHUNKS["cpu"], kept=2**21)
+    small = replace(LOGPROB_CHUNKS["cpu"], kept_probabilities=2**21)
     monkeypatch.setitem(LOGPROB_CHUNKS, "cpu", small)
     hidden, weight, offset, targets = random(size[0], 12, size[1], bias)
     a, b = torch.randn(2, size[0])

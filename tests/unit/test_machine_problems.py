@@ -32,7 +32,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (caused(RuntimeError("cannot write"), OSError(27, "File too large")), "(ulimit -f)"),
         (
             RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79"),
-            "the memory of the GPU is used up",
+            "out of GPU memory: CUDA out of memory",
         ),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
