@@ -2,10 +2,10 @@
 
     python bench/precision.py [--processes 2] [--device cuda]
 
-An SFT policy of the tiny size. Its weights start as numbers that bf16 has, so that all cases compute
-the same function. One batch of 16 sequences is trained on for five steps, in micro-batches of 1 to
-16, with ZeRO 0 to 3, in fp32, bf16, autocast and (one process) fp16, with and without LoRA. --cases
-takes the first letters of some precisions. Each case is compared with fp32 at ZeRO 0 in one
+An SFT policy of the tiny size. Its weights start as numbers that bf16 has, so that all cases
+compute the same function. One batch of 16 sequences is trained on for five steps, in micro-batches
+of 1 to 16, with ZeRO 0 to 3, in fp32, bf16, autocast and (one process) fp16, with and without LoRA.
+--cases takes the first letters of some precisions. Each case is compared with fp32 at ZeRO 0 in one
 micro-batch:
 
 - first update: mean length over all trained weights, in learning rates;

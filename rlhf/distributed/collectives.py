@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import re
 from typing import TypeVar
 
 import torch
@@ -12,7 +14,8 @@ from rlhf.base import watchdog
 
 T = TypeVar("T")
 # The others wait at a barrier while rank 0 alone saves a model: hours, to a slow disk
-BARRIER_TIMEOUT = datetime.timedelta(hours=12)
+BARRIER_TIMEOUT = datetime.timedelta(hours=3)
+CONNECT_TIMEOUT = datetime.timedelta(minutes=5)
 _barrier_group: dist.ProcessGroup | None = (
     None  # of all ranks, for barriers; None: the default group
 )
@@ -83,10 +86,19 @@ def assert_same_across_ranks(value: str, what: str) -> None:
 
 
 def make_barrier_group() -> None:
-    """Create a gloo group for barriers: its own timeout, and waiting ranks do not spin a GPU."""
+    """Create a gloo group for barriers: its own timeout, and waiting ranks do not spin a GPU.
+
+    It uses the network interface that NCCL is told to use, where gloo is told none.
+    """
     global _barrier_group
-    if world_size() > 1:
-        _barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
+    if world_size() == 1:
+        return
+    interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if re.fullmatch(r"\w+", interface):  # NCCL also takes lists, prefixes and exclusions
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # ranks that cannot reach each other end soon; the long wait is for barriers only
+    _barrier_group = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
+    dist.distributed_c10d._set_pg_timeout(BARRIER_TIMEOUT, _barrier_group)
 
 
 def barrier() -> None:

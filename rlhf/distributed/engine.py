@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -203,18 +203,30 @@ def gathered_model(module: nn.Module) -> Iterator[bool]:
     """Gather all ZeRO-3 parameters of a module for many forward passes; yields whether it has any.
 
     DeepSpeed's hooks are off inside the context: they would release each weight after its layer,
-    and every pass would fetch it again.
+    and every pass would fetch it again. Other hooks stay.
     """
     with gather_parameters(module.parameters()) as is_partitioned:
         hooked = [*module.modules()] if is_partitioned else []
         hooks = [(one, one._forward_pre_hooks, one._forward_hooks) for one in hooked]
-        for one in hooked:
-            one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
+        for one, before, after in hooks:
+            one._forward_pre_hooks = without_deepspeed(before)
+            one._forward_hooks = without_deepspeed(after)
         try:
             yield is_partitioned
         finally:
             for one, before, after in hooks:
                 one._forward_pre_hooks, one._forward_hooks = before, after
+
+
+def without_deepspeed(
+    hooks: Mapping[int, Callable[..., Any]],
+) -> OrderedDict[int, Callable[..., Any]]:
+    """Those of a module's hooks that are not DeepSpeed's."""
+    return OrderedDict(
+        (number, hook)
+        for number, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith("deepspeed")
+    )
 
 
 def computes_in_fp32(engine: Engine[nn.Module]) -> bool:

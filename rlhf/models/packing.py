@@ -228,7 +228,7 @@ def packed_attention(
     """
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    if not dropout and supports_varlen_attention(qkv[0]):
+    if not dropout and supports_varlen_attention(*qkv):
         return varlen_attention(qkv, packed.varlen, scaling, sliding_window)
     groups = qkv[0].shape[1] // qkv[1].shape[1]
     rows = [x[0].transpose(0, 1) for x in qkv]  # (N, heads, d)

@@ -64,10 +64,18 @@ def varlen_layout(
     )
 
 
-def supports_varlen_attention(query: Tensor) -> bool:
-    """Whether flash attention takes queries (1, heads, N, d): on a GPU, in 16 bits."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+def supports_varlen_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's flash attention takes these, (1, heads, N, d) each: on a GPU of compute
+    capability 8 (Ampere) or newer, in 16 bits, unless it is switched off (`deterministic=true`)."""
+    dtypes, size = {x.dtype for x in (query, key, value)}, query.shape[-1]
+    return (
+        query.is_cuda
+        and dtypes in ({torch.bfloat16}, {torch.float16})
+        and size == value.shape[-1] <= 256
+        and size % 8 == 0
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def varlen_attention(

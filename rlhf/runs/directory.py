@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.base.checksums import damaged_files
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path, special_kind
-from rlhf.config.deployment import placement
+from rlhf.config.deployment import BYTES, placement
 from rlhf.config.schema import Config, StageChoice
 from rlhf.runs.locks import LOCK_FILE
 from rlhf.runs.run_files import (
@@ -120,9 +120,11 @@ def check_resumable(
         old, new = (
             " ".join(f"{key}={place.get(key)}" for key in differ) for place in (before, now)
         )
+        # in 16 bits stages below 2 are not built any more
+        is_gone = BYTES[cfg.deploy.precision] == 2 and before.get("deploy.zero_stage", 2) < 2
+        fix = AGAIN if is_gone else f"resume it with {old}, or {AGAIN}"
         raise UserError(
-            f"{directory} is at step {description['step']}, made with {old}, not {new}: "
-            f"resume it with {old}, or {AGAIN}"
+            f"{directory} is at step {description['step']}, made with {old}, not {new}: {fix}"
         )
     parents_before = read_file(directory, PARENTS)
     if parents_before is None:

@@ -106,7 +106,7 @@ def claim_gpus(cfg: Config) -> Iterator[list[str]]:
         with contextlib.ExitStack() as locks:
             free: list[str] = []
             for gpu in visible:
-                if len(free) < wanted and locks.enter_context(try_lock(folder / gpu)):
+                if len(free) < wanted and locks.enter_context(try_lock(lock_of(folder, gpu))):
                     free.append(gpu)
             if len(free) < wanted and chosen_by_hand:
                 shared = [gpu for gpu in visible if gpu not in free][: wanted - len(free)]
@@ -125,6 +125,11 @@ def claim_gpus(cfg: Config) -> Iterator[list[str]]:
             next_report = time.monotonic() + REPORT_EVERY
         # at random: two jobs that each hold half of what they need must not meet for ever
         time.sleep(random.uniform(0.5, 1.5))
+
+
+def lock_of(folder: Path, gpu: str) -> Path:
+    """The file that is locked for a GPU; old names of MIG instances have slashes."""
+    return folder / gpu.replace("/", "_")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, gather_parameters
 from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_policy
 from rlhf.evaluation.reward_model import pairwise_accuracy
-from rlhf.models import loading, logprobs, packing, wrappers
+from rlhf.models import loading, logprobs, packing, varlen, wrappers
 from rlhf.models.loading import save_engine
 from rlhf.models.lora import is_adapter_weight
 from rlhf.models.wrappers import LogProbModel, Policy
@@ -298,7 +298,7 @@ def policy_hash(policy: LogProbModel) -> str:
     The weights of an adapter, which is off in a reference, are not part of it. The same on every
     rank.
     """
-    modules = (likelihood, loading, logprobs, packing, wrappers)
+    modules = (likelihood, loading, logprobs, packing, varlen, wrappers)
     code = "".join(Path(module.__file__ or "").read_text(encoding="utf-8") for module in modules)
     sha = hashlib.sha256(f"{policy.module.hf.config.to_json_string()}{code}".encode())
     for name, weight in policy.module.named_parameters():

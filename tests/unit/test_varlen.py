@@ -80,7 +80,8 @@ def test_varlen_attention_is_that_of_buckets(
 
 
 def test_only_gpus_have_the_kernel() -> None:
-    assert not varlen.supports_varlen_attention(torch.ones(1, 2, 4, 8, dtype=torch.bfloat16))
+    q = torch.ones(1, 2, 4, 8, dtype=torch.bfloat16)
+    assert not varlen.supports_varlen_attention(q, q, q)
 
 
 def test_soft_capping_is_refused() -> None:
