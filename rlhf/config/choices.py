@@ -18,10 +18,19 @@ class Precision(Enum):
 
 
 class RolloutEngine(Enum):
-    """What samples the responses: the same ones, up to rounding."""
+    """What samples the responses. The first two sample the same ones, up to rounding."""
 
     native = "native"  # rlhf/sampling/sampler.py
     hf = "hf"  # transformers' generate, slower
+    continuous = "continuous"  # transformers' continuous batching, with random numbers of its own
+
+
+class CorrectionMode(Enum):
+    """What the weight pi / pi_sampler of a sampled token is taken over."""
+
+    token = "token"
+    sequence = "sequence"  # all tokens of its response
+    none = "none"
 
 
 class Format(Enum):

@@ -9,6 +9,7 @@ from typing import Any, Optional
 from rlhf.config.choices import (
     Advantage,
     BestBy,
+    CorrectionMode,
     Decoding,
     DpoLoss,
     Importance,
@@ -209,6 +210,15 @@ class DsChat:
 
 
 @dataclass(kw_only=True)
+class ImportanceCorrection:
+    mode: Optional[CorrectionMode] = key(
+        "what the ratio pi / pi of the sampler is taken over; null: token with "
+        "rollout.engine=continuous, none with the others, which compute pi themselves"
+    )
+    cap: float = key("the ratio counts up to this", at_least=1)
+
+
+@dataclass(kw_only=True)
 class Rl(Optim):
     """Online RL; lr, schedule and so on are the actor's. A file in conf/rl is a preset."""
 
@@ -268,6 +278,9 @@ class Rl(Optim):
     dual_clip: Optional[float] = key(
         "a negative advantage counts up to this ratio; policy_loss=clip only; null: no limit",
         above=1,
+    )
+    importance_correction: ImportanceCorrection = key(
+        "weights of the policy loss for what sampler and training compute differently"
     )
     loss_aggregation: LossAggregation = key("what the losses of actor and critic are means over")
     entropy_coef: float = key("weight of the entropy bonus, score units per nat", at_least=0)
@@ -330,8 +343,8 @@ class Eval(EvalSampling):
 
 @dataclass(kw_only=True)
 class Rollout:
-    engine: RolloutEngine = placement(
-        "what samples; the same responses from the same random numbers"
+    engine: RolloutEngine = key(
+        "what samples; native and hf: the same responses from the same random numbers"
     )
     max_new_tokens: int = key("sampled tokens per response, at most", above=0, at_most=MOST_TOKENS)
     temperature: float = key(

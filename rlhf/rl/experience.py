@@ -25,6 +25,7 @@ from rlhf.models.lora import merged_adapter
 from rlhf.models.wrappers import LogProbModel, Policy, Scorer
 from rlhf.rl import dschat
 from rlhf.sampling.batches import PromptBatch
+from rlhf.sampling.continuous import continuous_generate
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.sampler import sample
 from rlhf.sampling.token_choice import Sampling
@@ -32,6 +33,11 @@ from rlhf.sampling.token_choice import Sampling
 if TYPE_CHECKING:
     from rlhf.rl.rewards import Rewards
 
+GENERATE = {
+    RolloutEngine.native: sample,
+    RolloutEngine.hf: hf_generate,
+    RolloutEngine.continuous: continuous_generate,
+}
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 # every other field has a column for each response token
 PER_RESPONSE = ("scores", "finished", "reward_errors")
@@ -58,6 +64,8 @@ class Experience:
     finished: Tensor  # (B,) 1 where the response ends with EOS
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, R), once estimated
     returns: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, R), with a critic
+    # (B, R) of the policy loss; empty: 1 (losses.sampler_weights)
+    sampler_weights: Tensor = field(default_factory=lambda: torch.empty(0))
     # (B, sources), 1 where a reward function failed and that is skipped; empty without functions
     reward_errors: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -190,7 +198,8 @@ def make_experience(
     order += order[:1] * (-len(order) % world)  # as many rows on every rank; copies go below
     mine = order[rank::world]
     experience = sample_responses(models, prompts, mine, sampling, micro_batch)
-    exact = computes_in_fp32(models.actor) and sampling.beams == 1
+    own = models.engine != RolloutEngine.continuous and sampling.beams == 1
+    exact = computes_in_fp32(models.actor) and own
     if pad_is_eos:
         dschat.guess_masks(experience, models.tokenizer.eos_token_id)
     measure(
@@ -209,7 +218,7 @@ def make_experience(
 
 def sampled_fields() -> list[str]:
     """The fields that every response has as soon as it is sampled."""
-    later = ("advantages", "returns", "reward_errors")
+    later = ("advantages", "returns", "sampler_weights", "reward_errors")
     return [f.name for f in fields(Experience) if f.name not in later]
 
 
@@ -221,8 +230,9 @@ def sample_responses(
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     width = max(map(len, prompts.ids))
     is_partitioned = any(hasattr(p, "ds_id") for p in actor.module.parameters())
-    use_hf = models.engine == RolloutEngine.hf or sampling.beams > 1
-    generate = hf_generate if use_hf else sample
+    generate = GENERATE[models.engine if sampling.beams == 1 else RolloutEngine.hf]
+    if models.engine == RolloutEngine.continuous:
+        micro_batch = len(mine)  # it divides them itself
     parts = []
     whole = gathered_model(actor.module) if models.gather else contextlib.nullcontext(False)
     with contextlib.ExitStack() as while_sampling:

@@ -40,9 +40,17 @@ class Guards:
         precision: of the models.
         switches: a check that one of them contradicts is logged instead of stopping the run.
         temperature: of the rollouts; below 1 it enlarges the logits, and with them their rounding.
+        foreign_sampler: another program samples, whose differences are corrected.
     """
 
-    def __init__(self, precision: Precision, switches: DsChat, temperature: float = 1.0):
+    def __init__(
+        self,
+        precision: Precision,
+        switches: DsChat,
+        temperature: float = 1.0,
+        foreign_sampler: bool = False,
+    ):
+        self.foreign_sampler = foreign_sampler
         self.precision, self.switches = precision, switches
         mean, maximum = TOLERANCE[precision]
         self.mean_limit, self.max_limit = (
@@ -125,16 +133,16 @@ class Guards:
         line = f"the EOS of {outside} responses is not in the loss: the policy cannot learn to stop"
         self.check("eos", not outside, line, self.pad_is_eos())
         mean, worst = self.measure("sampler", e.sampler_logprobs, e.old_logprobs, mask)
-        stops = first and mean > self.sampler_limit
-        limit = (
-            self.sampler_limit if stops and self.precision != Precision.fp32 else self.mean_limit
-        )
+        stops = mean > self.sampler_limit and (first or self.foreign_sampler)
+        is_wide = self.foreign_sampler or (stops and self.precision != Precision.fp32)
+        limit = self.sampler_limit if is_wide else self.mean_limit
         line = (
             "the sampling loop and the training forward pass disagree: "
             f"{describe_gap(mean, worst)}, allowed {limit:g}: "
             "cache, positions, masks or temperature of one of them are wrong"
         )
         ok = mean <= self.mean_limit and worst <= self.max_limit
+        ok = ok or (self.foreign_sampler and mean <= self.sampler_limit)
         self.check("sampler", ok, line, self.pad_is_eos() or self.rounding(stops))
 
     def check_start(self, e: Experience) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.config.choices import Importance, KlEstimator, LossAggregation, PolicyLoss
+from rlhf.config.choices import CorrectionMode, Importance, KlEstimator, LossAggregation, PolicyLoss
 from rlhf.config.stage_nodes import Rl
 
 MAX_LOG_RATIO = 20.0  # e^20 keeps float32 finite; a policy that far away gets no gradient
@@ -118,6 +118,29 @@ def policy_loss(
             "ratio_max": (ratio * mask).max(),
         }
     return loss, sums
+
+
+def sampler_weights(
+    old_logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    mask: Tensor,
+    mode: CorrectionMode,
+    cap: float,
+) -> tuple[Tensor, Tensor]:
+    """Weights of the policy loss for responses that another program has sampled, which computes
+    log pi a little differently: min(pi / pi_sampler, cap), truncated importance sampling (Ionides
+    2008; for sampling engines Yao 2025, "Your efficient RL framework secretly brings you off-policy
+    RL training").
+
+    Args: old_logprobs, sampler_logprobs, mask (B, R): log pi by the training forward pass, and by
+        the sampler.  mode: token, or sequence: the ratio of the whole response for all its tokens.
+    Returns: weights (B, R), and the ratios before the cap; 1 outside the mask.
+    """
+    log_ratio = (old_logprobs - sampler_logprobs) * mask
+    if mode == CorrectionMode.sequence:
+        log_ratio = log_ratio.sum(1, keepdim=True) * mask
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return ratio.clamp(max=cap), ratio
 
 
 def importance_ratio(log_ratio: Tensor, mask: Tensor, importance: Importance) -> Tensor:

@@ -125,6 +125,8 @@ def actor_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tenso
         batch.weights(part, learner.cfg),
     )
     loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, rl)
+    if len(part.sampler_weights):
+        loss = loss * upload(learner.models.actor.device, part.sampler_weights)[0]
     batch.stats.maximum(ratio_max=sums.pop("ratio_max"))
     entropy_sum = (entropy.detach() * mask).sum()
     batch.stats.add(**{name: value.double() for name, value in sums.items()})
