@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +193,10 @@ def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds:
 
 def prepare_environment() -> None:
     """End with the parent, be a group of one when started by hand, keep the libraries quiet."""
+    from rlhf.base.streams import StderrThatMayClose
+
     keep_quiet()
+    sys.stderr = cast(TextIO, StderrThatMayClose(sys.stderr))
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from typing import Any, TextIO
 
 
 def prepare_streams() -> None:
@@ -40,8 +41,38 @@ def cannot_write(end: str = "") -> bool:
         with contextlib.suppress(OSError):
             line = f"error: cannot write to standard output: {error.strerror}"
             print(line, file=sys.stderr, flush=True)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)  # or the interpreter would try again when it ends
-        os.close(null)
+        drop_output(1)  # or the interpreter would try again when it ends
         return True
     return False
+
+
+def drop_output(*numbers: int) -> None:
+    """From now on nothing is written to these standard streams."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number in numbers:
+        os.dup2(null, number)
+    os.close(null)
+
+
+class StderrThatMayClose:
+    """Standard error for work that goes on when its terminal is closed: what cannot be written is
+    dropped, instead of an error in the middle of a step."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            drop_output(2)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            drop_output(2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

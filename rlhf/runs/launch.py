@@ -17,6 +17,7 @@ from typing import NoReturn
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural, say
 from rlhf.base.own_processes import end_with_parent, own_source, python_module
+from rlhf.base.streams import drop_output
 from rlhf.config.choices import Device
 from rlhf.config.schema import Config
 from rlhf.runs import early
@@ -106,8 +107,7 @@ def wait_for_workers(
             notified = True
             text = "stopping (once training has begun: after this step, with a checkpoint); "
             text += "repeat it to stop at once"
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print(text, file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
             request_stop(workers, run_dir, cfg)
         failed = {
             name: worker.returncode
@@ -217,6 +217,8 @@ def graceful_shutdown() -> Iterator[list[int]]:
     signals: list[int] = []
 
     def note(number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            drop_output(1, 2)  # the terminal is gone
         if signals:
             raise KeyboardInterrupt
         signals.append(number)

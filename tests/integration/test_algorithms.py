@@ -200,7 +200,6 @@ def test_the_logged_log_probabilities_are_those_of_the_pairs(
         tokenizer, data.rm, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens
     )
     policy = load_policy(str(runs["sft"] / "model"), tokenizer, Precision.fp32).eval()
-    policy.device = torch.device("cpu")
     order = np.random.default_rng([cfg.seed, 0]).permutation(len(pairs))[:8]
     wanted = np.zeros(2)
     with torch.no_grad():

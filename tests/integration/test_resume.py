@@ -228,8 +228,12 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
 
 
 def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path: Path) -> None:
-    parent, run = running(*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null", cwd=tmp_path)
-    parent.stderr.close()  # as when the terminal is gone: nobody reads the lines
+    long = [*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null"]
+    # a suite under nohup ignores the signal, and commands inherit that
+    heard = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    parent, run = running(*long, cwd=tmp_path, preexec_fn=heard)
+    parent.stderr.close()  # as when the terminal is gone: writing to it fails
+    time.sleep(0.5)  # the progress bar has tried
     parent.send_signal(signal.SIGHUP)
     parent.wait(60)
     [(checkpoint, _)], incomplete = find_checkpoints(run)

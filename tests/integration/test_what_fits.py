@@ -6,11 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from helpers import composed
+from helpers import composed, register
 
 from rlhf.planning import __main__ as what_fits
 from rlhf.planning.formulas import GIB
 from rlhf.planning.memory import make_plan
+
+
+@pytest.fixture(autouse=True, scope="module")
+def options() -> None:
+    """What `main` does first."""
+    register()
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -73,7 +73,6 @@ def test_answers_to_other_prompts_are_worth_less(demo: Demo) -> None:
     scorer = load_scorer(
         str(demo.rm / "model"), tokenizer, load_config(demo.rm / "config.yaml").deploy.precision
     )
-    scorer.device = torch.device("cpu")
     encoded = encoding.encode_prompts(tokenizer, prompts, 256)
     own, *foreign = (
         encoding.encode_responses(tokenizer, some, 256) for some in (answers, *shuffled)

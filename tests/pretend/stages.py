@@ -120,6 +120,7 @@ def measuring(experience: Any, *args: Any, **kwargs: Any) -> tuple[str, int]:
 
 def install_counters() -> None:
     """Count in the functions that all stages call."""
+    from rlhf.config.choices import RolloutEngine
     from rlhf.evaluation import policy
     from rlhf.models import wrappers
     from rlhf.rl import experience, update
@@ -138,6 +139,7 @@ def install_counters() -> None:
     count_calls(wrappers.Model, "packing_matches_unpacked", "model", lambda *_: (check, 1))
     count_calls(sampler, "read_prompts", "batch", lambda *_: ("reading prompts", 1))
     count_calls(experience, "sample", "token", sampling)
+    experience.GENERATE[RolloutEngine.native] = experience.sample
     for module in (rl, policy):
         count_calls(module, "make_experience", "response", measuring)
 

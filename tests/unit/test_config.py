@@ -192,7 +192,6 @@ def test_fields_without_effect_on_results() -> None:
         "Evaluation.every",
         "Evaluation.best_by",
         "Dpo.eval_every",
-        "Rollout.engine",
         "Rollout.log_responses",
         *(f"Wandb.{name}" for name in ("mode", "project", "entity", "tags", "notes")),
     }
