@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Decoding
@@ -54,6 +54,7 @@ class Plan:
     checkpoints: float  # at most, during training: those that are kept and the one being written
     notes: list[str]
     gathers: bool  # weights that ZeRO-3 partitions are gathered for sampling
+    merges: bool  # an adapter is merged for sampling
 
     @property
     def states(self) -> float:
@@ -116,18 +117,25 @@ def make_plan(cfg: Config, stage: str) -> Plan:
         checkpoints=needs.checkpoint_bytes(),
         notes=needs.all_notes(),
         gathers=needs.gathers,
+        merges=needs.merges,
     )
 
 
-def gather_for_rollout(cfg: Config) -> bool:
-    """Whether the actor's partitioned weights are gathered for sampling.
+class SamplingChoices(TypedDict):
+    """How the actor's weights are held while sampling; fields of rl.experience.Models."""
 
-    As deploy.gather_for_rollout says, or where it is null and the plan says that they fit.
-    """
+    gather: bool  # partitioned weights are gathered
+    merge: bool  # an adapter is merged
+
+
+def sampling_choices(cfg: Config) -> SamplingChoices:
+    """Weights are gathered as deploy.gather_for_rollout says, or where it is null and the plan says
+    that they fit; an adapter is merged where the plan has room for a copy of its layers."""
     try:
-        return make_plan(cfg, cfg.stage.name).gathers
+        plan = make_plan(cfg, cfg.stage.name)
     except UserError:  # a shape that there is no formula for
-        return cfg.deploy.gather_for_rollout is not False
+        return {"gather": cfg.deploy.gather_for_rollout is not False, "merge": True}
+    return {"gather": plan.gathers, "merge": plan.merges}
 
 
 class StageNeeds:
@@ -146,7 +154,7 @@ class StageNeeds:
         self.phases: dict[str, dict[str, float]] = {}
         self.notes: list[str] = []
         self.files = 0.0  # bytes of the saved models
-        self.gathers = True
+        self.gathers = self.merges = True
 
     # ------------------------------------------------------------------------------- stages
 
@@ -345,25 +353,27 @@ class StageNeeds:
         return self.size * min(role.parameters, MAX_LIVE)
 
     def sampling(self, arch: Arch, tokens: int) -> dict[str, float]:
-        """Sampling from the first role. Sets `gathers`: as configured, or where the weights fit."""
+        """Sampling from the first role. Sets `gathers` and `merges`: as configured, or where the
+        weights fit."""
         deploy, rows, role = self.deploy, self.deploy.eval_micro_batch, self.roles[0]
         needs = {
             "kv cache": kv_cache(arch, self.cfg, rows, tokens),
             "logits": rows * arch.vocab * (self.size + 16),  # probabilities, their sum in fp64
         }
-        adapter = self.cfg.actor.lora
-        if adapter.rank and (deploy.zero_stage < 3 or self.world == 1):
-            needs["merged weights"] = self.size * adapted_weights(arch, adapter)
-        if deploy.zero_stage < 3:
-            return needs
-        # DeepSpeed gathers into new memory, beside the partition of this process; an adapter is
-        # merged there
-        gathered = self.size * role.parameters
-        states = sum(role.total for role in self.roles) + self.libraries
-        fits = states + sum(needs.values()) + gathered <= self.limit
-        choice = deploy.gather_for_rollout
-        self.gathers = bool(choice or (choice is None and fits))
-        return needs | {"gathered weights": gathered if self.gathers else self.live_weights(role)}
+        used = sum(role.total for role in self.roles) + self.libraries + sum(needs.values())
+        if deploy.zero_stage == 3:
+            # DeepSpeed gathers into new memory, beside the partition of this process
+            gathered, choice = self.size * role.parameters, deploy.gather_for_rollout
+            self.gathers = bool(choice or (choice is None and used + gathered <= self.limit))
+            needs["gathered weights"] = gathered if self.gathers else self.live_weights(role)
+            used += needs["gathered weights"]
+        if self.cfg.actor.lora.rank and (deploy.zero_stage < 3 or self.world == 1):
+            # in the gathered weights of several processes an adapter is merged in place
+            merged = self.size * adapted_weights(arch, self.cfg.actor.lora)
+            self.merges = used + merged <= ROOM * self.limit
+            if self.merges:
+                needs["merged weights"] = merged
+        return needs
 
     # ------------------------------------------------------------------------------- totals
 

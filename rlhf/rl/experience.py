@@ -167,6 +167,7 @@ class Models:
     rewards: Rewards | None = None
     critic: Engine[Scorer] | None = None
     gather: bool = True  # ZeRO-3: gather the actor's weights while sampling, else for every token
+    merge: bool = True  # merge an adapter into the weights while sampling
     engine: RolloutEngine = RolloutEngine.native
 
     def trained(self) -> dict[str, Engine[Policy] | Engine[Scorer]]:
@@ -238,7 +239,7 @@ def sample_responses(
     with contextlib.ExitStack() as while_sampling:
         is_whole = while_sampling.enter_context(whole)
         while_sampling.enter_context(autocast(actor))
-        if is_whole or not is_partitioned:
+        if models.merge and (is_whole or not is_partitioned):
             is_copy = is_whole and collectives.world_size() > 1
             while_sampling.enter_context(merged_adapter(actor.module.hf, in_place=is_copy))
         for chunk in chunks(mine, micro_batch):

@@ -35,7 +35,7 @@ from rlhf.models import loading, logprobs, packing, varlen, wrappers
 from rlhf.models.loading import save_engine
 from rlhf.models.lora import is_adapter_weight
 from rlhf.models.wrappers import LogProbModel, Policy
-from rlhf.planning.memory import gather_for_rollout
+from rlhf.planning.memory import sampling_choices
 from rlhf.rl.experience import Models
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training import likelihood
@@ -80,8 +80,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     reference = cached_logprobs(compute, used, cache_file(cfg, ref, pairs), ref.device)
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
     held_out_reference = pair_logprobs(ref, held_out, lengths, pad_id, micro_batch)
-    gather, engine = gather_for_rollout(cfg), cfg.rollout.engine
-    models = Models(tokenizer, actor, ref, gather=gather, engine=engine)
+    engine = cfg.rollout.engine
+    models = Models(tokenizer, actor, ref, engine=engine, **sampling_choices(cfg))
     evaluation = Evaluation(cfg, models, data, held_out, held_out_reference)
 
     # 3. training

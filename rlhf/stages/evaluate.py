@@ -34,7 +34,7 @@ from rlhf.evaluation.reward_model import evaluate_reward_model
 from rlhf.evaluation.saved_responses import response_lines, write_responses
 from rlhf.evaluation.win_rates import Responses, comparing_judges, win_rates
 from rlhf.models.loading import check_context, context_length, load_policy, load_tokenizer, location
-from rlhf.planning.memory import gather_for_rollout
+from rlhf.planning.memory import sampling_choices
 from rlhf.reporting import eval_page
 from rlhf.reporting.eval_results import (
     BestOfPoint,
@@ -304,7 +304,7 @@ def load_models(
         tokenizer,
         build_engine(load, cfg, "policy", run_dir),
         rewards=rewards.for_policy(tokenizer) if rewards else None,
-        gather=gather_for_rollout(cfg),
+        **sampling_choices(cfg),
         engine=cfg.rollout.engine,
     )
 

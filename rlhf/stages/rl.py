@@ -28,7 +28,7 @@ from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.during_training import Evaluations
 from rlhf.models.loading import load_scorer, save_engine
 from rlhf.models.wrappers import Scorer
-from rlhf.planning.memory import gather_for_rollout
+from rlhf.planning.memory import sampling_choices
 from rlhf.rewards.process import RewardProcess
 from rlhf.rewards.trial import running_functions, try_functions
 from rlhf.rl.advantages import differ, estimate_advantages, loss_mask, shape_scores, token_rewards
@@ -381,8 +381,8 @@ def load_models(
     if stage_graph.has_critic(cfg.rl):
         critic = build_critic(cfg, rewards, tokenizer, run_dir)
         critic.eval()
-    gather = gather_for_rollout(cfg)
-    return Models(tokenizer, actor, ref, rewards, critic, gather, cfg.rollout.engine)
+    engine = cfg.rollout.engine
+    return Models(tokenizer, actor, ref, rewards, critic, engine=engine, **sampling_choices(cfg))
 
 
 def build_critic(

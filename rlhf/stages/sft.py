@@ -21,7 +21,7 @@ from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.policy import evaluate_policy
 from rlhf.models.loading import load_policy, save_engine
 from rlhf.models.wrappers import Policy
-from rlhf.planning.memory import gather_for_rollout
+from rlhf.planning.memory import sampling_choices
 from rlhf.rl.experience import Models
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.checkpoint import Checkpoints
@@ -85,7 +85,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics = {"eval/perplexity": perplexity(engine, held_out, pad_id, micro_batch)}
     ends = end_probability(engine, held_out, tokenizer.eos_token_id, pad_id, micro_batch)
     metrics["eval/eos_probability"] = ends
-    models = Models(tokenizer, engine, gather=gather_for_rollout(cfg), engine=cfg.rollout.engine)
+    models = Models(tokenizer, engine, engine=cfg.rollout.engine, **sampling_choices(cfg))
     measured, samples = evaluate_policy(
         models, data, max_prompt, max_response, Sampling(1.0), micro_batch
     )

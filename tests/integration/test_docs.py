@@ -37,6 +37,7 @@ def test_the_readme_is_short_and_has_commands() -> None:
         "python train.py",
         "python chat.py",
         "python -m rlhf.report",
+        "python -m rlhf.planning",  # test_what_fits.py
         "python docs/optuna_search.py",
         "make ",
         SLURM,

@@ -19,7 +19,7 @@ from rlhf.distributed.engine import build_engine
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.planning import summary as plan_text
 from rlhf.planning.formulas import activations, role_memory
-from rlhf.planning.memory import gather_for_rollout, make_plan
+from rlhf.planning.memory import make_plan, sampling_choices
 from rlhf.planning.shapes import ACTIVATIONS, arch_of
 from rlhf.planning.steps import rows_for_stage
 from rlhf.planning.summary import cheapest_changes, one_line_summary
@@ -215,14 +215,26 @@ def test_the_plan_knows_the_size_of_the_sandbox() -> None:
 
 def test_partitioned_sampling_is_chosen_where_whole_weights_do_not_fit() -> None:
     whole = composed("stage=ppo", "actor=opt13b", "deploy=single_node")
-    assert gather_for_rollout(whole)
+    assert sampling_choices(whole)["gather"]
     large = composed("stage=ppo", "actor=opt66b", "deploy=multi_node")
-    assert not gather_for_rollout(large)
+    assert not sampling_choices(large)["gather"]
     (note,) = make_plan(large, "ppo").notes
     assert "sampling fetches all 124.9 GiB of the actor's weights" in note
     whole.deploy.gather_for_rollout = False
-    assert not gather_for_rollout(whole)
-    assert gather_for_rollout(composed("stage=ppo"))
+    assert not sampling_choices(whole)["gather"]
+    assert sampling_choices(composed("stage=ppo"))["gather"]
+
+
+def test_an_adapter_is_merged_for_sampling_where_a_copy_of_its_layers_fits() -> None:
+    """A 7B model with LoRA: 14 GiB of weights, and the copy as much again."""
+    overrides = ["stage=sft", "actor=qwen2.5-7b", "deploy=single_gpu", "actor.lora.rank=16"]
+    overrides += ["deploy.micro_batch=1", "deploy.eval_micro_batch=16"]
+    overrides += ["deploy.activation_checkpointing=true"]
+    for memory, merges in ((24, False), (80, True)):
+        cfg = composed(*overrides, f"deploy.gpu_memory_gb={memory}")
+        plan = make_plan(cfg, "sft")
+        assert plan.fits and plan.merges == merges == sampling_choices(cfg)["merge"]
+        assert ("merged weights" in plan.phases["sampling"]) == merges
 
 
 def test_the_critic_is_planned_as_the_model_that_it_starts_from() -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import composed, register
+from helpers import REPO, composed, register
 
 from rlhf.planning import __main__ as what_fits
 from rlhf.planning.formulas import GIB
@@ -67,3 +67,12 @@ def test_the_command_prints_the_table() -> None:
 def test_bad_arguments_get_a_line(arguments: list[str], line: str) -> None:
     done = command(*arguments)
     assert done.returncode == 2 and line in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_table_in_the_docs_is_that_of_the_command() -> None:
+    text = (REPO / "docs" / "deployment.md").read_text()
+    assert "python -m rlhf.planning --gpu-memory-gb 24" in text
+    table = text.split("| 24 GiB |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() or "-" for cell in line.strip("|").split("|")] for line in table]
+    assert len(rows) >= 6
+    assert [*what_fits.rows_of([row[0] for row in rows], 24)] == rows
