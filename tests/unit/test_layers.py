@@ -39,8 +39,9 @@ TORCH_FREE = ("base", "config", "runs", "planning")
 
 
 def package_of(name: str) -> str:
-    """`models` for rlhf.models.loading."""
-    return name.split(".")[1]
+    """`models` for rlhf.models.loading. A package that can be run (python -m) has a program in it,
+    which stands where the other programs do."""
+    return "cli" if name.endswith(".__main__") else name.split(".")[1]
 
 
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
