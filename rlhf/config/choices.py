@@ -24,6 +24,11 @@ class RolloutEngine(Enum):
     hf = "hf"  # transformers' generate, slower
     continuous = "continuous"  # transformers' continuous batching, with random numbers of its own
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it computes log pi otherwise than our forward pass, so that it is measured."""
+        return self == RolloutEngine.continuous
+
 
 class CorrectionMode(Enum):
     """What the weight pi / pi_sampler of a sampled token is taken over."""

@@ -16,9 +16,7 @@ T = TypeVar("T")
 # The others wait at a barrier while rank 0 alone saves a model: hours, to a slow disk
 BARRIER_TIMEOUT = datetime.timedelta(hours=3)
 CONNECT_TIMEOUT = datetime.timedelta(minutes=5)
-_barrier_group: dist.ProcessGroup | None = (
-    None  # of all ranks, for barriers; None: the default group
-)
+_barrier_group: dist.ProcessGroup | None = None  # None: the default group
 
 
 def rank() -> int:

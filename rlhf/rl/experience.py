@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.choices import RolloutEngine
+from rlhf.config.choices import CorrectionMode, RolloutEngine
+from rlhf.config.schema import Config
 from rlhf.data import encoding
 from rlhf.data.batches import chunks, pad_left
 from rlhf.data.records import Prompt
@@ -24,6 +25,7 @@ from rlhf.distributed.engine import Engine, autocast, computes_in_fp32, gathered
 from rlhf.models.lora import merged_adapter
 from rlhf.models.wrappers import LogProbModel, Policy, Scorer
 from rlhf.rl import dschat
+from rlhf.rl.losses import sampler_weights
 from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.continuous import continuous_generate
 from rlhf.sampling.hf_generate import hf_generate
@@ -199,7 +201,7 @@ def make_experience(
     order += order[:1] * (-len(order) % world)  # as many rows on every rank; copies go below
     mine = order[rank::world]
     experience = sample_responses(models, prompts, mine, sampling, micro_batch)
-    own = models.engine != RolloutEngine.continuous and sampling.beams == 1
+    own = not models.engine.is_foreign and sampling.beams == 1
     exact = computes_in_fp32(models.actor) and own
     if pad_is_eos:
         dschat.guess_masks(experience, models.tokenizer.eos_token_id)
@@ -232,7 +234,7 @@ def sample_responses(
     width = max(map(len, prompts.ids))
     is_partitioned = any(hasattr(p, "ds_id") for p in actor.module.parameters())
     generate = GENERATE[models.engine if sampling.beams == 1 else RolloutEngine.hf]
-    if models.engine == RolloutEngine.continuous:
+    if generate is continuous_generate:
         micro_batch = len(mine)  # it divides them itself
     parts = []
     whole = gathered_model(actor.module) if models.gather else contextlib.nullcontext(False)
@@ -271,6 +273,27 @@ def sample_responses(
                 )
             )
     return Experience(*(torch.cat([getattr(p, name) for p in parts]) for name in sampled_fields()))
+
+
+def correct_for_sampler(cfg: Config, experience: Experience) -> dict[str, float]:
+    """Weigh the tokens that another program has sampled by pi / pi of that program.
+
+    Returns: metrics of the ratio; none where there is nothing to correct.
+    """
+    correction, e = cfg.rl.importance_correction, experience
+    default = CorrectionMode.token if cfg.rollout.engine.is_foreign else CorrectionMode.none
+    mode = correction.mode or default
+    if mode == CorrectionMode.none:
+        return {}
+    e.sampler_weights, ratio = sampler_weights(
+        e.old_logprobs, e.sampler_logprobs, e.response_mask, mode, correction.cap
+    )
+    tokens = e.response_mask.sum()
+    return {
+        "sampler/ratio_mean": float((ratio * e.response_mask).sum() / tokens),
+        "sampler/ratio_max": float((ratio * e.response_mask).max()),
+        "sampler/capped": float(((ratio > correction.cap) * e.response_mask).sum() / tokens),
+    }
 
 
 @torch.no_grad()

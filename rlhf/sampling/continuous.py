@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf.base.errors import UserError
 from rlhf.models.wrappers import Policy
 from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.token_choice import Sampling
@@ -37,12 +38,15 @@ def continuous_generate(
 
     Args: as `sampler.sample`.  random: its first number is the seed; only its shape counts besides.
         synced: refused, as a process does not take as many steps as another.
-    Raises: RuntimeError where the engine fails.
+    Raises: UserError with `synced`; RuntimeError where the engine fails.
     """
     if synced:
-        raise RuntimeError("rollout.engine=continuous needs whole weights: ZeRO 3 must gather them")
-    hf, device, (B, R) = policy.hf, prompts.ids.device, random.shape
-    questions = [ids[mask > 0].tolist() for ids, mask in zip(prompts.ids.cpu(), prompts.mask.cpu())]
+        raise UserError(
+            "rollout.engine=continuous: it needs all weights in each process, and ZeRO 3 does not "
+            "gather them: set deploy.gather_for_rollout=true, or rollout.engine=native"
+        )
+    hf, device, (B, R) = policy.hf, policy.device, random.shape
+    questions = [ids[mask > 0].tolist() for ids, mask in zip(prompts.ids, prompts.mask)]
     with as_before(hf):
         answers = hf.generate_batch(
             questions,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.base.errors import UserError
 from rlhf.base.log import log, plural
 from rlhf.config import stage_graph
-from rlhf.config.choices import BestBy, CorrectionMode, KlAppliedTo, RolloutEngine
+from rlhf.config.choices import BestBy, KlAppliedTo
 from rlhf.config.schema import Config
 from rlhf.data import tokenized
 from rlhf.data.batches import PromptOrder, uniforms
@@ -38,11 +38,12 @@ from rlhf.rl.experience import (
     Models,
     Prompts,
     concatenate,
+    correct_for_sampler,
     make_experience,
     pick_prompts,
 )
 from rlhf.rl.guards import Guards
-from rlhf.rl.losses import kl_estimate, sampler_weights
+from rlhf.rl.losses import kl_estimate
 from rlhf.rl.metrics import Scored, drawn_metrics, response_rows, rollout_metrics, source_metrics
 from rlhf.rl.monitor import Monitor
 from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models
@@ -84,8 +85,10 @@ def train(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> dict[s
 
     # 2. models: policy and reference, what scores responses, and the critic
     models = load_models(cfg, data, tokenizer, functions, run_dir)
-    is_foreign = cfg.rollout.engine == RolloutEngine.continuous
-    guards = Guards(cfg.deploy.precision, cfg.rl.dschat, cfg.rollout.temperature, is_foreign)
+    sampling = cfg.rollout
+    guards = Guards(
+        cfg.deploy.precision, cfg.rl.dschat, sampling.temperature, sampling.engine.is_foreign
+    )
     guards.check_models(models)
 
     # 3. what is remembered from rollout to rollout, and resumed
@@ -300,27 +303,6 @@ def prompts_of_rollout(
     random = uniforms("rollout", numbers, cfg.seed, rollout, cfg.rollout.max_new_tokens)
     rows, ids = zip(*(row for row in (prompts[i] for i in batch) for _ in range(k)))
     return Prompts(rows, ids, random, k)
-
-
-def correct_for_sampler(cfg: Config, experience: Experience) -> dict[str, float]:
-    """Weigh the tokens that another program has sampled by pi / pi of that program.
-
-    Returns: metrics of the ratio; none where there is nothing to correct.
-    """
-    correction, e = cfg.rl.importance_correction, experience
-    is_foreign = cfg.rollout.engine == RolloutEngine.continuous
-    mode = correction.mode or (CorrectionMode.token if is_foreign else CorrectionMode.none)
-    if mode == CorrectionMode.none:
-        return {}
-    e.sampler_weights, ratio = sampler_weights(
-        e.old_logprobs, e.sampler_logprobs, e.response_mask, mode, correction.cap
-    )
-    tokens = e.response_mask.sum()
-    return {
-        "sampler/ratio_mean": float((ratio * e.response_mask).sum() / tokens),
-        "sampler/ratio_max": float((ratio * e.response_mask).max()),
-        "sampler/capped": float(((ratio > correction.cap) * e.response_mask).sum() / tokens),
-    }
 
 
 def score_rollout(learner: Learner, state: State, experience: Experience) -> Scored:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import Precision
 from rlhf.data.batches import pad_left, uniforms
 from rlhf.models.loading import load_policy
@@ -92,7 +93,7 @@ def test_a_seed_gives_its_samples_again(base: Any, tokenizer: Any) -> None:
 
 def test_partitioned_weights_are_refused(base: Any, tokenizer: Any) -> None:
     policy = policy_of(base, tokenizer, "opt")
-    with pytest.raises(RuntimeError, match="needs whole weights"):
+    with pytest.raises(UserError, match="deploy.gather_for_rollout=true"):
         continuous_generate(
             policy, batch_of(PROMPTS), torch.zeros(4, 3), EOS, Sampling(), synced=True
         )

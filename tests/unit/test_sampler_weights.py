@@ -11,9 +11,9 @@ from rollouts import Engines, some_rollout
 
 from rlhf.config.choices import CorrectionMode, RolloutEngine
 from rlhf.config.schema import Config
+from rlhf.rl.experience import correct_for_sampler
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import sampler_weights
-from rlhf.stages.rl import correct_for_sampler
 
 
 @pytest.mark.parametrize("cap", [1.0, 1.3, 2.0])
