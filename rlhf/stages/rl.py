@@ -85,10 +85,8 @@ def train(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> dict[s
 
     # 2. models: policy and reference, what scores responses, and the critic
     models = load_models(cfg, data, tokenizer, functions, run_dir)
-    sampling = cfg.rollout
-    guards = Guards(
-        cfg.deploy.precision, cfg.rl.dschat, sampling.temperature, sampling.engine.is_foreign
-    )
+    is_foreign = cfg.rollout.engine.is_foreign
+    guards = Guards(cfg.deploy.precision, cfg.rl.dschat, cfg.rollout.temperature, is_foreign)
     guards.check_models(models)
 
     # 3. what is remembered from rollout to rollout, and resumed

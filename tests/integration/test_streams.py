@@ -85,3 +85,26 @@ def test_memory_that_is_used_up_gets_the_keys_that_need_less(message: str) -> No
     line = machine_problem(RuntimeError(message))
     assert line and line.startswith("the memory is used up (plan=true shows what is needed")
     assert "deploy.micro_batch" in line and message in line
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_work_goes_on_when_its_terminal_is_closed(protected: bool) -> None:
+    """A closed terminal refuses what is written to it, as a progress bar does all the time."""
+    wrap = "sys.stderr = StderrThatMayClose(sys.stderr)" if protected else ""
+    code = f"""
+import sys
+from rlhf.base.streams import StderrThatMayClose
+{wrap}
+sys.stdin.readline()
+for _ in range(3):
+    sys.stderr.write("10 %")
+    sys.stderr.flush()
+print("done", flush=True)
+"""
+    master, terminal = os.openpty()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", code]
+    work = subprocess.Popen(command, cwd=REPO, stderr=terminal, text=True, **pipes)
+    os.close(terminal)
+    os.close(master)
+    assert (work.communicate("go\n", timeout=60)[0] == "done\n") == protected
