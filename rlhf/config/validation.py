@@ -35,6 +35,7 @@ from rlhf.config.limits import MOST_BATCH, MOST_NODES, MOST_PROCESSES, THREADS_P
 from rlhf.config.schema import Config, Source
 from rlhf.config.stage_graph import function_sources, is_rl, optimizer_nodes, score_sources
 from rlhf.config.stage_nodes import RewardSource
+from rlhf.config.vllm import check_vllm
 
 GOLD = "rlhf.data.sandbox:gold"
 FUNCTION = r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*"
@@ -43,7 +44,7 @@ FUNCTION = r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*"
 def check_config(cfg: Config) -> list[str]:
     """All that is wrong with the values, one line per problem."""
     checks = [check_names, check_deploy, check_models, check_data, check_batches]
-    checks += [check_rl, check_rollouts, check_dpo, check_eval]
+    checks += [check_rl, check_rollouts, check_vllm, check_dpo, check_eval]
     return out_of_range(cfg) + [line for check in checks for line in check(cfg)]
 
 

@@ -50,6 +50,7 @@ class Engine(Protocol[Module]):
     optimizer: torch.optim.Optimizer
     gradient_notes: dict[str, list[Tensor]]  # ours: see track_nonfinite_grads
     enable_backward_allreduce: bool
+    global_steps: int  # optimizer steps, also those before a resume
     checkpoint_engine: Any  # DeepSpeed's reader and writer of files
 
     @property

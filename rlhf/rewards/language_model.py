@@ -18,7 +18,7 @@ from typing import Any
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
 from rlhf.base.log import log
-from rlhf.rewards.server import Server
+from rlhf.base.server import Server
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import plural
+from rlhf.base.server import Server
 from rlhf.rewards.batch import prompt_text
-from rlhf.rewards.server import Server
 from rlhf.verifiers import REFERENCES, Scores, Text, references_of, setting, text_of
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log, plural
+from rlhf.base.server import shown_url
 from rlhf.config.choices import OnError
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import function_sources, node_name
@@ -21,7 +22,6 @@ from rlhf.data.records import Dataset, Prompt
 from rlhf.rewards.batch import NOT_TRAINING, columns_of, make_batch, reference_in
 from rlhf.rewards.functions import OF_THE_BATCH
 from rlhf.rewards.process import RewardProcess, Spec
-from rlhf.rewards.server import shown_url
 
 TRIED_ROWS = 4  # on which the functions are called before a model is loaded
 TRUTHS = ("ground_truth", "reward_model", "answer")  # where functions.verl_arguments looks

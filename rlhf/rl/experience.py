@@ -26,7 +26,7 @@ from rlhf.models.lora import merged_adapter
 from rlhf.models.wrappers import LogProbModel, Policy, Scorer
 from rlhf.rl import dschat
 from rlhf.rl.losses import sampler_weights
-from rlhf.sampling.batches import PromptBatch
+from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.continuous import continuous_generate
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.sampler import sample
@@ -34,6 +34,7 @@ from rlhf.sampling.token_choice import Sampling
 
 if TYPE_CHECKING:
     from rlhf.rl.rewards import Rewards
+    from rlhf.sampling.vllm import VllmSampler
 
 GENERATE = {
     RolloutEngine.native: sample,
@@ -171,6 +172,7 @@ class Models:
     gather: bool = True  # ZeRO-3: gather the actor's weights while sampling, else for every token
     merge: bool = True  # merge an adapter into the weights while sampling
     engine: RolloutEngine = RolloutEngine.native
+    vllm: VllmSampler | None = None  # with RolloutEngine.vllm
 
     def trained(self) -> dict[str, Engine[Policy] | Engine[Scorer]]:
         """The engines that are trained, by role."""
@@ -201,7 +203,7 @@ def make_experience(
     order += order[:1] * (-len(order) % world)  # as many rows on every rank; copies go below
     mine = order[rank::world]
     experience = sample_responses(models, prompts, mine, sampling, micro_batch)
-    own = not models.engine.is_foreign and sampling.beams == 1
+    own = sampling.beams == 1 and not models.engine.is_foreign
     exact = computes_in_fp32(models.actor) and own
     if pad_is_eos:
         dschat.guess_masks(experience, models.tokenizer.eos_token_id)
@@ -232,6 +234,10 @@ def sample_responses(
     actor, tokenizer = models.actor, models.tokenizer
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     width = max(map(len, prompts.ids))
+    if models.vllm is not None and sampling.beams == 1:
+        batch = PromptBatch(*pad_left([prompts.ids[i] for i in mine], pad_id))
+        sampled = models.vllm.sample(actor, tokenizer, batch, prompts.random[mine], sampling)
+        return unscored(batch, sampled, width, tokenizer)
     is_partitioned = any(hasattr(p, "ds_id") for p in actor.module.parameters())
     generate = GENERATE[models.engine if sampling.beams == 1 else RolloutEngine.hf]
     if generate is continuous_generate:
@@ -245,34 +251,42 @@ def sample_responses(
             is_copy = is_whole and collectives.world_size() > 1
             while_sampling.enter_context(merged_adapter(actor.module.hf, in_place=is_copy))
         for chunk in chunks(mine, micro_batch):
-            ids, mask = pad_left([prompts.ids[i] for i in chunk], pad_id)
+            batch = PromptBatch(*pad_left([prompts.ids[i] for i in chunk], pad_id))
             sampled = generate(
                 actor.module,
-                PromptBatch(ids, mask),
+                batch,
                 prompts.random[chunk],
                 eos_id,
                 sampling,
                 synced=is_partitioned and not is_whole,
             )
-            response, response_mask, logprobs = (x.cpu() for x in sampled)
-            pad = width - ids.shape[1]
-            zeros = torch.zeros_like(logprobs)
-            parts.append(
-                Experience(
-                    prompt_ids=F.pad(ids, (pad, 0), value=pad_id),
-                    prompt_mask=F.pad(mask, (pad, 0)),
-                    response_ids=response,
-                    response_mask=response_mask,
-                    loss_mask=response_mask,
-                    sampler_logprobs=logprobs,
-                    old_logprobs=logprobs.clone(),
-                    ref_logprobs=zeros,
-                    values=zeros.clone(),
-                    scores=logprobs.new_zeros(len(chunk), 0),
-                    finished=((response == eos_id) * response_mask).amax(1),
-                )
-            )
+            parts.append(unscored(batch, sampled, width, tokenizer))
     return Experience(*(torch.cat([getattr(p, name) for p in parts]) for name in sampled_fields()))
+
+
+def unscored(
+    prompts: PromptBatch,
+    sampled: SampledResponses,
+    width: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Experience:
+    """Responses with the sampler's log-probs. Args: width: of the padded prompts, tokens."""
+    response, response_mask, logprobs = (x.cpu() for x in sampled)
+    eos_id, pad = tokenizer.eos_token_id, width - prompts.ids.shape[1]
+    zeros = torch.zeros_like(logprobs)
+    return Experience(
+        prompt_ids=F.pad(prompts.ids, (pad, 0), value=tokenizer.pad_token_id),
+        prompt_mask=F.pad(prompts.mask, (pad, 0)),
+        response_ids=response,
+        response_mask=response_mask,
+        loss_mask=response_mask,
+        sampler_logprobs=logprobs,
+        old_logprobs=logprobs.clone(),
+        ref_logprobs=zeros,
+        values=zeros.clone(),
+        scores=logprobs.new_zeros(len(response), 0),
+        finished=((response == eos_id) * response_mask).amax(1),
+    )
 
 
 def correct_for_sampler(cfg: Config, experience: Experience) -> dict[str, float]:

@@ -38,6 +38,7 @@ from rlhf.models.wrappers import LogProbModel, Policy
 from rlhf.planning.memory import sampling_choices
 from rlhf.rl.experience import Models
 from rlhf.sampling.token_choice import Sampling
+from rlhf.sampling.vllm import engine_without_server
 from rlhf.training import likelihood
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.likelihood import response_logprobs
@@ -80,7 +81,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     reference = cached_logprobs(compute, used, cache_file(cfg, ref, pairs), ref.device)
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in held_out]
     held_out_reference = pair_logprobs(ref, held_out, lengths, pad_id, micro_batch)
-    engine = cfg.rollout.engine
+    engine = engine_without_server(cfg)
     models = Models(tokenizer, actor, ref, engine=engine, **sampling_choices(cfg))
     evaluation = Evaluation(cfg, models, data, held_out, held_out_reference)
 

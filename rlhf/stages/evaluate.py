@@ -56,6 +56,7 @@ from rlhf.rl.rewards import (
 )
 from rlhf.runs.checks import read_prompt_lines
 from rlhf.sampling.token_choice import Sampling
+from rlhf.sampling.vllm import engine_without_server
 from rlhf.training.likelihood import perplexity
 from rlhf.training.tracker import Tracker
 
@@ -305,7 +306,7 @@ def load_models(
         build_engine(load, cfg, "policy", run_dir),
         rewards=rewards.for_policy(tokenizer) if rewards else None,
         **sampling_choices(cfg),
-        engine=cfg.rollout.engine,
+        engine=engine_without_server(cfg),
     )
 
 

@@ -51,6 +51,7 @@ from rlhf.rl.update import Learner, pretraining_texts, update_policy
 from rlhf.runs.directory import write_json
 from rlhf.runs.run_files import WARNINGS
 from rlhf.sampling.token_choice import Sampling
+from rlhf.sampling.vllm import VllmSampler, running_sampler
 from rlhf.training.checkpoint import Checkpoints, Stateful
 from rlhf.training.setup import build_actor_and_reference, check_rows_left, open_inputs
 from rlhf.training.tracker import Tracker
@@ -67,12 +68,14 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
 
     Returns: the final metrics.
     """
-    with running_functions(cfg) as functions:
-        return train(cfg, run_dir, functions)
+    with running_functions(cfg) as functions, running_sampler(cfg, run_dir) as sampler:
+        return train(cfg, run_dir, functions, sampler)
 
 
-def train(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> dict[str, float]:
-    """As `run`. Args: functions: reward functions, which run in a process of their own."""
+def train(
+    cfg: Config, run_dir: Path, functions: RewardProcess | None, sampler: VllmSampler | None
+) -> dict[str, float]:
+    """As `run`. Args: functions, sampler: reward functions and vLLM, in processes of their own."""
     # 1. data
     check_reward_models(cfg)
     tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True, references=False)
@@ -85,6 +88,7 @@ def train(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> dict[s
 
     # 2. models: policy and reference, what scores responses, and the critic
     models = load_models(cfg, data, tokenizer, functions, run_dir)
+    models.vllm = sampler
     is_foreign = cfg.rollout.engine.is_foreign
     guards = Guards(cfg.deploy.precision, cfg.rl.dschat, cfg.rollout.temperature, is_foreign)
     guards.check_models(models)

@@ -24,6 +24,7 @@ from rlhf.models.wrappers import Policy
 from rlhf.planning.memory import sampling_choices
 from rlhf.rl.experience import Models
 from rlhf.sampling.token_choice import Sampling
+from rlhf.sampling.vllm import engine_without_server
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.likelihood import Row, end_probability, perplexity, response_nll_stats
 from rlhf.training.optimizer_step import optimizer_step
@@ -85,7 +86,7 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     metrics = {"eval/perplexity": perplexity(engine, held_out, pad_id, micro_batch)}
     ends = end_probability(engine, held_out, tokenizer.eos_token_id, pad_id, micro_batch)
     metrics["eval/eos_probability"] = ends
-    models = Models(tokenizer, engine, engine=cfg.rollout.engine, **sampling_choices(cfg))
+    models = Models(tokenizer, engine, engine=engine_without_server(cfg), **sampling_choices(cfg))
     measured, samples = evaluate_policy(
         models, data, max_prompt, max_response, Sampling(1.0), micro_batch
     )

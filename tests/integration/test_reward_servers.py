@@ -14,7 +14,7 @@ import pytest
 from reward_server import running
 
 from rlhf.base.errors import UserError
-from rlhf.rewards import server as requests
+from rlhf.base import server as requests
 from rlhf.rewards.judge import grade, judge
 from rlhf.rewards.language_model import cache_folder
 from rlhf.rewards.remote import remote

@@ -17,11 +17,11 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from rlhf.base import server as requests
 from rlhf.base.errors import UserError
-from rlhf.rewards import server as requests
+from rlhf.base.server import Server, retry_after, shown_url
 from rlhf.rewards.judge import judge
 from rlhf.rewards.remote import remote
-from rlhf.rewards.server import Server, retry_after, shown_url
 
 VARIABLE, KEY = "TEST_KEY", "sk-+/secret=5f0c"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

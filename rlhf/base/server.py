@@ -1,4 +1,4 @@
-"""JSON over HTTP, as rewards need it: repeated requests, errors of one line, a key nobody sees."""
+"""JSON over HTTP: repeated requests, errors of one line, a key nobody sees. No torch here."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Server:
     """
 
     url: str
-    timeout: float  # seconds for one request
+    timeout: float | None  # seconds for one request; None: no limit
     key_variable: str | None = None  # the environment variable with the API key
     secret: str = field(default="", repr=False)
     proxy: str = ""  # in words, where there is one

@@ -1,0 +1,55 @@
+"""What can be wrong with the server of rollout.engine=vllm, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+
+from rlhf.config.choices import RolloutEngine
+from rlhf.config.schema import Config
+
+
+def check_vllm(cfg: Config) -> Iterator[str]:
+    """The server that samples with rollout.engine=vllm."""
+    vllm = cfg.rollout.vllm
+    given = [name for name in ("url", "command") if getattr(vllm, name) is not None]
+    if cfg.rollout.engine != RolloutEngine.vllm:
+        for name in given:
+            yield (
+                f"rollout.vllm.{name}={getattr(vllm, name)}: only with rollout.engine=vllm, not "
+                f"{cfg.rollout.engine.name}"
+            )
+        return
+    if len(given) != 1:
+        how = "both are given" if given else "which server"
+        yield (
+            f"rollout.engine=vllm: {how}? Give rollout.vllm.url=http://HOST:PORT of one that runs, "
+            'or rollout.vllm.command=".venv-vllm/bin/vllm serve", which starts one '
+            "(docs/engines.md)"
+        )
+    if vllm.url is not None and not re.match(r"https?://[^/\s]+", vllm.url):
+        host = vllm.url.rpartition("@")[2]
+        yield f"rollout.vllm.url={host}: give an address that begins with http:// or https://"
+    if vllm.command is not None:
+        yield from check_vllm_command(cfg, vllm.command)
+
+
+def check_vllm_command(cfg: Config, command: str) -> Iterator[str]:
+    """What starts a server on this machine."""
+    key = f"rollout.vllm.command={command}"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        yield f"{key}: not a command ({error}); quote it as a shell needs it"
+        return
+    if "serve" not in words[1:]:
+        yield f"{key}: give the program and serve, as .venv-vllm/bin/vllm serve"
+    elif not shutil.which(words[0]):
+        yield (
+            f"{key}: there is no program {words[0]}; make setup-vllm installs one for CPUs, "
+            "docs/engines.md says how to on a GPU"
+        )
+    if cfg.deploy.nodes > 1:
+        yield f"{key} with deploy.nodes={cfg.deploy.nodes}: start a server, and give its address"

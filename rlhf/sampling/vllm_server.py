@@ -1,0 +1,264 @@
+"""A vLLM server: start it, give it weights, ask it, stop it. No torch here.
+
+vLLM needs other versions of torch and transformers than this project, so it is a program of its own
+in an environment of its own, asked over HTTP. Its developer mode, by which it reads new weights,
+runs any method that it is asked for: a server that is started here listens on this machine only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shlex
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rlhf.base import watchdog
+from rlhf.base.errors import UserError
+from rlhf.base.files import private_folder
+from rlhf.base.kept_process import KeptProcess
+from rlhf.base.log import log, plural
+from rlhf.base.server import Server, shown_url
+from rlhf.config.choices import Device, Precision
+from rlhf.config.schema import Config
+from rlhf.runs.locks import try_lock
+
+LOG = "vllm.log"  # in the run directory: what a server says that the run has started
+START_SECONDS = 1800.0  # until a server must answer; on a GPU it compiles for minutes
+EVERY = 0.5  # seconds between two looks at a server that starts
+REPORT_EVERY = 30.0  # seconds between two lines about a slow server
+HEALTH_SECONDS = 10.0  # to answer that it is there
+CACHE_WAITS = (0.0, 0.1, 0.5, 2.0, 5.0)  # seconds before each try to empty its cache
+CONNECTIONS = 256  # requests at the same time; the server orders them by itself
+DTYPES = {Precision.fp32: "float32", Precision.bf16: "bfloat16", Precision.autocast: "bfloat16"}
+# of our process group and our threads; and the keys of accounts
+NOT_HANDED_ON = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("DS_ACCELERATOR", "OMP_NUM_THREADS"),
+    *("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+)
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /reset_prefix_cache
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class ServerError(UserError):
+    """A server that does not answer, or not as it should."""
+
+
+class VllmServer:
+    """The server of a run.
+
+    Args:
+        log_file: of a server that this starts.
+        longest: tokens of a prompt and its response, at most.
+    """
+
+    def __init__(self, cfg: Config, log_file: Path, longest: int):
+        self.cfg, self.log_file, self.longest = cfg, log_file, longest
+        self.url = (cfg.rollout.vllm.url or "").rstrip("/")
+        self.process: KeptProcess | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the run starts and stops it."""
+        return self.cfg.rollout.vllm.command is not None
+
+    @property
+    def key(self) -> str:
+        """The setting that names it, for messages."""
+        if self.is_own:
+            return f"rollout.vllm.command={self.cfg.rollout.vllm.command}"
+        return f"rollout.vllm.url={shown_url(self.url)}"
+
+    # ------------------------------------------------------------------------- its process
+
+    def start(self, model: Path) -> None:
+        """Start a server with a model, and wait until it answers.
+
+        Raises: UserError with the last line that it has said.
+        """
+        self.stop()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        environment = {k: v for k, v in os.environ.items() if k not in NOT_HANDED_ON}
+        if self.cfg.deploy.device == Device.cpu:
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        command = self.command(model, port)
+        log.info(f"starting the vLLM server: {shlex.join(command)}")
+        self.process = KeptProcess(command, environment | ENVIRONMENT, self.log_file)
+        started = next_report = time.monotonic()
+        while not self.is_healthy():
+            watchdog.progress()
+            now = time.monotonic()
+            code = self.process.exit_code()
+            if code is not None or now > started + START_SECONDS:
+                how = f"does not answer after {START_SECONDS:g} s" if code is None else ""
+                self.stop()
+                raise UserError(
+                    f"{self.key}: the server {how or f'ended with exit code {code}'}: "
+                    f"{last_words(self.log_file)}; all that it said: {self.log_file}"
+                )
+            if now > next_report + REPORT_EVERY:
+                log.info(f"the vLLM server is starting, for {now - started:.0f} s: {self.log_file}")
+                next_report = now
+            time.sleep(EVERY)
+        log.info(f"the vLLM server answers after {time.monotonic() - started:.0f} s: {self.url}")
+
+    def command(self, model: Path, port: int) -> list[str]:
+        """The user's command, with our options behind `serve` and the user's after them."""
+        words = shlex.split(self.cfg.rollout.vllm.command or "")
+        place = words.index("serve") + 1
+        ours = [str(model), "--host", "127.0.0.1", "--port", str(port)]
+        ours += ["--served-model-name", "policy", "--dtype", DTYPES[self.cfg.deploy.precision]]
+        ours += ["--max-model-len", str(self.longest)]
+        ours += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+        return words[:place] + ours + words[place:]
+
+    def stop(self) -> None:
+        """End a server that the run has started."""
+        if self.process:
+            self.process.close()
+            self.process = None
+
+    def is_healthy(self) -> bool:
+        """Whether it answers, and its engine is well."""
+        try:
+            answer = httpx.get(
+                f"{self.url}/health", timeout=HEALTH_SECONDS, trust_env=not self.is_own
+            )
+        except httpx.TransportError:
+            return False
+        return answer.is_success
+
+    def check(self) -> None:
+        """Check a server that the run has not started. Raises: UserError with what is missing."""
+        if not self.is_healthy():
+            raise UserError(
+                f"{self.key}: no server answers there: start one, or correct the address"
+            )
+        try:
+            self.ask("reset_prefix_cache", {})
+        except ServerError:
+            raise UserError(
+                f"{self.key}: the server cannot take new weights: start it with "
+                "VLLM_SERVER_DEV_MODE=1 in its environment"
+            ) from None
+        models = httpx.get(f"{self.url}/v1/models", timeout=HEALTH_SECONDS).json()["data"]
+        room = models[0].get("max_model_len") or self.longest
+        if room < self.longest:
+            raise UserError(
+                f"{self.key}: the server reads {room} tokens at most, and a prompt with its "
+                f"response has up to {self.longest}: start it with --max-model-len {self.longest}"
+            )
+
+    # ------------------------------------------------------------------------ its answers
+
+    def load(self, model: Path) -> None:
+        """Replace its weights, and forget what it has computed with the old ones.
+
+        Raises: ServerError.
+        """
+        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+        self.ask("collective_rpc", arguments)
+        for wait in CACHE_WAITS:  # it keeps what the last responses have used for a moment
+            time.sleep(wait)
+            if self.ask("reset_prefix_cache", {})["success"]:
+                return
+        raise ServerError(
+            f"{self.key}: the server does not forget what it has computed with the old weights: "
+            "another program is using it"
+        )
+
+    def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The answer to one request. Raises: ServerError."""
+        return asyncio.run(self._ask_all(path, [body], ""))[0]
+
+    def complete(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The answers of /v1/completions, at the same time. Raises: ServerError."""
+        return asyncio.run(self._ask_all("v1/completions", bodies, "the vLLM server has answered"))
+
+    async def _ask_all(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], report: str
+    ) -> list[Any]:
+        """Args: report: begins the lines about a slow server; empty: none."""
+        server = Server(f"{self.url}/{path}", timeout=None)
+        free = asyncio.Semaphore(CONNECTIONS)
+
+        async def post(body: Mapping[str, Any]) -> Any:
+            async with free:
+                return await server.post(body)
+
+        try:
+            async with server.open():
+                waiting = [asyncio.create_task(post(body)) for body in bodies]
+                reporting = asyncio.create_task(report_progress(waiting, report))
+                try:
+                    return await asyncio.gather(*waiting)
+                finally:
+                    for task in (reporting, *waiting):
+                        task.cancel()
+        except UserError as error:
+            raise ServerError(str(error)) from None
+
+
+async def report_progress(tasks: Sequence[asyncio.Task[Any]], what: str) -> None:
+    """Say every 30 s how many requests are answered."""
+    started = time.monotonic()
+    while what:
+        await asyncio.sleep(REPORT_EVERY)
+        done = sum(task.done() for task in tasks)
+        log.info(
+            f"{what} {done} of {plural(len(tasks), 'request')} after "
+            f"{time.monotonic() - started:.0f} s"
+        )
+
+
+@contextlib.contextmanager
+def hold_url(url: str) -> Iterator[None]:
+    """Within this context no other run on this machine uses a server.
+
+    Raises: UserError where one does.
+    """
+    address = str(httpx.URL(url).copy_with(username=None, password=None, path="/", query=None))
+    name = hashlib.sha256(address.encode()).hexdigest()[:16]
+    try:
+        folder = private_folder(Path(tempfile.gettempdir()) / f"rlhf-vllm-{os.getuid()}")
+    except OSError as error:
+        raise UserError(f"no folder for the locks of servers: {error}") from None
+    with try_lock(folder / name) as is_free:
+        if not is_free:
+            raise UserError(
+                f"rollout.vllm.url={shown_url(url)}: another run uses this server, and both "
+                "would give it weights: start a second server, or wait for that run"
+            )
+        yield
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def last_words(file: Path) -> str:
+    """The last line of a log that names an error; else its last line."""
+    lines = [
+        line.strip() for line in file.read_text(encoding="utf-8", errors="replace").split("\n")
+    ]
+    errors = [line for line in lines if "Error" in line]
+    said = [line for line in lines if line]
+    return (errors or said or ["it said nothing"])[-1]
