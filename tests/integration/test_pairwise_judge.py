@@ -9,12 +9,12 @@ import pytest
 from helpers import composed
 from reward_server import Running, running
 
+from rlhf.base import server as requests
 from rlhf.base.errors import UserError
 from rlhf.config.choices import OnError
 from rlhf.config.stage_nodes import Judge, RewardSource
 from rlhf.data.records import Prompt, Turn
 from rlhf.evaluation.win_rates import comparing_judges, win_rates
-from rlhf.base import server as requests
 from rlhf.rewards.pairwise import PairwiseJudge, compare, in_both_orders, verdict
 from rlhf.rewards.rubric import render
 from rlhf.rewards.trial import spec_of

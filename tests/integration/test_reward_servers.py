@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from reward_server import running
 
-from rlhf.base.errors import UserError
 from rlhf.base import server as requests
+from rlhf.base.errors import UserError
 from rlhf.rewards.judge import grade, judge
 from rlhf.rewards.language_model import cache_folder
 from rlhf.rewards.remote import remote
