@@ -111,11 +111,7 @@ class VllmSampler:
             untie = self.server.is_own and self.server.cfg.deploy.device == Device.cpu
             with announced("writing the weights for vLLM"), watchdog.while_files_move():
                 write_model(actor.module.hf, weights, tokenizer, self.model, untie)
-                if before is None and self.server.is_own:
-                    self.server.start(self.model)
-                else:
-                    self.server.load(self.model)
-            self.check(expected)
+            self.renew(expected)
             if before is not None and before != self.model:
                 remove(before)
         self.steps = actor.global_steps
@@ -124,15 +120,33 @@ class VllmSampler:
     def replace_server(
         self, problem: str, actor: Engine[Policy], rows: Sequence[Sequence[int]]
     ) -> None:
-        """Start a server that has died once more. Raises: UserError where it cannot be."""
+        """Start a server that has died while it sampled. Raises: UserError where it cannot be."""
         expected = self.expected_logprobs(actor, rows)
-        if self.held is not None and self.model:
-            if not self.server.is_own or self.server.is_healthy():
-                raise UserError(problem)
-            log.warning(f"the vLLM server has died and is started again: {problem}")
+        if self.held is not None:
+            self.restart(problem, expected)
+        self.share_url()
+
+    def renew(self, expected: list[tuple[Sequence[int], list[float]]]) -> None:
+        """Let the server take the weights in `self.model`, and start it where it does not run."""
+        assert self.model
+        if self.server.is_own and self.server.process is None:
             self.server.start(self.model)
             self.check(expected)
-        self.share_url()
+            return
+        try:
+            self.server.load(self.model)
+            self.check(expected)
+        except ServerError as error:
+            self.restart(str(error), expected)
+
+    def restart(self, problem: str, expected: list[tuple[Sequence[int], list[float]]]) -> None:
+        """Start a server that has died. Raises: UserError where it has not, or is not ours."""
+        assert self.model
+        if not self.server.is_own or self.server.is_healthy():
+            raise UserError(problem)
+        log.warning(f"the vLLM server has died and is started again: {problem}")
+        self.server.start(self.model)
+        self.check(expected)
 
     def share_url(self) -> None:
         """Tell all ranks where the server of the first one is; they wait while it starts."""
