@@ -30,6 +30,7 @@ from rlhf.runs.command import Command
 
 REPO = Path(__file__).parents[1]
 CONF = REPO / "conf"
+VLLM = Path(os.environ.get("RLHF_VLLM", REPO / ".venv-vllm" / "bin" / "vllm"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 PRESETS = sorted(path.stem for path in (CONF / "rl").glob("*.yaml"))  # of online RL
 STAGES = sorted([*(path.stem for path in (CONF / "stage").glob("*.yaml")), *PRESETS])

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SMALL, SWEEP, Demo, composed, page_commands, train, undocumented
+from helpers import REPO, SMALL, SWEEP, VLLM, Demo, composed, page_commands, train, undocumented
 
 from rlhf.config.deployment import world_size
 from rlhf.config.validation import check_config
@@ -51,7 +51,8 @@ def test_make_targets(command: str) -> None:
     done = subprocess.run([*shlex.split(command), "-n"], cwd=REPO, capture_output=True, text=True)
     assert (
         done.returncode == 0
-        and {"make demo": "train.py", "make test": "pytest"}[command] in done.stdout
+        and {"make demo": "train.py", "make test": "pytest", "make setup-vllm": ""}[command]
+        in done.stdout
     )
 
 
@@ -76,6 +77,10 @@ RARE = [c for c in TRAINING if LONG.search(c) or c not in OF_README]
 )
 def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
+    if "vllm" in command:
+        if not VLLM.exists():
+            pytest.skip(f"no {VLLM}: make setup-vllm installs it")
+        args = [arg.replace(".venv-vllm/bin/vllm", str(VLLM)) for arg in args]
     rows = [
         {"prompt": f"May I have dishes {a} and {b}?", "chosen": f"Yes, {a}.", "rejected": "No."}
         for a in range(14)

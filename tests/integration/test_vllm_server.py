@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import REPO, SMALL, composed, metrics, runs_in
+from helpers import REPO, SMALL, VLLM, composed, metrics, runs_in
 from scipy import stats
 
 from rlhf.base.errors import UserError
@@ -29,12 +29,11 @@ from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.sampler import sample
 from rlhf.sampling.token_choice import Sampling
 
-PROGRAM = Path(os.environ.get("RLHF_VLLM", REPO / ".venv-vllm" / "bin" / "vllm"))
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif(not PROGRAM.exists(), reason=f"no {PROGRAM}: make setup-vllm installs it"),
+    pytest.mark.skipif(not VLLM.exists(), reason=f"no {VLLM}: make setup-vllm installs it"),
 ]
-COMMAND = f'rollout.vllm.command="{PROGRAM} serve --enforce-eager"'
+COMMAND = f'rollout.vllm.command="{VLLM} serve --enforce-eager"'
 ENGINE = ["rollout.engine=vllm", COMMAND]
 EOS = 2
 PROMPTS = [[5, 6, 7], [8, 9], [*range(20, 34)], [300]]
@@ -248,7 +247,7 @@ def test_a_tied_output_layer_that_a_cpu_does_not_renew_is_noticed(
 
 
 def test_a_server_that_cannot_start_is_one_line(actor: Any, tokenizer: Any, tmp_path: Path) -> None:
-    command = f'rollout.vllm.command="{PROGRAM} serve --no-such-option"'
+    command = f'rollout.vllm.command="{VLLM} serve --no-such-option"'
     cfg = composed("stage=ppo", "rollout.engine=vllm", command)
     with (
         vllm.running_sampler(cfg, tmp_path) as sampler,
@@ -319,7 +318,7 @@ def test_a_run_goes_on_where_its_server_is_killed(plain: tuple[Path, str], tmp_p
         time.sleep(0.05)
     for pid in descendants(process.pid):
         program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if str(PROGRAM).encode() in program[:2]:
+        if str(VLLM).encode() in program[:2]:
             os.kill(pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
