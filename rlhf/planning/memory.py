@@ -10,11 +10,12 @@ from functools import cached_property
 from typing import Any, TypedDict
 
 from rlhf.base.errors import UserError
-from rlhf.config.choices import Decoding
+from rlhf.config.choices import Decoding, RolloutEngine
 from rlhf.config.deployment import BYTES, built_stage, world_size
 from rlhf.config.schema import Arch, Config, Model
 from rlhf.config.stage_graph import (
     adapter_only,
+    is_rl,
     is_stage_name,
     node_name,
     parent_stages,
@@ -384,6 +385,8 @@ class StageNeeds:
         return (self.cfg.checkpoint.keep + 1) * one
 
     def all_notes(self) -> list[str]:
+        if self.cfg.rollout.engine == RolloutEngine.vllm and is_rl(self.stage):
+            return [*self.notes, "the memory of the vLLM server is not counted"]
         if self.gathers:
             return self.notes
         moved = self.size * self.roles[0].parameters / GIB

@@ -30,6 +30,11 @@ TOLERANCE = {p: (1e-4, 1e-3) if p == Precision.fp32 else (0.05, math.inf) for p 
 # weights. Beyond the tolerance it is logged; the run stops beyond this mean, nats. Not yet compared
 # with what kernels of GPUs do.
 SAMPLER_LIMIT = 0.2
+OF_OUR_LOOP = "cache, positions, masks or temperature of one of them are wrong"
+OF_ANOTHER_PROGRAM = (
+    "rollout.engine samples from other weights, in another precision or temperature (vLLM: "
+    "--dtype, --logprobs-mode processed_logprobs); rollout.engine=native shows whether it is that"
+)
 MEASURED = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values")
 
 
@@ -139,7 +144,7 @@ class Guards:
         line = (
             "the sampling loop and the training forward pass disagree: "
             f"{describe_gap(mean, worst)}, allowed {limit:g}: "
-            "cache, positions, masks or temperature of one of them are wrong"
+            + (OF_ANOTHER_PROGRAM if self.foreign_sampler else OF_OUR_LOOP)
         )
         ok = mean <= self.mean_limit and worst <= self.max_limit
         ok = ok or (self.foreign_sampler and mean <= self.sampler_limit)

@@ -319,22 +319,34 @@ def weights_folder(cfg: Config, run_dir: Path, size: int) -> Iterator[Path]:
 
     Args: size: of the weights, bytes; there are two versions for a moment.
     """
-    if given := cfg.rollout.vllm.weights_dir:
-        everyone = Path(given).absolute() / "rlhf-vllm"
-        everyone.mkdir(parents=True, exist_ok=True)
-    else:
-        has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2.5 * size
-        base = SHARED_MEMORY if has_room else run_dir.absolute()
-        everyone = private_folder(base / f"rlhf-vllm-{os.getuid()}")
-    for other in everyone.iterdir():
-        if other.is_dir() and time.time() - other.stat().st_mtime > NEW:
-            with try_lock(other / LOCK) as is_free:
-                if is_free:
-                    shutil.rmtree(other, ignore_errors=True)
-    folder = everyone / f"{run_dir.name}-{os.getpid()}"
-    folder.mkdir()
+    given = cfg.rollout.vllm.weights_dir
+    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2.5 * size
+    base = Path(given or (SHARED_MEMORY if has_room else run_dir)).absolute()
+    folder = base / f"rlhf-vllm-{os.getuid()}" / f"{run_dir.name}-{os.getpid()}"
+    try:
+        if given:  # the server may be another user's
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            private_folder(folder.parent)
+        remove_left_folders(folder.parent)
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(
+            f"rollout.vllm.weights_dir={given or 'null'}: no weights can be written to {base} "
+            f"({error.strerror or error}): give another folder that both can use"
+        ) from None
     with try_lock(folder / LOCK):
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left_folders(everyone: Path) -> None:
+    """Delete the folders of runs that have ended without doing so."""
+    for other in everyone.iterdir():
+        with contextlib.suppress(OSError):  # another run deletes it, too
+            if other.is_dir() and time.time() - other.stat().st_mtime > NEW:
+                with try_lock(other / LOCK) as is_free:
+                    if is_free:
+                        shutil.rmtree(other, ignore_errors=True)

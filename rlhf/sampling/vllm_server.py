@@ -138,7 +138,7 @@ class VllmServer:
             answer = httpx.get(
                 f"{self.url}/health", timeout=HEALTH_SECONDS, trust_env=not self.is_own
             )
-        except httpx.TransportError:
+        except (httpx.TransportError, httpx.InvalidURL):
             return False
         return answer.is_success
 
@@ -155,8 +155,13 @@ class VllmServer:
                 f"{self.key}: the server cannot take new weights: start it with "
                 "VLLM_SERVER_DEV_MODE=1 in its environment"
             ) from None
-        models = httpx.get(f"{self.url}/v1/models", timeout=HEALTH_SECONDS).json()["data"]
-        room = models[0].get("max_model_len") or self.longest
+        try:
+            answer = httpx.get(f"{self.url}/v1/models", timeout=HEALTH_SECONDS)
+            room = int(answer.json()["data"][0]["max_model_len"])
+        except (httpx.TransportError, ValueError, LookupError, TypeError):
+            raise UserError(
+                f"{self.key}: this is no vLLM server: it does not say which model it has"
+            ) from None
         if room < self.longest:
             raise UserError(
                 f"{self.key}: the server reads {room} tokens at most, and a prompt with its "
@@ -231,7 +236,10 @@ def hold_url(url: str) -> Iterator[None]:
 
     Raises: UserError where one does.
     """
-    address = str(httpx.URL(url).copy_with(username=None, password=None, path="/", query=None))
+    try:
+        address = str(httpx.URL(url).copy_with(username=None, password=None, path="/", query=None))
+    except httpx.InvalidURL as error:
+        raise UserError(f"rollout.vllm.url={shown_url(url)}: not a URL: {error}") from None
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
     try:
         folder = private_folder(Path(tempfile.gettempdir()) / f"rlhf-vllm-{os.getuid()}")

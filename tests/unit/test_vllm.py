@@ -155,7 +155,7 @@ class Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        self.answer(200, {"data": [{"max_model_len": 64}]})
+        self.answer(200, self.server.models)  # type: ignore[attr-defined]
 
     def do_POST(self) -> None:
         can = self.server.is_developer  # type: ignore[attr-defined]
@@ -174,6 +174,7 @@ class Answers(BaseHTTPRequestHandler):
 def address() -> Iterator[tuple[str, Any]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         server.is_developer = False  # type: ignore[attr-defined]
+        server.models = {"data": [{"max_model_len": 64}]}  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}", server
         server.shutdown()
@@ -196,6 +197,11 @@ def test_a_server_that_cannot_be_used_is_refused_with_what_is_missing(
     by_url(url, tmp_path).check()
     with pytest.raises(UserError, match="reads 64 tokens at most.* up to 65.*--max-model-len 65"):
         by_url(url, tmp_path, longest=65).check()
+    server.models = {"models": []}
+    with pytest.raises(UserError, match="this is no vLLM server"):
+        by_url(url, tmp_path).check()
+    with pytest.raises(UserError, match="rollout.vllm.url=.*not a URL"), hold_url("http://[::1/"):
+        pass
 
 
 def test_a_server_that_one_run_holds_is_refused_to_another(tmp_path: Path) -> None:
@@ -252,6 +258,13 @@ def test_the_run_directory_takes_what_memory_has_no_room_for(tmp_path: Path) -> 
     given = composed(*OWN, f"rollout.vllm.weights_dir={tmp_path}/shared")
     with vllm.weights_folder(given, run_dir, 10) as folder:
         assert tmp_path / "shared" in folder.parents
+    (tmp_path / "file").touch()
+    wrong = composed(*OWN, f"rollout.vllm.weights_dir={tmp_path}/file")
+    with (
+        pytest.raises(UserError, match=r"weights_dir=.*/file: no weights can be written"),
+        vllm.weights_folder(wrong, run_dir, 10),
+    ):
+        pass
 
 
 # ------------------------------------------------------------------------------ a program of ours
