@@ -18,13 +18,7 @@ from rlhf.planning.memory import make_plan
 STAGES = ("sft", "rm", "dpo", "grpo", "ppo")
 RANKS = {"full": 0, "LoRA": 16}
 NOT_FOR_A_GPU = ("custom", "tiny")  # of conf/model: without a shape, and for tests
-FRUGAL = (
-    "deploy=single_gpu",
-    "deploy.precision=bf16",
-    "deploy.micro_batch=1",
-    "deploy.eval_micro_batch=16",
-    "deploy.activation_checkpointing=true",
-)
+FRUGAL = "deploy=small_gpu"
 
 
 def models() -> list[str]:
@@ -37,7 +31,7 @@ def peaks(model: str, memory: float) -> Iterator[tuple[str, str, float, bool]]:
     """Stage, kind of training, peak in GiB, and whether it fits into so many GiB."""
     for kind, rank in RANKS.items():
         for stage in STAGES:
-            typed = [f"stage={stage}", f"actor={model}", f"reward={model}", *FRUGAL]
+            typed = [f"stage={stage}", f"actor={model}", f"reward={model}", FRUGAL]
             typed += [f"actor.lora.rank={rank}", f"reward.lora.rank={rank}"]
             typed += [f"deploy.gpu_memory_gb={memory}"]
             plan = make_plan(compose.typed_config(compose.compose_alone(typed, [])), stage)
@@ -82,8 +76,9 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     Console().print(table)
-    keys = " ".join(FRUGAL)
-    print(f"-: does not fit. With {keys}; LoRA of rank {RANKS['LoRA']}; reward model as the actor.")
+    print(
+        f"-: does not fit. With {FRUGAL}; LoRA of rank {RANKS['LoRA']}; reward model as the actor."
+    )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_help_of_a_key_shows_the_value_that_a_command_would_have(tmp_path: Path)
         ("stage=gr", "stage=grpo"),
         ("pipeline=d", "pipeline=dapo pipeline=dpo pipeline=dr_grpo pipeline=dschat"),
         ("rl=g", "rl=grpo rl=gspo"),
-        ("deploy=s", "deploy=single_gpu deploy=single_node"),
+        ("deploy=s", "deploy=single_gpu deploy=single_node deploy=small_gpu"),
         ("sweep=s", "sweep=seeds"),
         ("experiment=o", "experiment=opt1.3b_lora experiment=overoptimisation"),
         ("rl.rewards.", "rl.rewards.model."),

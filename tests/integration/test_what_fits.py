@@ -33,7 +33,7 @@ def test_a_row_has_the_peaks_of_the_plans() -> None:
                 f"stage={stage}",
                 "actor=opt1.3b",
                 "reward=opt1.3b",
-                *what_fits.FRUGAL,
+                what_fits.FRUGAL,
                 f"actor.lora.rank={rank}",
                 f"reward.lora.rank={rank}",
                 "deploy.gpu_memory_gb=24",
