@@ -54,7 +54,7 @@ def test_the_command_prints_the_table() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any(line.split()[:1] == ["smollm2-135m"] for line in lines)
-    assert "does not fit" in lines[-1] and "deploy.micro_batch=1" in lines[-1]
+    assert "does not fit" in lines[-1] and "deploy=small_gpu" in lines[-1]
 
 
 @pytest.mark.parametrize(
