@@ -17,7 +17,7 @@ from markupsafe import Markup
 from rlhf.app import pages
 from rlhf.base.commands import CHECKOUT
 from rlhf.base.log import printable
-from rlhf.base.own_processes import end_with_parent, own_source
+from rlhf.base.own_processes import own_source
 from rlhf.config import presets
 
 FRAME = Markup(
@@ -46,7 +46,7 @@ def build(roots: Sequence[Path]) -> None:
     )
     shown = gr.HTML(elem_id="data-page")
 
-    options = {"api_name": False, "show_progress": "hidden"}
+    options = {"api_visibility": "private", "show_progress": "hidden"}
     Context.root_block.load(
         lambda: gr.Dropdown(choices=page_choices(roots)), None, found, **options
     )
@@ -103,7 +103,7 @@ def inspector(roots: Sequence[Path]) -> Callable[[str, str], Iterator[list[Any]]
 
 
 def run_command(arguments: Sequence[str], folder: Path) -> Iterator[str]:
-    """The lines that `python train.py ARGUMENTS` prints. It ends with this process."""
+    """The lines that `python train.py ARGUMENTS` prints."""
     process = subprocess.Popen(
         [sys.executable, str(CHECKOUT / "train.py"), *arguments],
         cwd=folder,
@@ -113,7 +113,6 @@ def run_command(arguments: Sequence[str], folder: Path) -> Iterator[str]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=end_with_parent,
     )
     assert process.stdout
     with process, process.stdout as output:

@@ -15,7 +15,7 @@ from rlhf.app.guard import Guard
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # local
 CSS = """
-.gradio-container { max-width: 1500px !important; margin: auto; }
+.gradio-container { max-width: min(1500px, 100vw) !important; min-width: 0; margin: auto; }
 .run-details { overflow-wrap: anywhere; }
 .run-details pre { white-space: pre-wrap; }
 .run-details .scroll { overflow-x: auto; }

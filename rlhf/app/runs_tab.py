@@ -75,20 +75,24 @@ def build(roots: Sequence[Path]) -> None:
         elem_id="runs-chosen",
     )
     with gr.Row():
-        follow = gr.Checkbox(True, label="also what is running", elem_id="runs-follow")
-        window = gr.Dropdown(WINDOWS, value=1, label="Running mean over steps")
-        log_axis = gr.Checkbox(False, label="log axis")
-        by_seed = gr.Checkbox(False, label="single runs, no bands")
+        follow = gr.Checkbox(
+            True, label="also what is running", elem_id="runs-follow", min_width=140
+        )
+        window = gr.Dropdown(WINDOWS, value=1, label="Running mean over steps", min_width=140)
+        log_axis = gr.Checkbox(False, label="log axis", min_width=140)
+        by_seed = gr.Checkbox(False, label="single runs, no bands", min_width=140)
     legend = gr.HTML(elem_id="runs-legend")
     with gr.Row(elem_id="runs-plots"):
-        plots = [gr.Plot(visible=False, min_width=330) for _ in range(MAX_FIGURES)]
+        plots = [
+            gr.Plot(visible=False, show_label=False, min_width=330) for _ in range(MAX_FIGURES)
+        ]
     details = gr.HTML(elem_id="runs-details")
     look = Look(table, chosen, group_by, note, legend, plots, details, gr.State({}))
     settings = [words, group_by, chosen, follow, window, log_axis, by_seed]
 
     update = updater(roots)
     inputs = [look.before, *settings]
-    options = {"show_progress": "hidden", "concurrency_limit": BROWSERS, "api_name": False}
+    options = {"show_progress": "hidden", "concurrency_limit": BROWSERS, "api_visibility": "private"}
     timer = gr.Timer(SECONDS)
     gr.on(
         [Context.root_block.load, timer.tick, *(one.change for one in settings)],
@@ -146,7 +150,7 @@ def state_of(
     if drawing.hidden:
         notes.append(f"{drawing.hidden} more figures are not shown: choose fewer runs")
     return {
-        "table": runs_view.table(listed, words, group_by),
+        "table": runs_view.table(listed, words, group_by, names),
         "choices": listed.names,
         "kept": kept if gone else None,
         "groups": runs_view.settings_that_differ(listed.runs),

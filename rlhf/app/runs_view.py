@@ -39,7 +39,8 @@ from rlhf.runs.progress import progress_of
 from rlhf.runs.run_files import ENVIRONMENT
 from rlhf.runs.stage_views import KINDS, view_of
 
-HEADER = ["run", "stage", "status", "progress", "time left", "metrics", "settings", "sweep"]
+HEADER = ["", "run", "status", "progress", "time left", "settings", "metrics", "sweep"]
+CHOSEN = "✓"  # in the first column
 MAX_FIGURES = 20  # of the chosen runs
 MAX_DETAILS = 6  # chosen runs whose files and samples are shown
 MAX_SAMPLES = 8
@@ -92,11 +93,17 @@ def matches(run: Run, words: str) -> bool:
     return all(word in text for word in words.lower().split())
 
 
-def table(listed: Listed, words: str, group_by: Sequence[str]) -> list[list[str]]:
+def table(
+    listed: Listed, words: str, group_by: Sequence[str], chosen: Sequence[str]
+) -> list[list[str]]:
     """Rows of HEADER for the runs that match, those of a group together."""
     shown = [(n, run) for n, run in zip(listed.names, listed.runs) if matches(run, words)]
     keys = label_keys([run for _, run in shown], group_by)
-    rows = [(run, row_of(name, run, keys.get(run.kind, []))) for name, run in shown]
+    marks = {name: CHOSEN for name in chosen}
+    rows = [
+        (run, [marks.get(name, ""), *row_of(name, run, keys.get(run.kind, []))])
+        for name, run in shown
+    ]
     if group_by:
         rows.sort(key=lambda pair: [format_value(pair[0].settings.get(key)) for key in group_by])
     return [row for _, row in rows]
@@ -113,17 +120,16 @@ def label_keys(runs: Sequence[Run], group_by: Sequence[str]) -> dict[str, list[s
 
 
 def row_of(name: str, run: Run, keys: Sequence[str]) -> list[str]:
-    """A row of HEADER."""
+    """A row of HEADER, without its first cell."""
     progress = progress_of(run)
     has_steps = bool(run.stage and view_of(run.stage).step_name)
     return [
         name,
-        run.stage,
         run.status_text,
         str(progress) if has_steps else "",
         progress.time_left,
-        key_metrics(run),
         run_label(run, keys) if any(key in run.settings for key in keys) else "",
+        key_metrics(run),
         ", ".join(run.sweeps),
     ]
 
