@@ -91,6 +91,8 @@ def show(roots: list[Path], host: str, port: int) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises: UserError where that is not possible."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port {port}: a port is a number from 0 to 65535")
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -99,9 +101,10 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(128)
     except socket.gaierror as error:
         raise UserError(f"--host {host}: {error.strerror}") from None
-    except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no such port"
-        raise UserError(f"--host {host} --port {port}: {why}; choose another --port") from None
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror}; choose another --port"
+        ) from None
     return listening
 
 

@@ -15,7 +15,8 @@ from rlhf.app.guard import Guard
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # local
 CSS = """
-.gradio-container { max-width: min(1500px, 100vw) !important; min-width: 0; margin: auto; }
+.gradio-container { max-width: min(1500px, 100vw) !important; min-width: 0;
+  width: 100%; margin: auto; }
 .run-details { overflow-wrap: anywhere; }
 .run-details pre { white-space: pre-wrap; }
 .run-details .scroll { overflow-x: auto; }
@@ -23,6 +24,7 @@ CSS = """
 .run-details th { text-align: left; padding: .2em .6em; }
 .run-details dl { display: grid; grid-template-columns: minmax(6em, max-content) 1fr; gap: 0 1em; }
 .run-details dd { margin: 0; } .run-details .warning { color: #c2410c; }
+#data-log textarea { font: 12px ui-monospace, monospace; white-space: pre; overflow-x: auto; }
 .run-details a { text-decoration: underline; }
 """
 

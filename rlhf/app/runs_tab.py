@@ -92,7 +92,11 @@ def build(roots: Sequence[Path]) -> None:
 
     update = updater(roots)
     inputs = [look.before, *settings]
-    options = {"show_progress": "hidden", "concurrency_limit": BROWSERS, "api_visibility": "private"}
+    options = {
+        "show_progress": "hidden",
+        "concurrency_limit": BROWSERS,
+        "api_visibility": "private",
+    }
     timer = gr.Timer(SECONDS)
     gr.on(
         [Context.root_block.load, timer.tick, *(one.change for one in settings)],

@@ -88,6 +88,8 @@ def list_runs(roots: Sequence[Path]) -> Listed:
 
 def matches(run: Run, words: str) -> bool:
     """Whether all words are in what the table shows of a run, or in a setting (key=value)."""
+    if not words:
+        return True
     settings = (f"{key}={format_value(value)}" for key, value in run.settings.items())
     text = "\n".join([run.name, run.status, *run.sweeps, *settings]).lower()
     return all(word in text for word in words.lower().split())
