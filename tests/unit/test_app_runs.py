@@ -116,7 +116,7 @@ def test_labels_are_no_markup_for_plotly(tmp_path: Path) -> None:
     drawing = runs_view.draw(listed.runs, [], 1, False, False)
     assert "<a href='https" not in drawing.legend and "<b>x" not in drawing.legend
     names = [trace["name"] for _, figure in drawing.figures for trace in figure["data"]]
-    assert any("&lt;a href=" in name for name in names) and not any("<" in n for n in names)
+    assert any("&lt;/a&gt;" in name for name in names) and not any("<" in n for n in names)
 
 
 def test_a_running_run_has_progress_and_time_left(tmp_path: Path) -> None:
