@@ -111,18 +111,23 @@ def watch(paths: list[Path], out: Path | None) -> None:
     from rlhf.reporting.report_page import write_page
 
     file, title = page_of(paths, out)
-    runs, shown = find_runs(paths), None
+    runs, problem = find_runs(paths), ""
+    shown = state_of(runs)
+    write_page(runs, file, title, reload=WATCH_SECONDS)
     say(f"{file}: open it in a browser; it follows the runs until Ctrl-C")
     try:
         while True:
-            if (now := state_of(runs)) != shown:
-                write_page(runs, file, title, reload=WATCH_SECONDS)
-                shown = now
-            time.sleep(WATCH_SECONDS)
             try:
+                if (now := state_of(runs)) != shown:
+                    write_page(runs, file, title, reload=WATCH_SECONDS)
+                    shown = now
+                time.sleep(WATCH_SECONDS)
                 runs = find_runs(paths)
-            except UserError as error:  # they have been deleted, others may come
-                say(str(error))
+            except UserError as error:  # runs have been deleted, others may come
+                if str(error) != problem:
+                    say(problem := str(error))
+                runs = []
+                time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
         write_page(runs, file, title)  # what stays does not reload itself
         say(f"{file}: complete")
