@@ -24,6 +24,7 @@ CSS = """
 .run-details th { text-align: left; padding: .2em .6em; }
 .run-details dl { display: grid; grid-template-columns: minmax(6em, max-content) 1fr; gap: 0 1em; }
 .run-details dd { margin: 0; } .run-details .warning { color: #c2410c; }
+#runs-options .form { flex-wrap: wrap; } #runs-options .form > * { min-width: 140px !important; }
 #data-log textarea { font: 12px ui-monospace, monospace; white-space: pre; overflow-x: auto; }
 .run-details a { text-decoration: underline; }
 """

@@ -74,7 +74,7 @@ def build(roots: Sequence[Path]) -> None:
         allow_custom_value=True,  # a run that is deleted meanwhile is no error
         elem_id="runs-chosen",
     )
-    with gr.Row():
+    with gr.Row(elem_id="runs-options"):
         follow = gr.Checkbox(
             True, label="also what is running", elem_id="runs-follow", min_width=140
         )
