@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 
 # a file's tests stay together, as they share what is trained for them; tests/conftest.py puts the long files first
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup setup-vllm demo test-unit test test-all test-gpu chaos lint format
+.PHONY: help setup setup-vllm demo app test-unit test test-all test-gpu chaos lint format
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,9 @@ $(VLLM_VENV)/.installed:
 
 demo: setup  ## the whole pipeline on the built-in tiny model and data, on CPU
 	$(BIN)/python train.py
+
+app: setup  ## a page to look at runs, chat and compare: http://127.0.0.1:7860
+	$(BIN)/python -m rlhf.app
 
 test-unit: setup  ## formulas, formats and configuration, in a minute
 	$(PYTEST) --dist worksteal -m "not full" tests/unit

@@ -1,6 +1,6 @@
 """Results of runs as tables in the terminal and one HTML page.
 
-    python -m rlhf.report [RUN, SWEEP or FOLDER ...] [--list] [--out FILE]
+    python -m rlhf.report [RUN, SWEEP or FOLDER ...] [--list] [--watch] [--out FILE]
 
 A RUN is a directory below outputs/, a SWEEP one below multirun/, a FOLDER one that has outputs/
 (default: the current folder). The code is in rlhf/reporting/.
@@ -15,6 +15,7 @@ if __name__ == "__main__":  # -m would take modules from the current directory f
     sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
 import argparse
+import time
 from pathlib import Path
 
 from rlhf.base.interrupts import end_at_interrupt, raise_at_interrupt, run_interruptible
@@ -26,7 +27,11 @@ from rlhf.base.errors import UserError
 from rlhf.base.files import special_kind
 from rlhf.base.log import say
 from rlhf.reporting.tables import print_comparison, print_list
-from rlhf.runs.history import find_runs
+from rlhf.runs.history import Run, find_runs
+from rlhf.runs.newest import stamp
+from rlhf.runs.run_files import SUMMARY
+
+WATCH_SECONDS = 10
 
 
 def check_out(file: Path | None) -> None:
@@ -56,6 +61,9 @@ def main() -> int:
     )
     parser.add_argument("--list", action="store_true", help="only list the runs")
     parser.add_argument(
+        "--watch", action="store_true", help="write the page anew while runs go on, until Ctrl-C"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         help="the page (default: report.html in a single PATH, else in the current folder)",
@@ -64,7 +72,10 @@ def main() -> int:
     paths = args.paths or [Path(".")]
     try:
         check_out(args.out)
-        show(paths, args.list, args.out)
+        if args.watch:
+            watch(paths, args.out)
+        else:
+            show(paths, args.list, args.out)
     except UserError as error:
         say(f"error: {error}")
         return 2
@@ -82,9 +93,50 @@ def show(paths: list[Path], only_list: bool, out: Path | None) -> None:
         return
     from rlhf.reporting.report_page import write_page  # its libraries take a third of a second
 
-    file = out or (paths[0] if len(paths) == 1 else Path(".")) / "report.html"
-    title = f"Runs of {', '.join(path.resolve().name for path in paths)}"
+    file, title = page_of(paths, out)
     print_comparison(runs, write_page(runs, file, title))
+
+
+def page_of(paths: list[Path], out: Path | None) -> tuple[Path, str]:
+    """The file of the page, and its title."""
+    file = out or (paths[0] if len(paths) == 1 else Path(".")) / "report.html"
+    return file, f"Runs of {', '.join(path.resolve().name for path in paths)}"
+
+
+def watch(paths: list[Path], out: Path | None) -> None:
+    """Write the page anew when a run has changed, until Ctrl-C; a browser reloads it meanwhile.
+
+    Raises: UserError where there are no runs at the start, or the page cannot be written.
+    """
+    from rlhf.reporting.report_page import write_page
+
+    file, title = page_of(paths, out)
+    runs, problem = find_runs(paths), ""
+    shown = state_of(runs)
+    write_page(runs, file, title, reload=WATCH_SECONDS)
+    say(f"{file}: open it in a browser; it follows the runs until Ctrl-C")
+    try:
+        while True:
+            try:
+                if (now := state_of(runs)) != shown:
+                    write_page(runs, file, title, reload=WATCH_SECONDS)
+                    shown = now
+                time.sleep(WATCH_SECONDS)
+                runs = find_runs(paths)
+            except UserError as error:  # runs have been deleted, others may come
+                if str(error) != problem:
+                    say(problem := str(error))
+                runs = []
+                time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        write_page(runs, file, title)  # what stays does not reload itself
+        say(f"{file}: complete")
+
+
+def state_of(runs: list[Run]) -> list[tuple[Path, str, list[object]]]:
+    """What changes when a run has done something."""
+    files = ("metrics.jsonl", "samples.jsonl", SUMMARY)
+    return [(run.path, run.status, [stamp(run.path / name) for name in files]) for run in runs]
 
 
 if __name__ == "__main__":

@@ -241,13 +241,17 @@ def in_environment(*names: str) -> str:
 
 def is_local(host: str) -> bool:
     """Whether a host is this machine."""
+    return is_loopback(host) or host in ("0.0.0.0", "::")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is reached from this machine only."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        address = ipaddress.ip_address(host)
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-    return address.is_loopback or address.is_unspecified
 
 
 def proxy_for(url: httpx.URL) -> str:

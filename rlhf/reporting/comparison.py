@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +60,11 @@ class Comparison:
     def title(self) -> str:
         return ", ".join(self.stages) + (f" on {self.data}" if self.data else "")
 
+    def by_run(self) -> Comparison:
+        """The same with each run as a group of its own."""
+        groups = [SeedGroup(label, [run]) for label, run in zip(self.labels, self.runs)]
+        return replace(self, groups=groups)
+
     @property
     def has_seeds(self) -> bool:
         """Whether a setting was run with several seeds."""
@@ -71,15 +76,18 @@ class Comparison:
         return len({tuple(run.sweeps) for run in self.runs}) > 1
 
 
-def compare_runs(runs: Sequence[Run], kind: str) -> list[Comparison]:
+def compare_runs(runs: Sequence[Run], kind: str, group_by: Sequence[str] = ()) -> list[Comparison]:
     """The runs of one kind (StageView.kind), compared where they have the same data; the
-    comparison of the most runs comes first."""
+    comparison of the most runs comes first. Args: group_by: as `compare_alike`."""
     same_data = partition([run for run in runs if run.kind == kind], data_settings)
-    return [compare_alike(some) for some in sorted(same_data, key=len, reverse=True)]
+    return [compare_alike(some, group_by) for some in sorted(same_data, key=len, reverse=True)]
 
 
-def compare_alike(runs: Sequence[Run]) -> Comparison:
-    """The comparison of runs of one kind on the same data."""
+def compare_alike(runs: Sequence[Run], group_by: Sequence[str] = ()) -> Comparison:
+    """The comparison of runs of one kind on the same data.
+
+    Args: group_by: settings; runs that agree in them are one group. None given: all but the seeds.
+    """
     stages = list(dict.fromkeys(run.stage for run in runs))
     keys = distinguishing_settings(runs)
     in_label = informative_settings(runs, keys)
@@ -94,7 +102,7 @@ def compare_alike(runs: Sequence[Run]) -> Comparison:
         number_duplicates([label for label, _ in labelled]),
         keys,
         in_label,
-        seed_groups(runs),
+        seed_groups(runs, group_by),
         [name for name in view_of(stages[0]).metrics if any(name in run.metrics for run in runs)],
         primary_metric(runs),
     )
@@ -136,12 +144,10 @@ def data_name(run: Run) -> str:
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
     """Settings in which the runs differ, sorted."""
-    keys = sorted({key for run in runs for key in run.settings})
-    return [
-        key
-        for key in keys
-        if len({json.dumps(run.settings.get(key)) for run in runs if run.settings}) > 1
-    ]
+    known = [run.settings for run in runs if run.settings]
+    keys = sorted({key for settings in known for key in settings})
+    # as text: 1, 1.0 and true are equal for Python; repr is quicker than JSON, for 500 runs
+    return [key for key in keys if len({repr(settings.get(key)) for settings in known}) > 1]
 
 
 def distinguishing_settings(runs: Sequence[Run]) -> list[str]:
@@ -229,13 +235,14 @@ def primary_metric(runs: Sequence[Run]) -> PrimaryMetric:
     return max(candidates, key=count)  # the first of equal ones
 
 
-def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
+def seed_groups(runs: Sequence[Run], group_by: Sequence[str] = ()) -> list[SeedGroup]:
     """The runs of one kind, grouped over seeds; the best group first.
 
     A run whose settings are unknown is a group of its own.
+    Args: group_by: settings; runs that agree in them are one group, whatever else differs.
     """
-    keys = [key for key in distinguishing_settings(runs) if key not in SEEDS]
-    in_label = informative_settings(runs, keys)
+    keys = [*group_by] or [key for key in distinguishing_settings(runs) if key not in SEEDS]
+    in_label = [*group_by] or informative_settings(runs, keys)
     with_stage = len({run.stage for run in runs}) > 1
 
     def setting(run: Run) -> Hashable:

@@ -1,8 +1,13 @@
-"""Pictures of one run: its curves, and the score that it reached at each KL."""
+"""Pictures of one run: its curves, and the score that it reached at each KL.
+
+python -m rlhf.reporting.curves RUN_DIR STAGE draws the curves of a run that is still training.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.base.files import atomic_path
 from rlhf.base.log import log
+from rlhf.base.own_processes import end_with_parent
 from rlhf.runs.history import read_shown
 from rlhf.runs.metrics import Metrics, Points, thin
 from rlhf.runs.stage_views import ONLINE_RL, Panel, view_of
@@ -181,7 +188,8 @@ def save(figure: Figure, file: Path) -> None:
     characters = int(13 * figure.get_figwidth())
     name = textwrap.fill(file.parent.name, characters)
     figure.suptitle(name, fontsize=9, color="gray")
-    figure.savefig(file, dpi=DOTS_PER_INCH)
+    with atomic_path(file) as temporary:  # the run's page may be showing the one before
+        figure.savefig(temporary, dpi=DOTS_PER_INCH, format="png")
     headless_pyplot().close(figure)
 
 
@@ -201,3 +209,10 @@ def smooth(values: Sequence[float] | NDArray[np.float64], window: int) -> NDArra
     sums = np.where(first % size, ends[first], 0.0) + beginnings[first + size - 1]
     counts = np.minimum(first, half) + np.minimum(first[::-1], half) + 1
     return sums / counts
+
+
+if __name__ == "__main__":
+    end_with_parent()  # the training
+    os.nice(19)  # which goes first
+    folder, stage = Path(sys.argv[1]), sys.argv[2]
+    plot_curves(folder, stage, read_shown(folder / "metrics.jsonl", stage))

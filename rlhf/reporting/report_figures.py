@@ -1,13 +1,14 @@
-"""Plotly figures of the report page: curves of several runs, and reward against KL.
+"""Plotly figures of the report page and of the app: curves of several runs, reward against KL.
 
 They are plain dictionaries, which plotly.js draws: making them takes no time. Each trace has
 `meta`: which setting it shows and what it is (mean, band, seed); the script of the page
-(templates/report.html) hides, shows and smooths by that.
+(templates/report.html) hides, shows and smooths by that. The app asks for smoothed ones.
 """
 
 from __future__ import annotations
 
 import functools
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.reporting.comparison import Comparison
-from rlhf.reporting.curves import COLORS, ROOT_KL, root_kl, root_of_kl
+from rlhf.reporting.curves import COLORS, ROOT_KL, root_kl, root_of_kl, smooth
 from rlhf.runs.history import Run
 from rlhf.runs.metrics import Points, thin
 from rlhf.runs.stage_views import view_of
@@ -109,34 +110,44 @@ def is_thinned(drawn: Sequence[DrawnSetting]) -> bool:
     return any(len(run.rows) > points_of_line(drawn) for one in drawn for run in one.runs)
 
 
-def curves_figure(drawn: Sequence[DrawnSetting], subplot: Subplot) -> Figure:
-    """One metric over the steps: for each setting its run, or the mean and range of its seeds."""
+def curves_figure(
+    drawn: Sequence[DrawnSetting], subplot: Subplot, window: int = 1, log_axis: bool = False
+) -> Figure:
+    """One metric over the steps: for each setting its run, or the mean and range of its seeds.
+
+    Args: window: steps of a running mean; 1: the values themselves.  log_axis: of the metric.
+    """
     most = points_of_line(drawn)
     traces = [
         trace
         for i, setting in enumerate(drawn)
-        for trace in setting_traces(setting, i, subplot.metric, most)
+        for trace in setting_traces(setting, i, subplot.metric, most, window)
     ]
-    return {"data": traces, "layout": layout(subplot.x_axis)}
+    figure: Figure = {"data": traces, "layout": layout(subplot.x_axis)}
+    if log_axis:
+        figure["layout"]["yaxis"]["type"] = "log"
+    return figure
 
 
-def setting_traces(setting: DrawnSetting, number: int, metric: str, most: int) -> list[Figure]:
+def setting_traces(
+    setting: DrawnSetting, number: int, metric: str, most: int, window: int = 1
+) -> list[Figure]:
     """The traces of a setting: a line of one run; of several the band, the mean, and thin lines.
 
     Mean and band (minimum to maximum) are at the steps that all seeds have reached.
-    Args: most: points of a line.
+    Args: most: points of a line.  window: steps of a running mean.
     """
     curves = [curve for run in setting.runs if len((curve := curve_of(run, metric)).x)]
     line = {"color": setting.color, "width": 2.5, "dash": setting.dash}
 
     def trace(curve: Points, kind: str, **look: Any) -> Figure:
-        thinned = thin(curve, most)
+        thinned = thin(running_mean(curve, window), most)
         return {
             "type": "scatter",
             "mode": "lines",
             "x": numbers(thinned.x),
             "y": numbers(thinned.y),
-            "name": setting.label,
+            "name": plain(setting.label),
             "showlegend": False,
             "meta": {"setting": number, "kind": kind},
             "line": line,
@@ -165,6 +176,16 @@ def curve_of(run: Run, metric: str) -> Points:
     finite = np.isfinite(x) & np.isfinite(y)
     steps, last = np.unique(x[finite][::-1], return_index=True)
     return Points(steps, y[finite][::-1][last])
+
+
+def running_mean(curve: Points, window: int) -> Points:
+    """A curve smoothed by a centred running mean over `window` steps."""
+    return Points(curve.x, smooth(curve.y, window)) if window > 1 else curve
+
+
+def plain(text: str) -> str:
+    """A text for plotly, which takes <b>, <a href> and the like for formatting."""
+    return html.escape(text, quote=False)
 
 
 def numbers(values: NDArray[np.float64]) -> list[float]:
@@ -241,7 +262,7 @@ def frontier_trace(name: str, number: int, points: Points, **look: Any) -> Figur
         "type": "scatter",
         "x": numbers(points.x[finite]),
         "y": numbers(points.y[finite]),
-        "name": name,
+        "name": plain(name),
         "showlegend": False,
         "meta": {"setting": number, "kind": "points"},
     } | look

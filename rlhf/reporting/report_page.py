@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -82,9 +83,10 @@ class Section:
     made: list[MadeRun]
 
 
-def write_page(runs: Sequence[Run], file: Path, title: str) -> Path:
+def write_page(runs: Sequence[Run], file: Path, title: str, reload: int = 0) -> Path:
     """Write the page of these runs. Returns: `file`.
 
+    Args: reload: seconds after which a browser loads the page again; 0: never.
     Raises: UserError where it cannot be written; it is found before the page is made.
     """
     if file.is_dir():
@@ -94,20 +96,24 @@ def write_page(runs: Sequence[Run], file: Path, title: str) -> Path:
     try:
         with atomic_path(file) as temporary:
             temporary.touch()
-            text = page(runs, title, file.parent)
+            text = page(runs, title, file.parent, reload)
             temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from None
     return file
 
 
-def page(runs: Sequence[Run], title: str, folder: Path) -> str:
-    """The page as HTML. Args: runs: of any stages.  folder: of the page; links start there."""
+def page(runs: Sequence[Run], title: str, folder: Path, reload: int = 0) -> str:
+    """The page as HTML.
+
+    Args: runs: of any stages.  folder: of the page; links start there.  reload: as `write_page`.
+    """
     figures = Figures()
     comparisons = [comparison for kind in KINDS for comparison in compare_runs(runs, kind)]
     return render(
         "report.html",
         title=title,
+        reload=reload,
         sections=[
             section(comparison, f"section-{number}", figures, folder)
             for number, comparison in enumerate(comparisons, 1)
@@ -141,7 +147,7 @@ def section(comparison: Comparison, anchor: str, figures: Figures, folder: Path)
         settings=settings_table(comparison) if comparison.settings else None,
         responses=responses_table(comparison) if policies else None,
         made=[
-            MadeRun(label, facts(run, folder))
+            MadeRun(label, facts(run, partial(link, folder)))
             for label, run in zip(comparison.labels, comparison.runs)
         ],
     )
@@ -150,8 +156,11 @@ def section(comparison: Comparison, anchor: str, figures: Figures, folder: Path)
 # ---- how a run was made
 
 
-def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
-    """Names and texts: dates, command, commit, models, data, files. What is unknown is left out."""
+def facts(run: Run, link_to: Callable[[Path, str], str]) -> list[tuple[str, str]]:
+    """Names and texts: dates, command, commit, models, data, files. What is unknown is left out.
+
+    Args: link_to: a text that links to a path.
+    """
     damage: list[str] = []
     made = readable(run, ENVIRONMENT, damage) or {}
     summary = readable(run, SUMMARY, damage) or {}
@@ -159,7 +168,7 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
     commit = made.get("git", "") + (" with uncommitted changes" if made.get("git_dirty") else "")
     seconds = summary.get("seconds")
     given = [
-        ("directory", link(run.path, folder, run.name)),
+        ("directory", link_to(run.path, run.name)),
         ("sweep", ", ".join(run.sweeps)),
         ("status", run.status_text),
         ("started", made.get("started", "")),
@@ -170,7 +179,7 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
         ("commit", commit if made.get("git") else ""),
         *model_facts(run),
         ("data", "; ".join(data_line(report, run) for report in data)),
-        ("files", file_links(run, folder)),
+        ("files", file_links(run, link_to)),
         ("damage", "; ".join([*run.damage, *damage])),
     ]
     return [(name, text) for name, text in given if text]
@@ -223,16 +232,16 @@ def data_line(report: dict[str, Any], run: Run) -> str:
     return f"{name}/{report['split']}{where}: {report['rows']:,} rows ({', '.join(stages)})"
 
 
-def link(path: Path, folder: Path, text: str) -> Markup:
+def link(folder: Path, path: Path, text: str) -> Markup:
     """A link to a file or directory, relative to the page's folder."""
     target = quote(os.path.relpath(path.resolve(), folder.resolve()))
     return Markup('<a href="{}">{}</a>').format(target, text)
 
 
-def file_links(run: Run, folder: Path) -> Markup:
-    """Links to the files of a run that there are."""
+def file_links(run: Run, link_to: Callable[[Path, str], str]) -> Markup:
+    """Links to the files of a run that there are. Args: link_to: as of `facts`."""
     files = [name for name in LINKED if (run.path / name).exists()]
-    return Markup(", ").join(link(run.path / name, folder, name) for name in files)
+    return Markup(", ").join(link_to(run.path / name, name) for name in files)
 
 
 # ---- tables
@@ -249,7 +258,7 @@ def runs_table(comparison: Comparison, folder: Path) -> Table:
             str(len(run.rows)),
             *(f"{run.metrics[m]:.3f}" if m in run.metrics else "" for m in comparison.metrics),
             *([", ".join(run.sweeps)] if sweeps else []),
-            link(run.path, folder, run.short_name),
+            link(folder, run.path, run.short_name),
         ]
         for label, run in zip(comparison.labels, comparison.runs)
     ]

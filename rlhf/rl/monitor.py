@@ -21,13 +21,15 @@ class Monitor:
         self.rows: list[Metrics] = []
         self.alerted: dict[str, str] = {}  # title: the whole line, with the rollout
 
-    def check(self, metrics: Metrics) -> None:
-        """Add the metrics of a rollout, and warn of what is new."""
+    def check(self, metrics: Metrics) -> bool:
+        """Add the metrics of a rollout, and warn of what is new. Returns: whether anything is."""
         self.rows.append(metrics)
+        before = len(self.alerted)
         for title, text in warnings_of(self.rows):
             if title not in self.alerted:
                 self.alerted[title] = f"{title} at rollout {len(self.rows)}: {text}"
                 self.alert(title, text)
+        return len(self.alerted) > before
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "alerted": self.alerted}

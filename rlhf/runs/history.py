@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +28,7 @@ from rlhf.runs.failures import read_failures
 from rlhf.runs.identity import settings_to_record
 from rlhf.runs.locks import is_locked
 from rlhf.runs.metrics import Metrics, read_metrics
+from rlhf.runs.newest import Newest
 from rlhf.runs.run_files import AGAIN, PARENTS, SUMMARY, read_file
 from rlhf.runs.stage_views import view_of
 
@@ -37,6 +38,21 @@ OF_FRONTIER = ("objective/kl", "objective/scores", "reward/gold/mean", "eval/*")
 
 # what reading a damaged config.yaml raises
 UNREADABLE = (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException)
+
+
+class Description(NamedTuple):
+    """What the files of a run say of it."""
+
+    stage: str
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+    parents: dict[str, str]
+    id: str
+
+
+# a page that follows runs reads them every few seconds
+DESCRIPTIONS: Newest[Description] = Newest()
+ROWS: Newest[Metrics] = Newest()
 
 
 @dataclass
@@ -110,18 +126,30 @@ def read_sound_run(path: Path) -> Run:
     for file in path.iterdir():
         if kind := special_kind(file):  # reading it would wait, or never end
             raise UserError(f"{file}: this is {kind}, not a file: remove it")
-    summary: Any = read_summary(path) or {}
-    stage = summary.get("stage") or stage_of(path / "config.yaml")
-    settings = known_settings(path, summary, stage)
+    files = [path / name for name in (SUMMARY, "config.yaml", PARENTS)]
+    known = DESCRIPTIONS.get(path, files, lambda: describe_run(path))
     return Run(
         path,
-        stage,
+        known.stage,
         run_status(path),
-        settings,
+        dict(known.settings),
+        known.metrics,
+        known.parents,
+        known.id,
+        earlier_version=not known.settings,
+    )
+
+
+def describe_run(path: Path) -> Description:
+    """What the files of a run say of it. Raises: UserError that names the file that is damaged."""
+    summary: Any = read_summary(path) or {}
+    stage = summary.get("stage") or stage_of(path / "config.yaml")
+    return Description(
+        stage,
+        known_settings(path, summary, stage),
         summary.get("metrics", {}),
         summary.get("parents") or read_file(path, PARENTS) or {},
         summary.get("id", ""),
-        earlier_version=not settings,
     )
 
 
@@ -161,7 +189,9 @@ def read_shown(file: Path, stage: str) -> Metrics:
     names = [name for panel in view.panels for name in panel.metrics]
     shown = re.compile("|".join(map(fnmatch.translate, [*names, *OF_FRONTIER])))
     try:
-        return read_metrics(file, lambda name: shown.match(name) is not None)
+        return ROWS.get(
+            file, [file], lambda: read_metrics(file, lambda name: shown.match(name) is not None)
+        )
     except OSError as error:
         return Metrics(damage=[f"{file}: cannot be read ({error.strerror}): it has no curves"])
 

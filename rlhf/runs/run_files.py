@@ -14,6 +14,7 @@ from rlhf.base.log import first_line
 
 SUMMARY, RESULT, WARNINGS = "summary.json", "result.json", "warnings.json"
 PARENTS, ENVIRONMENT, DATA = "parents.json", "env.json", "data.json"
+PROGRESS = "progress.json"
 
 
 class Always(TypedDict):
@@ -71,6 +72,12 @@ class Result(TypedDict):
     seconds: float
 
 
+class Planned(TypedDict):
+    """progress.json: how many steps (online RL: rollouts) a run has."""
+
+    steps: float
+
+
 class Checkpoint(TypedDict):
     """checkpoint.json of a checkpoint; `kernels` is there too since there are compiled ones."""
 
@@ -86,6 +93,7 @@ KINDS: dict[str, Any] = {
     ENVIRONMENT: Environment,
     DATA: list[DataReport],
     WARNINGS: list[str],
+    PROGRESS: Planned,
 }
 AGAIN = "add fresh=true to train it again (this attempt is kept in its attempts/)"
 FIXES = {
@@ -94,6 +102,7 @@ FIXES = {
     ENVIRONMENT: "it only tells how the run was made: delete it",
     DATA: "delete it, then nobody checks that the data are still the same",
     WARNINGS: "only reports show it: delete it",
+    PROGRESS: "only pages that follow runs read it: delete it",
 }
 NAMES = {str: "a text", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
 

@@ -117,17 +117,23 @@ def train(
     for rollout in range(done, rollouts):
         metrics = train_on_rollout(learner, state, prompts, rollout)
         tracker.log(rollout + 1, metrics)
-        state.monitor.check(metrics)
+        if state.monitor.check(metrics):
+            write_warnings(state.monitor, run_dir)
         checkpoints.after(rollout + 1)
 
     # 5. evaluation, and the models that the run leaves
     metrics, compared = state.evaluations.compare(rollouts)
     tracker.samples(rollouts, compared)
     save_models(learner, run_dir)
-    if collectives.rank() == 0:
-        write_json(run_dir / WARNINGS, list(state.monitor.alerted.values()))
+    write_warnings(state.monitor, run_dir)
     tracker.close(metrics)
     return metrics
+
+
+def write_warnings(monitor: Monitor, run_dir: Path) -> None:
+    """What the run has warned of so far."""
+    if collectives.rank() == 0:
+        write_json(run_dir / WARNINGS, list(monitor.alerted.values()))
 
 
 def save_models(learner: Learner, run_dir: Path) -> None:

@@ -29,6 +29,9 @@ from rlhf.config.choices import WandbMode
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl
 from rlhf.distributed import collectives
+from rlhf.runs.directory import write_json
+from rlhf.runs.run_files import PROGRESS
+from rlhf.training.curves_on_the_way import CurvesOnTheWay
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -66,6 +69,8 @@ class Tracker:
         self.start, self.first = time.time(), 0
         if not self.main:
             return
+        write_json(run_dir / PROGRESS, {"steps": total})
+        self.picture = CurvesOnTheWay(run_dir, cfg.stage.name)
         self.file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  one line per step, flushed at once
         # it takes seconds, in which the run can begin
         self.wandb_failed = False
@@ -103,6 +108,7 @@ class Tracker:
             log.info(line)
         else:
             log.debug(line)  # train.log has every step
+        self.picture.draw_when_due()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Record sampled responses: all in samples.jsonl, 32 in the W&B table `completions`."""
@@ -179,6 +185,7 @@ class Tracker:
             return
         self.bar.close()
         self.file.close()
+        self.picture.stop()
 
         def send(run: Run) -> None:
             run.summary.update(summary)

@@ -7,10 +7,13 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 from helpers import REPO, SMALL, SWEEP, VLLM, Demo, composed, page_commands, train, undocumented
 
@@ -37,6 +40,7 @@ def test_the_readme_is_short_and_has_commands() -> None:
         "python train.py",
         "python chat.py",
         "python -m rlhf.report",
+        "python -m rlhf.app",
         "python -m rlhf.planning",  # test_what_fits.py
         "python docs/optuna_search.py",
         "make ",
@@ -45,13 +49,21 @@ def test_the_readme_is_short_and_has_commands() -> None:
     assert all(command.startswith(known) for command in COMMANDS)
 
 
+RUN_BY_MAKE = {
+    "make demo": "train.py",
+    "make test": "pytest",
+    "make app": "rlhf.app",
+    "make setup-vllm": "",  # nothing where it is done
+}
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
 def test_make_targets(command: str) -> None:
     """What they run is what the other tests run; here, that they exist and are set up."""
     done = subprocess.run([*shlex.split(command), "-n"], cwd=REPO, capture_output=True, text=True)
     assert (
         done.returncode == 0
-        and {"make demo": "train.py", "make test": "pytest", "make setup-vllm": ""}[command]
+        and RUN_BY_MAKE[command]
         in done.stdout
     )
 
@@ -187,13 +199,21 @@ def test_chat_commands(command: str, demo: Demo) -> None:
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m rlhf.report")])
-def test_report_commands(command: str, demo: Demo, tmp_path: Path) -> None:
-    (tmp_path / "outputs").symlink_to(demo.root / "outputs")
-    job = tmp_path / "multirun" / "kl_study" / "job"
+def link_demo(folder: Path, demo: Demo) -> None:
+    """Make a folder with the demo's runs, and a sweep of one of them."""
+    (folder / "outputs").symlink_to(demo.root / "outputs")
+    job = folder / "multirun" / "kl_study" / "job"
     job.mkdir(parents=True)
     (job / "overrides.txt").write_text("")
     (job / "run").symlink_to(demo.ppo)
+
+
+REPORTS = [c for c in COMMANDS if c.startswith("python -m rlhf.report")]
+
+
+@pytest.mark.parametrize("command", [c for c in REPORTS if "--watch" not in c])
+def test_report_commands(command: str, demo: Demo, tmp_path: Path) -> None:
+    link_demo(tmp_path, demo)
     done = subprocess.run(
         [sys.executable, *shlex.split(command)[1:]],
         cwd=tmp_path,
@@ -202,6 +222,44 @@ def test_report_commands(command: str, demo: Demo, tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in REPORTS if "--watch" in c])
+def test_commands_that_watch(command: str, demo: Demo, tmp_path: Path) -> None:
+    link_demo(tmp_path, demo)
+    watching = subprocess.Popen(
+        [sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    page, deadline = tmp_path / "report.html", time.time() + 60
+    while not page.exists() or not page.stat().st_size:
+        assert time.time() < deadline and watching.poll() is None
+        time.sleep(0.1)
+    assert '<meta http-equiv="refresh" content="10">' in page.read_text()
+    watching.send_signal(signal.SIGINT)
+    _, stderr = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and "complete" in stderr, stderr
+    assert 'http-equiv="refresh' not in page.read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m rlhf.app")])
+def test_app_commands(command: str, demo: Demo, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    from app_browser import open_app
+
+    folders = [tmp_path / name for name in ("here", "project", "other_project")]
+    for folder in folders:
+        folder.mkdir()
+        link_demo(folder, demo)
+    args = shlex.split(command)[3:]
+    with open_app(folders[0], *args, "--port", "0") as address:
+        port = address.partition("//")[2].partition("/")[0].rpartition(":")[2]
+        path = address.partition("//")[2].partition("/")[2]
+        answer = httpx.get(f"http://127.0.0.1:{port}/{path}", follow_redirects=True, timeout=60)
+        assert answer.status_code == 200 and "gradio" in answer.text
+        if "--host" in args:
+            assert path.startswith("?token=") and "token=" not in str(answer.url)
+            assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).status_code == 403
 
 
 @pytest.mark.full

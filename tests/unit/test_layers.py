@@ -32,7 +32,7 @@ FLOORS = [  # from the ground up; imports run downwards only, or within a packag
     ["arguments"],
     ["compose", "rehearsal"],
     ["help", "run"],
-    ["sweep", "worker", "report", "dashboard"],
+    ["app", "sweep", "worker", "report", "dashboard"],
     ["cli"],
 ]
 TORCH_FREE = ("base", "config", "runs", "planning")

@@ -1,0 +1,10 @@
+"""The tab of arena."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def build(roots: Sequence[Path]) -> None:
+    """Args: roots: folders with outputs/ and multirun/."""
