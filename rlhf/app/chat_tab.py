@@ -6,6 +6,7 @@ with their tokens coloured by log pi - log pi_ref.
 
 from __future__ import annotations
 
+import html
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def build(roots: Sequence[Path], models: Models = SHARED) -> None:
         system = gr.Textbox(label="System prompt", lines=1, elem_id="chat-system")
         sampling = sampling_inputs()
         seed = gr.Number(random.getrandbits(16), precision=0, label="seed", elem_id="chat-seed")
-    chatbots, details = columns()
+    parts, chatbots, details = columns()
     note = gr.HTML(note_html(LEGEND), elem_id="chat-note")
     with gr.Row():
         message = gr.Textbox(
@@ -66,7 +67,7 @@ def build(roots: Sequence[Path], models: Models = SHARED) -> None:
         clear = gr.Button("Clear", scale=1, min_width=80, elem_id="chat-clear")
     state = gr.State(Talk())  # each browser gets a copy
     chosen = [policies, rewards, reference, system, *sampling, seed]
-    shown = [*chatbots, *details, note, message]
+    shown = [*parts, *chatbots, *details, note, message]
     gr.on(fn=lambda: dropdowns(roots), inputs=None, outputs=[policies, rewards])
     stop.click(Talk.stop, state, None, queue=False)
     clear.click(forget, state, shown, show_progress="hidden")
@@ -95,13 +96,14 @@ def connect(
         yield from again(models, talk, event.index, None, values)
 
     def edit(talk: Talk, event: gr.EditData, *values: Any) -> Iterator[list[Any]]:
-        yield from again(models, talk, event.index, str(event.value), values)
+        yield from again(models, talk, event.index, html.unescape(str(event.value)), values)
 
     options: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
     gr.on(list(sent), ask, [state, message, *chosen], list(shown), **options)
     for chatbot in chatbots:
         chatbot.retry(retry, [state, *chosen], list(shown), **options)
         chatbot.edit(edit, [state, *chosen], list(shown), **options)
+        chatbot.clear(forget, state, list(shown), show_progress="hidden")
         chatbot.undo(undo, state, list(shown), show_progress="hidden")
 
 
@@ -124,29 +126,29 @@ def sampling_inputs() -> list[gr.Number]:
         ]
 
 
-def columns() -> tuple[list[gr.Chatbot], list[gr.HTML]]:
-    """The conversation with each policy, and what was measured; the first is visible."""
-    chatbots, details = [], []
+def columns() -> tuple[list[gr.Column], list[gr.Chatbot], list[gr.HTML]]:
+    """A column for each policy: the conversation, and what was measured. The first is visible."""
+    parts, chatbots, details = [], [], []
     with gr.Row():
         for i in range(MOST):
-            with gr.Column(min_width=300, visible=True):
+            with gr.Column(min_width=300, visible=i == 0) as column:
                 chatbots.append(
                     gr.Chatbot(
                         label=f"Policy {i + 1}",
                         height=320,
-                        # text of models and data is text: no HTML, no links, no formulas
+                        # no markdown, links and formulas; see also as_html
                         render_markdown=False,
                         sanitize_html=True,
                         allow_tags=False,
                         latex_delimiters=[],
                         editable="user",
                         buttons=["copy"],
-                        visible=i == 0,
                         elem_id=f"chat-policy-{i + 1}",
                     )
                 )
-                details.append(gr.HTML(visible=i == 0, elem_id=f"chat-details-{i + 1}"))
-    return chatbots, details
+                details.append(gr.HTML(elem_id=f"chat-details-{i + 1}"))
+                parts.append(column)
+    return parts, chatbots, details
 
 
 def dropdowns(roots: Sequence[Path]) -> tuple[gr.Dropdown, gr.Dropdown]:
@@ -174,9 +176,10 @@ def stream(models: Models, talk: Talk, message: str, settings: Settings) -> Iter
     note = ""
     try:
         for number, text in talk.ask(models, message, settings):
-            note = text if number < 0 else note if not text else ""
-            partial = None if number < 0 else (number, text)
-            yield view(talk, partial, note=note or "writing", message="")
+            note = text if number < 0 else "writing"
+            # a column alone, unless all have a new message
+            partial = (number, text) if number >= 0 and text else None
+            yield view(talk, partial, note=note, message="")
     except UserError as error:
         failed = not talk.exchanges or talk.exchanges[-1].message != message.strip()
         yield view(talk, note=str(error), message=message if failed else "")
@@ -247,22 +250,20 @@ def view(
     Args: partial: the policy that is responding, and its response so far: only this column changes.
         note: the line below.  message: in the box for the next one.
     """
-    chatbots: list[Any] = []
-    details: list[Any] = []
+    parts, chatbots, details = ([gr.skip()] * MOST for _ in range(3))
     for i in range(MOST):
-        if partial and partial[0] != i:
-            chatbots.append(gr.skip() if i < len(talk.policies) else gr.Chatbot(visible=False))
-            details.append(gr.skip())
-            continue
-        visible = i < max(1, len(talk.policies))
-        label = (
-            printable(name_of(talk.policies[i])) if i < len(talk.policies) else f"Policy {i + 1}"
-        )
-        text = partial[1] if partial else ""
-        chatbots.append(gr.Chatbot(messages(talk, i, text), label=label, visible=visible))
-        details.append(gr.HTML(measured(talk, i), visible=visible))
+        if partial is None or partial[0] == i:
+            parts[i] = gr.Column(visible=i < max(1, len(talk.policies)))
+            text = partial[1] if partial else ""
+            chatbots[i] = gr.Chatbot(messages(talk, i, text), label=label_of(talk, i))
+            details[i] = measured(talk, i)
     line = gr.skip() if note is None else note_html(note)
-    return [*chatbots, *details, line, gr.skip() if message is None else message]
+    return [*parts, *chatbots, *details, line, gr.skip() if message is None else message]
+
+
+def label_of(talk: Talk, i: int) -> str:
+    """The heading of a column."""
+    return printable(name_of(talk.policies[i])) if i < len(talk.policies) else f"Policy {i + 1}"
 
 
 def messages(talk: Talk, i: int, partial: str) -> list[Any]:
@@ -271,9 +272,15 @@ def messages(talk: Talk, i: int, partial: str) -> list[Any]:
     for exchange in talk.exchanges if i < len(talk.policies) else []:
         answer = exchange.answers[i]
         text = answer.text or "(empty)" if answer else partial or WAITING
-        shown.append({"role": "user", "content": printable(exchange.message)})
-        shown.append({"role": "assistant", "content": printable(text)})
+        shown.append({"role": "user", "content": as_html(exchange.message)})
+        shown.append({"role": "assistant", "content": as_html(text)})
     return shown
+
+
+def as_html(text: str) -> str:
+    """A text as a Chatbot shows it: it takes everything for HTML, also with render_markdown=False,
+    and drops the tags that it does not allow."""
+    return html.escape(printable(text), quote=False)
 
 
 def measured(talk: Talk, i: int) -> str:
