@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers import REPO
+from helpers import REPO, SMALL, train
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 BOX = ":is(textarea, input)"
+WEB = ("http", "https", "ws", "wss")
 PAGE = """
 import sys
 from pathlib import Path
@@ -25,11 +26,12 @@ import gradio as gr
 from rlhf.app import arena_tab, chat_tab
 from rlhf.app.models import SHARED
 SHARED.device = "cpu"
+roots = [Path(sys.argv[2])]
 with gr.Blocks(title="rlhf") as page:
     with gr.Tab("Chat"):
-        chat_tab.build([Path()])
+        chat_tab.build(roots)
     with gr.Tab("Arena"):
-        arena_tab.build([Path()])
+        arena_tab.build(roots)
 page.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]), quiet=True)
 """
 
@@ -45,8 +47,11 @@ def missing() -> str:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The tabs of chat and arena on the runs in a folder. Gives: the process and its address."""
+def serving(folder: Path, root: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The tabs of chat and arena. Gives: the process and its address.
+
+    Args: folder: the current one.  root: folder in it with the runs.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,7 +62,7 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         "HF_DATASETS_CACHE": str(folder / "cache"),
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", PAGE, str(port)],
+        [sys.executable, "-c", PAGE, str(port), root],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -150,3 +155,23 @@ def write(driver: Any, name: str, text: str) -> None:
 
 def open_tab(driver: Any, name: str) -> None:
     wait_for(lambda: driver.find_element("xpath", f"//button[@role='tab'][.='{name}']")).click()
+
+
+def make_runs(folder: Path) -> None:
+    """A small pipeline: an SFT policy, a reward model and a PPO policy."""
+    folder.mkdir()
+    done = train(*[one for one in SMALL if "eval_rows" not in one], "data.eval_rows=24", cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def choose(driver: Any, name: str, option: str) -> None:
+    """Choose the first option of a dropdown that begins with a text."""
+    by_id(driver, name, "input").click()
+    path = f"//div[@id='{name}']//li[@role='option'][starts-with(@aria-label, '{option}')]"
+    wait_for(lambda: driver.find_element("xpath", path)).click()
+
+
+def resources(driver: Any) -> set[str]:
+    """Where a page has loaded anything from: scheme, host and port."""
+    names = driver.execute_script("return performance.getEntries().map(entry => entry.name)")
+    return {"/".join(name.split("/")[:3]) for name in names if name.split(":")[0] in WEB}

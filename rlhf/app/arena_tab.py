@@ -6,6 +6,7 @@ The order of the policies is random for each prompt. Their names are shown after
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from rlhf.app.policies import choices, name_of
 from rlhf.app.talk import params_of
 from rlhf.app.token_view import note_html
 from rlhf.base.errors import UserError
-from rlhf.base.log import first_line, printable
+from rlhf.base.log import first_line, plural, printable
 from rlhf.chat.advice import Stage, advice
 from rlhf.chat.conversation import as_text
 from rlhf.data.records import Turn
@@ -162,13 +163,15 @@ def next_match(
     try:
         check_pair(first, second)
         names = ("temperature", "top_p", "top_k", "max_new_tokens")
-        params = params_of(**dict(zip(names, sampling)), seed=random.getrandbits(31))
+        params = params_of(**dict(zip(names, sampling)), seed=0)
         yield view(match, note="looking for a prompt")
         match.prompt = next_prompt(models, file, first, second, source, typed)
         a, b = random.sample([first.strip(), second.strip()], 2)
         match.policies, match.responses = (a, b), ["", ""]
         for i, policy in enumerate(match.policies):
-            match.request = models.answer(policy, match.prompt, params)
+            # others for each: similar policies would give the same response with the same numbers
+            seeded = dataclasses.replace(params, seed=random.getrandbits(31))
+            match.request = models.answer(policy, match.prompt, seeded)
             for kind, piece in match.request:
                 match.responses[i] += piece if kind == "piece" else ""
                 if match.round != this:  # the next prompt was asked for meanwhile
@@ -261,10 +264,15 @@ def ranking(file: Path, first: str | None, second: str | None) -> str:
         rate, low, high = count.win_rate()
         line = Markup(
             "<b>{}</b> wins {:.0%} against <b>{}</b> (95 % interval {:.0%} to {:.0%}; "
-            "{} wins, {} losses, {} ties, {} both bad, which count half)"
+            "{}, {}, {}, {} both bad; ties and both bad count half)"
         )
         names = printable(a), rate, printable(b), low, high
-        counts = count.wins, count.losses, count.ties, count.both_bad
+        counts = (
+            plural(count.wins, "win"),
+            plural(count.losses, "loss", "es"),
+            plural(count.ties, "tie"),
+            count.both_bad,
+        )
         return str(
             Markup('<div style="overflow-wrap:anywhere">{}</div>').format(
                 line.format(*names, *counts)

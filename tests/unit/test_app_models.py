@@ -129,6 +129,7 @@ def test_it_has_one_thread_and_a_low_priority(models: Models, folder: Path) -> N
     assert os.getpriority(os.PRIO_PROCESS, pid) == min(own + 10, 19)
 
 
+@pytest.mark.full
 def test_it_outlives_the_thread_that_started_it_and_frees_what_is_idle(folder: Path) -> None:
     models, texts = Models("cpu", idle=1.0), []
 
@@ -149,6 +150,7 @@ def test_it_outlives_the_thread_that_started_it_and_frees_what_is_idle(folder: P
     models.close()
 
 
+@pytest.mark.full
 def test_a_killed_process_is_a_line_and_the_next_request_starts_another(folder: Path) -> None:
     models = Models("cpu")
     request = models.answer(str(folder / "first"), TURNS, Params(max_new_tokens=400))
@@ -160,6 +162,7 @@ def test_a_killed_process_is_a_line_and_the_next_request_starts_another(folder: 
     models.close()
 
 
+@pytest.mark.full
 def test_it_ends_with_the_page_however_that_ends(folder: Path) -> None:
     code = (
         "import sys, time\nfrom rlhf.app.models import Models\n"
