@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,13 @@ def write_policy(driver: Any, text: str) -> None:
     wait_for(lambda: text in text_of(driver, "chat-policies"))
 
 
+def edit_box(driver: Any) -> Any:
+    """The box in which the first message is edited; None where the click came too early."""
+    press(driver, "Edit", which=0)
+    time.sleep(0.5)  # the rest of an update would close it
+    return next(iter(driver.find_elements("css selector", "#chat-policy-1 textarea")), None)
+
+
 def test_retry_edit_and_undo(browser: Any) -> None:
     send(browser, "One? and <b>?")
     send(browser, "Two?", answers=2)
@@ -129,8 +137,7 @@ def test_retry_edit_and_undo(browser: Any) -> None:
     press(browser, "Retry")
     wait_for(lambda: done(browser) == 2 and messages(browser)[3] != before[3])
     assert messages(browser)[:3] == before[:3]
-    press(browser, "Edit", which=0)
-    box = wait_for(lambda: browser.find_element("css selector", "#chat-policy-1 textarea"))
+    box = wait_for(lambda: edit_box(browser))
     box.send_keys(" Three <i>?")
     press(browser, "Submit")
     wait_for(lambda: done(browser) == 1)
