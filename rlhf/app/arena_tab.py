@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,16 +16,15 @@ import gradio as gr
 from markupsafe import Markup
 
 from rlhf.app import votes
-from rlhf.app.chat_tab import sampling_inputs
-from rlhf.app.models import SHARED, Models, Request
+from rlhf.app.inputs import sampling_inputs
+from rlhf.app.match import Match, check_pair, next_prompt, take
+from rlhf.app.models import SHARED, Models
 from rlhf.app.policies import choices, name_of
 from rlhf.app.talk import params_of
 from rlhf.app.token_view import note_html
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_line, plural, printable
 from rlhf.chat.advice import Stage, advice
-from rlhf.chat.conversation import as_text
-from rlhf.data.records import Turn
 
 HELD_OUT, TYPED = "held-out prompts of the run's data", "typed"
 BUTTONS = {"A": "arena-a", "B": "arena-b", "tie": "arena-tie", "both bad": "arena-bad"}
@@ -49,37 +46,54 @@ if (!window.arenaKeys) {
 HELP = "Keys: 1 = A, 2 = B, 3 = tie, 4 = both bad, n = next prompt. Names are shown after the vote."
 
 
-@dataclass
-class Match:
-    """Two responses of a browser that wait for a vote."""
-
-    policies: tuple[str, str] = ("", "")  # paths; A, B
-    prompt: list[Turn] = field(default_factory=list)
-    responses: list[str] = field(default_factory=list)
-    is_open: bool = False  # waits for a vote
-    request: Request | None = None  # which is running
-    round: int = 0  # an older one that is still being written is stopped
-
-
-TAKING = threading.Lock()  # while a vote is taken: two clicks are one vote
-
-
 def build(roots: Sequence[Path], models: Models = SHARED) -> None:
     """Args: roots: folders with outputs/ and multirun/; votes are written to the first one."""
     file = roots[0] / votes.FILE
     with gr.Row():
         first, second = (policy_dropdown(i) for i in (1, 2))
         annotator = gr.Textbox(
-            label="Your name", info="written with each vote", max_length=80, elem_id="arena-name"
+            label="Your name",
+            info="written with each vote",
+            max_length=80,
+            min_width=250,
+            elem_id="arena-name",
         )
     with gr.Row():
         source = gr.Radio(
-            [HELD_OUT, TYPED], value=HELD_OUT, label="Prompts", elem_id="arena-source"
+            [HELD_OUT, TYPED],
+            value=HELD_OUT,
+            label="Prompts",
+            min_width=250,
+            elem_id="arena-source",
         )
-        typed = gr.Textbox(label="Prompt to type", lines=1, elem_id="arena-typed")
-    with gr.Accordion("Sampling", open=False):
+        typed = gr.Textbox(label="Prompt to type", lines=1, min_width=250, elem_id="arena-typed")
+    with gr.Accordion("Sampling", open=False), gr.Row():
         sampling = sampling_inputs()
     following = gr.Button("Next prompt", variant="primary", elem_id=NEXT)
+    prompt, responses, buttons = match_part()
+    note = gr.HTML(note_html(HELP), elem_id="arena-note", js_on_load=KEYS)
+    standing = gr.HTML(elem_id="arena-standing")
+    training_part(models, file, first)
+
+    state = gr.State(Match())  # each browser gets a copy
+    gr.on(fn=lambda: dropdowns(roots), inputs=None, outputs=[first, second])
+    pair = [first, second]
+    shown = [prompt, *responses, *buttons, note]
+
+    def ask(match: Match, *values: Any) -> Iterator[list[Any]]:
+        yield from next_match(models, file, match, *values)
+
+    options: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+    chosen = [state, *pair, source, typed, *sampling]
+    gr.on([following.click, typed.submit], ask, chosen, shown, **options)
+    for choice, button in zip(BUTTONS, buttons):
+        cast = voter(file, choice)
+        button.click(cast, [state, *pair, annotator], [*buttons, note, standing], **options)
+    gr.on([first.change, second.change], lambda a, b: ranking(file, a, b), pair, standing)
+
+
+def match_part() -> tuple[gr.Textbox, list[gr.Textbox], list[gr.Button]]:
+    """The prompt, the responses A and B, and the buttons for votes in the order of BUTTONS."""
     prompt = gr.Textbox(label="Prompt", interactive=False, max_lines=8, elem_id="arena-prompt")
     with gr.Row():
         responses = [
@@ -99,29 +113,16 @@ def build(roots: Sequence[Path], models: Models = SHARED) -> None:
             gr.Button(label, interactive=False, min_width=120, elem_id=elem_id)
             for label, elem_id in zip(labels, BUTTONS.values())
         ]
-    note = gr.HTML(note_html(HELP), elem_id="arena-note", js_on_load=KEYS)
-    standing = gr.HTML(elem_id="arena-standing")
+    return prompt, responses, buttons
+
+
+def training_part(models: Models, file: Path, policy: gr.Dropdown) -> None:
+    """Where the command that trains on the votes is shown. Args: policy: that it starts from."""
     with gr.Accordion("Train on these", open=False):
         stage = gr.Radio(["rm", "dpo"], value="rm", label="Stage", elem_id="arena-stage")
         show = gr.Button("Show the command", elem_id="arena-train")
-        command = gr.Textbox(label="Command", interactive=False, lines=3, elem_id="arena-command")
-
-    state = gr.State(Match())  # each browser gets a copy
-    gr.on(fn=lambda: dropdowns(roots), inputs=None, outputs=[first, second])
-    pair = [first, second]
-    shown = [prompt, *responses, *buttons, note]
-
-    def ask(match: Match, *values: Any) -> Iterator[list[Any]]:
-        yield from next_match(models, file, match, *values)
-
-    options: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
-    chosen = [state, *pair, source, typed, *sampling]
-    gr.on([following.click, typed.submit], ask, chosen, shown, **options)
-    for choice, button in zip(BUTTONS, buttons):
-        cast = voter(file, choice)
-        button.click(cast, [state, *pair, annotator], [*buttons, note, standing], **options)
-    gr.on([first.change, second.change], lambda a, b: ranking(file, a, b), pair, standing)
-    show.click(lambda *values: training(models, file, *values), [first, stage], command)
+        command = gr.Textbox(label="Command", interactive=False, lines=4, elem_id="arena-command")
+    show.click(lambda *values: training(models, file, *values), [policy, stage], command)
 
 
 def policy_dropdown(number: int) -> gr.Dropdown:
@@ -130,6 +131,7 @@ def policy_dropdown(number: int) -> gr.Dropdown:
         label=f"Policy {number}",
         info="a run, a directory or a hub id",
         allow_custom_value=True,
+        min_width=250,
         elem_id=f"arena-policy-{number}",
     )
 
@@ -165,7 +167,8 @@ def next_match(
         names = ("temperature", "top_p", "top_k", "max_new_tokens")
         params = params_of(**dict(zip(names, sampling)), seed=0)
         yield view(match, note="looking for a prompt")
-        match.prompt = next_prompt(models, file, first, second, source, typed)
+        text = typed if source == TYPED else None
+        match.prompt = next_prompt(models, file, (first, second), text)
         a, b = random.sample([first.strip(), second.strip()], 2)
         match.policies, match.responses = (a, b), ["", ""]
         for i, policy in enumerate(match.policies):
@@ -176,7 +179,8 @@ def next_match(
                 match.responses[i] += piece if kind == "piece" else ""
                 if match.round != this:  # the next prompt was asked for meanwhile
                     return
-                yield view(match, note="writing")
+                # not the note itself, which names the policy
+                yield view(match, note="writing" if kind == "piece" else "loading a model")
             match.responses[i] = match.request.answer.text
     except UserError as error:
         # a message may name the policy that failed: this prompt gets no vote
@@ -185,31 +189,6 @@ def next_match(
     if match.round == this:
         match.is_open = True
         yield view(match, note=HELP)
-
-
-def check_pair(first: str | None, second: str | None) -> None:
-    """Raises: UserError unless two different policies are chosen."""
-    if not (first or "").strip() or not (second or "").strip():
-        raise UserError("choose two policies: runs, directories or hub ids")
-    if name_of(str(first).strip()) == name_of(str(second).strip()):
-        raise UserError("choose two different policies")
-
-
-def next_prompt(
-    models: Models, file: Path, first: str, second: str, source: str, typed: str
-) -> list[Turn]:
-    """A prompt that was not voted on, at random; where there is none, any. Raises: UserError."""
-    if source == TYPED:
-        text = as_text(typed or "")
-        if not text:
-            raise UserError("type a prompt")
-        return [Turn("user", text)]
-    prompts = models.held_out(first)
-    if not prompts:
-        raise UserError(f"the data of {name_of(first)} have no held-out prompts: type one")
-    seen = votes.voted_prompts(list(votes.read(file)), name_of(first), name_of(second))
-    new = [prompt for prompt in prompts if votes.prompt_key(prompt) not in seen]
-    return random.choice(new or prompts)
 
 
 def view(match: Match, note: str) -> list[Any]:
@@ -236,21 +215,6 @@ def voter(file: Path, choice: str) -> Any:
         return [*buttons, note_html(note), ranking(file, first, second)]
 
     return cast
-
-
-def take(file: Path, match: Match, choice: str, annotator: str) -> str:
-    """Write a vote. Returns: whose the responses were.
-
-    Raises: UserError where there is nothing to vote on, or it cannot be written.
-    """
-    with TAKING:
-        if not match.is_open:
-            raise UserError("there is nothing to vote on: ask for the next prompt")
-        a, b = (name_of(path) for path in match.policies)
-        texts = (match.responses[0], match.responses[1])
-        where = votes.append(file, votes.Vote(match.prompt, texts, (a, b), choice, annotator))
-        match.is_open = False
-    return f"{choice}: written to {where}. A was {a}, B was {b}."
 
 
 def ranking(file: Path, first: str | None, second: str | None) -> str:

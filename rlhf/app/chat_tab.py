@@ -15,13 +15,13 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
+from rlhf.app.inputs import model_dropdown, sampling_inputs
 from rlhf.app.models import AUTO, SHARED, Models
 from rlhf.app.policies import choices, name_of
 from rlhf.app.talk import MOST, Settings, Talk, params_of, settings_of
 from rlhf.app.token_view import answer_html, note_html
 from rlhf.base.errors import UserError
 from rlhf.base.log import printable
-from rlhf.chat.policy import Params
 
 NONE = "none"
 REFERENCES = [("SFT policy of the run", AUTO), ("none", NONE)]
@@ -47,11 +47,19 @@ def build(roots: Sequence[Path], models: Models = SHARED) -> None:
                 label="Reference",
                 info="what the colours compare with",
                 allow_custom_value=True,
+                min_width=250,
                 elem_id="chat-reference",
             )
         system = gr.Textbox(label="System prompt", lines=1, elem_id="chat-system")
-        sampling = sampling_inputs()
-        seed = gr.Number(random.getrandbits(16), precision=0, label="seed", elem_id="chat-seed")
+        with gr.Row():
+            sampling = sampling_inputs()
+            seed = gr.Number(
+                random.getrandbits(16),
+                precision=0,
+                label="seed",
+                min_width=100,
+                elem_id="chat-seed",
+            )
     parts, chatbots, details = columns()
     note = gr.HTML(note_html(LEGEND), elem_id="chat-note")
     with gr.Row():
@@ -105,25 +113,6 @@ def connect(
         chatbot.edit(edit, [state, *chosen], list(shown), **options)
         chatbot.clear(forget, state, list(shown), show_progress="hidden")
         chatbot.undo(undo, state, list(shown), show_progress="hidden")
-
-
-def model_dropdown(label: str, info: str, elem_id: str) -> gr.Dropdown:
-    """A choice of several models; what is typed counts as a directory or hub id."""
-    return gr.Dropdown(
-        [], value=[], label=label, info=info, multiselect=True, allow_custom_value=True,
-        elem_id=elem_id,
-    )  # fmt: skip
-
-
-def sampling_inputs() -> list[gr.Number]:
-    """Inputs of temperature, top_p, top_k and max_new_tokens, in this order."""
-    with gr.Row():
-        return [
-            gr.Number(Params.temperature, label="temperature", min_width=90, step=0.1),
-            gr.Number(Params.top_p, label="top_p", min_width=90, step=0.05),
-            gr.Number(Params.top_k, precision=0, label="top_k", min_width=90),
-            gr.Number(Params.max_new_tokens, precision=0, label="max_new_tokens", min_width=90),
-        ]
 
 
 def columns() -> tuple[list[gr.Column], list[gr.Chatbot], list[gr.HTML]]:

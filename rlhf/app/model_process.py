@@ -224,9 +224,9 @@ class Response:
             answer.notes.append(f"{plural(dropped, 'turn')} did not fit into the context")
         if reply.text:
             for path in self.request["rewards"]:
-                self.measure(answer, self.add_reward, policy, reply, path)
+                self.measure(self.add_reward, answer, policy, reply, path)
         if reply.ids and self.request["reference"]:
-            self.measure(answer, self.add_tokens, policy, reply, self.request["reference"])
+            self.measure(self.add_tokens, answer, policy, reply, self.request["reference"])
         return answer
 
     def show(self, piece: str) -> None:
@@ -236,12 +236,14 @@ class Response:
         if self.is_stopped():
             raise KeyboardInterrupt
 
-    def measure(self, answer: Answer, add: Callable[..., None], *arguments: Any) -> None:
+    def measure(
+        self, add: Callable[..., None], answer: Answer, policy: Policy, reply: Reply, path: str
+    ) -> None:
         """Add a measurement to an answer, or a note why it is missing."""
         try:
-            add(answer, *arguments)
+            add(answer, policy, reply, path)
         except UserError as error:
-            answer.notes.append(for_page(str(error)))
+            answer.notes.append(for_page(str(error)).replace(policy.path, name_of(policy.path)))
 
     def add_reward(self, answer: Answer, policy: Policy, reply: Reply, path: str) -> None:
         judge = self.shelf.judge(path, self.say)
