@@ -19,11 +19,15 @@ from rlhf.data.reading import read_rows
 from rlhf.data.splits import RowFacts, split_rows
 from rlhf.data.template import TEMPLATES
 
-Stage = Literal["sft", "dpo"]
+Stage = Literal["sft", "rm", "dpo"]
 ENOUGH = 10  # distinct prompts: some to train on, some held out
 HELD_OUT = (0.05, 0.1, 0.2, 0.35, 0.5)  # values of data.eval_share, of which the first fit is taken
 SMALL = 256  # rows: with the default batches of the stages they would make only a few steps
-SHARES = {"sft": [1, 0, 0], "dpo": [0, 1, 0]}  # data.shares: all rows for this stage
+SHARES = {
+    "sft": [1, 0, 0],
+    "rm": [0, 1, 0],
+    "dpo": [0, 1, 0],
+}  # data.shares: all rows for this stage
 
 
 class Start(NamedTuple):
@@ -52,15 +56,16 @@ def template_of(policy: Policy) -> Template:
 def advice(file: Path, stage: Stage, start: Start) -> str:
     """The command that trains `start` on a file of preferences, or what the file still lacks.
 
-    Args: stage: sft needs responses, dpo pairs.  Raises: OSError.
+    Args: stage: sft needs responses, rm and dpo pairs; the reward model starts from the policy.
+    Raises: OSError.
     """
     if start.template is Template.none:
         return f"no stage can train {start.path} on it: its template is none, which has no messages"
     data = _default_data()
     rows = _facts(file, data)
-    usable = rows.is_pair if stage == "dpo" else rows.has_answer
+    usable = rows.has_answer if stage == "sft" else rows.is_pair
     prompts = len(np.unique(rows.prompt_hash[usable]))
-    noun = "pair" if stage == "dpo" else "good response"
+    noun = "good response" if stage == "sft" else "pair"
     if prompts < ENOUGH:
         missing = plural(ENOUGH - prompts, "more prompt")
         return (
@@ -71,7 +76,7 @@ def advice(file: Path, stage: Stage, start: Start) -> str:
     for share in HELD_OUT:
         data.eval_share = share
         parts, _ = split_rows(rows, data)
-        trained, held_out = len(parts["rm" if stage == "dpo" else "sft"]), parts["eval"]
+        trained, held_out = len(parts["sft" if stage == "sft" else "rm"]), parts["eval"]
         if trained and usable[held_out].any():
             overrides = _overrides(file, stage, start, data, trained)
             return f"train on it:  {command_line('train.py', *overrides)}"
@@ -83,7 +88,8 @@ def _overrides(file: Path, stage: Stage, start: Start, data: Data, rows: int) ->
     yield f"stage={stage}"
     if stage == "dpo":
         yield f"dpo.actor={override_text(start.path)}"
-    yield from ("actor=custom", f"actor.path={override_text(start.path)}")
+    model = "reward" if stage == "rm" else "actor"
+    yield from (f"{model}=custom", f"{model}.path={override_text(start.path)}")
     yield from ("data=jsonl", f"data.sources.mine.path={override_text(str(file))}")
     if start.template is not Template.hh:
         yield f"data.template={start.template.name}"

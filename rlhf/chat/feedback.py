@@ -208,4 +208,5 @@ def append_line(file: Path, line: str) -> int:
             stream.truncate(size)
             raise OSError("no room on the disk")
         stream.seek(0)
-        return sum(1 for line_of_file in stream if line_of_file.strip())
+        # not line by line: without a buffer that reads single bytes
+        return sum(1 for line_of_file in stream.read().split(b"\n") if line_of_file.strip())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def repetition(ids: list[int], n: int = 3) -> float:
@@ -27,6 +28,8 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> float:
 
     Args: scores, values (P, N): N responses to each of P prompts.  Returns: mean over the prompts.
     """
+    import torch  # not needed by the page, which shows intervals
+
     total = scores.shape[1]
     chances = torch.tensor(
         [math.comb(i, n - 1) / math.comb(total, n) for i in range(total)], dtype=torch.float64

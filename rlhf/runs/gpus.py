@@ -97,10 +97,7 @@ def claim_gpus(cfg: Config) -> Iterator[list[str]]:
         return
     visible, wanted = visible_gpus(), deploy.processes_per_node
     chosen_by_hand = VISIBLE in os.environ and SWEEP_LOG not in os.environ
-    try:
-        folder = private_folder(Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}")
-    except OSError as error:
-        raise UserError(f"no folder for the locks of GPUs: {error}") from None
+    folder = folder_of_locks()
     next_report = time.monotonic()
     while True:
         with contextlib.ExitStack() as locks:
@@ -125,6 +122,26 @@ def claim_gpus(cfg: Config) -> Iterator[list[str]]:
             next_report = time.monotonic() + REPORT_EVERY
         # at random: two jobs that each hold half of what they need must not meet for ever
         time.sleep(random.uniform(0.5, 1.5))
+
+
+def unclaimed_gpu() -> str | None:
+    """The first GPU that no run of this user has claimed now; None where there is none.
+
+    Raises: UserError.
+    """
+    for gpu in visible_gpus():
+        with try_lock(lock_of(folder_of_locks(), gpu), shared=True) as is_free:
+            if is_free:
+                return gpu
+    return None
+
+
+def folder_of_locks() -> Path:
+    """Where the locks of this user's runs are. Raises: UserError."""
+    try:
+        return private_folder(Path(tempfile.gettempdir()) / f"rlhf-gpus-{os.getuid()}")
+    except OSError as error:
+        raise UserError(f"no folder for the locks of GPUs: {error}") from None
 
 
 def lock_of(folder: Path, gpu: str) -> Path:

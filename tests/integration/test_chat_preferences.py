@@ -144,7 +144,7 @@ def test_a_path_of_any_letters_is_quoted_for_the_command(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("prompts", some([ENOUGH, 11, 12, 13, 14, 15, 40], every=6))
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_the_suggested_command_has_rows_to_train_and_to_evaluate_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, stage: str
 ) -> None:
@@ -156,11 +156,12 @@ def test_the_suggested_command_has_rows_to_train_and_to_evaluate_on(
     pairs_in(file, prompts)
     start = Start("owner/model", Template.hh)
     cfg = command(*suggested(advice(file, stage, start))).cfg  # type: ignore[arg-type]
-    assert cfg.stage.runs == [stage] and cfg.actor.path == "owner/model"
-    assert stage == "sft" or cfg.dpo.actor == "owner/model"
+    model = cfg.reward if stage == "rm" else cfg.actor
+    assert cfg.stage.runs == [stage] and model.path == "owner/model"
+    assert stage != "dpo" or cfg.dpo.actor == "owner/model"
     data = open_data(cfg, tmp_path)
     trained = data.sft if stage == "sft" else data.rm
-    batch_size = cfg.sft.batch_size if stage == "sft" else cfg.dpo.batch_size
+    batch_size = getattr(cfg, stage).batch_size
     assert len(trained) >= batch_size >= len(trained) / 2 - 1 or batch_size == 16
     assert len(data.eval_sft if stage == "sft" else data.eval_rm) >= 1
 
