@@ -1,4 +1,4 @@
-"""What the tests of the page share: a page in a process of its own, and a headless Chromium."""
+"""What the tests of chat and arena share: the page in its own process, and a headless Chromium."""
 
 from __future__ import annotations
 
@@ -14,41 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from app_browser import CHROMIUM, DRIVER
 from helpers import REPO, SMALL, train
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 BOX = ":is(textarea, input)"
 WEB = ("http", "https", "ws", "wss")
-PAGE = """
-import sys
-from pathlib import Path
-import gradio as gr
-from rlhf.app import arena_tab, chat_tab
-from rlhf.app.models import SHARED
-SHARED.device = "cpu"
-roots = [Path(sys.argv[2])]
-with gr.Blocks(title="rlhf") as page:
-    with gr.Tab("Chat"):
-        chat_tab.build(roots)
-    with gr.Tab("Arena"):
-        arena_tab.build(roots)
-page.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]), quiet=True)
-"""
-
-
-def missing() -> str:
-    """Why a browser cannot be tried here; "" where it can."""
-    with contextlib.suppress(ImportError):
-        import gradio  # noqa: F401
-        import selenium  # noqa: F401
-
-        return "" if CHROMIUM and DRIVER else "chromium and chromedriver are not installed"
-    return "gradio and selenium are not installed"
 
 
 @contextlib.contextmanager
 def serving(folder: Path, root: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The tabs of chat and arena. Gives: the process and its address.
+    """The page. Gives: its process and its address.
 
     Args: folder: the current one.  root: folder in it with the runs.
     """
@@ -57,12 +32,12 @@ def serving(folder: Path, root: str) -> Iterator[tuple[subprocess.Popen[bytes], 
         port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": str(REPO),
-        "GRADIO_ANALYTICS_ENABLED": "False",
+        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "cache"),
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", PAGE, str(port), root],
+        [sys.executable, "-m", "rlhf.app", "--port", str(port), root],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -106,6 +81,7 @@ def browsing(url: str, folder: Path, width: int = 1400) -> Iterator[Any]:
     try:
         driver.set_script_timeout(30)
         driver.get(url)
+        open_tab(driver, "Chat")
         yield driver
     finally:
         driver.quit()

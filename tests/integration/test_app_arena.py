@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from app_browser import missing
 from app_pages import (
     browsing,
     by_id,
     make_runs,
-    missing,
     open_tab,
     resources,
     serving,
@@ -27,7 +27,7 @@ from app_pages import (
     write,
 )
 
-pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing() or "")]
 
 BUTTONS = {"1": "arena-a", "2": "arena-b", "3": "arena-tie", "4": "arena-bad"}
 ROOT = "my runs"  # a folder whose name must be quoted

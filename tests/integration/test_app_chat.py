@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from app_browser import missing
 from app_pages import (
     BOX,
     browsing,
     by_id,
     choose,
     make_runs,
-    missing,
     resources,
     serving,
     text_of,
@@ -25,7 +25,7 @@ from app_pages import (
     write,
 )
 
-pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing() or "")]
 
 HOSTILE = (
     "<script>document.title='bad'</script><img src=x onerror=document.title='bad'> & &lt; "

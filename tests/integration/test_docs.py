@@ -61,11 +61,7 @@ RUN_BY_MAKE = {
 def test_make_targets(command: str) -> None:
     """What they run is what the other tests run; here, that they exist and are set up."""
     done = subprocess.run([*shlex.split(command), "-n"], cwd=REPO, capture_output=True, text=True)
-    assert (
-        done.returncode == 0
-        and RUN_BY_MAKE[command]
-        in done.stdout
-    )
+    assert done.returncode == 0 and RUN_BY_MAKE[command] in done.stdout
 
 
 LONG = re.compile(
