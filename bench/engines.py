@@ -1,9 +1,9 @@
 """Does it matter what samples? GRPO with each rollout.engine, side by side.
 
-    python bench/engines.py [--world sandbox|arithmetic] [--root DIR] [--seeds 1 2 3] [--docs]
+    python bench/engines.py [--root DIR] [--seeds 1 2 3] [--docs]
                             [--engines native continuous vllm] [--vllm COMMAND] [-- KEY=VALUE ...]
 
-All runs start from one SFT run and, on the sandbox, one reward model. The engines take turns, so
+All runs start from one SFT run and one reward model on the sandbox. The engines take turns, so
 that what disturbs the machine meets all of them. Finished runs are reused. It prints a table, which
 --docs writes to docs/engines.md. vLLM has to be installed before: make setup-vllm.
 """
@@ -25,6 +25,7 @@ REPO = Path(__file__).parents[1]
 PAGE = REPO / "docs" / "engines.md"
 ENGINES = ["native", "continuous", "vllm"]
 VLLM = f"{REPO}/.venv-vllm/bin/vllm serve --enforce-eager"
+PARENTS = {"actor": "sft", "reward": "rm"}
 PARTS = ("timing_s/rollout", "timing_s/update", "timing_s/step")
 
 
@@ -86,7 +87,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--world", choices=["sandbox", "arithmetic"], default="sandbox")
     parser.add_argument("--root", type=Path, default=Path("engines"))
     parser.add_argument("--engines", nargs="+", default=ENGINES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -94,10 +94,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write docs/engines.md")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs, after --")
     args = parser.parse_args()
-    data = f"data={args.world}"
-    given = [data, f"rl.actor={train(args.root, 'stage=sft', data)}"]
-    if args.world == "sandbox":  # elsewhere a function is the reward
-        given.append(f"rl.reward={train(args.root, 'stage=rm', data)}")
+    given = [f"rl.{role}={train(args.root, f'stage={stage}')}" for role, stage in PARENTS.items()]
     results: dict[str, list[dict[str, Any]]] = {engine: [] for engine in args.engines}
     for seed in args.seeds:
         for engine in args.engines:
@@ -113,7 +110,7 @@ def main() -> None:
     shown = table(results)
     print(shown)
     if args.docs:
-        write_between_marks(PAGE, f"engines, {args.world}", shown)
+        write_between_marks(PAGE, "engines", shown)
 
 
 if __name__ == "__main__":

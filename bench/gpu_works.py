@@ -27,12 +27,17 @@ from rlhf.models import logprobs
 from rlhf.models.loading import DTYPES
 from rlhf.models.wrappers import Policy
 from rlhf.planning.formulas import GIB
+from rlhf.sampling.continuous import continuous_generate
 from rlhf.sampling.hf_generate import hf_generate
 from rlhf.sampling.sampler import sample
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.optimizer_step import optimizer_step
 
-GENERATE = {RolloutEngine.native: sample, RolloutEngine.hf: hf_generate}
+GENERATE = {
+    RolloutEngine.native: sample,
+    RolloutEngine.hf: hf_generate,
+    RolloutEngine.continuous: continuous_generate,
+}
 TOO_LARGE = "out of memory"
 
 

@@ -12,7 +12,7 @@ import re
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -58,6 +58,7 @@ class Server:
     url: str
     timeout: float | None  # seconds for one request; None: no limit
     key_variable: str | None = None  # the environment variable with the API key
+    waits: Sequence[float] | None = None  # before each further try; None: WAITS
     secret: str = field(default="", repr=False)
     proxy: str = ""  # in words, where there is one
     client: httpx.AsyncClient | None = field(default=None, repr=False)
@@ -111,7 +112,8 @@ class Server:
         # all characters beyond ASCII are escaped, so that no text can break the request
         content = json.dumps(body).encode()
         problem, asked = "", 0.0
-        for wait in (0.0, *WAITS):
+        waits = WAITS if self.waits is None else self.waits
+        for wait in (0.0, *waits):
             await asyncio.sleep(max(wait, asked))
             asked = 0.0
             try:
@@ -125,9 +127,8 @@ class Server:
                 watchdog.progress()
                 return self.read(response)
             problem, asked = self.status(response), retry_after(response)
-        raise UserError(
-            f"{self.where}: no answer after {len(WAITS) + 1} tries: {problem}: check the server"
-        )
+        tries = "1 try" if not waits else f"{len(waits) + 1} tries"
+        raise UserError(f"{self.where}: no answer after {tries}: {problem}: check the server")
 
     async def send(self, content: bytes) -> httpx.Response:
         """One request. Raises: UserError when it takes too long."""
@@ -221,7 +222,11 @@ def make_client(headers: Mapping[str, str], direct: bool) -> httpx.AsyncClient:
         ) from None
     try:
         return httpx.AsyncClient(
-            headers=headers, timeout=None, verify=certificates, trust_env=not direct
+            headers=headers,
+            timeout=None,
+            limits=httpx.Limits(max_connections=None),  # the callers have limits of their own
+            verify=certificates,
+            trust_env=not direct,
         )
     except (ValueError, httpx.InvalidURL, ImportError) as error:
         names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

@@ -10,6 +10,14 @@ from collections.abc import Iterator
 from rlhf.config.choices import RolloutEngine
 from rlhf.config.schema import Config
 
+# options of the server that the run sets: it finds it by them, and no other machine does
+OURS = {"--host", "--port", "--uds", "--model", "--served-model-name"}
+
+
+def shown(address: str) -> str:
+    """An address without user, password and query."""
+    return address.rpartition("@")[2].partition("?")[0]
+
 
 def check_vllm(cfg: Config) -> Iterator[str]:
     """The server that samples with rollout.engine=vllm."""
@@ -17,9 +25,10 @@ def check_vllm(cfg: Config) -> Iterator[str]:
     given = [name for name in ("url", "command") if getattr(vllm, name) is not None]
     if cfg.rollout.engine != RolloutEngine.vllm:
         for name in given:
+            engine = cfg.rollout.engine.name
             yield (
-                f"rollout.vllm.{name}={getattr(vllm, name)}: only with rollout.engine=vllm, not "
-                f"{cfg.rollout.engine.name}"
+                f"rollout.vllm.{name}={shown(getattr(vllm, name))}: only with rollout.engine=vllm, "
+                f"not {engine}"
             )
         return
     if len(given) != 1:
@@ -30,8 +39,9 @@ def check_vllm(cfg: Config) -> Iterator[str]:
             "(docs/engines.md)"
         )
     if vllm.url is not None and not re.match(r"https?://[^/\s]+", vllm.url):
-        host = vllm.url.rpartition("@")[2]
-        yield f"rollout.vllm.url={host}: give an address that begins with http:// or https://"
+        yield f"rollout.vllm.url={shown(vllm.url)}: give an address that begins with http:// or https://"
+    if cfg.rl.dschat.greedy:
+        yield "rollout.engine=vllm with rl.dschat.greedy=true: use rollout.engine=native"
     if vllm.command is not None:
         yield from check_vllm_command(cfg, vllm.command)
 
@@ -51,5 +61,7 @@ def check_vllm_command(cfg: Config, command: str) -> Iterator[str]:
             f"{key}: there is no program {words[0]}; make setup-vllm installs one for CPUs, "
             "docs/engines.md says how to on a GPU"
         )
+    if theirs := sorted(OURS & {word.partition("=")[0] for word in words}):
+        yield f"{key}: leave out {theirs[0]}: the run chooses it"
     if cfg.deploy.nodes > 1:
         yield f"{key} with deploy.nodes={cfg.deploy.nodes}: start a server, and give its address"

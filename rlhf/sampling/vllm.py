@@ -7,42 +7,44 @@ update. Whether it computes with them is checked by log-probs of some tokens, be
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.base import watchdog
+from rlhf.base.checksums import hash_files
 from rlhf.base.errors import UserError
-from rlhf.base.files import private_folder, remove
+from rlhf.base.files import remove
 from rlhf.base.log import announced, log
 from rlhf.config.choices import Device, Precision, RolloutEngine
 from rlhf.config.schema import Config
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine
 from rlhf.models.loading import full_state_dict
-from rlhf.models.token_rows import output_layer
 from rlhf.models.wrappers import Policy
-from rlhf.runs.locks import try_lock
 from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.token_choice import Sampling
 from rlhf.sampling.vllm_server import LOG, ServerError, VllmServer, hold_url
+from rlhf.sampling.vllm_weights import weights_folder, write_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-SHARED_MEMORY = Path("/dev/shm")
-CHECKED = 4  # prompts whose log-probs are compared
+CHECKED_PROMPTS = 4  # whose log-probs are compared
+CHECKED_TOKENS = 256  # of each; the server makes logits of all of them at once
 # Mean difference of log-probs from those of the training forward pass, nats: fp32 rounding is 1e-6,
-# an update 1e-3 and more; in 16 bits a smaller difference does not show
+# an update 1e-3 and more; in 16 bits smaller differences are rounding
 LIMIT = {p: 1e-4 if p == Precision.fp32 else 0.05 for p in Precision}
-LOCK = "lock"  # in a run's folder of weights, held until the run ends
-NEW = 60.0  # seconds in which a folder's lock may not be there yet
+
+
+class CheckedPrompt(NamedTuple):
+    """Tokens, and the log-prob of each token after the first by the training forward pass."""
+
+    ids: list[int]
+    logprobs: list[float]
 
 
 class VllmSampler:
@@ -55,6 +57,7 @@ class VllmSampler:
         self.server, self.run_dir, self.held = server, run_dir, held
         self.folder: Path | None = None  # of the weights
         self.model: Path | None = None  # the weights that the server has
+        self.hashes: dict[str, str] = {}  # of their files
         self.steps = -1  # optimizer steps that these weights have seen; -1: none yet
 
     def sample(
@@ -68,85 +71,106 @@ class VllmSampler:
         """Sample responses from the distribution that `sampler.sample` samples from.
 
         All ranks call this together, each with prompts of its own. Where the server dies, it is
-        started once more with the same weights.
+        started once more with the same weights. One that others can reach (rollout.vllm.url) must
+        have the policy's weights before and after.
 
         Args: random: (B, R); the first number of a row is the seed of its response.
         Returns: tensors in host memory.
-        Raises: UserError where the server fails again, or does not take the weights.
+        Raises: UserError where the server fails again, or has other weights.
         """
         rows = [ids[mask > 0].tolist() for ids, mask in zip(prompts.ids, prompts.mask)]
         requests = [
             completion_request(ids, numbers, tokenizer.eos_token_id, sampling)
             for ids, numbers in zip(rows, random)
         ]
-        self.bring_weights(actor, tokenizer, rows)
-        answers: list[dict[str, Any]] = []
+        checked = self.bring_weights(actor, tokenizer, rows)
+        choices: list[dict[str, Any]] = []
         problem = ""
         try:
-            answers = self.server.complete(requests)
+            choices = self.server.complete(requests)
         except ServerError as error:
             problem = str(error)
+        collectives.barrier()  # another rank's responses may take longer
         if problem := next(filter(None, collectives.all_gather_objects(problem)), ""):
             self.replace_server(problem, actor, rows)
-            answers = self.server.complete(requests)
-        return as_tensors(answers, random.shape, tokenizer.eos_token_id)
+            choices = self.server.complete(requests)
+        if self.held is not None and not self.server.is_own:
+            self.check(checked, is_final=True)
+        return as_tensors(choices, random.shape, tokenizer.eos_token_id)
 
     def bring_weights(
         self,
         actor: Engine[Policy],
         tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[Sequence[int]],
-    ) -> None:
-        """Give the server the policy's weights, unless it has them."""
-        if self.steps == actor.global_steps:
-            return
-        weights, _ = full_state_dict(actor.module.hf)
-        expected = self.expected_logprobs(actor, rows)
-        if self.held is not None:
-            if self.folder is None:
-                size = sum(w.numel() * w.element_size() for w in weights.values())
-                place = weights_folder(self.server.cfg, self.run_dir, size)
-                self.folder = self.held.enter_context(place)
-            before, self.model = self.model, self.folder / f"step-{actor.global_steps}"
-            untie = self.server.is_own and self.server.cfg.deploy.device == Device.cpu
-            with announced("writing the weights for vLLM"), watchdog.while_files_move():
-                write_model(actor.module.hf, weights, tokenizer, self.model, untie)
-            self.renew(expected)
-            if before is not None and before != self.model:
-                remove(before)
+        rows: Sequence[list[int]],
+    ) -> list[CheckedPrompt]:
+        """Give the server the policy's weights, unless it has them. Returns: what was compared."""
+        is_new = self.steps != actor.global_steps
+        if not is_new and self.server.is_own:
+            return []
+        checked = self.checked_prompts(actor, rows)
+        if is_new:
+            weights, _ = full_state_dict(actor.module.hf)
+            if self.held is not None:
+                self.write_weights(actor, weights, tokenizer)
+                self.renew(checked)
+        elif self.held is not None:
+            self.check(checked)
         self.steps = actor.global_steps
         self.share_url()
+        return checked
+
+    def write_weights(
+        self, actor: Engine[Policy], weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Write the policy of now beside the one that the server has."""
+        assert self.held is not None
+        if self.folder is None:
+            size = sum(w.numel() * w.element_size() for w in weights.values())
+            place = weights_folder(self.server.cfg, self.run_dir, size)
+            self.folder = self.held.enter_context(place)
+        self.model = self.folder / f"step-{actor.global_steps}"
+        untie = self.server.is_own and self.server.cfg.deploy.device == Device.cpu
+        with announced("writing the weights for vLLM"), watchdog.while_files_move():
+            write_model(actor.module.hf, weights, tokenizer, self.model, untie)
+
+    def renew(self, checked: list[CheckedPrompt]) -> None:
+        """Let the server take the weights in `self.model`, and start it where it does not run."""
+        assert self.model and self.folder
+        files = sorted(file.name for file in self.model.glob("*.safetensors"))
+        before, self.hashes = self.hashes, hash_files(self.model, files)
+        try:
+            if self.server.is_own and self.server.process is None:
+                self.server.start(self.model)
+                self.check(checked)
+            else:
+                is_other = before not in ({}, self.hashes)
+                old = self.server_logprobs(checked) if is_other else []
+                self.server.load(self.model)
+                self.check(checked, old)
+        except ServerError as error:
+            self.restart(str(error), checked)
+        for other in self.folder.glob("step-*"):
+            if other != self.model:
+                remove(other)
 
     def replace_server(
-        self, problem: str, actor: Engine[Policy], rows: Sequence[Sequence[int]]
+        self, problem: str, actor: Engine[Policy], rows: Sequence[list[int]]
     ) -> None:
         """Start a server that has died while it sampled. Raises: UserError where it cannot be."""
-        expected = self.expected_logprobs(actor, rows)
+        checked = self.checked_prompts(actor, rows)
         if self.held is not None:
-            self.restart(problem, expected)
+            self.restart(problem, checked)
         self.share_url()
 
-    def renew(self, expected: list[tuple[Sequence[int], list[float]]]) -> None:
-        """Let the server take the weights in `self.model`, and start it where it does not run."""
-        assert self.model
-        if self.server.is_own and self.server.process is None:
-            self.server.start(self.model)
-            self.check(expected)
-            return
-        try:
-            self.server.load(self.model)
-            self.check(expected)
-        except ServerError as error:
-            self.restart(str(error), expected)
-
-    def restart(self, problem: str, expected: list[tuple[Sequence[int], list[float]]]) -> None:
+    def restart(self, problem: str, checked: list[CheckedPrompt]) -> None:
         """Start a server that has died. Raises: UserError where it has not, or is not ours."""
         assert self.model
         if not self.server.is_own or self.server.is_healthy():
             raise UserError(problem)
         log.warning(f"the vLLM server has died and is started again: {problem}")
         self.server.start(self.model)
-        self.check(expected)
+        self.check(checked)
 
     def share_url(self) -> None:
         """Tell all ranks where the server of the first one is; they wait while it starts."""
@@ -154,61 +178,79 @@ class VllmSampler:
         self.server.url = collectives.all_gather_objects(self.server.url)[0]
 
     @torch.no_grad()
-    def expected_logprobs(
-        self, actor: Engine[Policy], rows: Sequence[Sequence[int]]
-    ) -> list[tuple[Sequence[int], list[float]]]:
-        """Some rows of tokens, and the log-prob of each token after the first as training has it.
+    def checked_prompts(
+        self, actor: Engine[Policy], rows: Sequence[list[int]]
+    ) -> list[CheckedPrompt]:
+        """The longest prompts of the first rank, with the log-probs of their tokens.
 
-        All ranks call this together.
+        All ranks call this together: with partitioned weights they compute together.
         """
+        different = sorted({tuple(ids[:CHECKED_TOKENS]) for ids in rows}, key=len)
         found = []
-        for ids in sorted(rows, key=len)[-CHECKED:]:
+        for ids in collectives.all_gather_objects(different[-CHECKED_PROMPTS:])[0]:
+            ids = ids if len(ids) > 1 else 2 * ids  # the first token has no log-prob
             tokens = torch.tensor([ids])
             targets = torch.ones_like(tokens, dtype=torch.bool)
             targets[:, 0] = False
             stats = actor(tokens, torch.ones_like(tokens), targets)
-            found.append((ids, stats.logprobs[0, 1:].tolist()))
+            found.append(CheckedPrompt(list(ids), stats.logprobs[0, 1:].tolist()))
         return found
 
-    def check(self, expected: list[tuple[Sequence[int], list[float]]]) -> None:
+    def check(
+        self,
+        checked: list[CheckedPrompt],
+        old: list[list[float]] | None = None,
+        is_final: bool = False,
+    ) -> None:
         """Compare the server's log-probs with those of training; reload the weights once.
 
-        Raises: UserError where they differ all the same.
+        Args:
+            old: of the server with the weights of before, which were others; the same to the last
+                digit are of these weights, also where rounding hides the difference.
+            is_final: do not reload.
+        Raises: UserError where the weights are others.
         """
         assert self.model
         limit = LIMIT[self.server.cfg.deploy.precision]
-        for tries in (1, 2):
-            gap = self.difference(expected)
-            if gap <= limit:
+        for may_reload in (not is_final, False):
+            now = self.server_logprobs(checked)
+            gap = mean_difference(now, checked)
+            if gap <= limit and now != old:
                 return
-            if tries == 1:
-                log.warning(
-                    f"{self.server.key}: its log-probs differ by {gap:.2g} nats from those of the "
-                    f"policy, more than {limit:g}: the weights are loaded once more"
-                )
-                self.server.load(self.model)
+            how = f"its log-probs differ by {gap:.2g} nats on average from the policy's"
+            how = how if gap > limit else "its log-probs did not change with the weights"
+            if not may_reload:
+                break
+            log.warning(f"{self.server.key}: {how}, and the weights are loaded once more")
+            self.server.load(self.model)
         raise UserError(
-            f"{self.server.key}: the server computes with other weights than the policy's: its "
-            f"log-probs differ by {gap:.2g} nats on average, allowed {limit:g}. It must read "
-            f"{self.folder}, have --dtype as deploy.precision, and belong to this run alone; "
-            "on a CPU it cannot renew tied embeddings unless the run starts it "
-            "(rollout.vllm.command)"
+            f"{self.server.key}: the server computes with other weights than the policy's: {how}, "
+            f"allowed {limit:g}. It must read {self.folder}, have --dtype as deploy.precision, and "
+            "belong to this run alone; on a CPU it cannot renew tied embeddings unless the run "
+            "starts it (rollout.vllm.command)"
         )
 
-    def difference(self, expected: list[tuple[Sequence[int], list[float]]]) -> float:
-        """Mean of abs(log-prob of the server - that of training), nats."""
+    def server_logprobs(self, checked: list[CheckedPrompt]) -> list[list[float]]:
+        """The server's log-probs of the same tokens. Raises: ServerError."""
         requests = [
-            {"model": None, "prompt": list(ids), "max_tokens": 1, "prompt_logprobs": 0}
-            for ids, _ in expected
+            {"prompt": one.ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+            for one in checked
         ]
-        gaps = []
-        for (ids, ours), answer in zip(expected, self.server.complete(requests)):
-            theirs = answer["choices"][0]["prompt_logprobs"][1:]
-            gaps += [
-                abs(found[str(token)]["logprob"] - own)
-                for token, found, own in zip(ids[1:], theirs, ours)
-            ]
-        return sum(gaps) / max(1, len(gaps))
+        return [
+            [found[str(token)]["logprob"] for token, found in zip(one.ids[1:], tokens[1:])]
+            for one, choice in zip(checked, self.server.complete(requests))
+            for tokens in [choice["prompt_logprobs"]]
+        ]
+
+
+def mean_difference(logprobs: list[list[float]], checked: list[CheckedPrompt]) -> float:
+    """Mean of abs(log-prob of the server - that of training), nats."""
+    gaps = [
+        abs(theirs - ours)
+        for row, one in zip(logprobs, checked)
+        for theirs, ours in zip(row, one.logprobs)
+    ]
+    return sum(gaps) / len(gaps)
 
 
 def completion_request(
@@ -234,51 +276,17 @@ def completion_request(
 
 
 def as_tensors(
-    answers: Sequence[dict[str, Any]], shape: torch.Size, eos_id: int
+    choices: Sequence[dict[str, Any]], shape: torch.Size, eos_id: int
 ) -> SampledResponses:
-    """The answers as responses, padded with EOS to `shape` (B, R)."""
+    """The server's choices as responses, padded with EOS to `shape` (B, R)."""
     ids = torch.full(shape, eos_id)
     mask, logprobs = torch.zeros(shape), torch.zeros(shape)
-    for row, answer in enumerate(answers):
-        choice = answer["choices"][0]
+    for row, choice in enumerate(choices):
         tokens = choice["token_ids"]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
         logprobs[row, : len(tokens)] = torch.tensor(choice["logprobs"]["token_logprobs"])
     return SampledResponses(ids, mask, logprobs)
-
-
-def write_model(
-    hf: PreTrainedModel,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    untie: bool,
-) -> None:
-    """Write a model as vLLM loads it.
-
-    Args:
-        weights: all of them, an adapter merged (loading.full_state_dict).
-        untie: give the output layer weights of its own: on a CPU vLLM packs a layer's weights, and
-            packs those of a tied one only when it starts.
-    """
-    remove(folder)
-    config = hf.config.get_text_config()
-    tied, embeddings, output = (
-        config.tie_word_embeddings,
-        hf.get_input_embeddings(),
-        output_layer(hf),
-    )
-    try:
-        if untie and tied and output is not None:
-            names = {id(module): name for name, module in hf.named_modules()}
-            copied = weights[f"{names[id(embeddings)]}.weight"].clone()
-            weights = weights | {f"{names[id(output)]}.weight": copied}
-            config.tie_word_embeddings = False
-        hf.save_pretrained(folder, state_dict=weights)
-    finally:
-        config.tie_word_embeddings = tied
-    tokenizer.save_pretrained(folder)
 
 
 def engine_without_server(cfg: Config) -> RolloutEngine:
@@ -309,44 +317,3 @@ def running_sampler(cfg: Config, run_dir: Path) -> Iterator[VllmSampler | None]:
             server.check()
         held.callback(server.stop)
         yield VllmSampler(server, run_dir, held)
-
-
-@contextlib.contextmanager
-def weights_folder(cfg: Config, run_dir: Path, size: int) -> Iterator[Path]:
-    """A new folder for a run's weights, which is deleted at the end of this context.
-
-    What killed runs have left beside it is deleted, too: it would fill the memory.
-
-    Args: size: of the weights, bytes; there are two versions for a moment.
-    """
-    given = cfg.rollout.vllm.weights_dir
-    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2.5 * size
-    base = Path(given or (SHARED_MEMORY if has_room else run_dir)).absolute()
-    folder = base / f"rlhf-vllm-{os.getuid()}" / f"{run_dir.name}-{os.getpid()}"
-    try:
-        if given:  # the server may be another user's
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        else:
-            private_folder(folder.parent)
-        remove_left_folders(folder.parent)
-        folder.mkdir()
-    except OSError as error:
-        raise UserError(
-            f"rollout.vllm.weights_dir={given or 'null'}: no weights can be written to {base} "
-            f"({error.strerror or error}): give another folder that both can use"
-        ) from None
-    with try_lock(folder / LOCK):
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_left_folders(everyone: Path) -> None:
-    """Delete the folders of runs that have ended without doing so."""
-    for other in everyone.iterdir():
-        with contextlib.suppress(OSError):  # another run deletes it, too
-            if other.is_dir() and time.time() - other.stat().st_mtime > NEW:
-                with try_lock(other / LOCK) as is_free:
-                    if is_free:
-                        shutil.rmtree(other, ignore_errors=True)

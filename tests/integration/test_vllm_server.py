@@ -152,6 +152,29 @@ def test_old_weights_are_noticed(
     assert_greedy_as_native(ask, actor)  # loads them now
 
 
+def test_old_weights_are_noticed_where_rounding_hides_the_difference(
+    ask: Ask, actor: Any, sampler: vllm.VllmSampler, monkeypatch: Any
+) -> None:
+    """As in 16 bits: the server's log-probs are still the same to the last digit."""
+    ask(PROMPTS, noise_of(4), GREEDY)
+    change_weights(actor, 7)
+    with monkeypatch.context() as patch:
+        patch.setitem(vllm.LIMIT, Precision.fp32, 100.0)
+        patch.setattr(sampler.server, "load", lambda model: None)
+        with pytest.raises(UserError, match="its log-probs did not change with the weights"):
+            ask(PROMPTS, noise_of(4), GREEDY)
+    assert_greedy_as_native(ask, actor)
+
+
+def test_copies_of_a_prompt_are_compared_once_and_short_ones_too(
+    sampler: vllm.VllmSampler, actor: Any
+) -> None:
+    rows = [[5, 6, 7]] * 8 + [[8]] * 8 + [[9, 8]]
+    checked = sampler.checked_prompts(actor, rows)
+    assert [one.ids for one in checked] == [[8, 8], [9, 8], [5, 6, 7]]
+    assert [len(one.logprobs) for one in checked] == [1, 1, 2]
+
+
 def descendants(pid: int) -> list[int]:
     """The processes that a process has started, and those that they have, in that order."""
     found: list[int] = []
@@ -220,8 +243,13 @@ def test_a_server_by_its_address(
             pass
     with vllm.running_sampler(cfg, tmp_path) as by_url:
         assert by_url
-        by_url.model = sampler.model
-        by_url.check(by_url.expected_logprobs(actor, PROMPTS))
+        by_url.model, by_url.steps = sampler.model, actor.global_steps
+        batch = batch_of(PROMPTS)
+        by_url.sample(actor, tokenizer, batch, noise_of(4), GREEDY)
+        change_weights(actor, 8)  # as if another program had given the server other weights
+        by_url.steps = actor.global_steps
+        with pytest.raises(UserError, match="belong to this run alone"):
+            by_url.sample(actor, tokenizer, batch, noise_of(4), GREEDY)
         with (
             pytest.raises(UserError, match="another run uses this server"),
             vllm.running_sampler(cfg, tmp_path),

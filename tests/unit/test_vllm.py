@@ -24,10 +24,11 @@ from rlhf.base.own_processes import own_source
 from rlhf.config.choices import RolloutEngine
 from rlhf.config.validation import check_config
 from rlhf.models.loading import full_state_dict, load_policy
+from rlhf.runs.environment import free_port
 from rlhf.runs.identity import own_settings
-from rlhf.sampling import vllm
+from rlhf.sampling import vllm, vllm_server, vllm_weights
 from rlhf.sampling.token_choice import Sampling
-from rlhf.sampling.vllm_server import VllmServer, free_port, hold_url, last_words
+from rlhf.sampling.vllm_server import ServerError, VllmServer, hold_url, last_error_line
 
 PROGRAM = f"{sys.executable} serve"  # a program that exists
 OWN = ["stage=ppo", "rollout.engine=vllm", f'rollout.vllm.command="{PROGRAM} --enforce-eager"']
@@ -57,6 +58,12 @@ def problems(*overrides: str) -> str:
         ),
         (["rollout.engine=vllm", 'rollout.vllm.command="a \'b"'], "not a command"),
         (["rollout.vllm.url=http://h:1"], "only with rollout.engine=vllm, not native"),
+        (
+            ["rollout.engine=vllm", f'rollout.vllm.command="{PROGRAM} --host=0.0.0.0"'],
+            "leave out --host: the run chooses it",
+        ),
+        (["rollout.vllm.url=http://me:secret@h:1/"], "rollout.vllm.url=h:1/: only with"),
+        ([*OWN[1:], "rl.dschat.greedy=true"], "with rl.dschat.greedy=true: use"),
         (
             [*OWN[1:], "deploy.nodes=2"],
             "with deploy.nodes=2: start a server, and give its address",
@@ -108,11 +115,11 @@ def test_a_request_asks_for_the_whole_distribution() -> None:
 
 
 def test_answers_are_padded_with_the_end_token() -> None:
-    answers = [
-        {"choices": [{"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}}]},
-        {"choices": [{"token_ids": [7, 8, 9], "logprobs": {"token_logprobs": [-1, -2, -3]}}]},
+    choices = [
+        {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}},
+        {"token_ids": [7, 8, 9], "logprobs": {"token_logprobs": [-1, -2, -3]}},
     ]
-    ids, mask, logprobs = vllm.as_tensors(answers, torch.Size([2, 3]), 2)
+    ids, mask, logprobs = vllm.as_tensors(choices, torch.Size([2, 3]), 2)
     assert ids.tolist() == [[7, 2, 2], [7, 8, 9]]
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert logprobs.tolist() == [[-0.5, -0.25, 0], [-1, -2, -3]]
@@ -126,7 +133,7 @@ def test_an_untied_copy_computes_the_same(tokenizer: Any, tmp_path: Path) -> Non
     policy = load_policy("builtin:tiny", tokenizer, composed("stage=ppo").deploy.precision).eval()
     for untie in (False, True):
         weights, _ = full_state_dict(policy.hf)
-        vllm.write_model(policy.hf, weights, tokenizer, tmp_path / "model", untie)
+        vllm_weights.write_model(policy.hf, weights, tokenizer, tmp_path / "model", untie)
         settings = json.loads((tmp_path / "model" / "config.json").read_text())
         assert settings["tie_word_embeddings"] is not untie
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
@@ -158,8 +165,13 @@ class Answers(BaseHTTPRequestHandler):
         self.answer(200, self.server.models)  # type: ignore[attr-defined]
 
     def do_POST(self) -> None:
-        can = self.server.is_developer  # type: ignore[attr-defined]
-        self.answer(200 if can else 404, {"success": True})
+        server: Any = self.server
+        if self.path.endswith("completions"):
+            logprobs = {"token_logprobs": [server.logprob]}
+            choice = {"logprobs": logprobs, "finish_reason": server.ends}
+            self.answer(200, {"choices": [choice]})
+        else:
+            self.answer(200 if server.is_developer else 404, {"success": server.is_idle})
 
     def answer(self, status: int, body: dict[str, Any]) -> None:
         self.send_response(status)
@@ -173,8 +185,9 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def address() -> Iterator[tuple[str, Any]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        server.is_developer = False  # type: ignore[attr-defined]
-        server.models = {"data": [{"max_model_len": 64}]}  # type: ignore[attr-defined]
+        about: Any = server
+        about.is_developer, about.is_idle, about.logprob, about.ends = False, True, -3.0, "length"
+        about.models = {"data": [{"max_model_len": 64}]}
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}", server
         server.shutdown()
@@ -194,6 +207,9 @@ def test_a_server_that_cannot_be_used_is_refused_with_what_is_missing(
     with pytest.raises(UserError, match="start it with VLLM_SERVER_DEV_MODE=1"):
         by_url(url, tmp_path).check()
     server.is_developer = True
+    with pytest.raises(UserError, match="start it with --logprobs-mode processed_logprobs"):
+        by_url(url, tmp_path).check()
+    server.logprob = 0.0
     by_url(url, tmp_path).check()
     with pytest.raises(UserError, match="reads 64 tokens at most.* up to 65.*--max-model-len 65"):
         by_url(url, tmp_path, longest=65).check()
@@ -202,6 +218,34 @@ def test_a_server_that_cannot_be_used_is_refused_with_what_is_missing(
         by_url(url, tmp_path).check()
     with pytest.raises(UserError, match="rollout.vllm.url=.*not a URL"), hold_url("http://[::1/"):
         pass
+
+
+def test_what_the_server_does_not_do_is_an_error(
+    address: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, server = address
+    asked = by_url(url, tmp_path)
+    server.ends = "abort"  # it is being stopped
+    with pytest.raises(ServerError, match=r"the server has ended a response \(abort\)"):
+        asked.complete([{"prompt": [5]}])
+    with pytest.raises(ServerError, match="cannot load .*rollout.vllm.weights_dir"):
+        asked.load(tmp_path)
+    server.is_developer, server.is_idle = True, False
+    monkeypatch.setattr(vllm_server, "CACHE_WAITS", (0.0, 0.0))
+    with pytest.raises(ServerError, match="cannot empty its prefix cache"):
+        asked.load(tmp_path)
+
+
+def test_the_error_of_a_log_is_the_cause(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "ValueError: of an earlier attempt\n"
+        "(EngineCore pid=7) ValueError: Free memory on device is less than desired\n"
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert "Free memory" in last_error_line(log)
+    assert last_error_line(log, start=34).startswith("(EngineCore")
+    assert last_error_line(log, start=log.stat().st_size) == "it said nothing"
 
 
 def test_a_server_that_one_run_holds_is_refused_to_another(tmp_path: Path) -> None:
@@ -231,38 +275,35 @@ def test_a_server_that_one_run_holds_is_refused_to_another(tmp_path: Path) -> No
 def test_the_weights_of_killed_runs_are_deleted_and_those_of_others_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(vllm_weights, "SHARED_MEMORY", tmp_path / "shm")
     (tmp_path / "shm").mkdir()
     run_dir, cfg = tmp_path / "ppo-a", composed(*OWN)
     everyone = tmp_path / "shm" / f"rlhf-vllm-{os.getuid()}"
-    with vllm.weights_folder(cfg, tmp_path / "ppo-b", 10) as held:
+    with vllm_weights.weights_folder(cfg, tmp_path / "ppo-b", 10) as held:
         killed = everyone / "ppo-c-1"
         killed.mkdir()
         (killed / "model.safetensors").write_text("x")
         for folder in (held, killed):
             os.utime(folder, (1, 1))
-        with vllm.weights_folder(cfg, run_dir, 10) as folder:
+        with vllm_weights.weights_folder(cfg, run_dir, 10) as folder:
             assert folder.parent == everyone
-            assert sorted(path.name for path in everyone.iterdir()) == [
-                f"ppo-a-{os.getpid()}",
-                f"ppo-b-{os.getpid()}",
-            ]
-    assert not any(everyone.iterdir())
+            assert sorted(everyone.iterdir()) == sorted([folder, held])
+    assert not everyone.exists()
 
 
 def test_the_run_directory_takes_what_memory_has_no_room_for(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    with vllm.weights_folder(composed(*OWN), run_dir, 2**60) as folder:
+    with vllm_weights.weights_folder(composed(*OWN), run_dir, 2**60) as folder:
         assert run_dir in folder.parents
     given = composed(*OWN, f"rollout.vllm.weights_dir={tmp_path}/shared")
-    with vllm.weights_folder(given, run_dir, 10) as folder:
+    with vllm_weights.weights_folder(given, run_dir, 10) as folder:
         assert tmp_path / "shared" in folder.parents
     (tmp_path / "file").touch()
     wrong = composed(*OWN, f"rollout.vllm.weights_dir={tmp_path}/file")
     with (
         pytest.raises(UserError, match=r"weights_dir=.*/file: no weights can be written"),
-        vllm.weights_folder(wrong, run_dir, 10),
+        vllm_weights.weights_folder(wrong, run_dir, 10),
     ):
         pass
 
@@ -318,7 +359,7 @@ def test_a_program_that_ends_gives_its_exit_code(tmp_path: Path) -> None:
         kept = KeptProcess(command, {"PATH": os.environ["PATH"]}, log)
         assert kept.keeper.wait(30) == code == kept.exit_code()
         kept.close()
-        assert last_words(log) == said
+        assert last_error_line(log) == said
 
 
 def wait_for_text(file: Path) -> str:
