@@ -97,6 +97,7 @@ def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     others = [row | {"prompt": f"{row['prompt']} Please!"} for row in rows]
     (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    (tmp_path / "docs").symlink_to(REPO / "docs")  # its examples
     own_model = tmp_path / "my_options" / "model" / "mine.yaml"
     own_model.parent.mkdir(parents=True)
     own_model.write_text(f"name: mine\npath: {REPO / 'rlhf/assets/tiny'}\n")
