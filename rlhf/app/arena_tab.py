@@ -39,7 +39,11 @@ if (!window.arenaKeys) {
     const typing = 'textarea, select, [contenteditable], input:not([type=radio])';
     if (event.target.closest(typing)) return;
     const button = document.getElementById(id);
-    if (button && button.offsetParent && !button.disabled) button.click();
+    if (!button || !button.offsetParent || button.disabled) return;
+    const now = Date.now();  // of keys that come at once the first one is the vote
+    if (event.key !== 'n' && now - (window.arenaVoted ?? 0) < 500) return;
+    window.arenaVoted = now;
+    button.click();
   });
 }
 """
@@ -158,7 +162,7 @@ def next_match(
     *sampling: float,
 ) -> Iterator[list[Any]]:
     """Let both policies respond to the next prompt. Yields: the page, as `view`."""
-    match.is_open, match.round = False, match.round + 1
+    match.is_open, match.voted, match.round = False, "", match.round + 1
     this = match.round
     if match.request:
         match.request.stop()
@@ -171,6 +175,7 @@ def next_match(
         match.prompt = next_prompt(models, file, (first, second), text)
         a, b = random.sample([first.strip(), second.strip()], 2)
         match.policies, match.responses = (a, b), ["", ""]
+        match.names = name_of(a), name_of(b)
         for i, policy in enumerate(match.policies):
             # others for each: similar policies would give the same response with the same numbers
             seeded = dataclasses.replace(params, seed=random.getrandbits(31))

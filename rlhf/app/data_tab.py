@@ -50,7 +50,7 @@ def build(roots: Sequence[Path]) -> None:
     Context.root_block.load(
         lambda: gr.Dropdown(choices=page_choices(roots)), None, found, **options
     )
-    start.click(inspector(roots), [data, more], [log, found, shown], **options)
+    start.click(inspector(roots), [data, more], [start, log, found, shown], **options)
     found.input(lambda page: frame_of(page, roots), found, shown, **options)
 
 
@@ -87,17 +87,20 @@ def inspector(roots: Sequence[Path]) -> Callable[[str, str], Iterator[list[Any]]
         try:
             arguments = [f"data={data}", *shlex.split(more or ""), "stage=inspect"]
         except ValueError as error:
-            yield [f"Other settings: {error}", gr.skip(), gr.skip()]
+            yield [gr.skip(), f"Other settings: {error}", gr.skip(), gr.skip()]
             return
         before = {page: page.stat().st_mtime_ns for page in inspect_pages(roots)}
         text = f"$ python train.py {shlex.join(arguments)}\n"
+        busy = gr.Button("Inspecting ...", interactive=False)
+        yield [busy, text, gr.skip(), gr.skip()]
         for line in run_command(arguments, roots[0]):
             text += printable(line)
-            yield [text[-MAX_LOG:], gr.skip(), gr.skip()]
+            yield [busy, text[-MAX_LOG:], gr.skip(), gr.skip()]
         new = [p for p in inspect_pages(roots) if before.get(p) != p.stat().st_mtime_ns]
         value = str(new[0]) if new else None
         pages_now = gr.Dropdown(choices=page_choices(roots), value=value)
-        yield [text[-MAX_LOG:], pages_now, frame_of(value, roots)]
+        ready = gr.Button("Inspect", interactive=True)
+        yield [ready, text[-MAX_LOG:], pages_now, frame_of(value, roots)]
 
     return inspect
 

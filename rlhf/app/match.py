@@ -20,9 +20,11 @@ class Match:
     """Two responses of a browser that wait for a vote."""
 
     policies: tuple[str, str] = ("", "")  # paths; A, B
+    names: tuple[str, str] = ("", "")  # theirs, also when a run is deleted before the vote
     prompt: list[Turn] = field(default_factory=list)
     responses: list[str] = field(default_factory=list)
     is_open: bool = False  # waits for a vote
+    voted: str = ""  # what was said of the last vote
     request: Request | None = None  # which is running
     round: int = 0  # an older one that is still being written is stopped
 
@@ -66,10 +68,11 @@ def take(file: Path, match: Match, choice: str, annotator: str) -> str:
     Raises: UserError where there is nothing to vote on, or it cannot be written.
     """
     with TAKING:
-        if not match.is_open:
-            raise UserError("there is nothing to vote on: ask for the next prompt")
-        a, b = (name_of(path) for path in match.policies)
+        if not match.is_open:  # a second press of a button keeps what the first one has shown
+            raise UserError(match.voted or "there is nothing to vote on: ask for the next prompt")
+        a, b = match.names
         texts = (match.responses[0], match.responses[1])
         where = votes.append(file, votes.Vote(match.prompt, texts, (a, b), choice, annotator))
         match.is_open = False
-    return f"{choice}: written to {where}. A was {a}, B was {b}."
+        match.voted = f"{choice}: written to {where}. A was {a}, B was {b}."
+    return match.voted

@@ -27,6 +27,7 @@ from rlhf.runs.history import read_lines
 
 FILE = "votes.jsonl"
 CHOICES = ("A", "B", "tie", "both bad")
+LONGEST_NAME = 80  # characters
 UNKNOWN = "anonymous"  # an annotator without a name
 
 
@@ -48,7 +49,7 @@ class Vote:
         about = {
             "vote": self.choice,
             "policies": list(self.policies),  # A, B
-            "annotator": self.annotator.strip() or UNKNOWN,
+            "annotator": " ".join(self.annotator.split())[:LONGEST_NAME] or UNKNOWN,
             "time": self.time or now,
         }
         texts = [text.strip() for text in self.responses]

@@ -93,3 +93,8 @@ def is_listening(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached."""
+    return is_listening(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))

@@ -14,7 +14,8 @@ from rlhf.base.adapter_files import has_adapter, is_adapter, tokenizer_of
 from rlhf.base.checksums import check_model
 from rlhf.base.commands import command_line
 from rlhf.base.errors import UserError
-from rlhf.base.locations import BUILTIN, is_directory, model_directory
+from rlhf.base.locations import BUILTIN, HUB_ID, is_directory, model_directory
+from rlhf.base.log import hub_answers
 from rlhf.base.model_files import broken_file, score_heads, weight_names
 from rlhf.config.stage_graph import is_policy
 from rlhf.runs.checks import POLICY, SCORER, check_adapter
@@ -59,6 +60,7 @@ def find_model(path: str, option: str) -> str:
             f"{command_line('train.py')}"
         )
     if not is_directory(path) and path.count("/") < 2:  # a hub id is NAME or OWNER/NAME
+        check_hub_id(path, option)
         return path
     directory = model_directory(path)
     if not directory.is_dir():
@@ -82,6 +84,28 @@ def find_model(path: str, option: str) -> str:
         raise UserError(f"{option} {path}: cannot read {config_file}: {error}") from None
     check_role(path, architectures, option)
     return str(directory)
+
+
+def check_hub_id(name: str, option: str) -> None:
+    """Refuse what would be looked for on the hub in vain, which takes half a minute.
+
+    Raises: UserError.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    run = Path(os.environ.get("RLHF_ROOT") or ".").expanduser() / "outputs" / name
+    if run.is_dir():
+        raise UserError(f"{option} {name}: a run is given by its directory: {run}")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"{option} {name}: there is no such directory, and it is no hub id")
+    files = ("config.json", "adapter_config.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return
+    if not hub_answers():
+        raise UserError(
+            f"{option} {name}: there is no such directory, and the hub does not answer: give a "
+            "run or a directory, or connect to the network"
+        )
 
 
 def check_role(path: str, architectures: list[str] | None, option: str) -> None:

@@ -6,14 +6,13 @@ import bisect
 import functools
 import glob
 import itertools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import special_kind
 from rlhf.base.locations import BUILTIN, hub_id_of, is_local
-from rlhf.base.log import first_few, first_line, is_listening
+from rlhf.base.log import first_few, first_line, hub_answers
 from rlhf.config.schema import Data, Source
 from rlhf.data.cache import cache_folder, digest, show_progress
 from rlhf.data.text_files import (
@@ -306,7 +305,7 @@ def _open_hub(name: str, source: Source, split: str) -> datasets.Dataset:
     import huggingface_hub
 
     # without this check the library would try for half a minute
-    if not datasets.config.HF_HUB_OFFLINE and not _hub_answers():
+    if not datasets.config.HF_HUB_OFFLINE and not hub_answers():
         datasets.config.HF_HUB_OFFLINE = True
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     show_progress(True)
@@ -334,7 +333,3 @@ def _load_from_hub(source: Source, split: str) -> datasets.Dataset:
         return datasets.load_dataset(
             source.path, source.config, split=split, revision="refs/convert/parquet"
         )
-
-
-def _hub_answers() -> bool:
-    return is_listening(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))

@@ -75,6 +75,7 @@ def test_the_newest_finished_policy_is_chosen(
     [
         ([], f"make one with  python {REPO}/train.py"),
         (["--path", "./nowhere"], "there is no such directory"),
+        (["--path", "no/where<b>"], "there is no such directory, and it is no hub id"),
         (["--path", "scorer"], "this is a reward model"),
         (["--compare", "policy", "scorer"], "--compare scorer: this is a reward model"),
         (

@@ -116,9 +116,9 @@ def test_without_gradio_it_says_what_to_install(tmp_path: Path) -> None:
 
 def test_inspection_shows_errors_and_pages(tmp_path: Path) -> None:
     inspect = data_tab.inspector([tmp_path])
-    *_, (log, _, _) = inspect("sandbox", "'")
+    *_, (_, log, _, _) = inspect("sandbox", "'")
     assert "No closing quotation" in log
-    *_, (log, _, frame) = inspect("jsonl", "")
+    *_, (_, log, _, frame) = inspect("jsonl", "")
     assert "data.sources.mine.path has no value" in log and frame == ""
     assert data_tab.frame_of("/etc/passwd<script>", [tmp_path]) == (
         "<p>/etc/passwd&lt;script&gt;: no page there</p>"

@@ -13,6 +13,7 @@ import pytest
 from helpers import REPO
 
 from rlhf.app import votes
+from rlhf.app.match import Match, take
 from rlhf.app.votes import Standing, Vote
 from rlhf.base.errors import UserError
 from rlhf.chat.advice import Start, advice
@@ -23,6 +24,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from rlhf.app import votes
+from rlhf.app.match import Match, take
 from rlhf.data.records import Turn
 name, count = sys.argv[2], int(sys.argv[3])
 for i in range(count):
@@ -50,6 +52,26 @@ def test_a_vote_for_a_response_is_a_pair_with_name_and_time(tmp_path: Path) -> N
     assert (row["chosen"], row["rejected"], row["annotator"]) == ("no", "yes", "Ann")
     assert row["policies"] == ["ppo-1", "sft-1"] and row["vote"] == "B"
     assert row["time"].endswith("+00:00")
+
+
+def test_a_name_is_one_short_line(tmp_path: Path) -> None:
+    one = vote("A")
+    one.annotator = " Ann\n\tB. \x00" + "x" * 100_000
+    votes.append(tmp_path / "votes.jsonl", one)
+    name = json.loads((tmp_path / "votes.jsonl").read_text())["annotator"]
+    assert name.startswith("Ann B. ") and len(name) == 80
+
+
+def test_a_vote_has_the_names_of_when_it_was_asked_for_and_counts_once(tmp_path: Path) -> None:
+    """Its run may be deleted meanwhile."""
+    gone = str(tmp_path / "outputs" / "ppo-1")
+    match = Match((gone, "sft"), ("ppo-1", "sft-1"), [Turn("user", "Hi?")], ["yes", "no"], True)
+    said = take(tmp_path / "votes.jsonl", match, "A", "Ann")
+    assert "A was ppo-1, B was sft-1" in said
+    with pytest.raises(UserError, match="A was ppo-1, B was sft-1"):
+        take(tmp_path / "votes.jsonl", match, "B", "Ann")
+    (row,) = votes.read(tmp_path / "votes.jsonl")
+    assert row["policies"] == ["ppo-1", "sft-1"] and row["vote"] == "A"
 
 
 @pytest.mark.parametrize(
