@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from rlhf.app import pages
 from rlhf.base.commands import CHECKOUT
-from rlhf.base.log import printable
+from rlhf.base.log import printable, valid_text
 from rlhf.base.own_processes import own_source
 from rlhf.config import presets
 
@@ -59,7 +59,7 @@ def inspect_pages(roots: Sequence[Path]) -> list[Path]:
     found = [file for root in roots for file in root.glob("outputs/inspect-*/report.html")]
     times = {}
     for file in found:
-        if file.is_file():
+        if file.is_file() and pages.has_address(file):
             times[file.resolve()] = file.stat().st_mtime
     return sorted(times, key=lambda file: -times[file])
 
@@ -73,9 +73,9 @@ def frame_of(page: str | None, roots: Sequence[Path]) -> str:
     """A frame with a page; a line where it is not there."""
     if not page:
         return ""
-    file = Path(page).resolve()
-    if not pages.is_served(file, roots):
-        return Markup("<p>{}: no page there</p>").format(page)
+    file = pages.served_file(page, roots)
+    if file is None:
+        return Markup("<p>{}: no page there</p>").format(valid_text(page))
     # the time makes a browser load a page anew that was written again
     return FRAME.format(f"{pages.address(file)}?{file.stat().st_mtime_ns}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,4 +69,7 @@ def serve(application: Guard, listening: socket.socket) -> None:
     config = uvicorn.Config(
         application, log_level="warning", ws="none", timeout_graceful_shutdown=1, access_log=False
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    # browsers stay connected: that their requests are cut off at the end is no error
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
+    server.run(sockets=[listening])

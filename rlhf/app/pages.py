@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from rlhf.base.log import valid_text
+
 SERVED = ("report.html", "curves.png", "frontier.png")  # of a run
 PREFIX = "/page"
 SANDBOX = {
@@ -29,10 +31,18 @@ def address(file: Path) -> str:
     return PREFIX + quote(str(file.resolve()))
 
 
+def has_address(file: Path) -> bool:
+    """Whether a browser can name a file: its path is UTF-8."""
+    path = str(file.resolve())
+    return path == valid_text(path)
+
+
 def link_to(path: Path, text: str) -> str:
     """A link to a page or picture of a run; other files are named by their path."""
     if path.name not in SERVED:
         return text if path.is_file() else str(path)
+    if not has_address(path):
+        return text
     return Markup('<a href="{}" target="_blank">{}</a>').format(address(path), text)
 
 
@@ -43,18 +53,23 @@ def folders_of(roots: Sequence[Path]) -> list[Path]:
     ]
 
 
-def is_served(file: Path, roots: Sequence[Path]) -> bool:
-    """Whether a resolved path is a page or picture of a run, and below these folders."""
-    below = any(file.is_relative_to(folder) for folder in folders_of(roots))
-    return below and file.name in SERVED and file.is_file()
+def served_file(path: str, roots: Sequence[Path]) -> Path | None:
+    """The page or picture of a run at a path, if it is one, and below these folders."""
+    try:
+        file = Path("/", path).resolve()
+        below = any(file.is_relative_to(folder) for folder in folders_of(roots))
+        is_page = below and file.name in SERVED and file.is_file() and has_address(file)
+        return file if is_page else None
+    except (OSError, ValueError):  # no path at all: a null byte, a name that is too long
+        return None
 
 
 def route(roots: Sequence[Path]) -> Route:
     """The route of these files. Args: roots: folders with outputs/ and multirun/."""
 
     def serve(request: Request) -> Response:
-        file = Path("/", request.path_params["file"]).resolve()
-        if not is_served(file, roots):
+        file = served_file(request.path_params["file"], roots)
+        if file is None:
             return PlainTextResponse("no page of a run is there\n", 404)
         return FileResponse(file, headers=SANDBOX)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.locations import is_directory
+from rlhf.base.log import valid_text
 from rlhf.config.stage_graph import is_policy
 from rlhf.runs.directory import read_summary
 from rlhf.runs.run_files import SUMMARY
@@ -17,12 +18,15 @@ Choice = tuple[str, str]  # what is shown, and the path
 
 
 def choices(roots: Sequence[Path]) -> tuple[list[Choice], list[Choice]]:
-    """Finished policies and reward models below folders, the newest first.
+    """Finished policies and reward models below folders, the newest first. A path that is not
+    UTF-8 cannot be chosen in a page.
 
     Args: roots: folders with outputs/ and multirun/.
     """
     policies, rewards = [], []
     for run, stage in finished_runs(roots):
+        if str(run) != valid_text(str(run)):
+            continue
         if is_policy(stage):
             policies.append((run.name, str(run)))
         elif stage == "rm":

@@ -118,11 +118,19 @@ def choose(chosen: list[str], event: gr.SelectData) -> list[str]:
 def updater(roots: Sequence[Path]) -> Callable[..., list[Any]]:
     """The function that brings a browser up to date. Args: roots: as of `build`."""
 
-    def update(before: dict[str, Any], words: str, group_by: list[str], *how: Any) -> list[Any]:
+    def update(
+        before: dict[str, Any], words: str, group_by: list[str], chosen: list[str], *how: Any
+    ) -> list[Any]:
         listed = runs_view.list_runs(roots)
-        now = state_of(listed, words or "", group_by or [], *how)
-        changed = {key for key, value in now.items() if before.get(key) != digest(value)}
-        return [*updates(now, changed), {key: digest(value) for key, value in now.items()}]
+        # that a run is gone is said until another choice is made
+        known = before.get("shown", [])
+        if chosen == before.get("chosen", []):
+            known = [*before.get("gone", []), *known]
+        now = state_of(listed, words or "", group_by or [], chosen or [], *how, known=known)
+        sent = {key: digest(value) for key, value in now.items()}
+        changed = {key for key in now if before.get("sent", {}).get(key) != sent[key]}
+        memory = {key: now[key] for key in ("chosen", "shown", "gone")}
+        return [*updates(now, changed), memory | {"sent": sent}]
 
     return update
 
@@ -136,27 +144,33 @@ def state_of(
     window: int,
     log_axis: bool,
     by_seed: bool,
+    *,
+    known: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that the tab shows, as JSON types, by the name of its component.
 
-    Args: the components' values.
+    Args: the components' values.  known: runs that were shown, or said to be gone, before.
     """
     there = set(listed.names)
-    kept = [name for name in chosen or [] if name in there]
+    kept = [name for name in chosen if name in there]
+    gone = [name for name in dict.fromkeys([*known, *chosen]) if name not in there]
     names = [*kept, *(listed.running() if follow else [])]
     shown = listed.named(names)
     drawing = runs_view.draw(shown, group_by, int(window or 1), log_axis, by_seed)
     notes = [*listed.problems]
     if not listed.runs:
         notes.append("No runs yet. Start one: python train.py")
-    if gone := [name for name in chosen or [] if name not in there]:
+    if gone:
         notes.append(f"no longer there: {', '.join(gone)}")
     if drawing.hidden:
         notes.append(f"{drawing.hidden} more figures are not shown: choose fewer runs")
     return {
         "table": runs_view.table(listed, words, group_by, names),
         "choices": listed.names,
-        "kept": kept if gone else None,
+        "chosen": kept,
+        "is_cut": len(kept) < len(chosen),  # of what the browser has chosen, some is gone
+        "shown": names,
+        "gone": gone,
         "groups": runs_view.settings_that_differ(listed.runs),
         "note": "".join(map(runs_view.escaped, notes)),
         "legend": drawing.legend,
@@ -175,8 +189,8 @@ def updates(now: dict[str, Any], changed: set[str]) -> list[Any]:
     dropdown: dict[str, Any] = {}
     if "choices" in changed:
         dropdown["choices"] = now["choices"]
-    if now["kept"] is not None:
-        dropdown["value"] = now["kept"]
+    if now["is_cut"]:
+        dropdown |= {"value": now["chosen"], "multiselect": True}
     plots = [gr.skip()] * MAX_FIGURES
     if "figures" in changed:
         shown = now["figures"]

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from rlhf.app.pages import link_to
 from rlhf.base.errors import UserError
 from rlhf.base.files import special_kind
+from rlhf.base.log import valid_text
 from rlhf.reporting.comparison import (
     SEEDS,
     compare_runs,
@@ -108,7 +109,7 @@ def table(
     ]
     if group_by:
         rows.sort(key=lambda pair: [format_value(pair[0].settings.get(key)) for key in group_by])
-    return [row for _, row in rows]
+    return [[valid_text(cell) for cell in row] for _, row in rows]
 
 
 def label_keys(runs: Sequence[Run], group_by: Sequence[str]) -> dict[str, list[str]]:
@@ -127,7 +128,7 @@ def row_of(name: str, run: Run, keys: Sequence[str]) -> list[str]:
     has_steps = bool(run.stage and view_of(run.stage).step_name)
     return [
         name,
-        run.status_text,
+        "unreadable" if run.is_unreadable else run.status_text,  # the details say why
         str(progress) if has_steps else "",
         progress.time_left,
         run_label(run, keys) if any(key in run.settings for key in keys) else "",
@@ -154,7 +155,7 @@ def key_metrics(run: Run) -> str:
 
 def settings_that_differ(runs: Sequence[Run]) -> list[str]:
     """Settings that runs can be grouped by."""
-    return [key for key in differing_settings(runs) if key not in SEEDS]
+    return [valid_text(key) for key in differing_settings(runs) if key not in SEEDS]
 
 
 # ---- curves
@@ -311,4 +312,4 @@ def cell(value: Any) -> str:
 
 def escaped(text: str) -> Markup:
     """A text as HTML."""
-    return Markup("<p>{}</p>").format(text)
+    return Markup("<p>{}</p>").format(valid_text(text))

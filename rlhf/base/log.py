@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 log = logging.getLogger("rlhf")
+SURROGATES = re.compile("[\ud800-\udfff]")
 LONGEST = 4000  # characters of a line for the user; texts of data may be of any length
 SILENCE = 2.0  # seconds after which something slow is named
 
@@ -46,6 +48,12 @@ def printable(text: str) -> str:
     # no-break and wide spaces, and the joiner inside emoji, do not count as printable: harmless
     harmless = "\n\t\u00a0\u3000\u200d"
     return "".join(c if c.isprintable() or c in harmless else "\ufffd" for c in text)
+
+
+def valid_text(text: str) -> str:
+    """A text that UTF-8 can encode: bytes of a file's name that are no UTF-8 arrive in Python as
+    halves of surrogate pairs, and become \ufffd here."""
+    return SURROGATES.sub("\ufffd", text)
 
 
 def cut(line: str, most: int = LONGEST) -> str:

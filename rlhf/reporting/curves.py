@@ -107,7 +107,8 @@ def draw_panel(axis: Axes, panel: Panel, metrics: Metrics) -> None:
     for color, name in zip(COLORS, names):
         raw = metrics.curve(name)
         mean = Points(raw.x, smooth(raw.y, max(3, len(raw.y) // 20)))
-        axis.plot(*thin(raw, MOST_POINTS), color=color, alpha=0.3, linewidth=1)
+        marker = "o" if len(raw.y) == 1 else None  # a single point has no line
+        axis.plot(*thin(raw, MOST_POINTS), color=color, alpha=0.3, linewidth=1, marker=marker)
         axis.plot(*thin(mean, MOST_POINTS), color=color, linewidth=2, label=name)
     axis.set_title(panel.title)
     axis.set_ylabel(panel.unit)

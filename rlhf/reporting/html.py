@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlhf.base.log import valid_text
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
@@ -29,7 +31,7 @@ def render(template_name: str, **context: Any) -> str:
 
     Raises: jinja2.UndefinedError for a name that `context` lacks.
     """
-    return TEMPLATES.get_template(template_name).render(**context)
+    return valid_text(TEMPLATES.get_template(template_name).render(**context))
 
 
 class Table(NamedTuple):

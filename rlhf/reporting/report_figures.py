@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.base.log import valid_text
 from rlhf.reporting.comparison import Comparison
 from rlhf.reporting.curves import COLORS, ROOT_KL, root_kl, root_of_kl, smooth
 from rlhf.runs.history import Run
@@ -142,9 +143,10 @@ def setting_traces(
 
     def trace(curve: Points, kind: str, **look: Any) -> Figure:
         thinned = thin(running_mean(curve, window), most)
+        has_line = kind == "band" or len(thinned.x) > 1  # a single point is drawn by a mark only
         return {
             "type": "scatter",
-            "mode": "lines",
+            "mode": "lines" if has_line else "lines+markers",
             "x": numbers(thinned.x),
             "y": numbers(thinned.y),
             "name": plain(setting.label),
@@ -185,7 +187,7 @@ def running_mean(curve: Points, window: int) -> Points:
 
 def plain(text: str) -> str:
     """A text for plotly, which takes <b>, <a href> and the like for formatting."""
-    return html.escape(text, quote=False)
+    return html.escape(valid_text(text), quote=False)
 
 
 def numbers(values: NDArray[np.float64]) -> list[float]:

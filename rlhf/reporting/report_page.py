@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
+from rlhf.base.log import valid_text
 from rlhf.reporting.comparison import (
     Comparison,
     compare_runs,
@@ -232,10 +233,13 @@ def data_line(report: dict[str, Any], run: Run) -> str:
     return f"{name}/{report['split']}{where}: {report['rows']:,} rows ({', '.join(stages)})"
 
 
-def link(folder: Path, path: Path, text: str) -> Markup:
-    """A link to a file or directory, relative to the page's folder."""
-    target = quote(os.path.relpath(path.resolve(), folder.resolve()))
-    return Markup('<a href="{}">{}</a>').format(target, text)
+def link(folder: Path, path: Path, text: str) -> str:
+    """A link to a file or directory, relative to the page's folder; only the text where the path is
+    not UTF-8."""
+    target = os.path.relpath(path.resolve(), folder.resolve())
+    if target != valid_text(target):
+        return text
+    return Markup('<a href="{}">{}</a>').format(quote(target), text)
 
 
 def file_links(run: Run, link_to: Callable[[Path, str], str]) -> Markup:

@@ -242,7 +242,7 @@ def print_list(runs: Sequence[Run]) -> None:
         sweeps = f"  (sweep {', '.join(run.sweeps)})" if run.sweeps else ""
         print_line(console, f"{cells}  {display_path(run.path)}{sweeps}")
     for run in runs:
-        if is_unreadable(run):
+        if run.is_unreadable:
             print_line(console, one_line(run.status))
         for line in run.named_copies:
             print_line(console, line)
@@ -250,12 +250,7 @@ def print_list(runs: Sequence[Run]) -> None:
 
 def status_in_list(run: Run) -> str:
     """The status in one line; what is wrong with an unreadable run stands below the list."""
-    return short_status(run) if is_unreadable(run) else one_line(run.status_text)
-
-
-def is_unreadable(run: Run) -> bool:
-    """Whether a run is so damaged that only its directory is known."""
-    return run.status.startswith("unreadable:")
+    return short_status(run) if run.is_unreadable else one_line(run.status_text)
 
 
 def when_written(run: Run) -> str:

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import special_kind
-from rlhf.base.log import first_line
+from rlhf.base.log import first_line, valid_text
 from rlhf.config.keys import find_key
 from rlhf.config.loading import load_config
 from rlhf.runs.command import Command
@@ -93,14 +93,20 @@ class Run:
         return self.status + (", made by an earlier version" if self.earlier_version else "")
 
     @property
+    def is_unreadable(self) -> bool:
+        """Whether it is so damaged that only its directory is known."""
+        return self.status.startswith("unreadable:")
+
+    @property
     def kind(self) -> str:
         """Kind of the runs that it is compared with; "" for a job without a run."""
         return view_of(self.stage).kind if self.stage else ""
 
     @property
     def name(self) -> str:
+        """Its directory's name, as text: a page cannot have what is not UTF-8."""
         is_attempt = self.path.parent.name == "attempts"
-        return "/".join(self.path.parts[-3:]) if is_attempt else self.path.name
+        return valid_text("/".join(self.path.parts[-3:]) if is_attempt else self.path.name)
 
     @property
     def short_name(self) -> str:
@@ -301,10 +307,11 @@ def runs_of_folder(path: Path) -> list[Run]:
     runs = {run.path: run for run in (runs_of_outputs(outputs) if outputs.is_dir() else [])}
     has_outputs = bool(runs)
     for sweep in folders_of_sweeps(path / "multirun"):
+        sweep_name = valid_text(sweep.name)
         for job in sorted(file.parent for file in sweep.glob("*/overrides.txt")):
             run = runs.get((job / "run").resolve())
-            if run and sweep.name not in run.sweeps:
-                run.sweeps.append(sweep.name)
+            if run and sweep_name not in run.sweeps:
+                run.sweeps.append(sweep_name)
             elif not run and (not has_outputs or (job / "error.txt").exists()):
                 runs |= {one.path: one for one in runs_of_jobs([job])}
     return list(runs.values())
@@ -337,7 +344,7 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
             )
             pairs = (override.partition("=") for override in overrides)
             run.settings |= {key: value for key, _, value in pairs if key.startswith("deploy")}
-        run.sweeps.append(job.resolve().parent.name)
+        run.sweeps.append(valid_text(job.resolve().parent.name))
         runs.append(run)
     return runs
 

@@ -84,9 +84,10 @@ def read_metrics(file: Path, wanted: Callable[[str], bool] = lambda name: True) 
 
 
 def count_rows(file: Path) -> int:
-    """The number of complete lines of a file; 0 where there is none, or it cannot be read."""
+    """The number of complete lines of a file that begin as a row does; 0 where there is none, or it
+    cannot be read."""
     try:
-        return sum(block.count(b"\n") for block in blocks(file))
+        return sum(block.startswith(b"{") + block.count(b"\n{") for block in blocks(file))
     except OSError:
         return 0
 

@@ -41,6 +41,8 @@ def progress_of(run: Run) -> Progress:
     with contextlib.suppress(UserError, OSError):  # damaged: the page says nothing of it
         planned = read_file(run.path, PROGRESS)
     total = int(planned["steps"]) if planned else None
+    if total and done > total:  # damaged lines, or steps that are there twice
+        done = min(len(run.rows), total)
     if run.status != "running" or not total:
         return Progress(done, total, None)
     with contextlib.suppress(OSError):  # the run has just been deleted

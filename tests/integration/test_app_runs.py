@@ -94,6 +94,8 @@ def test_a_deleted_run_and_two_browsers(tmp_path: Path, browser: Browser) -> Non
         name = phone.text("#runs-details summary").split(":")[0]
         shutil.rmtree(tmp_path / "outputs" / name)
         phone.wait_for_text("no longer there", "#runs-note")
+        time.sleep(5)  # looks at the runs that follow
+        assert "no longer there" in phone.text("#runs-note")
         deadline = time.time() + 20
         while browser.count("#runs-details details") != 1:
             assert time.time() < deadline

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from written_runs import HOSTILE, ppo_rows, write_mixed, write_run, write_stage, write_sweep
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
 
-from rlhf.app import runs_tab, runs_view
+from rlhf.app import data_tab, policies, runs_tab, runs_view
+from rlhf.reporting.report_page import write_page
 from rlhf.runs.directory import write_json
 from rlhf.runs.history import read_run
 from rlhf.runs.locks import lock_run
@@ -143,10 +146,91 @@ def test_a_run_that_is_deleted_while_it_is_shown_breaks_nothing(tmp_path: Path) 
     assert runs_view.details(listed.runs) and runs_view.draw(listed.runs, [], 1, False, False)
     assert len(runs_view.table(listed, "", [], [])) == 2
     now = runs_tab.state_of(runs_view.list_runs([tmp_path]), **NOTHING | {"chosen": chosen})
-    assert len(now["kept"]) == 1 and "no longer there: ppo-" in now["note"]
+    assert len(now["chosen"]) == 1 and "no longer there: ppo-" in now["note"]
     shutil.rmtree(tmp_path / "outputs")
     now = runs_tab.state_of(runs_view.list_runs([tmp_path]), **NOTHING | {"chosen": chosen})
     assert now["table"] == [] and "No runs yet" in now["note"]
+
+
+def test_a_line_says_that_a_run_is_gone_until_another_choice(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, f"seed={seed}") for seed in (1, 2)]
+    update = runs_tab.updater([tmp_path])
+    name = read_run(runs[0]).short_name
+
+    def look(before: dict[str, Any], chosen: list[str]) -> tuple[str, dict[str, Any]]:
+        sent = update(before, *(NOTHING | {"chosen": chosen}).values())
+        return "".join(text for text in sent if isinstance(text, str)), sent[-1]
+
+    _, before = look({}, [name])
+    shutil.rmtree(runs[0])
+    text, before = look(before, [name])
+    assert f"no longer there: {name}" in text and before["chosen"] == []
+    _, before = look(before, [])  # the list of chosen runs has changed by that
+    assert before["gone"] == [name]
+    _, before = look(before, [read_run(runs[1]).short_name])
+    assert before["gone"] == []
+
+    write_run(tmp_path, "seed=1", finished=False)
+    with lock_run(runs[0]):
+        _, before = look(before, [])
+    shutil.rmtree(runs[0])
+    text, _ = look(before, [])
+    assert f"no longer there: {name}" in text, "it was running, and not chosen"
+
+
+def test_names_that_are_not_utf8_are_shown_without_links(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, f"seed={seed}") for seed in (1, 2)]
+    (runs[0] / "summary.json").rename(runs[0] / "gone.json")
+    bad = [tmp_path / "outputs" / os.fsdecode(b"ppo-bad%d\xff" % i) for i in range(2)]
+    for run, other in zip(runs, bad):
+        run.rename(other)
+        (other / "curves.png").write_bytes(b"png")
+        (other / "model").mkdir()
+    (bad[1] / "config.yaml").write_text("{")  # its status is that of its summary
+    broken = bad[0].with_name(os.fsdecode(b"inspect-\xff"))
+    bad[0].with_name(broken.name).mkdir()
+    (broken / "report.html").write_text("page")
+    listed = runs_view.list_runs([tmp_path])
+    assert sorted(listed.names) == ["ppo-bad0\ufffd", "ppo-bad1\ufffd"]
+    now = runs_tab.state_of(listed, **NOTHING | {"chosen": listed.names})
+    json.dumps(now, ensure_ascii=False).encode()  # as it is sent
+    assert "ppo-bad0\ufffd" in now["details"] and "curves.png" in now["details"]
+    assert "<a href" not in now["details"]
+    text = write_page(listed.runs, tmp_path / "report.html", "runs").read_text()
+    assert "ppo-bad0\ufffd" in text and '<a href="outputs' not in text
+    assert policies.choices([tmp_path]) == ([], []) and data_tab.page_choices([tmp_path]) == []
+    assert "no page there" in data_tab.frame_of(str(broken / "report.html"), [tmp_path])
+
+
+def test_a_run_with_one_step_is_a_mark(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path, f"seed={seed}", steps=1)
+    runs = runs_view.list_runs([tmp_path]).runs
+    data = runs_view.draw(runs, [], 1, False, False).figures[0][1]["data"]
+    modes = {trace["meta"]["kind"]: trace["mode"] for trace in data}
+    assert modes == {"band": "lines", "mean": "lines+markers", "seed": "lines+markers"}
+
+
+def test_progress_is_never_more_than_the_total(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=2, finished=False)
+    write_json(run / PROGRESS, {"steps": 3})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("no row\n" * 790)
+    assert str(progress_of(read_run(run))) == "2/3"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("{no row\n" * 790)
+    assert str(progress_of(read_run(run))) == "2/3"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2}\n' * 8)
+    assert str(progress_of(read_run(run))) == "3/3"
+
+
+def test_why_a_run_is_unreadable_is_below_the_table(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (run / "summary.json").write_text("{")
+    listed = runs_view.list_runs([tmp_path])
+    assert column(runs_view.table(listed, "", [], []), "status") == ["unreadable"]
+    assert f"unreadable: {run}/summary.json: " in runs_view.details(listed.runs)
 
 
 def test_runs_of_all_stages_and_damaged_ones_are_shown(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
@@ -50,6 +52,10 @@ def test_pages_of_runs_are_served_in_a_sandbox_and_nothing_else(run: Path, tmp_p
         pages.PREFIX + str(run / "frontier.png"),
         pages.PREFIX + f"{tmp_path}/%2e%2e/{outside.name}/report.html",
         pages.PREFIX + "/etc/passwd",
+        pages.PREFIX + "/%00",
+        pages.PREFIX + f"{run}/%00/report.html",
+        pages.PREFIX + f"{run}/%ff/report.html",
+        pages.PREFIX + f"{run}/{'x' * 300}/report.html",
     ):
         assert browser.get(path).status_code == 404, path
 
@@ -99,6 +105,18 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     ):
         done = app(*args, cwd=REPO)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_it_ends_quietly_while_a_browser_is_connected(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlhf.app", "--port", "0", str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        address = process.stderr.readline().strip()
+        with httpx.stream("GET", f"{address}/gradio_api/heartbeat/browser") as answer:
+            assert answer.status_code == 200
+            process.terminate()
+            assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path: Path) -> None:
