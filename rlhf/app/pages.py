@@ -60,7 +60,7 @@ def served_file(path: str, roots: Sequence[Path]) -> Path | None:
         below = any(file.is_relative_to(folder) for folder in folders_of(roots))
         is_page = below and file.name in SERVED and file.is_file() and has_address(file)
         return file if is_page else None
-    except (OSError, ValueError):  # no path at all: a null byte, a name that is too long
+    except (OSError, RuntimeError, ValueError):  # a name too long, a link to itself, a null byte
         return None
 
 

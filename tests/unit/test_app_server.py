@@ -45,8 +45,10 @@ def test_pages_of_runs_are_served_in_a_sandbox_and_nothing_else(run: Path, tmp_p
     outside.mkdir()
     (outside / "report.html").write_text("secret")
     (run / "frontier.png").symlink_to(outside / "report.html")
+    (run / "loop").symlink_to(run / "loop")
     for path in (
         pages.PREFIX + str(run / "model.bin"),
+        pages.PREFIX + f"{run}/loop/report.html",
         pages.PREFIX + str(run / "config.yaml"),
         pages.PREFIX + str(outside / "report.html"),
         pages.PREFIX + str(run / "frontier.png"),
