@@ -115,6 +115,7 @@ def run_command(arguments: Sequence[str], folder: Path) -> Iterator[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        encoding="utf-8",
         errors="replace",
     )
     assert process.stdout

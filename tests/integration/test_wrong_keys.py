@@ -88,7 +88,7 @@ def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
         ("actor=opt-1.3b", "actor=opt-1.3b: no such option (did you mean opt1.3b?)"),
         ("actor=OPT13B", "actor=OPT13B: no such option (did you mean opt13b?)"),
         ("data=rm-static", "data=rm-static: no such option (did you mean rm_static?)"),
-        ("deploy=gpu", "deploy=gpu: no such option (did you mean single_gpu?)"),
+        ("deploy=gpu", "deploy=gpu: no such option (did you mean single_gpu or small_gpu?)"),
         ("stage=reward", "stage=reward: no such option (did you mean rm?)"),
         ("rl=null", "rl=null: choose one of cispo, dapo, dr_grpo"),
         ("+actor=tiny", "+actor=tiny: leave out the +: actor=tiny"),

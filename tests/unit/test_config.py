@@ -193,6 +193,8 @@ def test_fields_without_effect_on_results() -> None:
         "Evaluation.best_by",
         "Dpo.eval_every",
         "Rollout.log_responses",
+        "Rollout.vllm",
+        *(f"Vllm.{name}" for name in ("url", "command", "weights_dir")),
         *(f"Wandb.{name}" for name in ("mode", "project", "entity", "tags", "notes")),
     }
 
