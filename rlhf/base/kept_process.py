@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf.base.own_processes import end_with_parent, own_source, python_module
 
 GRACE = 10.0  # seconds for the program to end by itself
+LEFT_SECONDS = 3.0  # for what it has started, once it has ended
 NOT_STARTED = 127  # exit code of a program that cannot be started, as a shell gives it
 
 
@@ -65,10 +67,10 @@ def main(command: Sequence[str]) -> int:
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", flush=True)
         return NOT_STARTED
-    signal.signal(signal.SIGTERM, lambda *_: end_group(program.pid))
+    signal.signal(signal.SIGTERM, lambda *_: program.terminate())
     threading.Thread(target=end_at_eof, args=(program,), daemon=True).start()
     code = program.wait()
-    end_group(program.pid, signal.SIGKILL)  # what it has left
+    end_group(program.pid)
     return code if code >= 0 else 128 - code
 
 
@@ -76,17 +78,20 @@ def end_at_eof(program: subprocess.Popen[bytes]) -> None:
     """Wait for the end of stdin; then end the program."""
     while os.read(0, 1024):
         pass
-    end_group(program.pid)
+    program.terminate()  # it ends what it has started, and what these have in shared memory
     try:
         program.wait(GRACE)
     except subprocess.TimeoutExpired:
-        end_group(program.pid, signal.SIGKILL)
+        program.kill()
 
 
-def end_group(group: int, how: int = signal.SIGTERM) -> None:
-    """Send a signal to a group of processes, if there is one."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, how)
+def end_group(group: int) -> None:
+    """End what a program has left: after a moment to clean up, by force."""
+    with contextlib.suppress(ProcessLookupError):  # nothing is left
+        for _ in range(int(LEFT_SECONDS / 0.1)):
+            os.killpg(group, 0)
+            time.sleep(0.1)
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

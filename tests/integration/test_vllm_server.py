@@ -258,6 +258,20 @@ def test_a_server_by_its_address(
     assert by_url.server.is_healthy(), "a server of somebody else goes on"
 
 
+def test_a_server_that_is_stopped_leaves_nothing_in_shared_memory(
+    ask: Ask, sampler: vllm.VllmSampler
+) -> None:
+    """Where it runs on a CPU it has some 200 MB there. The next test starts another one."""
+    before = set(os.listdir("/dev/shm"))
+    sampler.model = sampler.server.stop()
+    sampler.steps = -1
+    ask(PROMPTS, noise_of(4), GREEDY)
+    made = set(os.listdir("/dev/shm")) - before
+    sampler.model = sampler.server.stop()
+    sampler.steps = -1
+    assert made and not made & set(os.listdir("/dev/shm"))
+
+
 def test_a_tied_output_layer_that_a_cpu_does_not_renew_is_noticed(
     ask: Ask, actor: Any, sampler: vllm.VllmSampler, monkeypatch: Any
 ) -> None:
