@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from app_browser import CHROMIUM, DRIVER
+from app_browser import chromium
 from helpers import REPO, SMALL, train
 
 BOX = ":is(textarea, input)"
@@ -59,33 +58,13 @@ def is_open(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def browsing(url: str, folder: Path, width: int = 1400) -> Iterator[Any]:
-    """A headless Chromium that shows a page. Args: folder: for its profile."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = folder / f"profile-{time.monotonic_ns()}"
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--window-size={width},1400",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        driver.set_script_timeout(30)
-        driver.get(url)
-        open_tab(driver, "Chat")
-        yield driver
-    finally:
-        driver.quit()
-        shutil.rmtree(profile, ignore_errors=True)
+def browsing(url: str, width: int = 1400) -> Iterator[Any]:
+    """A headless Chromium that shows the Chat tab. Gives its driver."""
+    with chromium(width, 1400) as browser:
+        browser.driver.set_script_timeout(30)
+        browser.get(url)
+        open_tab(browser.driver, "Chat")
+        yield browser.driver
 
 
 def wait_for(look: Callable[[], Any], seconds: float = 60) -> Any:

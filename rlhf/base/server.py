@@ -8,7 +8,6 @@ import ipaddress
 import json
 import logging
 import os
-import re
 import time
 import urllib.parse
 import urllib.request
@@ -22,28 +21,13 @@ import httpx
 from rlhf.base import watchdog
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_line
+from rlhf.base.urls import shown_url
 
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 LONGEST_WAIT = 60.0  # seconds, where a server asks for more by Retry-After
 SHOWN = 200  # characters of a server's answer in a message
 SHORTEST_SECRET = 6  # characters of what is hidden in a server's texts because it is in the URL
-USER = re.compile(  # user and password in a URL, or in what looks like one
-    r"(?<=//)[^\s/:@]+:(?!\d*(?:[/?#]|$))\S*@"  # the password may have any character
-    r"|(?<=//)[^\s/?#]*@"
-    r"|(?<![^\s'\"=(])[^\s/:@'\"=(]+:(?!/)[^\s/]*@"  # without http://
-)
-QUERY = re.compile(r"([?&][^\s=&#?]*=)[^\s&#]+|(\?)[^\s=&#]+(?![^\s&#])")
-
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, with its keys
-
-
-def shown_url(url: str) -> str:
-    """A URL, or a text with URLs, without user and password and without the values of its query.
-
-    >>> shown_url("http://me:secret@host:5000/path?key=secret&n=1")
-    'http://host:5000/path?key=***&n=***'
-    """
-    return QUERY.sub(lambda found: f"{found[1] or found[2]}***", USER.sub("", url))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.base.log import plural
+from rlhf.base.urls import wrong_address
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
     WORLDS,
@@ -351,9 +352,8 @@ def check_kind(key: str, source: RewardSource) -> Iterator[str]:
         )
     endpoint = source.judge.endpoint if source.judge else None
     for name, address in {"url": source.url, "judge.endpoint": endpoint}.items():
-        if address is not None and not re.match(r"https?://[^/\s]+", address):
-            host = address.rpartition("@")[2]  # without user and password
-            yield f"{key}.{name}={host}: give an address that begins with http:// or https://"
+        if problem := wrong_address(f"{key}.{name}", address):
+            yield problem
     if source.kwargs and given in ([], ["path"]):
         yield f"{key}.kwargs: they are arguments of a function, and this is a reward model"
     unknown = source.kwargs.keys() - {"column"}

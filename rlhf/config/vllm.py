@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 from collections.abc import Iterator
 
+from rlhf.base.urls import shown_url, wrong_address
 from rlhf.config.choices import RolloutEngine
 from rlhf.config.schema import Config
 
 # options of the server that the run sets: it finds it by them, and no other machine does
 OURS = {"--host", "--port", "--uds", "--model", "--served-model-name"}
-
-
-def shown(address: str) -> str:
-    """An address without user, password and query."""
-    return address.rpartition("@")[2].partition("?")[0]
 
 
 def check_vllm(cfg: Config) -> Iterator[str]:
@@ -25,10 +20,10 @@ def check_vllm(cfg: Config) -> Iterator[str]:
     given = [name for name in ("url", "command") if getattr(vllm, name) is not None]
     if cfg.rollout.engine != RolloutEngine.vllm:
         for name in given:
-            engine = cfg.rollout.engine.name
+            value = shown_url(getattr(vllm, name))
             yield (
-                f"rollout.vllm.{name}={shown(getattr(vllm, name))}: only with rollout.engine=vllm, "
-                f"not {engine}"
+                f"rollout.vllm.{name}={value}: only with rollout.engine=vllm, not "
+                f"{cfg.rollout.engine.name}"
             )
         return
     if len(given) != 1:
@@ -38,8 +33,8 @@ def check_vllm(cfg: Config) -> Iterator[str]:
             'or rollout.vllm.command=".venv-vllm/bin/vllm serve", which starts one '
             "(docs/engines.md)"
         )
-    if vllm.url is not None and not re.match(r"https?://[^/\s]+", vllm.url):
-        yield f"rollout.vllm.url={shown(vllm.url)}: give an address that begins with http:// or https://"
+    if problem := wrong_address("rollout.vllm.url", vllm.url):
+        yield problem
     if cfg.rl.dschat.greedy:
         yield "rollout.engine=vllm with rl.dschat.greedy=true: use rollout.engine=native"
     if vllm.command is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log, plural
-from rlhf.base.server import shown_url
+from rlhf.base.urls import shown_url
 from rlhf.config.choices import OnError
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import function_sources, node_name

@@ -26,7 +26,8 @@ from rlhf.base.errors import UserError
 from rlhf.base.files import private_folder
 from rlhf.base.kept_process import KeptProcess
 from rlhf.base.log import log, plural
-from rlhf.base.server import Server, is_local, shown_url
+from rlhf.base.server import Server, is_local
+from rlhf.base.urls import shown_url
 from rlhf.config.choices import Device, Precision
 from rlhf.config.schema import Config
 from rlhf.runs.environment import ALLOCATOR_NAMES, SPIN_NAMES, free_port

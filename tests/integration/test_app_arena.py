@@ -84,7 +84,7 @@ def open_arena(driver: Any, annotator: str) -> None:
 
 def test_twenty_votes_train_a_reward_model(folder: Path, tmp_path: Path) -> None:
     keys = "12123121421212121212"
-    with serving(folder, ROOT) as (_, url), browsing(url, tmp_path) as driver:
+    with serving(folder, ROOT) as (_, url), browsing(url) as driver:
         open_arena(driver, "Ann <b>")
         for i, key in enumerate(keys):
             next_prompt(driver, by_key=i % 2 == 1)
@@ -151,8 +151,8 @@ def test_two_browsers_and_a_server_that_is_killed_lose_no_vote(
 
     with (
         serving(folder, ROOT) as (process, url),
-        browsing(url, tmp_path) as one,
-        browsing(url, tmp_path) as two,
+        browsing(url) as one,
+        browsing(url) as two,
     ):
         for driver, name in ((one, "one"), (two, "two")):
             open_arena(driver, name)
@@ -169,7 +169,7 @@ def test_two_browsers_and_a_server_that_is_killed_lose_no_vote(
         process.send_signal(signal.SIGKILL)  # in the middle of these votes
         process.wait()
     assert 6 <= votes_of("one", "two") <= 8
-    with serving(folder, ROOT) as (_, url), browsing(url, tmp_path) as driver:
+    with serving(folder, ROOT) as (_, url), browsing(url) as driver:
         open_arena(driver, "three")
         next_prompt(driver)
         vote(driver, "2", by_key=True)
@@ -186,7 +186,7 @@ def both_next(one: Any, two: Any) -> None:
 
 def test_a_script_as_a_typed_prompt_is_text(folder: Path, tmp_path: Path) -> None:
     text = "<script>document.title='bad'</script><img src=x onerror=document.title='bad'> ${1}"
-    with serving(folder, ROOT) as (_, url), browsing(url, tmp_path, width=390) as driver:
+    with serving(folder, ROOT) as (_, url), browsing(url, width=390) as driver:
         open_arena(driver, text)
         driver.find_element("css selector", "#arena-source input[value='typed']").click()
         write(driver, "arena-typed", text)

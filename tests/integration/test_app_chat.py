@@ -6,7 +6,6 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,8 +43,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]]:
 
 
 @pytest.fixture
-def browser(page: tuple[int, str], tmp_path: Path) -> Iterator[Any]:
-    with browsing(page[1], tmp_path) as driver:
+def browser(page: tuple[int, str]) -> Iterator[Any]:
+    with browsing(page[1]) as driver:
         wait_until_ready(driver)
         yield driver
 
@@ -163,10 +162,10 @@ def test_a_long_response_can_be_stopped(browser: Any) -> None:
 
 
 def test_policies_side_by_side_and_two_browsers_share_the_models(
-    browser: Any, page: tuple[int, str], tmp_path: Path
+    browser: Any, page: tuple[int, str]
 ) -> None:
     choose(browser, "chat-policies", "sft-tiny")
-    with browsing(page[1], tmp_path) as other:
+    with browsing(page[1]) as other:
         wait_until_ready(other)
         for driver in (browser, other):
             write(driver, "chat-message", f"Hello from {'one' if driver is browser else 'two'}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from app_browser import CHROMIUM, FLAGS
 from helpers import REPO, Demo
 from markupsafe import escape
 from written_runs import HOSTILE, ppo_rows, write_run, write_stage, write_sweep
@@ -71,32 +71,15 @@ def test_a_real_pipeline_shows_its_lineage(demo: Demo, tmp_path: Path) -> None:
     tables.print_comparison(found)
 
 
-BROWSER = (
-    shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-)
-
-
-BROWSER_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--virtual-time-budget=8000",
-)
-
-
 def browse(file: Path, *flags: str) -> str:
     """What a browser makes of a page: its elements after all scripts have run."""
-    assert BROWSER
+    assert CHROMIUM
     profile = f"--user-data-dir={file.parent / 'profile'}"
-    command = [BROWSER, *BROWSER_FLAGS, profile, *flags, f"file://{file}"]
+    command = [CHROMIUM, *FLAGS, "--virtual-time-budget=8000", profile, *flags, f"file://{file}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_draws_the_page(sweep: Path, tmp_path: Path) -> None:
     from matplotlib import image
 
@@ -137,7 +120,7 @@ frame.onload = () => setTimeout(() => {
 </script></body>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_on_a_phone_nothing_is_cut_off_and_the_controls_work(sweep: Path) -> None:
     report_page.write_page(find_runs([sweep]), sweep / "report.html", "Sweep study")
     outer = sweep / "phone.html"

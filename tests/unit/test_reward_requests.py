@@ -19,7 +19,8 @@ import pytest
 
 from rlhf.base import server as requests
 from rlhf.base.errors import UserError
-from rlhf.base.server import Server, retry_after, shown_url
+from rlhf.base.server import Server, retry_after
+from rlhf.base.urls import shown_url
 from rlhf.rewards.judge import judge
 from rlhf.rewards.remote import remote
 

@@ -62,7 +62,7 @@ def problems(*overrides: str) -> str:
             ["rollout.engine=vllm", f'rollout.vllm.command="{PROGRAM} --host=0.0.0.0"'],
             "leave out --host: the run chooses it",
         ),
-        (["rollout.vllm.url=http://me:secret@h:1/"], "rollout.vllm.url=h:1/: only with"),
+        (["rollout.vllm.url=http://me:secret@h:1/"], "rollout.vllm.url=http://h:1/: only with"),
         ([*OWN[1:], "rl.dschat.greedy=true"], "with rl.dschat.greedy=true: use"),
         (
             [*OWN[1:], "deploy.nodes=2"],
