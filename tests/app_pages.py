@@ -121,7 +121,7 @@ def make_runs(folder: Path) -> None:
 
 def choose(driver: Any, name: str, option: str) -> None:
     """Choose the first option of a dropdown that begins with a text."""
-    by_id(driver, name, "input").click()
+    wait_for(lambda: by_id(driver, name, "input")).click()  # also where it has just been unfolded
     path = f"//div[@id='{name}']//li[@role='option'][starts-with(@aria-label, '{option}')]"
     wait_for(lambda: driver.find_element("xpath", path)).click()
 
