@@ -16,7 +16,8 @@ class LogprobChunks:
 
 
 LOGPROB_CHUNKS = {
-    "cpu": LogprobChunks(512, 64, 2**21, 2**22),  # 8 MiB of logits, which stay in the cache
+    # 8 MiB of logits, which stay in the cache; 64 MiB of probabilities
+    "cpu": LogprobChunks(512, 64, 2**21, 2**24),
     # each chunk starts as many kernels whatever its size: 1 GiB of logits (not yet measured)
     "gpu": LogprobChunks(4096, 64, 2**28, 2**28),
 }

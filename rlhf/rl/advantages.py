@@ -108,14 +108,9 @@ def estimate_advantages(
         both are zero where there is no score.
     """
     returns = None
-    totals = rewards.sum(1)  # of whole responses
-    missing = totals.isnan()
-    rewards = rewards.masked_fill(missing[:, None], 0.0)
-    mask = experience.response_mask.masked_fill(missing[:, None], 0.0)
-    groups = totals.view(-1, rl.responses_per_prompt)
+    groups = rewards.sum(1).view(-1, rl.responses_per_prompt)  # of whole responses
     by_group = rl.normalize == Normalize.group
-    if rl.whiten_rewards and rl.advantage in PER_TOKEN:
-        rewards = whiten(rewards, mask, shift_mean=False)
+    rewards, mask = scored_rewards(rewards, experience.response_mask, rl)
     match rl.advantage.name:
         case "gae":
             advantages, returns = gae(rewards, experience.values, mask, rl.gamma, rl.gae_lambda)
@@ -130,6 +125,19 @@ def estimate_advantages(
     if rl.normalize == Normalize.batch:
         advantages = whiten(advantages, mask)
     return advantages, returns
+
+
+def scored_rewards(rewards: Tensor, mask: Tensor, rl: Rl) -> tuple[Tensor, Tensor]:
+    """The rewards of the responses that have a score, whitened where that is configured.
+
+    Args: rewards (B, R): of each token; a row with NaN has no score.  mask (B, R): response tokens.
+    Returns: rewards and mask, (B, R), both zero in rows without a score.
+    """
+    missing = rewards.sum(1, keepdim=True).isnan()
+    rewards, mask = rewards.masked_fill(missing, 0.0), mask.masked_fill(missing, 0.0)
+    if rl.whiten_rewards and rl.advantage in PER_TOKEN:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    return rewards, mask
 
 
 def gae(

@@ -25,6 +25,7 @@ from rlhf.data.batches import micro_batches, upload
 from rlhf.data.records import Dataset
 from rlhf.distributed import collectives
 from rlhf.models.loading import check_context
+from rlhf.rl.advantages import gae, scored_rewards
 from rlhf.rl.controllers import MovingAverage
 from rlhf.rl.experience import Experience, Models, values_before
 from rlhf.rl.guards import Guards
@@ -61,6 +62,12 @@ class Learner:
         return rollout >= self.warmup
 
     @property
+    def steps_critic_first(self) -> bool:
+        """Whether the critic's step also gives the values (`step_critic_first`)."""
+        is_used_once = self.cfg.rl.epochs == self.cfg.rl.minibatches == 1
+        return is_used_once and self.models.critic is not None
+
+    @property
     def warmup(self) -> int:
         """First rollouts, in which only the critic is trained."""
         return self.cfg.rl.critic.warmup_rollouts if self.models.critic is not None else 0
@@ -87,6 +94,8 @@ class Minibatch:
     tokens: float  # tokens in the loss, over all ranks
     sequences: int  # responses with such tokens, over all ranks
     kl_coef: float  # weight of the KL in the loss; 0 where it is part of the reward
+    # rewards and mask of all tokens, where the critic's step measures values (`step_critic_first`)
+    scored: tuple[Tensor, Tensor] | None = None
     # filled in by the step
     stats: Stats = field(default_factory=Stats)  # of this rank
     sums: dict[str, float] = field(default_factory=dict)  # of all ranks
@@ -145,7 +154,14 @@ def critic_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tens
     """The critic's loss on some of this rank's rows, a part of the step's loss."""
     critic, part = learner.models.critic, batch.experience.rows(rows)
     assert critic is not None
-    values = values_before(critic(part.ids, part.full_mask), part.response_mask.shape[1])
+    r = part.response_mask.shape[1]
+    values = values_before(critic(part.ids, part.full_mask), r)
+    if batch.scored is not None:
+        rewards, scored = (x[list(rows), :r] for x in batch.scored)
+        part.values = values.detach().cpu() * part.response_mask
+        gamma, gae_lambda = learner.cfg.rl.gamma, learner.cfg.rl.gae_lambda
+        part.returns = gae(rewards, part.values, scored, gamma, gae_lambda)[1]
+        batch.experience.values[list(rows), :r] = part.values
     weight, clip = batch.weights(part, learner.cfg), learner.cfg.rl.critic.value_clip
     old_values, returns, mask, weight = upload(
         critic.device, part.values, part.returns, part.loss_mask, weight
@@ -209,8 +225,35 @@ def pretraining_texts(cfg: Config, data: Dataset, tokenizer: PreTrainedTokenizer
 # -------------------------------------------------------------------------------------- update
 
 
+def step_critic_first(
+    learner: Learner, experience: Experience, rewards: Tensor, kl_coef: float, rollout: int
+) -> Minibatch:
+    """The critic's step on a rollout of which each response is used once; it measures the values.
+
+    The values of a rollout are those of the critic before its update. If there is one update, its
+    forward pass computes them anyway, and the returns of a response need no other response.
+
+    Args: experience: its values are filled in.  rewards (B, R): of each token.  kl_coef, rollout:
+        as `update_policy`.
+    Returns: the minibatch, on which `update_policy` trains the actor.
+    """
+    critic = learner.models.critic
+    assert critic is not None
+    critic.train()
+    (batch,) = minibatches_of_pass(learner, experience, kl_coef, rollout, 0)
+    batch.scored = scored_rewards(rewards, experience.response_mask, learner.cfg.rl)
+    step_critic(learner, batch)
+    # each rank has filled in its own rows
+    experience.values = collectives.all_gather_rows(experience.values[None]).sum(0)
+    return batch
+
+
 def update_policy(
-    learner: Learner, experience: Experience, kl_coef: float, rollout: int
+    learner: Learner,
+    experience: Experience,
+    kl_coef: float,
+    rollout: int,
+    critic_done: Minibatch | None = None,
 ) -> dict[str, float]:
     """Train actor and critic on a rollout.
 
@@ -218,6 +261,7 @@ def update_policy(
         experience: with advantages, and with a critic its returns.
         kl_coef: current KL coefficient.
         rollout: its number, from 0.
+        critic_done: the only minibatch, of which the critic has been trained.
     Returns: metrics: means over the tokens, or the optimizer steps, of all ranks.
     """
     rl, models = learner.cfg.rl, learner.models
@@ -226,7 +270,8 @@ def update_policy(
         engine.train()  # no dropout is on; activation checkpointing works only in this mode
     done: list[Minibatch] = []
     for epoch in range(rl.epochs):
-        batches = minibatches_of_pass(learner, experience, kl_coef, rollout, epoch)
+        batches = [critic_done] if critic_done is not None else []
+        batches = batches or minibatches_of_pass(learner, experience, kl_coef, rollout, epoch)
         for batch in batches:
             train_minibatch(learner, batch)
         done += batches
@@ -278,11 +323,18 @@ def train_minibatch(learner: Learner, batch: Minibatch) -> None:
         batch.actor_grad_norm = optimizer_step(models.actor, losses, lr)
         if learner.ema is not None:
             learner.ema.update()
-    if models.critic is not None:
-        losses = [partial(critic_loss, learner, batch, rows) for rows in batch.micro_batches]
-        lr = learner.critic_lr(batch.rollout)
-        batch.critic_grad_norm = optimizer_step(models.critic, losses, lr)
+    if batch.critic_grad_norm is None:
+        step_critic(learner, batch)
     batch.sums = batch.stats.reduce(models.actor.device)
+
+
+def step_critic(learner: Learner, batch: Minibatch) -> None:
+    """One optimizer step of the critic, where there is one."""
+    if learner.models.critic is None:
+        return
+    losses = [partial(critic_loss, learner, batch, rows) for rows in batch.micro_batches]
+    lr = learner.critic_lr(batch.rollout)
+    batch.critic_grad_norm = optimizer_step(learner.models.critic, losses, lr)
 
 
 # ------------------------------------------------------------------------------------- metrics

@@ -47,7 +47,7 @@ from rlhf.rl.losses import kl_estimate
 from rlhf.rl.metrics import Scored, drawn_metrics, response_rows, rollout_metrics, source_metrics
 from rlhf.rl.monitor import Monitor
 from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models
-from rlhf.rl.update import Learner, pretraining_texts, update_policy
+from rlhf.rl.update import Learner, pretraining_texts, step_critic_first, update_policy
 from rlhf.runs.directory import write_json
 from rlhf.runs.run_files import WARNINGS
 from rlhf.sampling.token_choice import Sampling
@@ -193,14 +193,17 @@ def train_on_rollout(
     experience.loss_mask = loss_mask(experience, scored.raw, cfg.rl.mask_truncated)
     corrected = correct_for_sampler(cfg, experience)
 
-    # 3. advantages
-    advantages, returns = estimate_advantages(scored.token_rewards, experience, cfg.rl)
+    # 3. advantages; the values of responses that are used once come with the critic's step
+    rewards, critic_done = scored.token_rewards, None
+    if learner.steps_critic_first:
+        critic_done = step_critic_first(learner, experience, rewards, state.kl.value, rollout)
+    advantages, returns = estimate_advantages(rewards, experience, cfg.rl)
     experience.advantages = advantages
     if returns is not None:
         experience.returns = returns
 
     # 4. update
-    updated = update_policy(learner, experience, state.kl.value, rollout)
+    updated = update_policy(learner, experience, state.kl.value, rollout, critic_done)
     learner.rewards.progress = (rollout + 1, learner.rollouts)
     seconds = time.time() - started
     if rollout == learner.warmup:
@@ -264,7 +267,9 @@ def sample_rollout(
 
     Returns: prompts and responses of the rollout, and metrics of all that were drawn.
     """
-    cfg, rl, pad_id = learner.cfg, learner.cfg.rl, learner.models.tokenizer.pad_token_id
+    cfg, rl, models = learner.cfg, learner.cfg.rl, learner.models
+    pad_id = models.tokenizer.pad_token_id
+    measuring = replace(models, critic=None) if learner.steps_critic_first else models
     k, wanted = rl.responses_per_prompt, stage_graph.prompts_per_rollout(rl)
     sampling = Sampling(cfg.rollout.temperature, greedy=rl.dschat.greedy)
     drawn: list[int] = []  # row numbers of prompts
@@ -274,7 +279,7 @@ def sample_rollout(
         batch = order.take(wanted - sum(useful))
         asked.append(prompts_of_rollout(cfg, prompts, batch, rollout, drawn))
         part = make_experience(
-            learner.models,
+            measuring,
             asked[-1],
             sampling,
             cfg.deploy.eval_micro_batch,

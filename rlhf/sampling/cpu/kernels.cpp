@@ -25,6 +25,11 @@ constexpr int64_t PREFETCH_TOKENS = 32;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(32)));
 
+// Weights and the KV cache are larger than a processor's caches, so they come from memory at each
+// token: a line is asked for early, and into the second level, as the first one has too few places
+// for lines on their way.
+#define PREFETCH(address) __builtin_prefetch(address, 0, 2)
+
 static inline Vec load(const float* p) { return *(const Vec*)p; }
 
 static const float* floats(const Tensor& x) {
@@ -38,8 +43,8 @@ static const float* floats(const Tensor& x) {
 // ----------------------------------------------------------------------------------- linear layer
 
 // y[r][c] = sum over i of x[r][i] w[c][i] + b[c], for C columns and V vectors of rows. Rows are the
-// lanes of a vector: x is transposed, (k, V * WIDE), and w is not. Each weight is read once; the
-// weights of the next columns are prefetched meanwhile.
+// lanes of a vector: x is transposed, (k, V * WIDE), and w is not. Each weight is read once; those
+// of the tile after the next are prefetched meanwhile.
 template <int C, int V>
 static inline void tile(const float* xt, const float* w, const float* b, float* y, int64_t k,
                         int64_t n, int64_t rows) {
@@ -50,7 +55,7 @@ static inline void tile(const float* xt, const float* w, const float* b, float* 
       Vec x[V];
       for (int v = 0; v < V; v++) x[v] = load(xt + (i * V + v) * WIDE);
       if (i % 16 == 0)
-        for (int c = 0; c < C; c++) __builtin_prefetch(w + (C + c) * k + i);
+        for (int c = 0; c < C; c++) PREFETCH(w + (2 * C + c) * k + i);
       for (int c = 0; c < C; c++)
         for (int v = 0; v < V; v++) partial[c][v] += w[c * k + i] * x[v];
     }
@@ -152,7 +157,7 @@ static inline void mean(const float* p, const float* v, float* out, int64_t T, i
     for (int s = 0; s < SUMS; s++)
       for (int j = 0; j < N; j++) {
         const float* value = v + (t + s) * vt + j * WIDE;
-        __builtin_prefetch(value + PREFETCH_TOKENS * vt);
+        PREFETCH(value + PREFETCH_TOKENS * vt);
         sum[s][j] += p[t + s] * load(value);
       }
   for (; t < T; t++)
@@ -177,7 +182,7 @@ static void attend_one(const float* q, const float* k, const float* v, const flo
     for (; i + WIDE <= d; i += WIDE)
       for (int64_t j = 0; j < WIDE; j++) {
         const float* key = k + (t + std::min(j, n_keys - 1)) * kt + i;
-        __builtin_prefetch(key + PREFETCH_TOKENS * kt);
+        PREFETCH(key + PREFETCH_TOKENS * kt);
         sum[j] += load(q + i) * load(key);
       }
     const Vec all = sums(sum);
