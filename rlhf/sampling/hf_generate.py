@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf.data.batches import upload
 from rlhf.models.wrappers import Policy
 from rlhf.sampling.batches import PromptBatch, SampledResponses
-from rlhf.sampling.token_choice import Sampling, choose_token, scale_by_temperature
+from rlhf.sampling.token_choice import Sampling, sample_token
 
 
 @torch.no_grad()
@@ -35,9 +35,7 @@ def hf_generate(
     def leave_chosen_token(ids: Tensor, logits: Tensor) -> Tensor:
         """Logits (B, V) in which only the token that `sample` chooses is possible."""
         t = ids.shape[1] - P
-        probabilities = scale_by_temperature(logits, sampling).softmax(-1)
-        token = choose_token(probabilities, random[:, t : t + 1], sampling)
-        logprobs[:, t] = probabilities.gather(1, token)[:, 0].log()
+        token, logprobs[:, t] = sample_token(logits, random[:, t : t + 1], sampling)
         return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
 
     processors = {} if sampling.beams > 1 else {"logits_processor": [leave_chosen_token]}

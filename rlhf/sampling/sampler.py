@@ -17,7 +17,7 @@ from rlhf.models.wrappers import Policy, model_inputs
 from rlhf.sampling.batches import PromptBatch, SampledResponses
 from rlhf.sampling.cpu.fast_path import cpu_fast_path
 from rlhf.sampling.decode_state import DecodeState, eager_step
-from rlhf.sampling.token_choice import Sampling, choose_token, scale_by_temperature
+from rlhf.sampling.token_choice import Sampling, sample_token
 
 # Tokens after which a GPU is asked which rows are finished; the answer makes the host wait until
 # all that was launched is done.
@@ -52,13 +52,11 @@ def sample(
         logits = read_prompts(policy.hf, prompts, state)
         for t in range(R):
             watchdog.progress()
-            probabilities = scale_by_temperature(logits, sampling).softmax(-1)
-            token = choose_token(probabilities, random[state.rows, t : t + 1], sampling)
+            token, logprob = sample_token(logits, random[state.rows, t : t + 1], sampling)
             # finished rows write padding until they are dropped
             ids[state.rows, t] = token[:, 0].masked_fill(finished, eos_id)
             mask[state.rows, t] = (~finished).float()
-            chosen = probabilities.gather(1, token)[:, 0].log()
-            logprobs[state.rows, t] = chosen.masked_fill(finished, 0.0)
+            logprobs[state.rows, t] = logprob.masked_fill(finished, 0.0)
             finished = finished | (token[:, 0] == eos_id)
             if t == R - 1:
                 break
