@@ -10,7 +10,7 @@ from typing import Any
 
 FOREIGN = 0.12  # processors that others may use during a sample
 OWN = 0.85  # processors that a contestant must have had
-WARM_UP = 2  # samples
+WARM_UP = 6  # samples; until then the memory of a process still grows
 
 
 def clocks() -> tuple[float, float, float]:

@@ -287,6 +287,9 @@ def test_a_whole_template_is_learnt_by_dpo(tokenizer: Any) -> None:
 # -------------------------------------------------------------------------------------- deployments
 
 
+ONCE = ["rl.epochs=1", "rl.minibatches=1"]  # then the critic's step measures the values
+
+
 def sizes(stage: str, steps: int) -> list[str]:
     """A run of `steps` optimizer steps or rollouts, of 16 responses or 4 pairs each."""
     if stage == "dpo":
@@ -295,13 +298,14 @@ def sizes(stage: str, steps: int) -> list[str]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("stage", ["rloo", "grpo", "dpo"])
+@pytest.mark.parametrize("stage, more", [("rloo", []), ("grpo", []), ("dpo", []), ("ppo", ONCE)])
 def test_two_processes_and_zero_3_change_nothing(
-    runs: dict[str, Path], tmp_path: Path, stage: str
+    runs: dict[str, Path], tmp_path: Path, stage: str, more: list[str]
 ) -> None:
     given = {"sft": str(runs["sft"] / "model"), "rm": str(runs["rm"] / "model")}
     inputs = given if stage != "dpo" else {"sft": given["sft"]}
     more = [
+        *more,
         *sizes(stage, steps=2),
         "dpo.adam_eps=1e-5",
         "rl.clip_low=5",
@@ -316,12 +320,14 @@ def test_two_processes_and_zero_3_change_nothing(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("stage, at", [("rloo", 3), ("grpo", 3), ("dpo", 3)])
+@pytest.mark.parametrize(
+    "stage, at, more", [("rloo", 3, []), ("grpo", 3, []), ("dpo", 3, []), ("ppo", 3, ONCE)]
+)
 def test_a_killed_run_goes_on_bit_for_bit(
-    runs: dict[str, Path], tmp_path: Path, stage: str, at: int
+    runs: dict[str, Path], tmp_path: Path, stage: str, at: int, more: list[str]
 ) -> None:
     given = {"sft": str(runs["sft"] / "model"), "rm": str(runs["rm"] / "model")}
-    more = [*sizes(stage, steps=4), "checkpoint.every_steps=2"]
+    more = [*more, *sizes(stage, steps=4), "checkpoint.every_steps=2"]
     whole, killed = (
         prepare(tmp_path, name, stage, given, more, zero_stage=2) for name in ("whole", "killed")
     )

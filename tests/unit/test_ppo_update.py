@@ -16,10 +16,10 @@ from rlhf.config.schema import Config
 from rlhf.data.batches import uniforms
 from rlhf.models.loading import location
 from rlhf.rl import experience as experience_module
-from rlhf.rl.advantages import gae, token_rewards
+from rlhf.rl.advantages import estimate_advantages, gae, token_rewards
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import kl_estimate
-from rlhf.rl.update import Learner, update_policy
+from rlhf.rl.update import Learner, step_critic_first, update_policy
 
 
 def advantages_of(e: experience_module.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
@@ -146,3 +146,57 @@ def test_micro_batches_do_not_change_an_update(
     for update, weights in results[1:]:
         assert update == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
         assert max(float((a - b).abs().max()) for a, b in zip(weights, results[0][1])) < 1e-5
+
+
+def test_where_responses_are_used_once_the_critics_step_measures_the_values(
+    cfg: Config, one_process: None, tmp_path: Path
+) -> None:
+    """The same values, metrics and weights as with a pass that only measures values.
+
+    Micro-batches are small, one response has no score, and rewards are whitened.
+    """
+    cfg = dataclasses.replace(
+        cfg,
+        rl=dataclasses.replace(cfg.rl, whiten_rewards=True),
+        data=dataclasses.replace(cfg.data, max_prompt_tokens=4),
+        rollout=dataclasses.replace(cfg.rollout, max_new_tokens=8),
+        deploy=dataclasses.replace(cfg.deploy, micro_batch=2),
+    )
+    results = []
+    for critic_first in (False, True):
+        m = build(cfg, tmp_path)
+        learner = Learner(cfg, m.models, Guards(Precision.fp32, cfg.rl.dschat), rollouts=100)
+        assert learner.steps_critic_first
+        prompts = [[5, 6, 7], [8], [300, 301, 302, 303], [9, 9], [10]]
+        e = m.experience(prompts, uniforms("rollout", range(5), 0, 0, 8))
+        for mask in (e.response_mask, e.loss_mask):
+            mask[1, 3:], mask[4, 1:] = 0, 0
+        e.values *= e.response_mask
+        e.scores[3], e.loss_mask[3] = torch.nan, 0
+        rewards = token_rewards(e.scores[:, 0], torch.zeros_like(e.values), e.response_mask)
+        done = None
+        if critic_first:
+            e.values = torch.zeros_like(e.values)
+            done = step_critic_first(learner, e, rewards, 0.1, 0)
+        e.advantages, returns = estimate_advantages(rewards, e, cfg.rl)
+        assert returns is not None
+        e.returns = returns
+        metrics = update_policy(learner, e, 0.1, 0, done)
+        weights = [p.detach() for one in (m.actor, m.critic) for p in one.module.parameters()]
+        results.append((e.values, returns, metrics, weights))
+    (values, returns, metrics, weights), first = results
+    assert values.abs().sum() > 0 and torch.allclose(first[0], values, atol=1e-6)
+    assert torch.allclose(first[1], returns, atol=1e-5)
+    assert metrics["loss/value_avg"] > 0 and metrics["val/grad_norm"] > 0
+    assert first[2] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert max(float((a - b).abs().max()) for a, b in zip(first[3], weights)) < 1e-5
+
+
+@pytest.mark.parametrize("setting", [{"epochs": 2}, {"minibatches": 2}])
+def test_where_responses_are_used_again_values_are_measured_before_the_update(
+    cfg: Config, one_process: None, tmp_path: Path, setting: dict[str, int]
+) -> None:
+    cfg = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, **setting))
+    m = build(cfg, tmp_path)
+    learner = Learner(cfg, m.models, Guards(Precision.fp32, cfg.rl.dschat), rollouts=100)
+    assert not learner.steps_critic_first
