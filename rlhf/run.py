@@ -17,7 +17,7 @@ from typing import Any
 from rlhf.base.checksums import check_model
 from rlhf.base.errors import UserError
 from rlhf.base.files import remove
-from rlhf.base.interrupts import raise_at_interrupt
+from rlhf.base.interrupts import interrupted, raise_at_interrupt
 from rlhf.base.log import say
 from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
@@ -120,7 +120,9 @@ def say_how_to_continue(command: Command, stage: str) -> Iterator[None]:
     """Give a KeyboardInterrupt of a stage the line that says where the same command continues."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as stop:
+        if not isinstance(stop, KeyboardInterrupt) and not interrupted():
+            raise
         directory = run_dir_for(command, stage)
         intact, _ = find_checkpoints(directory)
         again = "the same command" + (" without fresh=true" if command.cfg.fresh else "")

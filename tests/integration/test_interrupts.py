@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import REPO, SLOW, SMALL, Demo, command, running
 
+from rlhf.base import interrupts
 from rlhf.run import say_how_to_continue
 
 Moment = Callable[[str], bool]  # of the output so far
@@ -85,6 +86,18 @@ def test_with_fresh_the_same_command_would_start_again(tmp_path: Path) -> None:
     line = "the same command without fresh=true starts sft"
     with pytest.raises(KeyboardInterrupt, match=line), say_how_to_continue(small, "sft"):
         raise KeyboardInterrupt
+
+
+def test_a_library_that_raises_its_own_error_at_an_interrupt_changes_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = command("stage=sft", f"root={tmp_path}")
+    with pytest.raises(ValueError), say_how_to_continue(small, "sft"):
+        raise ValueError
+    monkeypatch.setattr(interrupts, "_heard", [signal.SIGINT])
+    stopped = pytest.raises(KeyboardInterrupt, match=AGAIN.format("sft"))
+    with stopped, say_how_to_continue(small, "sft"):
+        raise ValueError
 
 
 @pytest.mark.parametrize(
