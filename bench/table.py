@@ -19,8 +19,9 @@ def needed_flops(shape: dict[str, int], work: str, rows: list[tuple[int, int]]) 
     A forward pass multiplies each real token with each weight of the body, and in attention each
     token with those before it (twice, for scores and for values). The head is needed only where a
     log-probability is. A backward pass is two forward passes. Padding and recomputation do not
-    count. PPO: a forward pass each to sample, and for reference, reward and old values (the sampler
-    has the old log-probabilities); then three passes each of actor and critic.
+    count. PPO: a forward pass each to sample, and for reference and reward (the sampler has the old
+    log-probabilities); then three passes each of actor and critic, of which the critic's first one
+    gives the old values, as each response is used once.
     """
     body = sum(
         2.0 * shape["body"] * (p + a) + 2.0 * shape["attention"] * (p + a) ** 2 for p, a in rows
@@ -31,7 +32,7 @@ def needed_flops(shape: dict[str, int], work: str, rows: list[tuple[int, int]]) 
     if work == "rm":
         return {"all": 3 * body}
     if work.startswith("ppo"):
-        parts = {"rollout": 4 * body + 2 * head, "update": 6 * body + 3 * head}
+        parts = {"rollout": 3 * body + 2 * head, "update": 6 * body + 3 * head}
         return parts | {"all": sum(parts.values())}
     return {"all": 3 * (body + head)}
 

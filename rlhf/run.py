@@ -117,7 +117,11 @@ def to_train(command: Command) -> list[str]:
 
 @contextlib.contextmanager
 def say_how_to_continue(command: Command, stage: str) -> Iterator[None]:
-    """Give a KeyboardInterrupt of a stage the line that says where the same command continues."""
+    """Give an interrupted stage the line that says where the same command continues.
+
+    Raises: KeyboardInterrupt with that line, also where a library answered Ctrl-C with an error of
+    its own.
+    """
     try:
         yield
     except (KeyboardInterrupt, Exception) as stop:

@@ -63,9 +63,15 @@ class Learner:
 
     @property
     def steps_critic_first(self) -> bool:
-        """Whether the critic's step also gives the values (`step_critic_first`)."""
-        is_used_once = self.cfg.rl.epochs == self.cfg.rl.minibatches == 1
-        return is_used_once and self.models.critic is not None
+        """Whether the critic's step also gives the values (`step_critic_first`).
+
+        On a GPU it does not: the host would estimate returns while the GPU waits.
+        """
+        critic, is_used_once = (
+            self.models.critic,
+            self.cfg.rl.epochs == self.cfg.rl.minibatches == 1,
+        )
+        return is_used_once and critic is not None and critic.device.type == "cpu"
 
     @property
     def warmup(self) -> int:
@@ -261,7 +267,7 @@ def update_policy(
         experience: with advantages, and with a critic its returns.
         kl_coef: current KL coefficient.
         rollout: its number, from 0.
-        critic_done: the only minibatch, of which the critic has been trained.
+        critic_done: the only minibatch; the critic has already been trained on it.
     Returns: metrics: means over the tokens, or the optimizer steps, of all ranks.
     """
     rl, models = learner.cfg.rl, learner.models
@@ -311,7 +317,8 @@ def minibatches_of_pass(
 
 
 def train_minibatch(learner: Learner, batch: Minibatch) -> None:
-    """One optimizer step of the actor, unless the critic warms up, and one of the critic."""
+    """One optimizer step of the actor, unless the critic warms up, and one of the critic, unless it
+    came first (`step_critic_first`)."""
     models = learner.models
     if learner.actor_trains(batch.rollout):
         losses: list[Callable[[], Tensor]] = [

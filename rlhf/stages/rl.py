@@ -177,7 +177,7 @@ def train_on_rollout(
     Returns: metrics.
     """
     cfg, models, guards = learner.cfg, learner.models, learner.guards
-    # 1. sample responses, and measure them
+    # 1. sample responses, and measure them (values: see 3)
     started = time.time()
     asked, experience, drawn = sample_rollout(learner, state.order, prompts, rollout)
     sampled = time.time()

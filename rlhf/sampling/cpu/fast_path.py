@@ -1,4 +1,4 @@
-"""The one entry to the CPU fast path: everything in this package, switched on while sampling."""
+"""The entry to the CPU fast path of a model: linear layers, attention and the traced step."""
 
 from __future__ import annotations
 

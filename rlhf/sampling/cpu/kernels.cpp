@@ -20,15 +20,15 @@ using torch::stable::Tensor;
 
 constexpr int64_t WIDE = 8;  // floats in a vector
 constexpr int64_t PARTIAL_TERMS = 256;  // terms of a partial sum
-constexpr int64_t MIN_PER_THREAD = 1 << 15;  // multiplications; fewer do not pay for another thread
+// Multiplications, or logits to choose from; fewer do not pay for another thread.
+constexpr int64_t MIN_PER_THREAD = 1 << 15;
 // Tokens that the cache is prefetched ahead: attention is bound by memory latency.
 constexpr int64_t PREFETCH_TOKENS = 32;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(32)));
 
 // Weights and the KV cache are larger than a processor's caches, so they come from memory at each
-// token: a line is asked for early, and into the second level, as the first one has too few places
-// for lines on their way.
+// token. Prefetching into the second level was faster than into the first.
 #define PREFETCH(address) __builtin_prefetch(address, 0, 2)
 
 static inline Vec load(const float* p) { return *(const Vec*)p; }
@@ -255,7 +255,6 @@ static Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Te
 
 // ----------------------------------------------------------------------------- choice of a token
 
-typedef double Doubles __attribute__((vector_size(64)));
 constexpr int64_t BLOCK = 16 * WIDE;  // weights whose sum is kept
 
 // Elements i to i + WIDE of a row of n; -inf beyond its end.
@@ -280,11 +279,11 @@ static std::pair<int64_t, double> choose_one(const float* row, int64_t n, double
   for (int64_t j = 1; j < WIDE; j++) largest = std::max(largest, most[j]);
   sums.assign(1, 0.0);
   for (int64_t start = 0; start < n; start += BLOCK) {
-    Doubles block = {};
+    Vec block = {};
     for (int64_t i = start; i < std::min(n, start + BLOCK); i += WIDE) {
       const Vec weight = exponential(load_part(row, i, n) - largest);
       *(Vec*)(weights + i) = weight;
-      block += __builtin_convertvector(weight, Doubles);
+      block += weight;
     }
     double sum = sums.back();
     for (int64_t j = 0; j < WIDE; j++) sum += block[j];
@@ -296,14 +295,15 @@ static std::pair<int64_t, double> choose_one(const float* row, int64_t n, double
   double sum = *(end - 1);
   int64_t token = start;
   for (int64_t i = start; i < std::min(n, start + BLOCK) && sum <= wanted; i++) {
-    if (weights[i] > 0) token = i;  // rounding must not lead past the last one that is possible
+    // the block's own sum is rounded otherwise, which must not lead past the last possible token
+    if (weights[i] > 0) token = i;
     sum += weights[i];
   }
   return {token, (double)row[token] - largest - std::log(total)};
 }
 
-// logits (B, V), random (B, 1) in [0, 1) in float64, both contiguous -> (2, B) in float64: a token of
-// each row by inverse transform sampling, and its log-probability.
+// logits (B, V), random (B, 1) in [0, 1) in float64, both contiguous -> (2, B) in float64: a token
+// of each row by inverse transform sampling, and its log-probability.
 static Tensor choose(const Tensor& logits, const Tensor& random) {
   STD_TORCH_CHECK(logits.dim() == 2 && random.dim() == 2, "choose: tensors need two dimensions");
   const int64_t B = logits.size(0), V = logits.size(1);
