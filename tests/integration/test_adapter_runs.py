@@ -126,6 +126,7 @@ def test_dpo_and_another_reward_from_adapters_at_zero_3(root: Path) -> None:
     run(root, "stage=grpo", "rl.actor=sft-adapter", *rewards, *two)
 
 
+@pytest.mark.full
 def test_eval_of_an_adapter(root: Path) -> None:
     policies = "eval.policies=[base,sft-adapter]"
     judge = ["eval.rewards.model=null", "eval.rewards.other.path=rm-adapter"]

@@ -51,11 +51,8 @@ def base_model(directory: Path, family: str) -> Path:
 SOME = ["gpt2", "llama"]
 
 
-@pytest.mark.parametrize(
-    "families",
-    [SOME, pytest.param([f for f in FAMILIES if f not in SOME], marks=pytest.mark.full)],
-    ids="+".join,
-)
+@pytest.mark.full
+@pytest.mark.parametrize("families", [SOME, [f for f in FAMILIES if f not in SOME]], ids="+".join)
 def test_architectures_train_save_load_and_generate(tmp_path: Path, families: list[str]) -> None:
     runs: dict[str, dict[str, Path]] = {}
     for family in families:

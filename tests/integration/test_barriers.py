@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
 from worker_runs import begin
 
 CODE = """
@@ -37,6 +38,7 @@ def run(tmp_path: object, what: str) -> list[tuple[int, str]]:
     return [(worker.returncode, error) for worker, error in zip(workers, errors)]
 
 
+@pytest.mark.full
 def test_a_slow_rank_0_is_waited_for_at_a_barrier_only(tmp_path: object) -> None:
     """It takes 6 s; the others wait 2 s elsewhere, and their watchdog 3 s."""
     assert [code for code, _ in run(tmp_path, "barrier")] == [0, 0]

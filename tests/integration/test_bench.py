@@ -79,6 +79,7 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     assert line.startswith("no NVIDIA GPU: nothing is measured")
 
 
+@pytest.mark.full
 def test_what_a_gpu_does_runs_on_a_cpu() -> None:
     """Every work of bench/gpu.py prints its table, with tiny sizes."""
     done = bench_gpu("all", "--device", "cpu")

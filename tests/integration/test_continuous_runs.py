@@ -35,6 +35,7 @@ def assert_sampled_from_the_policy(run: Path) -> None:
         assert row["sampler/capped"] == 0
 
 
+@pytest.mark.full
 def test_an_adapter(inputs: dict[str, str], tmp_path: Path) -> None:
     more = [*CONTINUOUS, "actor.lora.rank=4", "rl.lr=1e-2"]
     run = prepare(tmp_path, "lora", "grpo", inputs, more)

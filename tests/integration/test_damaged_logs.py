@@ -14,6 +14,7 @@ from rlhf.runs.history import read_lines
 from rlhf.training.tracker import cut_back, wandb_id
 
 
+@pytest.mark.full
 def test_a_run_whose_metrics_were_halved_goes_on_and_ends(tmp_path: Path) -> None:
     command = [*SLOW, "wandb.mode=offline"]
     parent, run = running(*command, cwd=tmp_path)

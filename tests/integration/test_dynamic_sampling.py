@@ -71,6 +71,7 @@ def test_groups_with_equal_rewards_are_replaced_and_what_there_is_fills_up(
     assert kept == [row for row in some["many"] if row in set(some["off"])] and kept
 
 
+@pytest.mark.full
 def test_a_killed_run_resumes_bit_for_bit(inputs: dict[str, str], tmp_path: Path) -> None:
     """How many prompts were drawn is part of the checkpoint."""
     more = [*TWINS, "rl.dynamic_sampling=4", "rl.max_steps=4", "checkpoint.every_steps=2"]

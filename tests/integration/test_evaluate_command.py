@@ -16,6 +16,7 @@ from rlhf.runs.identity import run_identity
 from rlhf.runs.inputs import content_id
 
 
+@pytest.mark.full
 def test_after_the_pipeline_the_win_rate_of_ppo_is_in_the_summary(
     demo: Demo, tmp_path: Path
 ) -> None:

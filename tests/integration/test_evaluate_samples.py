@@ -84,6 +84,7 @@ def check_rates(rates: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Non
         assert rate["rate"] == pytest.approx(sum(groups) / len(groups))
 
 
+@pytest.mark.full
 def test_rates_and_file_in_one_and_two_processes(folder: Path) -> None:
     done = train(*COMMAND, cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -54,6 +54,7 @@ def reward(name: str, path: Path, **more: object) -> str:
     return f"+rl.rewards={{{name}: {{function: '{path}/my_rewards.py:{name}'{settings}}}}}"
 
 
+@pytest.mark.full
 def test_functions_give_the_same_with_one_and_two_processes(
     files: list[str], tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def assert_same_training(one: Path, two: Path) -> None:
     assert logs[0] == logs[1]
 
 
+@pytest.mark.full
 def test_training_does_not_depend_on_how_it_is_measured(tmp_path: Path) -> None:
     runs: dict[str, list[Path]] = {}
     first = {}

@@ -136,7 +136,8 @@ def final(run: Path) -> dict[str, float]:
     return json.loads((run / "result.json").read_text())["metrics"]
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.full
+@pytest.mark.parametrize("tied", [False, True])
 def test_a_policy_with_new_rows_learns_to_end_its_responses(
     model: Callable[..., str], tmp_path: Path, tied: bool
 ) -> None:

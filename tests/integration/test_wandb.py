@@ -97,6 +97,7 @@ def test_dead_at_the_start_it_is_written_down_and_sent_later(tmp_path: Path) -> 
         assert steps_at(dead, run) == list(range(1, 13))
 
 
+@pytest.mark.full
 def test_dead_in_the_middle_it_catches_up(server: Server, tmp_path: Path) -> None:
     environment = os.environ | server.environment
     parent, run = running(*SFT, "sft.max_steps=40", cwd=tmp_path, until=3, env=environment)

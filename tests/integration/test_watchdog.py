@@ -60,6 +60,7 @@ def test_progress_sets_the_clock_back(tmp_path: Path, end: str) -> None:
         assert ("in hang" in stacks.read_text()) == (end == "hang")
 
 
+@pytest.mark.full
 def test_a_stalled_run_ends_with_one_line_and_the_stacks(tmp_path: Path) -> None:
     slow = [*SLOW, "deploy.processes_per_node=2", "sft.max_steps=120"]
     parent, run = running(*slow, "deploy.watchdog_minutes=0.1", cwd=tmp_path, until=3)
