@@ -29,9 +29,9 @@ def test_needed_operations_by_hand() -> None:
     assert table.needed_flops(shape, "rm", [(2, 3), (2, 3)]) == {"all": 6 * body}
     ppo = table.needed_flops(shape, "ppo", [(2, 3)])
     assert ppo == {
-        "rollout": 4 * body + 2 * head,
+        "rollout": 3 * body + 2 * head,
         "update": 6 * body + 3 * head,
-        "all": 10 * body + 5 * head,
+        "all": 9 * body + 5 * head,
     }
 
 
