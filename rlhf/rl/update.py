@@ -67,11 +67,9 @@ class Learner:
 
         On a GPU it does not: the host would estimate returns while the GPU waits.
         """
-        critic, is_used_once = (
-            self.models.critic,
-            self.cfg.rl.epochs == self.cfg.rl.minibatches == 1,
-        )
-        return is_used_once and critic is not None and critic.device.type == "cpu"
+        rl, critic = self.cfg.rl, self.models.critic
+        on_cpu = critic is not None and critic.device.type == "cpu"
+        return on_cpu and rl.epochs == rl.minibatches == 1
 
     @property
     def warmup(self) -> int:
@@ -164,7 +162,7 @@ def critic_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tens
     values = values_before(critic(part.ids, part.full_mask), r)
     if batch.scored is not None:
         rewards, scored = (x[list(rows), :r] for x in batch.scored)
-        part.values = values.detach().cpu() * part.response_mask
+        part.values = values.detach() * part.response_mask
         gamma, gae_lambda = learner.cfg.rl.gamma, learner.cfg.rl.gae_lambda
         part.returns = gae(rewards, part.values, scored, gamma, gae_lambda)[1]
         batch.experience.values[list(rows), :r] = part.values
@@ -276,8 +274,11 @@ def update_policy(
         engine.train()  # no dropout is on; activation checkpointing works only in this mode
     done: list[Minibatch] = []
     for epoch in range(rl.epochs):
-        batches = [critic_done] if critic_done is not None else []
-        batches = batches or minibatches_of_pass(learner, experience, kl_coef, rollout, epoch)
+        batches = (
+            [critic_done]
+            if critic_done is not None
+            else minibatches_of_pass(learner, experience, kl_coef, rollout, epoch)
+        )
         for batch in batches:
             train_minibatch(learner, batch)
         done += batches
