@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.sampling.cpu import kernels
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -25,11 +23,6 @@ class Sampling:
     beams: int = 1  # > 1: the most likely response that a beam search of this width finds
     n: int = 1  # responses to each prompt, in evaluations; online RL repeats its prompts itself
 
-    @property
-    def is_from_all(self) -> bool:
-        """Whether any token may be chosen, with its own probability."""
-        return not self.greedy and not self.top_k and self.top_p >= 1
-
 
 def sample_token(logits: Tensor, random: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The next token of each row, and its log-probability before top-p and top-k, nats.
@@ -40,8 +33,6 @@ def sample_token(logits: Tensor, random: Tensor, sampling: Sampling) -> tuple[Te
     Returns: (B, 1), and (B,) in float32.
     """
     scaled = scale_by_temperature(logits, sampling)
-    if sampling.is_from_all and scaled.is_cpu and kernels.load():
-        return kernels.choose(scaled, random)
     probabilities = scaled.softmax(-1)
     token = choose_token(probabilities, random, sampling)
     return token, probabilities.gather(1, token)[:, 0].log()

@@ -159,54 +159,6 @@ def test_attention_of_distant_scores(distance: float) -> None:
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-38)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 128, 129, 1000, 8191, 50_257])
-def test_the_chosen_token_is_that_of_the_cumulative_distribution(tokens: int) -> None:
-    """As in float64, for numbers evenly spread over [0, 1); and its log-probability."""
-    torch.manual_seed(0)
-    row = 3 * torch.randn(1, tokens)
-    row[0, ::7] = -torch.inf if tokens > 1 else 0.0
-    random = ((torch.arange(500, dtype=torch.float64) + 0.5) / 500)[:, None]
-    p = row.double().softmax(-1)
-    cumulative = p.cumsum(-1).expand(500, -1).contiguous()
-    token, logprob = kernels.choose(row.repeat(500, 1), random)
-    expected = torch.searchsorted(cumulative, random, right=True)
-    # a number within rounding of a boundary may fall on either side
-    distance = (cumulative[0] - random).abs().amin(1)
-    assert torch.equal(token[distance > 1e-6], expected[distance > 1e-6])
-    assert token.dtype == torch.long and token.shape == (500, 1) and logprob.shape == (500,)
-    exact = p[0, token[:, 0]].log()
-    assert torch.allclose(logprob.double(), exact, rtol=1e-6, atol=2e-6)
-
-
-def test_the_edges_of_the_cumulative_distribution_by_hand() -> None:
-    """Weights 1, 0, 3, 0: the first token up to a quarter, then the third one, also at the end."""
-    row = torch.tensor([0.0, -torch.inf, 3.0, -torch.inf])
-    row[2] = torch.tensor(3.0).log()
-    numbers = torch.tensor([0.0, 0.24, 0.26, 1 - 2**-53], dtype=torch.float64)[:, None]
-    token, logprob = kernels.choose(row.repeat(4, 1), numbers)
-    assert token[:, 0].tolist() == [0, 0, 2, 2]
-    assert logprob.exp().tolist() == pytest.approx([0.25, 0.25, 0.75, 0.75], rel=1e-6)
-    first_is_impossible = torch.tensor([[-torch.inf, 1.0, 1.0]])
-    assert kernels.choose(first_is_impossible, torch.zeros(1, 1))[0].item() == 1
-    nan = torch.tensor([[0.0, torch.nan, 1.0]])
-    assert kernels.choose(nan, torch.zeros(1, 1))[1].isnan().item(), "a guard names it later"
-
-
-def test_the_choice_for_a_row_depends_on_nothing_else() -> None:
-    torch.manual_seed(0)
-    rows, random = 5 * torch.randn(19, 3001), torch.rand(19, 1)
-    token, logprob = kernels.choose(rows, random)
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            for i in (0, 7, 18):
-                alone = kernels.choose(rows[i : i + 1], random[i : i + 1])
-                assert torch.equal(alone[0][0], token[i]) and torch.equal(alone[1][0], logprob[i])
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_what_the_attention_kernel_is_asked_for() -> None:
     """One token to a float32 cache without gradients, and nothing else."""
     q, k, mask = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.zeros(2, 1, 1, 5)
@@ -264,9 +216,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError):
         kernels.attend(q, k[:, :, :0], k[:, :, :0], mask[..., :0], 1.0)
     assert kernels.linear(torch.empty(0, 32), w, None).shape == (0, 48)
-    for odd in ((x[0], x[:, :1]), (x, x[:3, :1]), (x, x), (x.double(), x[:, :1]), (x[:, :0], x)):
-        with pytest.raises(RuntimeError):
-            kernels.choose(*odd)
 
 
 def failure(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, **env: str) -> str:

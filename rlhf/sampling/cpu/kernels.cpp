@@ -1,6 +1,6 @@
-// The operations that dominate sampling on a CPU and that torch has no fast kernel for, all in
-// float32: a linear layer with few rows, attention of one token to a KV cache, and the choice of a
-// token. kernels.py builds and loads this file.
+// The two operations that dominate sampling on a CPU and that torch has no fast kernel for: a
+// linear layer with few rows, and attention of one token to a KV cache, both in float32. kernels.py
+// builds and loads this file.
 //
 // The result of a row depends on that row alone: the kernels round identically for any batch,
 // number of threads and memory address. (The sampling loop does not quite: with more than
@@ -13,14 +13,13 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <utility>
 #include <vector>
 
 using torch::stable::Tensor;
 
 constexpr int64_t WIDE = 8;  // floats in a vector
 constexpr int64_t PARTIAL_TERMS = 256;  // terms of a partial sum
-// Multiplications, or logits to choose from; fewer do not pay for another thread.
+// Multiplications; fewer do not pay for another thread.
 constexpr int64_t MIN_PER_THREAD = 1 << 15;
 // Tokens that the cache is prefetched ahead: attention is bound by memory latency.
 constexpr int64_t PREFETCH_TOKENS = 32;
@@ -253,91 +252,12 @@ static Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   return y;
 }
 
-// ----------------------------------------------------------------------------- choice of a token
-
-constexpr int64_t BLOCK = 16 * WIDE;  // weights whose sum is kept
-
-// Elements i to i + WIDE of a row of n; -inf beyond its end.
-static inline Vec load_part(const float* row, int64_t i, int64_t n) {
-  if (i + WIDE <= n) return load(row + i);
-  Vec x = Vec{} - INFINITY;
-  for (int64_t j = 0; i + j < n; j++) x[j] = row[i + j];
-  return x;
-}
-
-// The token of a row of n logits for a number u in [0, 1): the first one at which the sum of
-// exp(logit) exceeds u times the whole sum. weights: memory for n + BLOCK floats; sums: for the sum
-// up to the end of each block, with a 0 before them. -> the token and its log-probability.
-static std::pair<int64_t, double> choose_one(const float* row, int64_t n, double u, float* weights,
-                                             std::vector<double>& sums) {
-  Vec most = Vec{} - INFINITY;
-  for (int64_t i = 0; i < n; i += WIDE) {
-    const Vec x = load_part(row, i, n);
-    most = x > most ? x : most;
-  }
-  float largest = most[0];
-  for (int64_t j = 1; j < WIDE; j++) largest = std::max(largest, most[j]);
-  sums.assign(1, 0.0);
-  for (int64_t start = 0; start < n; start += BLOCK) {
-    Vec block = {};
-    for (int64_t i = start; i < std::min(n, start + BLOCK); i += WIDE) {
-      const Vec weight = exponential(load_part(row, i, n) - largest);
-      *(Vec*)(weights + i) = weight;
-      block += weight;
-    }
-    double sum = sums.back();
-    for (int64_t j = 0; j < WIDE; j++) sum += block[j];
-    sums.push_back(sum);
-  }
-  const double total = sums.back(), wanted = u * total;
-  const auto end = std::upper_bound(sums.begin() + 1, sums.end() - 1, wanted);
-  const int64_t start = (end - sums.begin() - 1) * BLOCK;
-  double sum = *(end - 1);
-  int64_t token = start;
-  for (int64_t i = start; i < std::min(n, start + BLOCK) && sum <= wanted; i++) {
-    // the block's own sum is rounded otherwise, which must not lead past the last possible token
-    if (weights[i] > 0) token = i;
-    sum += weights[i];
-  }
-  return {token, (double)row[token] - largest - std::log(total)};
-}
-
-// logits (B, V), random (B, 1) in [0, 1) in float64, both contiguous -> (2, B) in float64: a token
-// of each row by inverse transform sampling, and its log-probability.
-static Tensor choose(const Tensor& logits, const Tensor& random) {
-  STD_TORCH_CHECK(logits.dim() == 2 && random.dim() == 2, "choose: tensors need two dimensions");
-  const int64_t B = logits.size(0), V = logits.size(1);
-  STD_TORCH_CHECK(random.size(0) == B && random.size(1) == 1 && V > 0,
-                  "choose: sizes do not match");
-  STD_TORCH_CHECK(logits.is_contiguous() && random.is_contiguous(), "choose: not contiguous");
-  STD_TORCH_CHECK(random.is_cpu() && random.scalar_type() == torch::headeronly::ScalarType::Double,
-                  "choose: random numbers need float64");
-  Tensor chosen = torch::stable::new_empty(logits, {2, B}, torch::headeronly::ScalarType::Double);
-  const float* rows = floats(logits);
-  const double* numbers = (const double*)random.const_data_ptr();
-  double* out = (double*)chosen.mutable_data_ptr();
-  const int64_t share = std::max<int64_t>(1, MIN_PER_THREAD / V);
-  torch::stable::parallel_for(0, B, share, [&](int64_t from, int64_t to) {
-    std::vector<float> weights(V + BLOCK);
-    std::vector<double> sums;
-    for (; from < to; from++) {
-      const auto [token, logprob] =
-          choose_one(rows + from * V, V, numbers[from], weights.data(), sums);
-      out[from] = token;
-      out[B + from] = logprob;
-    }
-  });
-  return chosen;
-}
-
 STABLE_TORCH_LIBRARY(rlhf, library) {
-  library.def("choose(Tensor logits, Tensor random) -> Tensor");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlhf, CPU, library) {
-  library.impl("choose", TORCH_BOX(&choose));
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("attend", TORCH_BOX(&attend));
 }

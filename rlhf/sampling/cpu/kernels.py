@@ -137,16 +137,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
     """
     y: Tensor = torch.ops.rlhf.attend(q, k, v, mask, scale)
     return y
-
-
-def choose(logits: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    """One token from each row by inverse transform sampling, in float32 on CPU. Needs load().
-
-    Args:
-        logits: (B, V).
-        random: (B, 1) in [0, 1).
-
-    Returns: the tokens (B, 1), and their log-probabilities (B,), nats.
-    """
-    chosen = torch.ops.rlhf.choose(logits.contiguous(), random.double().contiguous())
-    return chosen[0].long()[:, None], chosen[1].float()
