@@ -19,7 +19,8 @@ from rlhf.config.choices import RolloutEngine
 from rlhf.config.schema import Config
 from rlhf.planning.memory import make_plan
 from rlhf.rl.experience import Experience, measure, sample_responses, score
-from rlhf.rl.update import Learner, actor_loss, critic_loss, minibatches_of_pass, update_policy
+from rlhf.rl.learner import Learner
+from rlhf.rl.update import actor_loss, critic_loss, minibatches_of_pass, update_policy
 from rlhf.sampling.token_choice import Sampling
 from rlhf.training.optimizer_step import optimizer_step
 

@@ -26,8 +26,8 @@ from rlhf.models.wrappers import Policy, Scorer
 from rlhf.planning.shapes import arch_of
 from rlhf.rl.experience import Experience, Models, Prompts, make_experience
 from rlhf.rl.guards import Guards
+from rlhf.rl.learner import Learner
 from rlhf.rl.rewards import Rewards, Source
-from rlhf.rl.update import Learner
 from rlhf.sampling.batches import PromptBatch
 from rlhf.sampling.token_choice import Sampling
 

@@ -32,15 +32,12 @@ def sample_token(logits: Tensor, random: Tensor, sampling: Sampling) -> tuple[Te
         random: (B, 1) in [0, 1).
     Returns: (B, 1), and (B,) in float32.
     """
-    scaled = scale_by_temperature(logits, sampling)
+    scaled = logits.float()
+    if sampling.temperature != 1:
+        scaled = scaled / sampling.temperature
     probabilities = scaled.softmax(-1)
     token = choose_token(probabilities, random, sampling)
     return token, probabilities.gather(1, token)[:, 0].log()
-
-
-def scale_by_temperature(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (B, V) of any precision -> float32 logits divided by the temperature."""
-    return logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
 
 
 def choose_token(probabilities: Tensor, random: Tensor, sampling: Sampling) -> Tensor:

@@ -43,11 +43,12 @@ from rlhf.rl.experience import (
     pick_prompts,
 )
 from rlhf.rl.guards import Guards
+from rlhf.rl.learner import Learner
 from rlhf.rl.losses import kl_estimate
 from rlhf.rl.metrics import Scored, drawn_metrics, response_rows, rollout_metrics, source_metrics
 from rlhf.rl.monitor import Monitor
 from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models
-from rlhf.rl.update import Learner, pretraining_texts, step_critic_first, update_policy
+from rlhf.rl.update import pretraining_texts, step_critic_first, update_policy
 from rlhf.runs.directory import write_json
 from rlhf.runs.run_files import WARNINGS
 from rlhf.sampling.token_choice import Sampling

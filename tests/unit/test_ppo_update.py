@@ -18,8 +18,9 @@ from rlhf.models.loading import location
 from rlhf.rl import experience as experience_module
 from rlhf.rl.advantages import estimate_advantages, gae, token_rewards
 from rlhf.rl.guards import Guards
+from rlhf.rl.learner import Learner
 from rlhf.rl.losses import kl_estimate
-from rlhf.rl.update import Learner, step_critic_first, update_policy
+from rlhf.rl.update import step_critic_first, update_policy
 
 
 def advantages_of(e: experience_module.Experience, cfg: Config) -> tuple[Tensor, Tensor]:
