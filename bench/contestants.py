@@ -66,7 +66,7 @@ def product(spec: Spec) -> None:
     from rlhf.config.loading import load_config
     from rlhf.data import tokenized
     from rlhf.stages import sft  # noqa: F401
-    from rlhf.training import checkpoint
+    from rlhf.training import checkpoint, curves_on_the_way
 
     run_dir = Path(spec["run_dir"])
     cfg = load_config(run_dir / "config.yaml")
@@ -75,6 +75,7 @@ def product(spec: Spec) -> None:
     for name in ("prompts", "pairs", "demonstrations"):
         setattr(tokenized, name, lambda *_, **__: rows)
     force_response_lengths(spec)
+    curves_on_the_way.EVERY = float("inf")  # another process would draw them in the peer's turn
     turn = turns(spec, "product")
 
     def counted() -> dict[str, Any]:
