@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def run_command(command: Command) -> list[Path]:
     with early.none_left():
         check_before_training(command)
         for stage in cfg.stage.runs:
-            with say_how_to_continue(command, stage):
+            with say_how_to_continue(command, stage, started):
                 if stage == "inspect":
                     inspect_data(command)
                 else:
@@ -116,30 +116,54 @@ def to_train(command: Command) -> list[str]:
 
 
 @contextlib.contextmanager
-def say_how_to_continue(command: Command, stage: str) -> Iterator[None]:
+def say_how_to_continue(command: Command, stage: str, started: float) -> Iterator[None]:
     """Give an interrupted stage the line that says where the same command continues.
 
+    Args: started: when the command was, in s of time.time().
     Raises: KeyboardInterrupt with that line, also where a library answered Ctrl-C with an error of
-    its own.
+        its own.
     """
     try:
         yield
     except (KeyboardInterrupt, Exception) as stop:
         if not isinstance(stop, KeyboardInterrupt) and not interrupted():
             raise
-        directory = run_dir_for(command, stage)
-        intact, _ = find_checkpoints(directory)
-        again = "the same command" + (" without fresh=true" if command.cfg.fresh else "")
-        if stage != "inspect" and (directory / SUMMARY).exists():
-            then = "prints its results" if stage == command.cfg.stage.runs[-1] else "continues"
-            line = f"Interrupted after {stage} was finished: {again} {then}."
-        elif intact:
-            step = intact[0][1]["step"]
-            line = f"Interrupted: {again} resumes {stage} after step {step}."
-        else:
-            where = "" if stage in ("inspect", "eval") else " before the first checkpoint"
-            line = f"Interrupted{where}: {again} starts {stage} again."
-        raise KeyboardInterrupt(line) from None
+        raise KeyboardInterrupt(how_to_continue(command, stage, started)) from None
+
+
+def how_to_continue(command: Command, stage: str, started: float) -> str:
+    """The line of a command that was interrupted in a stage. Args: as `say_how_to_continue`."""
+    runs, fresh = command.cfg.stage.runs, command.cfg.fresh
+    directory = run_dir_for(command, stage)
+    later = runs[runs.index(stage) + 1 :]
+    # with fresh=true a run of before may stand where this command has not come to yet
+    old = [one for one in later if fresh and (run_dir_for(command, one) / SUMMARY).exists()]
+    if fresh and stage != "inspect" and not is_written_since(directory / "config.yaml", started):
+        if stage == runs[0]:
+            return f"Interrupted before {stage} began: the same command starts it."
+        return f"Interrupted before {stage} began: {train_anew([stage, *old])}."
+    again = "the same command" + (" without fresh=true" if fresh else "")
+    intact, _ = find_checkpoints(directory)
+    if stage != "inspect" and (directory / SUMMARY).exists():
+        then = f"{again} {'prints its results' if stage == runs[-1] else 'continues'}"
+        return f"Interrupted after {stage} was finished: {train_anew(old) if old else then}."
+    if intact:
+        line = f"Interrupted: {again} resumes {stage} after step {intact[0][1]['step']}"
+    else:
+        where = "" if stage in ("inspect", "eval") else " before the first checkpoint"
+        line = f"Interrupted{where}: {again} starts {stage} again"
+    return f"{line}; then {train_anew(old)}." if old else f"{line}."
+
+
+def is_written_since(path: Path, started: float) -> bool:
+    """Whether a file has been written since then, in s of time.time()."""
+    # file systems round times, to 2 s at most
+    return path.exists() and path.stat().st_mtime > started - 2
+
+
+def train_anew(stages: Sequence[str]) -> str:
+    """What to add to a command whose runs of before stand there still."""
+    return "add " + ", then ".join(f"stage={one} fresh=true" for one in stages)
 
 
 def name_unused_keys(command: Command) -> list[str]:

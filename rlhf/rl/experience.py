@@ -58,7 +58,7 @@ class Experience:
     prompt_mask: Tensor  # (B, P) 1 on real tokens
     response_ids: Tensor  # (B, R)
     response_mask: Tensor  # (B, R) 1 on response tokens up to and including EOS
-    loss_mask: Tensor  # (B, R) tokens in the loss: response_mask, unless DeepSpeed-Chat guesses it
+    loss_mask: Tensor  # (B, R) tokens in the loss: those of response_mask, or fewer (loss_mask)
     sampler_logprobs: Tensor  # (B, R) log pi as the sampling loop computed it
     old_logprobs: Tensor  # (B, R) log pi of the policy that sampled, temperature applied
     ref_logprobs: Tensor  # (B, R) log pi of the reference

@@ -85,6 +85,7 @@ class Minibatch:
     sums: dict[str, float] = field(default_factory=dict)  # of all ranks
     actor_grad_norm: float | None = None  # before clipping
     critic_grad_norm: float | None = None
+    critic_is_done: bool = False  # its step is made
 
     @property
     def is_first(self) -> bool:

@@ -64,12 +64,13 @@ def rollout_metrics(e: Experience, scored: Scored, kl_coef: float) -> dict[str, 
         "tokens/prompt_mean": e.prompt_mask.sum(1).float().mean(),
     }
     if len(e.returns):
-        mean_return = masked_mean(e.returns, mask)
+        scored_mask = mask * ~scored.raw.isnan()[:, None]  # others have no return
+        mean_return = masked_mean(e.returns, scored_mask)
         metrics |= {
-            "val/explained_variance": explained_variance(e.values, e.returns, mask),
-            "val/value_mean": masked_mean(e.values, mask),
+            "val/explained_variance": explained_variance(e.values, e.returns, scored_mask),
+            "val/value_mean": masked_mean(e.values, scored_mask),
             "val/return_mean": mean_return,
-            "val/return_std": masked_mean((e.returns - mean_return) ** 2, mask) ** 0.5,
+            "val/return_std": masked_mean((e.returns - mean_return) ** 2, scored_mask) ** 0.5,
         }
     return {name: float(value) for name, value in metrics.items()}
 

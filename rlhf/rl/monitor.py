@@ -5,6 +5,7 @@ The warnings of a run are kept in warnings.json, and its table repeats them at t
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,7 +85,8 @@ def entropy_collapse(rows: Sequence[Metrics]) -> tuple[str, str] | None:
 
 
 def broken_critic(rows: Sequence[Metrics]) -> tuple[str, str] | None:
-    if len(rows) < 10 or any(row.get("val/explained_variance", 0) >= 0 for row in rows[-10:]):
+    last = [row.get("val/explained_variance", math.nan) for row in rows[-10:]]
+    if len(last) < 10 or not all(value < 0 for value in last):  # NaN says nothing
         return None
     text = "val/explained_variance was below 0 in the last 10 rollouts"
     fix = "raise rl.critic.lr or rl.critic.value_clip, or set rl.critic.warmup_rollouts"

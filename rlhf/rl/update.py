@@ -78,11 +78,7 @@ def critic_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tens
     r = part.response_mask.shape[1]
     values = values_before(critic(part.ids, part.full_mask), r)
     if batch.scored is not None:
-        rewards, scored = (x[list(rows), :r] for x in batch.scored)
-        part.values = values.detach() * part.response_mask
-        gamma, gae_lambda = learner.cfg.rl.gamma, learner.cfg.rl.gae_lambda
-        part.returns = gae(rewards, part.values, scored, gamma, gae_lambda)[1]
-        batch.experience.values[list(rows), :r] = part.values
+        fill_in_values(learner, batch, rows, part, values.detach())
     weight, clip = batch.weights(part, learner.cfg), learner.cfg.rl.critic.value_clip
     old_values, returns, mask, weight = upload(
         critic.device, part.values, part.returns, part.loss_mask, weight
@@ -91,6 +87,23 @@ def critic_loss(learner: Learner, batch: Minibatch, rows: Sequence[int]) -> Tens
     total = (weight * loss).sum()
     batch.stats.add(**{"loss/value": total.detach().double(), "value_clipfrac": clipped.double()})
     return total
+
+
+def fill_in_values(
+    learner: Learner, batch: Minibatch, rows: Sequence[int], part: Experience, values: Tensor
+) -> None:
+    """Give a micro-batch its values and returns, and the whole rollout its values.
+
+    Args: values (b, r): of the critic before its update.
+    """
+    assert batch.scored is not None
+    r = values.shape[1]
+    rewards, mask = (x[list(rows), :r] for x in batch.scored)
+    part.values = values * part.response_mask
+    part.returns = gae(rewards, part.values, mask, learner.cfg.rl.gamma, learner.cfg.rl.gae_lambda)[
+        1
+    ]
+    batch.experience.values[list(rows), :r] = part.values
 
 
 def ptx_loss(
@@ -248,7 +261,7 @@ def train_minibatch(learner: Learner, batch: Minibatch) -> None:
         batch.actor_grad_norm = optimizer_step(models.actor, losses, lr)
         if learner.ema is not None:
             learner.ema.update()
-    if batch.critic_grad_norm is None:
+    if not batch.critic_is_done:
         step_critic(learner, batch)
     batch.sums = batch.stats.reduce(models.actor.device)
 
@@ -260,6 +273,7 @@ def step_critic(learner: Learner, batch: Minibatch) -> None:
     losses = [partial(critic_loss, learner, batch, rows) for rows in batch.micro_batches]
     lr = learner.critic_lr(batch.rollout)
     batch.critic_grad_norm = optimizer_step(learner.models.critic, losses, lr)
+    batch.critic_is_done = True
 
 
 # ------------------------------------------------------------------------------------- metrics

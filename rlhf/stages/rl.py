@@ -273,32 +273,32 @@ def sample_rollout(
     measuring = replace(models, critic=None) if learner.steps_critic_first else models
     k, wanted = rl.responses_per_prompt, stage_graph.prompts_per_rollout(rl)
     sampling = Sampling(cfg.rollout.temperature, greedy=rl.dschat.greedy)
-    drawn: list[int] = []  # row numbers of prompts
-    asked, parts = [], []
+    numbers: list[int] = []  # row numbers of the prompts that were drawn
+    batches, parts = [], []
     useful: list[bool] = []  # of each prompt: whether its rewards differ
     for _ in range(rl.dynamic_sampling or 1):
         batch = order.take(wanted - sum(useful))
-        asked.append(prompts_of_rollout(cfg, prompts, batch, rollout, drawn))
+        batches.append(prompts_of_rollout(cfg, prompts, batch, rollout, numbers))
         part = make_experience(
             measuring,
-            asked[-1],
+            batches[-1],
             sampling,
             cfg.deploy.eval_micro_batch,
             rescore=rollout == 0,
             pad_is_eos=rl.dschat.pad_is_eos,
         )
-        drawn += batch
+        numbers += batch
         parts.append(part)
         useful += differ(learner.rewards.total(part.scores), k).tolist()
         if sum(useful) == wanted:
             break
     everything = concatenate(parts, pad_id)
-    metrics = drawn_metrics(asked, learner.rewards.total(everything.scores), k)
+    metrics = drawn_metrics(batches, learner.rewards.total(everything.scores), k)
     if len(parts) == 1:
-        return asked[0], everything, metrics
+        return batches[0], everything, metrics
     best = sorted(range(len(useful)), key=lambda group: not useful[group])  # keeps their order
     rows = [group * k + j for group in sorted(best[:wanted]) for j in range(k)]
-    return pick_prompts(asked, rows), everything.rows(rows), metrics
+    return pick_prompts(batches, rows), everything.rows(rows), metrics
 
 
 def prompts_of_rollout(

@@ -15,7 +15,9 @@ import pytest
 from helpers import REPO, SLOW, SMALL, Demo, command, running
 
 from rlhf.base import interrupts
-from rlhf.run import say_how_to_continue
+from rlhf.run import how_to_continue, say_how_to_continue
+from rlhf.runs.command import Command
+from rlhf.runs.identity import run_dir_for
 
 Moment = Callable[[str], bool]  # of the output so far
 STARTED = 0.5  # seconds in which Python itself starts; before, it ends with a traceback
@@ -81,10 +83,46 @@ def test_without_a_checkpoint_the_same_command_starts_the_stage_again(
     assert check(*interrupt(TRAIN, tmp_path, said_so(text))) == line
 
 
-def test_with_fresh_the_same_command_would_start_again(tmp_path: Path) -> None:
-    small = command("stage=sft", "fresh=true", f"root={tmp_path}")
-    line = "the same command without fresh=true starts sft"
-    with pytest.raises(KeyboardInterrupt, match=line), say_how_to_continue(small, "sft"):
+def run_of(command: Command, stage: str, at: float, is_finished: bool) -> None:
+    """Leave what a run has that began, and perhaps ended, at a time."""
+    directory = run_dir_for(command, stage)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ["config.yaml"] + ["summary.json"] * is_finished:
+        (directory / name).write_text('{"status": "finished"}')
+        os.utime(directory / name, (at, at))
+
+
+def test_with_fresh_the_runs_of_before_are_not_those_of_this_command(tmp_path: Path) -> None:
+    fresh = command("fresh=true", f"root={tmp_path}")
+    before, started = time.time() - 500, time.time() - 100
+
+    def line(stage: str) -> str:
+        return how_to_continue(fresh, stage, started)
+
+    assert line("sft") == "Interrupted before sft began: the same command starts it."
+    for stage in ("sft", "rm", "ppo"):
+        run_of(fresh, stage, before, is_finished=True)
+    assert line("sft") == "Interrupted before sft began: the same command starts it."
+    rest = "stage=ppo fresh=true."
+    assert line("rm") == f"Interrupted before rm began: add stage=rm fresh=true, then {rest}"
+    run_of(fresh, "sft", time.time(), is_finished=True)
+    assert (
+        line("sft") == f"Interrupted after sft was finished: add stage=rm fresh=true, then {rest}"
+    )
+    (run_dir_for(fresh, "rm") / "summary.json").unlink()
+    run_of(fresh, "rm", time.time(), is_finished=False)
+    again = "the same command without fresh=true"
+    where = "Interrupted before the first checkpoint"
+    assert line("rm") == f"{where}: {again} starts rm again; then add {rest}"
+    run_of(fresh, "ppo", time.time(), is_finished=True)
+    assert line("ppo") == f"Interrupted after ppo was finished: {again} prints its results."
+
+
+def test_with_fresh_a_stage_that_began_is_gone_on_with_without_it(tmp_path: Path) -> None:
+    small, started = command("stage=sft", "fresh=true", f"root={tmp_path}"), time.time()
+    run_of(small, "sft", started, is_finished=False)
+    line = "first checkpoint: the same command without fresh=true starts sft again.$"
+    with pytest.raises(KeyboardInterrupt, match=line), say_how_to_continue(small, "sft", started):
         raise KeyboardInterrupt
 
 
@@ -92,11 +130,11 @@ def test_a_library_that_raises_its_own_error_at_an_interrupt_changes_no_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = command("stage=sft", f"root={tmp_path}")
-    with pytest.raises(ValueError), say_how_to_continue(small, "sft"):
+    with pytest.raises(ValueError), say_how_to_continue(small, "sft", 0.0):
         raise ValueError
     monkeypatch.setattr(interrupts, "_heard", [signal.SIGINT])
     stopped = pytest.raises(KeyboardInterrupt, match=AGAIN.format("sft"))
-    with stopped, say_how_to_continue(small, "sft"):
+    with stopped, say_how_to_continue(small, "sft", 0.0):
         raise ValueError
 
 

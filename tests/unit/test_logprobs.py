@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -99,6 +100,26 @@ def test_a_frozen_output_layer_gets_no_gradient() -> None:
     weight.requires_grad_(False)
     target_logp(hidden, weight, None, targets)[0].sum().backward()
     assert weight.grad is None and hidden.grad is not None
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_without_a_backward_pass_no_probabilities_are_kept(
+    trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, _, targets = random(1200, 8, 300, False)
+    probabilities: list[weakref.ref[Tensor]] = []
+    softmax = Tensor.softmax
+
+    def recorded(logits: Tensor, dim: int) -> Tensor:
+        p = softmax(logits, dim)
+        probabilities.append(weakref.ref(p))
+        return p
+
+    monkeypatch.setattr(Tensor, "softmax", recorded)
+    with torch.set_grad_enabled(trains):
+        _ = target_logp(hidden, weight, None, targets)
+    kept = [p for p in probabilities if p() is not None]
+    assert len(probabilities) > 1 and len(kept) == len(probabilities) * trains
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -33,7 +33,8 @@ from rlhf.rl.controllers import RunningScale
 from rlhf.rl.experience import Experience, Prompts, concatenate, pick_prompts, sampled_fields
 from rlhf.rl.guards import Guards
 from rlhf.rl.losses import token_weights
-from rlhf.rl.metrics import drawn_metrics, source_metrics
+from rlhf.rl.metrics import Scored, drawn_metrics, rollout_metrics, source_metrics
+from rlhf.rl.monitor import warnings_of
 
 F64, NAN = torch.float64, math.nan
 FORMULAS = {"leave_one_out": leave_one_out, "group": group_relative}
@@ -284,6 +285,29 @@ def test_metrics_of_sources_are_of_the_responses_they_apply_to() -> None:
     assert rates["reward/a/none_rate"] == pytest.approx(1 / 3) and rates["reward/b/none_rate"] == 1
     assert rates["reward/a/error_rate"] == 0
     assert rates["reward/b/error_rate"] == pytest.approx(1 / 3)
+
+
+def test_metrics_of_the_critic_are_of_the_responses_with_a_score() -> None:
+    """The second response has a value, but no return: it says nothing about the critic."""
+    mask = t([1, 1], [1, 1], [1, 0])
+    values, returns = t([2, 2], [5, 5], [3, 0]), t([2, 3], [0, 0], [4, 0])
+    e = experience(mask, values=values, returns=returns)
+    raw = v(1, NAN, 2)
+    found = rollout_metrics(e, Scored(raw, raw, 0 * mask, 0 * mask), 0.1)
+    assert found["val/value_mean"] == pytest.approx(7 / 3)
+    assert found["val/return_mean"] == 3
+    assert found["val/return_std"] == pytest.approx(statistics.pstdev([2, 3, 4]))
+    variances = statistics.pvariance([0, 1, 1]), statistics.pvariance([2, 3, 4])
+    assert found["val/explained_variance"] == pytest.approx(1 - variances[0] / variances[1])
+
+
+@pytest.mark.parametrize("last, is_broken", [(-0.1, True), (NAN, False), (0.2, False)])
+def test_only_a_critic_that_is_measured_can_be_broken(last: float, is_broken: bool) -> None:
+    usual = {"objective/kl": 1.0, "objective/kl_per_token": 0.1, "objective/eos_rate": 1.0}
+    usual |= {"objective/scores": 0.0, "objective/kl_coef": 0.1, "val/explained_variance": -0.1}
+    rows = [usual] * 9 + [usual | {"val/explained_variance": last}]
+    assert [title for title, _ in warnings_of(rows)] == ["critic broken"] * is_broken
+    assert not warnings_of(rows[1:])
 
 
 def test_a_missing_score_is_no_broken_reward_model() -> None:

@@ -149,16 +149,19 @@ def test_micro_batches_do_not_change_an_update(
         assert max(float((a - b).abs().max()) for a, b in zip(weights, results[0][1])) < 1e-5
 
 
+@pytest.mark.parametrize("warmup", [0, 1])
 def test_where_responses_are_used_once_the_critics_step_measures_the_values(
-    cfg: Config, one_process: None, tmp_path: Path
+    cfg: Config, one_process: None, tmp_path: Path, warmup: int
 ) -> None:
     """The same values, metrics and weights as with a pass that only measures values.
 
-    Micro-batches are small, one response has no score, and rewards are whitened.
+    Micro-batches are small, one response has no score, and rewards are whitened. With and without
+    the actor's step.
     """
+    critic = dataclasses.replace(cfg.rl.critic, warmup_rollouts=warmup)
     cfg = dataclasses.replace(
         cfg,
-        rl=dataclasses.replace(cfg.rl, whiten_rewards=True),
+        rl=dataclasses.replace(cfg.rl, whiten_rewards=True, critic=critic),
         data=dataclasses.replace(cfg.data, max_prompt_tokens=4),
         rollout=dataclasses.replace(cfg.rollout, max_new_tokens=8),
         deploy=dataclasses.replace(cfg.deploy, micro_batch=2),
@@ -189,6 +192,7 @@ def test_where_responses_are_used_once_the_critics_step_measures_the_values(
     assert values.abs().sum() > 0 and torch.allclose(first[0], values, atol=1e-6)
     assert torch.allclose(first[1], returns, atol=1e-5)
     assert metrics["loss/value_avg"] > 0 and metrics["val/grad_norm"] > 0
+    assert ("policy/grad_norm" in metrics) == (not warmup)
     assert first[2] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     assert max(float((a - b).abs().max()) for a, b in zip(first[3], weights)) < 1e-5
 
