@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import shutil
 import time
@@ -18,13 +19,20 @@ from rlhf.base.checksums import check_model
 from rlhf.base.errors import UserError
 from rlhf.base.files import remove
 from rlhf.base.interrupts import interrupted, raise_at_interrupt
-from rlhf.base.log import say
+from rlhf.base.log import first_few, say
 from rlhf.base.wandb_login import check_online
 from rlhf.config import keys
 from rlhf.config.choices import Device, WandbMode
 from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import is_aligned, is_rl, parent_stages, unused_keys
+from rlhf.config.stage_graph import (
+    function_sources,
+    is_aligned,
+    is_rl,
+    parent_stages,
+    unused_keys,
+)
+from rlhf.data.changed_files import changed_files, sizes_and_times
 from rlhf.data.files import check_files
 from rlhf.planning.memory import make_plan
 from rlhf.planning.steps import too_large_batches
@@ -43,6 +51,7 @@ from rlhf.runs.directory import (
     read_summary,
     write_json,
 )
+from rlhf.runs.gpus import SWEEP_BEGAN
 from rlhf.runs.identity import (
     evaluation_settings,
     measured_otherwise,
@@ -111,8 +120,20 @@ def to_train(command: Command) -> list[str]:
     return [
         stage
         for stage in cfg.stage.runs
-        if stage != "inspect" and (cfg.fresh or not read_summary(run_dir_for(command, stage)))
+        if stage != "inspect"
+        and (
+            trains_anew(command, directory := run_dir_for(command, stage))
+            or not read_summary(directory)
+        )
     ]
+
+
+def trains_anew(command: Command, directory: Path) -> bool:
+    """Whether a finished run is trained again: with fresh=true, but for one that another job of
+    the same sweep has just trained."""
+    began = os.environ.get(SWEEP_BEGAN)
+    is_of_sweep = bool(began) and is_written_since(directory / SUMMARY, float(began or 0))
+    return command.cfg.fresh and not is_of_sweep
 
 
 @contextlib.contextmanager
@@ -208,7 +229,7 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
     inputs = find_inputs(command, stage)
     directory = run_dir_for(command, stage)
     before = summary_bytes(directory)
-    if not command.cfg.fresh and is_finished(command, stage, directory, inputs):
+    if not trains_anew(command, directory) and is_finished(command, stage, directory, inputs):
         return directory
     # 2. what it needs
     check_machines(command.cfg)
@@ -221,16 +242,18 @@ def run_stage(command: Command, stage: str, is_parent: bool) -> Path:
         say(one_line_summary(make_plan(cfg, stage)))
     # 3. the run itself
     with lock_run(directory, wait=is_parent):
-        if summary_bytes(directory) != before:  # the process that we waited for has finished it
-            is_finished(command, stage, directory, inputs)
+        # the process that we waited for has trained it, or has begun to
+        if summary_bytes(directory) != before and is_finished(command, stage, directory, inputs):
             return directory
         prepare_directory(command, stage, inputs, directory)
         save_config(cfg, directory / "config.yaml")
         environment = describe_start(command) | describe_environment()
+        data_files = sizes_and_times(cfg.data)
         write_json(directory / PARENTS, inputs.ids)
         write_json(directory / ENVIRONMENT, environment)
         asked_to_stop = run_workers(directory, cfg, next_to_run(command, stage))
-        finish(command, stage, cfg, directory, inputs.ids, environment)
+        known = {"parents": inputs.ids, "data_files": data_files}
+        finish(command, stage, cfg, directory, known, environment)
     if asked_to_stop:
         raise KeyboardInterrupt
     return directory
@@ -255,7 +278,9 @@ def prepare_directory(command: Command, stage: str, inputs: Inputs, directory: P
     check_file_types(directory)
     intact, _ = find_checkpoints(directory)
     if intact and not command.cfg.fresh and not read_summary(directory):
-        for line in check_resumable(directory, intact[0][1], command.cfg, inputs.ids):
+        cfg = command.for_stage(stage).cfg
+        functions = {f"rewards/{name}" for name in function_sources(cfg, stage)}
+        for line in check_resumable(directory, intact[0][1], command.cfg, inputs.ids, functions):
             say(f"{stage}: {line}")
         for line in name_other_evaluation(command, stage, directory):
             say(line)
@@ -285,13 +310,13 @@ def finish(
     stage: str,
     cfg: Config,
     directory: Path,
-    parents: dict[str, str],
+    known: dict[str, Any],
     environment: dict[str, Any],
 ) -> None:
     """Write the summary and the model card of a run whose workers are done.
 
-    Args: parents, environment: what parents.json and env.json were written with; a run of days does
-        not depend on these files at its end.
+    Args: known, environment: what it was started with; a run of days does not depend on its
+        parents.json and env.json at its end.
     """
     try:
         data = read_file(directory, DATA) or []
@@ -302,7 +327,7 @@ def finish(
         "id": secrets.token_hex(8),
         "stage": stage,
         "status": "finished",
-        "parents": parents,
+        **known,
         **read_file(directory, RESULT),
         "finished": local_time(),
         "data": data,
@@ -317,8 +342,8 @@ def finish(
 
 
 def describe_start(command: Command) -> dict[str, str]:
-    """For env.json: the command that repeats a run, its folder, and when it last started."""
-    return {"command": command.as_typed(), "folder": str(Path.cwd()), "started": local_time()}
+    """For env.json: the command that resumes a run, its folder, and when it last started."""
+    return {"command": command.to_continue(), "folder": str(Path.cwd()), "started": local_time()}
 
 
 def local_time() -> str:
@@ -348,6 +373,12 @@ def is_finished(command: Command, stage: str, directory: Path, inputs: Inputs) -
         )
     say(f"{stage}: finished, {directory}")
     cfg = command.for_stage(stage).cfg
+    before = summary.get("data_files")
+    if before is not None and (changed := changed_files(before, cfg.data)):
+        say(
+            f"{stage}: not trained on what is in {first_few(changed)} now (another size or time): "
+            "fresh=true trains it again"
+        )
     if stage == "eval" and cfg.eval.save_responses:
         key = f"eval.save_responses={cfg.eval.save_responses}"
         say(f"{key}: nothing is written, as the evaluation is finished; fresh=true measures again")

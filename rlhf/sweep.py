@@ -26,7 +26,7 @@ from rlhf.base.own_processes import end_with_parent
 from rlhf.config.validation import check_config
 from rlhf.reporting import tables
 from rlhf.runs.checks import check_inputs
-from rlhf.runs.gpus import SWEEP_LOG
+from rlhf.runs.gpus import SWEEP_BEGAN, SWEEP_LOG
 from rlhf.runs.history import find_runs
 from rlhf.runs.identity import short_name
 
@@ -135,6 +135,7 @@ def begin(overrides: Sequence[str], jobs: int) -> None:
     log.touch()
     atexit.register(log.unlink, missing_ok=True)
     os.environ |= {SWEEP_LOG: str(log), SWEEP_PROCESS: str(os.getpid()), SWEEP_SIZE: str(jobs)}
+    os.environ[SWEEP_BEGAN] = str(time.time())
     if any(arg.startswith("hydra/launcher=") for arg in overrides):
 
         def leave_to_the_jobs(*_: object) -> None:

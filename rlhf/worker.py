@@ -183,12 +183,16 @@ def run_stage(cfg: Config, run_dir: Path) -> dict[str, float]:
 
 
 def write_result(cfg: Config, run_dir: Path, metrics: dict[str, float], seconds: float) -> None:
-    """The curves of a finished run, and result.json."""
+    """result.json of a finished run, then its curves, without which it is finished too."""
+    from rlhf.base.log import first_line, log
     from rlhf.reporting import curves
     from rlhf.runs.directory import write_json
 
-    curves.plot_run(run_dir, cfg.stage.name, metrics)
     write_json(run_dir / "result.json", {"metrics": metrics, "seconds": round(seconds, 1)})
+    try:
+        curves.plot_run(run_dir, cfg.stage.name, metrics)
+    except Exception as error:
+        log.warning(f"the curves are not drawn: {type(error).__name__}: {first_line(error)}")
 
 
 def prepare_environment() -> None:

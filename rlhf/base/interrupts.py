@@ -67,7 +67,9 @@ def run_interruptible(main: Callable[[], int]) -> int:
         return FAILED
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # again: the process ends anyway
-        print(str(interrupt) or "Interrupted.", file=sys.stderr, flush=True)
+        from rlhf.base.log import say  # not before: it imports much
+
+        say(str(interrupt) or "Interrupted.")
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -71,21 +71,24 @@ class Policy:
         """The turns that the next response sees, and their token ids.
 
         The oldest turns are dropped, with a user's turn first, until there is room for the
-        response. Raises: UserError when the last turn alone leaves none.
+        response; a system turn at the beginning stays.
+        Raises: UserError when the last turn alone leaves none.
         """
         # a response longer than half of the context gets what the prompt leaves
         room = self.context - min(max_new_tokens, self.context // 2)
+        system = turns[:1] if turns[0].role == "system" else []
         # first, or a long text would be tokenized once for each turn before it
-        alone = len(self.reader(turns[-1:]))
+        alone = len(self.reader([*system, turns[-1]] if len(turns) > len(system) else turns))
         if alone > room:
             raise UserError(
                 f"this message is too long: {alone} tokens, there is room for {room} "
                 f"(context {self.context}, --max-new-tokens {max_new_tokens}); shorten it"
             )
-        while len(ids := self.reader(turns)) > room:
-            later = (i for i, turn in enumerate(turns) if i > 0 and turn.role == "user")
-            turns = turns[next(later) :]
-        return turns, ids
+        rest = turns[len(system) :]
+        while len(ids := self.reader([*system, *rest])) > room:
+            later = (i for i, turn in enumerate(rest) if i > 0 and turn.role == "user")
+            rest = rest[next(later) :]
+        return [*system, *rest], ids
 
     def respond(self, reply: Reply, params: Params, seed: int, show: Callable[[str], None]) -> None:
         """Sample a response and fill in the reply. Ctrl-C stops it and keeps what is there.

@@ -18,6 +18,7 @@ from rlhf.base.urls import wrong_address
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
     WORLDS,
+    BestBy,
     Decoding,
     Device,
     DpoLoss,
@@ -246,6 +247,16 @@ def check_rl(cfg: Config) -> Iterator[str]:
             f"rollout.max_new_tokens={longest}, of which it is the last part; "
             f"try {max(1, longest // 5)}"
         )
+    for key, value, plain in (
+        ("top_p", rl.evaluation.top_p, 1),
+        ("top_k", rl.evaluation.top_k, 0),
+    ):
+        if rl.evaluation.best_by == BestBy.objective and value != plain:
+            yield (
+                f"rl.evaluation.best_by=objective with rl.evaluation.{key}={value}: the KL in it "
+                "can only be estimated from samples of the full distribution; use "
+                f"rl.evaluation.{key}={plain}, or rl.evaluation.best_by=score"
+            )
     if not rl.rewards:
         yield "rl.rewards is empty: nothing to train on; give a source, see conf/rl/ppo.yaml"
     elif not any(source and source.weight for source in rl.rewards.values()):

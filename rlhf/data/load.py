@@ -41,11 +41,16 @@ def check_same(report: list[SourceReport], run_dir: Path) -> None:
     before = read_file(run_dir, DATA)
     if before is None:
         log.warning(f"{run_dir / DATA} is missing: nobody checks that the data are still the same")
-    elif before != report:
+    elif _as_read(before) != _as_read(report):
         raise UserError(
             "the data have changed since this run's checkpoint (see data.json): add fresh=true "
             "to start again"
         )
+
+
+def _as_read(report: list[SourceReport]) -> list[dict[str, Any]]:
+    """A report without what is beside the data: a new README in their folder changes nothing."""
+    return [{key: one[key] for key in one if key != "not_read"} for one in map(dict, report)]
 
 
 def open_data(cfg: Config, run_dir: Path) -> Dataset:

@@ -35,7 +35,7 @@ def best_of(models: Models, data: Dataset, cfg: Config) -> list[BestOfPoint]:
     random = uniforms("best of n", range(len(ids)), 0, 0, cfg.rollout.max_new_tokens)
     experience = make_experience(
         dataclasses.replace(models, ref=None),
-        Prompts(asked, ids, random),
+        Prompts(asked, ids, random, per_prompt=node.best_of),
         Sampling(node.temperature, node.top_p, node.top_k),
         cfg.deploy.eval_micro_batch,
     )

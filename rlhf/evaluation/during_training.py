@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf.base.log import log
 from rlhf.config.schema import Config
+from rlhf.config.stage_nodes import EvalSampling
 from rlhf.data.records import Dataset, Prompt
 from rlhf.evaluation.policy import PolicyEvaluation, before_and_after, evaluate_policy
 from rlhf.models.loading import save_engine
@@ -37,10 +38,13 @@ class Evaluations:
         return bool(every) and step % (every or 1) == 0 and step < steps
 
     def evaluate(self, step: int) -> PolicyEvaluation:
-        """Metrics and samples of the present policy, which is saved where it is the best so far."""
+        """Metrics and samples of the present policy, which is saved where it is the best so far.
+
+        With top-p or top-k there is no KL, and no objective (has_kl).
+        """
         cfg, settings = self.cfg, self.cfg.rl.evaluation
         measured, samples = evaluate_policy(
-            self.models,
+            self.models if has_kl(settings) else replace(self.models, ref=None),
             self.data,
             cfg.data.max_prompt_tokens,
             cfg.rollout.max_new_tokens,
@@ -48,7 +52,7 @@ class Evaluations:
             cfg.deploy.eval_micro_batch,
         )
         # by the first KL coefficient, not the current one, so that evaluations can be compared
-        if "score" in measured:  # some source applies
+        if {"score", "kl"} <= measured.keys():  # some source applies; has_kl
             measured["objective"] = measured["score"] - cfg.rl.kl.coef * measured["kl"]
         if settings.every and measured.get(settings.best_by.name, -math.inf) > self.best:
             self.best = measured[settings.best_by.name]
@@ -73,8 +77,23 @@ class Evaluations:
         return {"reward/gold/mean": float(np.mean(gold)), "reward/gold/std": float(np.std(gold))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "start": self.start, "start_samples": self.start_samples}
+        return {
+            "best": self.best,
+            "best_by": self.cfg.rl.evaluation.best_by.name,
+            "start": self.start,
+            "start_samples": self.start_samples,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.start = state["best"], state["start"]
-        self.start_samples = state["start_samples"]
+        self.start, self.start_samples = state["start"], state["start_samples"]
+        now = self.cfg.rl.evaluation.best_by.name
+        before = state.get("best_by", now)
+        if before == now:
+            self.best = state["best"]
+        else:  # the two have no common unit
+            log.info(f"rl.evaluation.best_by={now}, before {before}: model_best/ begins anew")
+
+
+def has_kl(sampling: EvalSampling) -> bool:
+    """Whether the full distribution is sampled; else the mean log-ratio estimates no KL."""
+    return sampling.top_p == 1 and sampling.top_k == 0

@@ -130,6 +130,6 @@ def before_and_after(before: PolicyEvaluation, after: PolicyEvaluation) -> Polic
         for key in ("score", "gold"):
             if key in b:
                 row |= {f"{key}_before": a[key], f"{key}_after": b[key]}
-        row |= {"kl": b["kl"], "length": b["length"]}
-        rows.append(row | ({"columns": b["columns"]} if "columns" in b else {}))
+        row |= {key: b[key] for key in ("kl", "length", "columns") if key in b}
+        rows.append(row)
     return metrics, rows

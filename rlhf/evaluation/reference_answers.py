@@ -12,33 +12,37 @@ from rlhf.base.log import log
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import score_sources
 from rlhf.data.inspection.measuring import ReferenceCheck
-from rlhf.data.records import Prompt, Turn
+from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.evaluation.pass_rates import PASSING_SCORE
 from rlhf.rewards.batch import NOT_TRAINING, make_batch, reference_in
 from rlhf.rewards.process import RewardProcess
-from rlhf.rewards.trial import check_columns, spec_of
+from rlhf.rewards.trial import check_columns, column_names, spec_of, token_ids
 from rlhf.verifiers import REFERENCES
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
 MOST_ROWS = 1000  # of the prompts, spread over all of them
 CALL = 100  # rows of a call, as each call has a time limit
 
 
-def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceCheck]:
+def check_references(
+    cfg: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> list[ReferenceCheck]:
     """Score the reference answers of online RL's prompts with each function and reward URL of
     rl.rewards. A judge is not asked: its grade of a right answer may be any.
 
-    Args: table: Dataset.ppo.
+    Args: tokenizer: of the policy.
     Raises: UserError for a function or server that cannot be called.
     """
+    sources = score_sources(cfg, cfg.rl.name).items()
+    tried = {name: source for name, source in sources if source.function or source.url}
+    names = column_names(data) if tried else set()
     checks = []
-    for name, source in score_sources(cfg, cfg.rl.name).items():
-        if not (source.function or source.url):
-            continue
+    for name, source in tried.items():
         columns = [source.kwargs["column"]] if source.kwargs.get("column") else REFERENCES
-        prompts, answers = reference_answers(table, columns)
+        prompts, answers = reference_answers(data.ppo, columns)
         if not prompts:
             log.info(
                 f"{name}: not tried on reference answers, as no prompt of online RL has one (an "
@@ -47,8 +51,9 @@ def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceChec
             continue
         process = RewardProcess({name: spec_of(f"rl.rewards.{name}", source)})
         try:
+            process.columns = names
             check_columns(process, prompts)
-            scores = score_rows(process, prompts, answers)
+            scores = score_rows(process, prompts, answers, tokenizer)
         finally:
             process.close()
         checks.append(check_of(name, prompts, answers, scores[name]))
@@ -56,7 +61,10 @@ def check_references(cfg: Config, table: datasets.Dataset) -> list[ReferenceChec
 
 
 def score_rows(
-    process: RewardProcess, prompts: Sequence[Prompt], responses: Sequence[str]
+    process: RewardProcess,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, list[float | None]]:
     """The scores of each function; None where it does not apply.
 
@@ -65,8 +73,9 @@ def score_rows(
     scores: dict[str, list[float | None]] = {name: [] for name in process.specs}
     for start in range(0, len(prompts), CALL):
         part = slice(start, start + CALL)
-        ids: list[list[int]] = [[] for _ in prompts[part]]
-        batch = make_batch(prompts[part], responses[part], ids, NOT_TRAINING)
+        ids = token_ids(responses[part], tokenizer)
+        rows = prompts[part], responses[part], ids
+        batch = make_batch(*rows, NOT_TRAINING, columns=process.columns)
         for name, result in process.score(batch).items():
             scores[name] += result.scores
     return scores
@@ -101,7 +110,8 @@ def reference_answers(
     step = -(-len(table) // MOST_ROWS) or 1
     prompts, answers = [], []
     for row in table.select(range(0, len(table), step)):
-        prompt = Prompt([Turn(**turn) for turn in row["prompt"]], row["columns"])
+        turns = [Turn(**turn) for turn in row["prompt"]]
+        prompt = Prompt(turns, row["columns"], row["is_messages"])
         if answer := row["chosen"] or reference_in(prompt, columns):
             prompts.append(prompt)
             answers.append(answer)

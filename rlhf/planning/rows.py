@@ -90,7 +90,7 @@ def rows_of_source(
         files = find_files(source.path).files
         for file in files:
             check_sizes(file, most_row)
-        samples = [sample_file(file, source) for file in files]
+        samples = [known_sample(file, source) for file in files]
     except (ValueError, RecursionError, csv.Error, *BROKEN):  # the stage says what is wrong
         return None
     count = limited(sum(sample.rows for sample in samples), source)
@@ -128,6 +128,18 @@ class FileSample(NamedTuple):
 
     rows: int
     first: list[dict[str, Any]]
+
+
+_samples: dict[tuple[object, ...], FileSample] = {}  # a plan tries many changes on the same files
+
+
+def known_sample(file: Path, source: Source) -> FileSample:
+    """`sample_file`, read once as long as the file does not change."""
+    state = file.stat()
+    key = (file.resolve(), state.st_size, state.st_mtime_ns, repr(source))
+    if key not in _samples:
+        _samples[key] = sample_file(file, source)
+    return _samples[key]
 
 
 def sample_file(file: Path, source: Source) -> FileSample:

@@ -146,21 +146,34 @@ def draw_frontier(
     rollouts = thin(root_of_kl(metrics, "objective/kl", reward.rollout), MOST_POINTS)
     axis.plot(*rollouts, color=color, linewidth=0.6, alpha=0.4)
     axis.scatter(*rollouts, color=color, s=25, alpha=0.6, label="rollouts")
-    middle = root_of_kl(metrics, "eval/kl", reward.held_out)
-    axis.scatter(
-        [0.0, *middle.x, root_kl(final["eval/kl"])],
-        [final[f"{reward.held_out}_before"], *middle.y, final[reward.held_out]],
-        s=110,
-        facecolors="none",
-        edgecolors="black",
-        linewidths=2,
-        label="held-out prompts",
-    )
+    held_out = held_out_points(metrics, final, reward.held_out)
+    if len(held_out.x):
+        axis.scatter(
+            *held_out,
+            s=110,
+            facecolors="none",
+            edgecolors="black",
+            linewidths=2,
+            label="held-out prompts",
+        )
     axis.set_title(f"{reward.title} against KL")
     axis.set_xlabel(ROOT_KL)
     axis.set_ylabel(reward.unit)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
+
+
+def held_out_points(metrics: Metrics, final: dict[str, float], reward: str) -> Points:
+    """The root of the KL, and a reward, of each evaluation that has both: start, middle, end.
+
+    At the start the KL is 0. Args: final: the run's final metrics.
+    """
+    kl, values = (axis.tolist() for axis in root_of_kl(metrics, "eval/kl", reward))
+    if f"{reward}_before" in final:
+        kl, values = [0.0, *kl], [final[f"{reward}_before"], *values]
+    if reward in final and "eval/kl" in final:
+        kl, values = [*kl, root_kl(final["eval/kl"])], [*values, final[reward]]
+    return Points(np.array(kl, float), np.array(values, float))
 
 
 def root_of_kl(metrics: Metrics, kl: str, reward: str) -> Points:

@@ -38,6 +38,11 @@ def best_by_win_rate(rates: list[WinRate], results: EvalResults) -> str:
         meaning = "The interval is below 50 %, so the difference is more than chance"
         closest = "; the closest one" if len(results.policies) > 2 else ""
         return f"{best.against} is best by {judge}{closest}: {wins}. {meaning}."
+    if best.rate == CHANCE:
+        return (
+            f"No policy is best by {judge}; neither {best.policy} nor {best.against} leads: {wins}."
+            " More held-out prompts (data.eval_rows) may show a difference."
+        )
     leads = best.policy if best.rate > CHANCE else best.against
     return (
         f"No policy is clearly best by {judge}; {leads} leads: {wins}. The interval contains 50 %,"
@@ -47,31 +52,62 @@ def best_by_win_rate(rates: list[WinRate], results: EvalResults) -> str:
 
 def means(best: WinRate, results: EvalResults) -> str:
     """The mean scores behind a win rate, in words; "" where they are not known."""
-    names = ("gold",) if best.judge == "gold" else (f"score/{best.judge}", "score")
-    for name in names:
-        values = [results.policies[policy].get(name) for policy in (best.policy, best.against)]
-        if None not in values:
-            label = "gold reward" if best.judge == "gold" else "score"
-            return f"; mean {label} {values[0]:.2f} against {values[1]:.2f}"
-    return ""
+    metric = metric_of(best.judge, results)
+    values = [results.policies[policy].get(metric) for policy in (best.policy, best.against)]
+    if None in values:
+        return ""
+    label = "gold reward" if best.judge == "gold" else "score"
+    return f"; mean {label} {values[0]:.2f} against {values[1]:.2f}"
+
+
+def metric_of(judge: str, results: EvalResults) -> str:
+    """The metric that is the mean of a judge's scores; "" where no policy has it."""
+    known = known_metrics(results)
+    is_only_source = not any(metric.startswith("score/") for metric in known)
+    of_source = "score" if is_only_source else f"score/{judge}"
+    metric = "gold" if judge == "gold" else of_source
+    return metric if metric in known else ""
+
+
+def known_metrics(results: EvalResults) -> set[str]:
+    """The metrics that at least one policy has."""
+    return {metric for metrics in results.policies.values() for metric in metrics}
 
 
 def best_by_mean(results: EvalResults) -> str:
-    """Which policy has the best mean, where win rates are not known."""
-    metrics = [m for m in ("gold", "score") if any(m in p for p in results.policies.values())]
-    if not metrics:
+    """Which policy has the best mean, where the main judge has no win rates.
+
+    The mean of the main judge; where no response has its score, the gold reward or the whole score.
+    """
+    judge, known = results.judge, known_metrics(results)
+    of_judge = metric_of(judge, results) if judge else ""
+    metric = next((name for name in (of_judge, "gold", "score") if name in known), "")
+    if not metric:
         names = ", ".join(results.policies)
+        if judge:
+            return f"{names}: no response has a score, so no policy is best."
         return f"{names}: nothing judges the responses, so no policy is best: give eval.rewards."
-    metric, label = metrics[0], "gold reward" if metrics[0] == "gold" else "score"
-    known = {name: m[metric] for name, m in results.policies.items() if metric in m}
-    best = max(known, key=lambda name: known[name])
-    if len(known) == 1:
-        return f"{best} has a mean {label} of {known[best]:.2f}; no other policy is evaluated."
-    others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
+    unknown = f"The judge {judge} scores no response. " if judge and not of_judge else ""
+    label = "gold reward" if metric == "gold" else "score"
+    label += f" of {judge}" if metric.startswith("score/") else ""
+    values = {name: one[metric] for name, one in results.policies.items() if metric in one}
+    best = max(values, key=lambda name: values[name])
+    if len(values) == 1:
+        has = "has one" if len(results.policies) > 1 else "is evaluated"
+        return f"{unknown}{best} has a mean {label} of {values[best]:.2f}; no other policy {has}."
+    others = ", ".join(f"{name} {value:.2f}" for name, value in values.items() if name != best)
     return (
-        f"{best} has the highest mean {label}, {known[best]:.2f} ({others}). Without eval.against"
-        " there is no win rate and no interval: the difference may be chance."
+        f"{unknown}{best} has the highest mean {label}, {values[best]:.2f} ({others}). "
+        f"{why_no_win_rate(results)}: the difference may be chance."
     )
+
+
+def why_no_win_rate(results: EvalResults) -> str:
+    """Why the main judge has no win rate."""
+    if results.against is None:
+        return "Without eval.against there is no win rate and no interval"
+    by = f" by {name_of_judge(results.judge)}" if results.judge else ""
+    return f"No pair of responses could be compared{by}, so there is no win rate and no interval"
 
 
 def passing(rates: list[PassRate]) -> list[str]:

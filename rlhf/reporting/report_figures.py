@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rlhf.base.log import valid_text
 from rlhf.reporting.comparison import Comparison
-from rlhf.reporting.curves import COLORS, ROOT_KL, root_kl, root_of_kl, smooth
+from rlhf.reporting.curves import COLORS, ROOT_KL, held_out_points, root_of_kl, smooth
 from rlhf.runs.history import Run
 from rlhf.runs.metrics import Points, thin
 from rlhf.runs.stage_views import view_of
@@ -248,7 +248,7 @@ def frontier_figure(drawn: Sequence[DrawnSetting]) -> Figure | None:
                 "line": {"width": 3},
             }
             line = {"width": 1.5, "color": one.color, "dash": one.dash}
-            points = held_out_points(run, held_out)
+            points = held_out_points(run.rows, run.metrics, held_out)
             look = {"mode": "lines+markers", "marker": large, "line": line}
             traces.append(frontier_trace(f"{one.label}, held out", i, points, **look))
     if not any(trace["x"] for trace in traces):
@@ -268,14 +268,3 @@ def frontier_trace(name: str, number: int, points: Points, **look: Any) -> Figur
         "showlegend": False,
         "meta": {"setting": number, "kind": "points"},
     } | look
-
-
-def held_out_points(run: Run, metric: str) -> Points:
-    """Root of the KL, and the metric, of each evaluation of a run: start, middle, end."""
-    kl, values = (axis.tolist() for axis in root_of_kl(run.rows, "eval/kl", metric))
-    final = run.metrics
-    if f"{metric}_before" in final:
-        kl, values = [0.0, *kl], [final[f"{metric}_before"], *values]
-    if metric in final and "eval/kl" in final:
-        kl, values = [*kl, root_kl(final["eval/kl"])], [*values, final[metric]]
-    return Points(np.array(kl, float), np.array(values, float))

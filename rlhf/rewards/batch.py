@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.records import Prompt
 from rlhf.data.template import message_of
-from rlhf.verifiers import REFERENCES, Text, text_of
+from rlhf.verifiers import REFERENCES, Text, reference_texts, text_of
 
 NOT_TRAINING = {"global_step": 0, "max_steps": 1}  # of trainer_state
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -51,10 +52,17 @@ def make_batch(
     ids: Sequence[list[int]],
     trainer_state: dict[str, int],
     per_prompt: int = 1,
+    columns: Collection[str] = (),
 ) -> Batch:
-    """A batch of responses. Args: prompts, responses, ids: one for each response."""
+    """A batch of responses.
+
+    Args:
+        prompts, responses, ids: one for each response.
+        columns: names of the columns of the data; the batch has all of them, whatever its own rows
+            have.
+    """
     rows = [columns_of(prompt) for prompt in prompts]
-    names = sorted({name for row in rows for name in row})
+    names = sorted({*columns, *(name for row in rows for name in row)})
     return Batch(
         [as_given(prompt) for prompt in prompts],
         [
@@ -75,26 +83,28 @@ def columns_of(prompt: Prompt) -> dict[str, Any]:
 
 
 def reference_in(prompt: Prompt, columns: Sequence[str] = REFERENCES) -> str:
-    """The reference in one of the columns of a prompt's row, as text; "" without one."""
+    """The reference in one of the columns of a prompt's row, as text; "" without one.
+
+    Of several references it is the first.
+    """
     row = columns_of(prompt)
     for name in columns:
-        value = row.get(name)
-        if isinstance(value, dict):  # verl: {"ground_truth": "7", "style": "rule"}
-            value = value.get("ground_truth")
-        if isinstance(value, str | int | float):
-            return str(value)
+        with contextlib.suppress(ValueError):  # an object of another kind
+            if texts := reference_texts(row.get(name), name):
+                return texts[0]
     return ""
 
 
 def as_given(prompt: Prompt) -> Any:
     """A prompt as its data set has it: messages, or text.
 
-    The system turn before a text is not in it. A text with several turns is written as in
-    Anthropic's data, "\\n\\nHuman: ...\\n\\nAssistant:".
+    Definitions of tools are not in it, nor is the system turn before a text. A text with several
+    turns is written as in Anthropic's data, "\\n\\nHuman: ...\\n\\nAssistant:".
     """
+    turns = [turn for turn in prompt.turns if turn.role != "tools"]
     if prompt.is_messages:
-        return [message_of(turn) for turn in prompt.turns if turn.role != "tools"]
-    turns = prompt.turns[prompt.turns[0].role == "system" :]
+        return [message_of(turn) for turn in turns]
+    turns = turns[turns[0].role == "system" :]
     if len(turns) == 1:
         return turns[0].text
     spoken = [f"\n\n{SPEAKERS.get(turn.role, turn.role)}: {turn.text}" for turn in turns]

@@ -280,8 +280,8 @@ def verl_arguments(function: RewardFunction, batch: Batch, row: int) -> dict[str
     )
     given: dict[str, Any] = {
         "extra_info": None,
-        "data_source": "",
         **columns,
+        "data_source": columns.get("data_source") or "",
         "solution_str": last_text(batch.completions[row]),
         "ground_truth": next((truth for truth in truths if truth is not None), None),
         **function.kwargs,

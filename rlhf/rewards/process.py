@@ -73,6 +73,7 @@ class RewardProcess:
         """Start the process and import the functions. Raises: UserError naming the key."""
         self.specs = specs
         self.signatures: dict[str, dict[str, Any]] = {}  # what each asks for, by its name
+        self.columns: set[str] = set()  # of the data, for make_batch: see trial.column_names
         self._warned: set[str] = set()
         self._process: subprocess.Popen[str] | None = None
         self._start()

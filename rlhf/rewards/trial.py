@@ -7,9 +7,10 @@ start, before a model is loaded. No torch here.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.log import log, plural
@@ -18,15 +19,20 @@ from rlhf.config.choices import OnError
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import function_sources, node_name
 from rlhf.config.stage_nodes import RewardSource
+from rlhf.data import encoding
 from rlhf.data.records import Dataset, Prompt
 from rlhf.rewards.batch import NOT_TRAINING, columns_of, make_batch, reference_in
 from rlhf.rewards.functions import OF_THE_BATCH
 from rlhf.rewards.process import RewardProcess, Spec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TRIED_ROWS = 4  # on which the functions are called before a model is loaded
 TRUTHS = ("ground_truth", "reward_model", "answer")  # where functions.verl_arguments looks
 ENDLESS = 1e6  # seconds for a call that limits each of its requests to a server itself
 SHORT_RESPONSE = "Yes."  # for prompts whose row has no answer
+NO_LIMIT = 10**9  # tokens
 REMOTE, JUDGE = "rlhf.rewards.remote:remote", "rlhf.rewards.judge:judge"
 
 
@@ -63,41 +69,72 @@ def spec_of(key: str, source: RewardSource) -> Spec:
     return Spec(f"{key}.function={source.function}", source.function, source.kwargs, timeout, skip)
 
 
-def try_functions(process: RewardProcess | None, data: Dataset) -> int:
+def try_functions(
+    process: RewardProcess | None, data: Dataset, tokenizer: PreTrainedTokenizerBase | None = None
+) -> int:
     """Try the functions on held-out rows.
 
-    The rows must have the columns that a function asks for. On at most TRIED_ROWS of them, spread
-    over all, the functions are called once, with the row's own answer as the response where it has
-    one, else its reference.
+    Some rows of the data must have the columns that a function asks for. On at most TRIED_ROWS,
+    spread over all held-out rows, the functions are called once, with the row's own answer as the
+    response where it has one, else its reference.
 
+    Args: tokenizer: of a policy, for the token ids of the responses.
     Returns: the number of rows on which the functions were called.
     Raises: UserError naming the key, and what is wrong.
     """
     prompts = data.eval_prompts
     if process is None or not prompts:
         return 0
+    process.columns = column_names(data)
     check_columns(process, prompts)
     rows = prompts[:: -(-len(prompts) // TRIED_ROWS)]
     answers = {str(row.prompt): row.response for row in data.eval_sft}
     responses = [answers.get(str(row.turns)) or reference_in(row) or SHORT_RESPONSE for row in rows]
-    process.score(make_batch(rows, responses, [[] for _ in rows], NOT_TRAINING))
+    ids = token_ids(responses, tokenizer)
+    process.score(make_batch(rows, responses, ids, NOT_TRAINING, columns=process.columns))
     return len(rows)
 
 
+def column_names(data: Dataset) -> set[str]:
+    """The columns that any prompt of online RL or of the evaluation has."""
+    names = {name for prompt in data.eval_prompts for name in columns_of(prompt)}
+    if data.ppo:
+        for part in data.ppo.select_columns(["columns"]).iter(1000):
+            for row in part["columns"]:
+                names.update(json.loads(row or "{}"))
+    return names
+
+
+def token_ids(
+    responses: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """Token ids of responses that are not sampled, at least one for each.
+
+    Without a tokenizer each word is a token; the same word has the same id.
+    """
+    if tokenizer is not None:
+        return encoding.encode_responses(tokenizer, responses, NO_LIMIT)
+    ids: dict[str, int] = {}
+    return [[ids.setdefault(w, len(ids)) for w in text.split() or [""]] for text in responses]
+
+
 def check_columns(process: RewardProcess, prompts: Sequence[Prompt]) -> None:
-    """Raises: UserError for a parameter without a default value whose column no row has."""
+    """Compare the columns of the data with what the functions ask for.
+
+    Raises: UserError for a parameter without a default value whose column no row of the data has.
+    """
     rows = [columns_of(prompt) for prompt in prompts]
-    names = {name for row in rows for name in row}
+    names = process.columns
     for source, signature in process.signatures.items():
         key = process.specs[source].key
         for name in signature["columns"]:
-            with_it = sum(name in row for row in rows)
-            if not with_it:
+            if name not in names:
                 there = ", ".join(sorted(names)) or "none"
                 raise UserError(
                     f"{key}: the function has a parameter {name}, and the rows have no such column "
                     f"(they have {there}): give it a default value, or add the column to the data"
                 )
+            with_it = sum(name in row for row in rows)
             if with_it < len(rows):
                 without = plural(len(rows) - with_it, "held-out row")
                 log.info(f"{key}: {without} without a column {name}: the function gets None there")

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import log
+from rlhf.base.log import log, plural
 from rlhf.config.choices import Template
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import is_rl, node_name, score_sources
+from rlhf.config.stage_graph import is_rl, node_name, parent_stages, score_sources
 from rlhf.data import encoding, template
 from rlhf.data.batches import map_across_ranks, pad_right
 from rlhf.data.records import Dataset, Prompt, Turn
@@ -39,6 +39,7 @@ from rlhf.rewards.process import RewardProcess
 from rlhf.rl.experience import Experience, Prompts
 
 NO_LIMIT = 10**9  # tokens
+SMALLEST_UNIT = 1e-6  # a smaller deviation of scores is their rounding
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Rewards:
                 [experience.tokens(row) for row in rows],
                 {"global_step": done, "max_steps": of_all},
                 k,
+                self.functions.columns,
             )
             for name, result in self.functions.score(batch).items():
                 column = self.names.index(name)
@@ -218,7 +220,8 @@ def build_rewards(
             continue
         path = cfg.inputs[f"rewards/{name}" if source.path else "rm"]
         key = f"{node_name(cfg.stage.name)}.rewards.{name}"
-        own = reward_tokenizer(path, cfg.data.template, key) if source.path else None
+        given = source.path or parent_stages(cfg, cfg.stage.name).get("rm")
+        own = reward_tokenizer(path, cfg.data.template, key) if given else None
         own = own or load_tokenizer(path, cfg.data.template)
         foreign = needs_text(tokenizer, own)
         if foreign:
@@ -276,9 +279,24 @@ def set_unit(
     whole = [encoding.to_end(tokenizer, *row) for row in encoded]
     rows = [ids[-readable_tokens(engine) :] for ids in whole]
     mean, std = score_mean_std(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
-    settings.score_mean, settings.score_std = mean, max(std, 1e-6)
+    store_unit(engine, mean, std, key)
     unit = f"mean {mean:.3g}, standard deviation {std:.3g}"
-    log.info(f"{key}: raw scores of {len(rows)} SFT responses: {unit}")
+    log.info(f"{key}: raw scores of {plural(len(rows), 'SFT response')}: {unit}")
+
+
+def store_unit(engine: Engine[Scorer], mean: float, std: float, name: str) -> None:
+    """Normalise the scores of a reward model from now on: (raw - mean) / std.
+
+    Where all measured scores are equal, as that of one response is, there is no such unit.
+    """
+    if std < SMALLEST_UNIT:
+        log.warning(
+            f"{name}: the scores of the responses that their unit is measured on are all equal, so "
+            "they stay in the model's own unit: hold out more responses (data.eval_share)"
+        )
+        mean, std = 0.0, 1.0
+    settings = engine.module.hf.config
+    settings.score_mean, settings.score_std = mean, std
 
 
 @torch.no_grad()

@@ -23,9 +23,13 @@ class Command:
         """The command that describes a stage: of another algorithm, its own."""
         return self.algorithms.get(stage, self)
 
-    def as_typed(self) -> str:
-        """The command line, for a shell. Of a sweep: that of this job alone."""
-        return command_line("train.py", *folder_options(), *self.overrides)
+    def to_continue(self) -> str:
+        """The command line that resumes a run which this one has begun, for a shell.
+
+        Of a sweep: that of this job alone.
+        """
+        kept = [arg for arg in self.overrides if root_of(arg) != "fresh"]
+        return command_line("train.py", *folder_options(), *kept)
 
     def to_train(self, *stages: str) -> str:
         """The command that trains these stages, for advice to the user: a pipeline where there are

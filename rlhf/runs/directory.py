@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Container
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,19 @@ def find_checkpoints(directory: Path) -> tuple[list[tuple[Path, dict[str, Any]]]
 
 
 def check_resumable(
-    directory: Path, description: dict[str, Any], cfg: Config, parents: dict[str, str]
+    directory: Path,
+    description: dict[str, Any],
+    cfg: Config,
+    parents: dict[str, str],
+    functions: Container[str] = (),
 ) -> list[str]:
     """Check that a run can resume from its checkpoint.
 
-    Args: description: the checkpoint's checkpoint.json.  parents: ids of today's parent runs.
+    Args:
+        description: the checkpoint's checkpoint.json.
+        parents: ids of today's parent runs and files.
+        functions: those of them that are files of reward functions: one that fails in the middle of
+            a run can be mended.
     Returns: warnings.
     Raises: UserError with the difference and the fix.
     """
@@ -129,11 +138,14 @@ def check_resumable(
     parents_before = read_file(directory, PARENTS)
     if parents_before is None:
         raise UserError(f"{directory / PARENTS} is missing, so nobody knows its parents: {AGAIN}")
-    if parents_before != parents:
+    names = {**parents_before, **parents}
+    others = [name for name in names if parents_before.get(name) != parents.get(name)]
+    if [name for name in others if name not in functions or name not in parents_before]:
         raise UserError(
-            f"{directory} was trained from other parent runs ({parents_before} -> {parents}): "
-            f"bring them back, or {AGAIN}"
+            f"{directory} was trained from other runs or files than there are now (changed: "
+            f"{', '.join(others)}): bring them back, or {AGAIN}"
         )
+    warnings = [f"resuming with a file of {name} that has changed since" for name in others]
     versions_before = (read_file(directory, ENVIRONMENT) or {}).get("packages", {})
     versions = describe_environment()["packages"]
     changed = [
@@ -141,7 +153,9 @@ def check_resumable(
         for name, version in versions_before.items()
         if versions.get(name) != version
     ]
-    return [f"resuming with other package versions: {', '.join(changed)}"] if changed else []
+    if changed:
+        warnings.append(f"resuming with other package versions: {', '.join(changed)}")
+    return warnings
 
 
 def check_file_types(directory: Path) -> None:

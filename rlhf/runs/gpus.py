@@ -20,6 +20,7 @@ from rlhf.runs.directory import output_of
 from rlhf.runs.locks import try_lock
 
 # names the file in which the jobs of a sweep, which may be other processes, report how they ended
+SWEEP_BEGAN = "RLHF_SWEEP_BEGAN"  # the time when a sweep began, s
 SWEEP_LOG = "RLHF_SWEEP_LOG"
 WSL2 = Path("/dev/dxg")  # its one file for all GPUs
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,10 +104,9 @@ def wait_for_workers(
         time.sleep(0.05)
         if signals and not notified:
             notified = True
+            request_stop(workers, run_dir, cfg)  # first: nobody may read the line (| tee)
             text = "stopping (once training has begun: after this step, with a checkpoint); "
-            text += "repeat it to stop at once"
-            print(text, file=sys.stderr, flush=True)
-            request_stop(workers, run_dir, cfg)
+            say(text + "repeat it to stop at once")
         failed = {
             name: worker.returncode
             for name, worker in workers.items()
@@ -145,6 +143,8 @@ def raise_failure(failed: dict[str, int], run_dir: Path, cfg: Config) -> NoRetur
     take_stacks(run_dir, cfg.deploy.watchdog_minutes)
     intact, _ = find_checkpoints(run_dir)
     checkpoint = f"; the last good checkpoint is {intact[0][0]}" if intact else ""
+    if intact and cfg.fresh:
+        checkpoint += ", from which the command goes on without fresh=true"
     failures = [] if any(code < 0 for code in failed.values()) else read_failures(run_dir)
     if failures and failures[0].is_user_error:
         raise UserError(f"{cfg.stage.name}: {failures[0].message}{checkpoint}")

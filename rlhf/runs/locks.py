@@ -6,13 +6,13 @@ import contextlib
 import fcntl
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from rlhf.base.errors import UserError, machine_problem
+from rlhf.base.log import say
 
 LOCK_FILE = ".owner"  # in a run directory; it names the process that holds the lock
 GRACE = 0.3  # s; `is_locked` of another process holds a lock that long at most
@@ -51,8 +51,14 @@ def lock_both(file: IO[str], folder: int) -> bool:
 
     Returns: False where another process holds one of them.
     """
-    if not lock_open_file(file):
-        return False
+    try:
+        if not lock_open_file(file):
+            return False
+    except OSError as error:
+        raise UserError(
+            f"{file.name}: this file system has no locks ({error.strerror}), so two commands could "
+            "train one run: set root= to a folder of another one (Lustre: mount it with -o flock)"
+        ) from None
     try:
         return lock_open_file(folder)
     except OSError:  # NFS locks no directories
@@ -102,7 +108,7 @@ def wait_for_lock(file: IO[str], folder: int, directory: Path, wait: bool) -> No
         if not wait and now > start + GRACE:
             raise UserError(f"{owner}: wait until it ends, or stop it")
         if wait and now >= next_report:
-            print(f"waiting for {now - start:.0f} s: {owner}", file=sys.stderr, flush=True)
+            say(f"waiting for {now - start:.0f} s: {owner}")
             next_report = now + REPORT_EVERY
         time.sleep(0.1)
 
@@ -113,7 +119,15 @@ def is_locked(directory: Path) -> bool:
         contextlib.suppress(FileNotFoundError),
         open(directory / LOCK_FILE, encoding="utf-8") as file,
     ):
-        if not lock_open_file(file, shared=True):
+        if is_held(file):
             return True
     with open_folder(directory) as folder:
-        return not lock_open_file(folder, shared=True)
+        return is_held(folder)
+
+
+def is_held(file: IO[str] | int) -> bool:
+    """Whether a process holds the lock of an open file or directory."""
+    try:
+        return not lock_open_file(file, shared=True)
+    except OSError:  # a file system without such locks
+        return False

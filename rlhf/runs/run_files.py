@@ -50,6 +50,7 @@ class Summary(Identified, total=False):
     seconds: float
     finished: str
     data: list[DataReport]
+    data_files: dict[str, list[float]]  # bytes and time of each
     settings: dict[str, Any]
     versions: dict[str, str | None]
 

@@ -168,7 +168,7 @@ def prepare(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> Setu
     for name, path in paths.items():
         warn_of_template(name, path, tokenizers[name], cfg)
     data = open_data(cfg, run_dir)
-    try_functions(functions, data)
+    try_functions(functions, data, next(iter(tokenizers.values()), None))
     check_columns(data.eval_prompts, node.by)
     if node.samples > 1 and not verifiers(cfg):
         log.warning(

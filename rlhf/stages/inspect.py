@@ -77,7 +77,7 @@ def run(cfg: Config, run_dir: Path) -> Inspection:
             stages[name]["distinct_prompts"] = count
 
     # 3. try the reward functions on the reference answers
-    references = check_references(cfg, data.ppo)
+    references = check_references(cfg, data, tokenizer)
 
     # 4. judge and write the page
     result = Inspection(

@@ -80,7 +80,7 @@ def train(
     # 1. data
     check_reward_models(cfg)
     tokenizer, data = open_inputs(cfg, run_dir, cfg.inputs["sft"], samples=True, references=False)
-    try_functions(functions, data)
+    try_functions(functions, data, tokenizer)
     prompts = tokenized.prompts(tokenizer, data.ppo, cfg.data.max_prompt_tokens, cfg.data.workers)
     texts = pretraining_texts(cfg, data, tokenizer) if cfg.rl.ptx.coef else None
     log.info(f"{cfg.rl.name}: {prompts}, {len(data.eval_prompts)} held out")

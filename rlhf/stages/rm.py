@@ -26,7 +26,7 @@ from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.reward_model import accuracy_gold, pairwise_accuracy, score_pairs
 from rlhf.models.loading import load_scorer, save_engine
 from rlhf.models.wrappers import Scorer, last_token_score, without_eos
-from rlhf.rl.rewards import score_mean_std
+from rlhf.rl.rewards import score_mean_std, store_unit
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.losses import pairwise_loss, pairwise_loss_per_token
 from rlhf.training.optimizer_step import optimizer_step
@@ -69,6 +69,8 @@ def run(cfg: Config, run_dir: Path) -> dict[str, float]:
     )
     # stored with the model, for those who read its scores
     engine.module.hf.config.score_before_eos = rm.loss == RmLoss.per_token
+    # raw scores, until they are measured: a reward model that it starts from has another unit
+    engine.module.hf.config.score_mean, engine.module.hf.config.score_std = 0.0, 1.0
     engine.train()
 
     # 3. training
@@ -256,5 +258,5 @@ def set_score_unit(
     )
     rows = [prompt + answer for prompt, answer in encoded]
     mean, std = score_mean_std(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
-    engine.module.hf.config.score_mean, engine.module.hf.config.score_std = mean, max(std, 1e-6)
+    store_unit(engine, mean, std, "the reward model")
     return {"eval/score_mean": mean, "eval/score_std": std}

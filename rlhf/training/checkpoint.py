@@ -76,6 +76,7 @@ class Checkpoints:
         stateful: Mapping[str, Stateful | dict[str, Any]],
     ):
         self.settings, self.total = cfg.checkpoint, total
+        self.again = "the same command" + " without fresh=true" * cfg.fresh
         self.engines, self.stateful = engines, stateful
         self.device = next(iter(engines.values())).device
         self.run_dir = run_dir
@@ -122,7 +123,8 @@ class Checkpoints:
         """The files of a checkpoint that are not what was written; each rank reads some of them."""
         names = sorted(read_sums(path))
         own = names[collectives.rank() :: collectives.world_size()]
-        found = collectives.all_gather_objects(damaged_files(path, own))
+        with watchdog.while_files_move():
+            found = collectives.all_gather_objects(damaged_files(path, own))
         return sorted(name for names_of_rank in found for name in names_of_rank)
 
     def _set_aside(self, path: Path, damaged: list[str], others: bool) -> None:
@@ -171,7 +173,7 @@ class Checkpoints:
             is_due = request >= 1 or (every is not None and step % every == 0)
         is_saved = self.save(step) if is_due else False
         if request >= 2 and not is_last:
-            outcome = "run the same command to resume" if is_saved else "it has no checkpoint"
+            outcome = f"run {self.again} to resume" if is_saved else "it has no checkpoint"
             raise Stopped(f"stopped after step {step} of {self.total}; {outcome}")
 
     def save(self, step: int) -> bool:
@@ -206,9 +208,10 @@ class Checkpoints:
                 f"cannot write checkpoints/{target.name} (is the disk full?): {first_line(error)}"
             ) from error
         collectives.barrier()
-        hashes = self._hashes(temporary)
-        if collectives.rank() == 0:
-            self._complete(temporary, target, step, hashes)
+        with watchdog.while_files_move():
+            hashes = self._hashes(temporary)
+            if collectives.rank() == 0:
+                self._complete(temporary, target, step, hashes)
         collectives.barrier()
         return True
 

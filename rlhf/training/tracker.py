@@ -176,7 +176,8 @@ class Tracker:
         for name in LOGS if self.main else ():
             cut_back(self.run_dir / name, sizes.get(name, 0))
         if self.main and sizes:
-            self.first = sum(1 for _ in open(self.run_dir / "metrics.jsonl", encoding="utf-8"))  # noqa: SIM115
+            with open(self.run_dir / "metrics.jsonl", "rb") as file:
+                self.first = sum(1 for _ in file)
             self.bar.initial = self.bar.n = self.first
 
     def close(self, summary: dict[str, Any]) -> None:

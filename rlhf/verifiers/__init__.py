@@ -236,12 +236,15 @@ def references_of(count: int, columns: dict[str, Any], column: str | None) -> li
     for i in range(count):
         given = ((name, values[i]) for name, values in found.items() if values[i] is not None)
         name, value = next(given, ("", None))
-        rows.append(_texts(value, name))
+        rows.append(reference_texts(value, name))
     return rows
 
 
-def _texts(value: Any, name: str) -> list[str]:
-    """The references in a column's value, as texts. Raises: ValueError naming the column."""
+def reference_texts(value: Any, name: str) -> list[str]:
+    """The references in a column's value, as texts; none for None.
+
+    Raises: ValueError naming the column, for an object without ground_truth.
+    """
     if isinstance(value, dict):
         if "ground_truth" not in value:
             keys = ", ".join(value) or "none"

@@ -70,6 +70,18 @@ def test_fifty_turns_do_not_overflow_and_are_cut_at_turns(model: Path) -> None:
         one.fit([Turn("user", "rose " * 600)], 8)
 
 
+def test_the_system_turn_is_not_what_is_dropped(model: Path) -> None:
+    (one,) = conversation(model).policies
+    system, turns = Turn("system", "Be brief."), []
+    for number in range(60):
+        turns += [Turn("user", f"What in week {number}?"), Turn("assistant", "Water it.")]
+    fitted, ids = one.fit([system, *turns, Turn("user", "And now?")], 8)
+    assert fitted[0] == system and fitted[1].role == "user" and len(ids) + 8 <= 512
+    assert 3 < len(fitted) < 122 and fitted[-1].text == "And now?"
+    with pytest.raises(ValueError, match="too long"):
+        one.fit([Turn("system", "rose " * 600), Turn("user", "Hi")], 8)
+
+
 def test_a_stop_string_is_never_shown_not_even_in_part() -> None:
     text = "Water it.\n\nHuman: and then?"
     pieces = [certain_text(text[:n], [template.USER]) for n in range(len(text) + 1)]

@@ -178,6 +178,29 @@ def test_what_a_run_resumes_with_is_checked(tmp_path: Path) -> None:
         read_file(run, "result.json")
 
 
+def test_a_reward_function_may_be_mended_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path, finished=False)
+    made, cfg = {"step": 2, "placement": {}, "files": {}}, command("stage=ppo").cfg
+    before = {"sft": "abc", "rewards/mine": "1", "rewards/model": "2"}
+    write_json(run / "parents.json", before)
+
+    def resume(**changed: str) -> list[str]:
+        now = before | {name.replace("_", "/"): value for name, value in changed.items()}
+        return [
+            line
+            for line in check_resumable(run, made, cfg, now, {"rewards/mine", "rewards/new"})
+            if "package" not in line
+        ]
+
+    assert resume() == []
+    line = "resuming with a file of rewards/mine that has changed since"
+    assert resume(rewards_mine="3") == [line]
+    for other in ("rewards_model", "sft", "rewards_new"):
+        name = other.replace("_", "/")
+        with pytest.raises(UserError, match=rf"other runs or files .* \(changed: {name}\)"):
+            resume(**{other: "3"})
+
+
 def test_fresh_true_moves_a_damaged_run_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,19 @@ wait %1 && wait %2
 """
 
 
+def test_a_slurm_job_that_is_queued_again_does_not_begin_anew(tmp_path: Path) -> None:
+    for name, text in (("srun", 'shift 4; printf "%s|" "$@"'), ("hostname", "echo 127.0.0.1")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = ["bash", str(REPO / "docs" / "slurm.sh"), "stage=sft", "fresh=true", "a='b c'"]
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    first = subprocess.run(job, env=path, capture_output=True, text=True, check=True)
+    assert first.stdout == "train|stage=sft|fresh=true|a='b c'|"
+    again = path | {"SLURM_RESTART_COUNT": "1"}
+    second = subprocess.run(job, env=again, capture_output=True, text=True, check=True)
+    assert second.stdout == "train|stage=sft|a='b c'|"
+
+
 @pytest.mark.full
 def test_the_slurm_job(tmp_path: Path) -> None:
     assert [c for c in COMMANDS if c.startswith(SLURM)] == [

@@ -11,6 +11,7 @@ from data_files import jsonl
 from helpers import composed
 from reward_server import running
 
+from rlhf.evaluation import reference_answers
 from rlhf.runs.checks import check_inputs
 from rlhf.stages import inspect
 
@@ -21,6 +22,10 @@ def right(completions, answer):
 def broken(completions, **columns):
     # it misses thousands separators
     return [float(one.split()[-1].isdigit()) for one in completions]
+
+def varied(prompts, completions, completion_ids):
+    assert all(isinstance(one, list) for one in prompts + completions)
+    return [1.0 if len(set(ids)) / len(ids) > 0.1 else 0.0 for ids in completion_ids]
 """
 
 
@@ -94,3 +99,34 @@ def test_a_reward_url_is_asked_too_and_a_judge_is_not(rewards: str, tmp_path: Pa
         [check] = inspect.run(config(rewards, given=[url, judge]), tmp_path)["references"]
         assert check["reward"] == "far" and check["rows"] > 20
         assert all("query" in request["body"] for request in server.requests)
+
+
+def test_a_call_whose_rows_all_lack_the_column_has_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_answers, "CALL", 1)
+    rows = [{"prompt": f"{n} + 1?", "answer": str(n + 1), "goal": str(n + 1)} for n in range(8)]
+    rows += [{"prompt": f"Say {n}.", "answer": str(n)} for n in range(8)]
+    path = str(jsonl(tmp_path / "some.jsonl", rows))
+    by_goal = "{function: 'rlhf.verifiers:number', kwargs: {column: goal}}"
+    with running(tmp_path) as server:
+        far = f"{{url: '{server.url}', kwargs: {{column: goal}}}}"
+        given = [f"rl.rewards.number={by_goal}", f"rl.rewards.far={far}"]
+        checks = inspect.run(config(path, given=given), tmp_path)["references"]
+        labels = [request["body"]["labels"] for request in server.requests]
+    [of_number] = [check for check in checks if check["reward"] == "number"]
+    assert 0 < of_number["not_applicable"] < of_number["rows"] and of_number["failed"] == 0
+    assert labels.count([None]) == of_number["not_applicable"]
+
+
+def test_functions_get_messages_and_token_ids_as_in_training(rewards: str, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {n} + 1?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(n + 1)},
+        }
+        for n in range(40)
+    ]
+    path = str(jsonl(tmp_path / "of_verl.jsonl", rows))
+    [check] = inspect.run(config(path, "varied"), tmp_path)["references"]
+    assert check["rows"] > 20 and check["failed"] == 0

@@ -15,8 +15,9 @@ import pytest
 from helpers import REPO, SLOW, SMALL, Demo, command, running
 
 from rlhf.base import interrupts
-from rlhf.run import how_to_continue, say_how_to_continue
+from rlhf.run import how_to_continue, say_how_to_continue, trains_anew
 from rlhf.runs.command import Command
+from rlhf.runs.gpus import SWEEP_BEGAN
 from rlhf.runs.identity import run_dir_for
 
 Moment = Callable[[str], bool]  # of the output so far
@@ -116,6 +117,20 @@ def test_with_fresh_the_runs_of_before_are_not_those_of_this_command(tmp_path: P
     assert line("rm") == f"{where}: {again} starts rm again; then add {rest}"
     run_of(fresh, "ppo", time.time(), is_finished=True)
     assert line("ppo") == f"Interrupted after ppo was finished: {again} prints its results."
+
+
+def test_in_a_sweep_fresh_does_not_train_the_run_of_another_job_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, now = command("stage=sft", "fresh=true", f"root={tmp_path}"), time.time()
+    directory = run_dir_for(fresh, "sft")
+    run_of(fresh, "sft", now, is_finished=True)
+    assert trains_anew(fresh, directory), "no sweep"
+    monkeypatch.setenv(SWEEP_BEGAN, str(now - 100))
+    assert not trains_anew(fresh, directory)
+    run_of(fresh, "sft", now - 500, is_finished=True)  # before the sweep
+    assert trains_anew(fresh, directory)
+    assert not trains_anew(command("stage=sft", f"root={tmp_path}"), directory)
 
 
 def test_with_fresh_a_stage_that_began_is_gone_on_with_without_it(tmp_path: Path) -> None:

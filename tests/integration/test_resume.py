@@ -238,6 +238,17 @@ def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path: Path) -> None:
     assert 1 < lines(run / "metrics.jsonl") == int(checkpoint.name[5:]) < 400 and not incomplete
 
 
+def test_ctrl_c_saves_a_checkpoint_also_when_nobody_reads_the_output(tmp_path: Path) -> None:
+    """As with `2>&1 | tee log`: Ctrl-C ends tee too."""
+    long = [*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null"]
+    parent, run = running(*long, cwd=tmp_path)
+    parent.stderr.close()
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(60) == 130
+    [(checkpoint, _)], incomplete = find_checkpoints(run)
+    assert lines(run / "metrics.jsonl") == int(checkpoint.name[5:]) < 400 and not incomplete
+
+
 @pytest.mark.full
 def test_a_finished_run_that_is_trained_again_keeps_the_old_attempt(tmp_path: Path) -> None:
     for more in ([], ["fresh=true"]):

@@ -17,6 +17,7 @@ from prepared_data import config
 from rlhf.config.choices import Template
 from rlhf.config.schema import Data, Source
 from rlhf.data.sources import load_sources
+from rlhf.planning import rows as planning_rows
 from rlhf.planning.rows import estimate_rows, rows_of_source
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -73,6 +74,26 @@ def test_the_estimate_is_about_what_the_stages_get(
     data = config(mine=Source(path=str(file), columns=columns, **settings))
     data.shares = shares
     assert_about_right(data)
+
+
+def test_a_file_is_counted_once_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan tries hundreds of settings on the same files."""
+    file = jsonl(tmp_path / "rows.jsonl", [KINDS["pairs"](i) for i in range(50)])
+    counted: list[Path] = []
+
+    def counting(file: Path, source: Source) -> planning_rows.FileSample:
+        counted.append(file)
+        return sample_file(file, source)
+
+    sample_file = planning_rows.sample_file
+    monkeypatch.setattr(planning_rows, "sample_file", counting)
+    data = config(mine=file)
+    first = [estimate_rows(data, "sft") for _ in range(3)]
+    assert len(counted) == 1 and len({*first}) == 1
+    jsonl(file, [KINDS["pairs"](i) for i in range(500)])
+    assert estimate_rows(data, "sft") != first[0] and len(counted) == 2
 
 
 def test_a_folder_an_evaluation_file_and_a_mix(tmp_path: Path) -> None:

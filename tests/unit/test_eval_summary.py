@@ -69,6 +69,15 @@ def test_what_may_be_chance_is_called_that() -> None:
         assert "The interval contains 50 %, so the difference may be chance" in line
 
 
+def test_at_exactly_half_of_the_prompts_neither_policy_leads() -> None:
+    [line] = summarize(results(rate("dpo", 40, 0.31, 0.5), rate("ppo", 50, 0.4, 0.6), **THREE))
+    assert line == (
+        "No policy is best by the gold reward; neither ppo nor sft leads: ppo wins 50.0% of 100 "
+        "prompts against sft (95 % interval 40.0% to 60.0%; a tie counts half; mean gold reward "
+        "2.50 against 1.00). More held-out prompts (data.eval_rows) may show a difference."
+    )
+
+
 def test_the_policy_that_the_others_are_compared_with_may_be_the_best() -> None:
     rates = (rate("dpo", 10, 0.05, 0.17), rate("ppo", 30, 0.22, 0.4))
     [line] = summarize(results(*rates, **THREE))
@@ -78,11 +87,53 @@ def test_the_policy_that_the_others_are_compared_with_may_be_the_best() -> None:
 
 def test_without_a_win_rate_the_means_are_compared() -> None:
     [line] = summarize(results(**THREE))
-    assert line.startswith("ppo has the highest mean gold reward, 2.50 (sft 1.00, dpo 1.50).")
+    assert line == (
+        "ppo has the highest mean gold reward, 2.50 (sft 1.00, dpo 1.50). Without eval.against "
+        "there is no win rate and no interval: the difference may be chance."
+    )
     [line] = summarize(results(ppo={"score": 0.5}))
     assert line == "ppo has a mean score of 0.50; no other policy is evaluated."
     [line] = summarize(results(ppo={"length": 5.0}))
     assert "nothing judges the responses" in line
+
+
+def by(judge: str, against: str | None = None, **policies: dict[str, float]) -> EvalResults:
+    """Results without a win rate."""
+    return dataclasses.replace(results(**policies), judge=judge, against=against)
+
+
+def test_the_means_are_those_of_the_judge() -> None:
+    of_both = {
+        "sft": {"gold": 1.0, "score": 0.5, "score/model": 0.1, "score/short": 0.9},
+        "ppo": {"gold": 2.0, "score": 0.7, "score/model": 0.9, "score/short": 0.5},
+    }
+    for judge, start in {
+        "gold": "ppo has the highest mean gold reward, 2.00 (sft 1.00). Without eval.against ",
+        "model": "ppo has the highest mean score of model, 0.90 (sft 0.10). Without eval.against ",
+        "short": "sft has the highest mean score of short, 0.90 (ppo 0.50). Without eval.against ",
+    }.items():
+        [line] = summarize(by(judge, **of_both))
+        assert line.startswith(start)
+    only = {"sft": {"gold": 1.0, "score": 0.5}, "ppo": {"gold": 2.0, "score": 0.3}}
+    [line] = summarize(by("model", **only))
+    assert line.startswith("sft has the highest mean score, 0.50 (ppo 0.30). Without ")
+
+
+def test_why_there_is_no_win_rate_is_true() -> None:
+    """The judge scores no response, or none to the same prompt of both policies."""
+    scored = {"sft": {"score": 0.5, "score/model": 0.5}, "ppo": {"score": 0.7, "score/model": 0.7}}
+    [line] = summarize(by("code", "sft", **scored))
+    assert line == (
+        "The judge code scores no response. ppo has the highest mean score, 0.70 (sft 0.50). No "
+        "pair of responses could be compared by the score of code, so there is no win rate and no "
+        "interval: the difference may be chance."
+    )
+    [line] = summarize(by("code", "sft", sft={"score": 0.5}, ppo={"score": 0.7}))
+    assert line.startswith("ppo has the highest mean score, 0.70 (sft 0.50). No pair of responses")
+    [line] = summarize(by("code", "sft", sft={"score": 0.5}, ppo={"length": 1.0}))
+    assert line == "sft has a mean score of 0.50; no other policy has one."
+    [line] = summarize(by("code", "sft", sft={"length": 1.0}, ppo={"length": 1.0}))
+    assert line == "sft, ppo: no response has a score, so no policy is best."
 
 
 def test_how_far_a_reward_model_is_right() -> None:

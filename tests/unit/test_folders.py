@@ -16,8 +16,10 @@ from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow
 from rlhf.config.schema import Source
 from rlhf.data.files import ENDINGS, check_files
-from rlhf.data.load import summarize
+from rlhf.data.load import check_same, summarize
 from rlhf.data.sources import load_sources
+from rlhf.runs.directory import write_json
+from rlhf.runs.run_files import DATA
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -68,6 +70,11 @@ def test_the_files_of_a_folder_are_read_one_after_the_other(tmp_path: Path, endi
     report = data.report[0]
     assert report["files"] == [f"{name}.{ending}" for name in "abc"]
     assert report["not_read"] == ["README.md", "dataset_infos.json", "more/"]
+    write_json(tmp_path / DATA, data.report)
+    (path / "LICENSE").write_text("new")
+    check_same(load_sources(config(mine=path)).report, tmp_path)  # a run may resume
+    with pytest.raises(UserError, match="the data have changed"):
+        check_same(load_sources(config(mine=path / f"a.{ending}")).report, tmp_path)
     assert summarize(data).splitlines()[1:3] == [
         f"  files: {', '.join(report['files'])}",
         "  not read: README.md, dataset_infos.json, more/",

@@ -3,6 +3,7 @@ processes, real time limits."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from rlhf.base.errors import UserError
-from rlhf.data.records import Dataset, Demonstration, Prompt, Turn
+from rlhf.data.load import table_of
+from rlhf.data.records import Dataset, Demonstration, Pair, Prompt, Turn
 from rlhf.rewards.batch import Batch, make_batch
+from rlhf.rewards.functions import load_function, verl_arguments
 from rlhf.rewards.process import Result, RewardProcess, Spec
-from rlhf.rewards.trial import try_functions
+from rlhf.rewards.trial import JUDGE, token_ids, try_functions
 
 MODULE = """
 import asyncio, os, random, sys, time
@@ -44,6 +47,9 @@ async def remote(prompts, completions, **kwargs):
 async def another(completions):
     await asyncio.sleep(0.7)
     return [0.5] * len(completions)
+
+def varied(completion_ids):
+    return [len(set(ids)) / len(ids) for ids in completion_ids]
 
 def everything(**kwargs):
     return [sorted(kwargs).index("answer") + len(kwargs["completion_ids"][0])] * 4
@@ -197,6 +203,12 @@ def test_verls_functions_are_known_by_their_parameters() -> None:
     found = scores("compute_score", "compute_score_async", rows=rows)
     assert found["compute_score"].scores == [1.0, 0.0, 0.0, 1.0]
     assert found["compute_score_async"].scores == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_verls_data_source_is_always_a_text() -> None:
+    function = load_function("mine:compute_score", {}, "rl.rewards.mine")
+    rows = batch(data_source=["sums", None])
+    assert [verl_arguments(function, rows, i)["data_source"] for i in (0, 2)] == ["sums", ""]
 
 
 def test_async_functions_run_at_the_same_time() -> None:
@@ -390,3 +402,52 @@ def test_functions_are_tried_on_a_few_rows_with_their_answers(process: RewardPro
     assert try_functions(process, held_out([])) == 0
     with pytest.raises(UserError, match="prompt '3': the function failed on the completion 'no'"):
         try_functions(process, held_out(rows, ["ok", "ok", "ok", "no"]))
+
+
+def mixed(held_out_rows: Sequence[dict[str, Any]], training_row: dict[str, Any]) -> Dataset:
+    """Data whose prompts of online RL are a row with columns, and one without."""
+    columns = ["", json.dumps(training_row)]
+    pairs = [Pair([Turn("user", f"{i}?")], "", None, columns=c) for i, c in enumerate(columns)]
+    return dataclasses.replace(held_out(held_out_rows), ppo=table_of(pairs))
+
+
+def test_a_call_gets_the_columns_that_only_other_rows_of_the_data_have(tmp_path: Path) -> None:
+    """In data of several sources all rows of a call may lack a column."""
+    (tmp_path / "rubric.txt").write_text("{completion} or {ground_truth}?")
+    nowhere = {"endpoint": "http://127.0.0.1:9/v1", "model": "m", "rubric": "rubric.txt"}
+    specs = {
+        "mine": Spec("mine", "mine:maths_only"),
+        "number": Spec("number", "rlhf.verifiers:number"),
+        "judge": Spec("judge", JUDGE, {**nowhere, "column": "goal", "cache": str(tmp_path)}),
+    }
+    process = RewardProcess(specs)
+    try:
+        row = {"task": "maths", "answer": "4", "goal": "four"}
+        assert try_functions(process, mixed([{}] * 3, row)) == 3
+        rows = [Prompt([Turn("user", "Hi")], text) for text in ("", json.dumps({"level": 1}))]
+        batch = make_batch(rows, ["4", "4"], [[7]] * 2, {}, columns=process.columns)
+        scores = [found.scores for found in process.score(batch).values()]
+        assert scores == [[None, None]] * len(specs)
+        assert batch.columns["level"] == [None, 1]
+    finally:
+        process.close()
+
+
+def test_a_reference_that_no_row_of_the_data_has_stops_the_run() -> None:
+    process = RewardProcess({"number": Spec("rl.rewards.number", "rlhf.verifiers:number")})
+    try:
+        with pytest.raises(UserError) as raised:
+            try_functions(process, mixed([{}] * 3, {"level": 1}))
+    finally:
+        process.close()
+    assert "no column ground_truth or answer or reward_model (they have level)" in str(raised.value)
+
+
+@pytest.mark.parametrize("process", [["varied"]], indirect=True)
+def test_a_response_that_is_tried_has_token_ids(process: RewardProcess, tokenizer: Any) -> None:
+    rows: list[dict[str, Any]] = [{}] * 3
+    assert try_functions(process, held_out(rows, ["no no", " "])) == 3
+    assert try_functions(process, held_out(rows, ["no no", " "]), tokenizer) == 3
+    assert token_ids(["a b a", " "], None) == [[0, 1, 0], [2]]
+    of_policy = token_ids(["My cat", ""], tokenizer)
+    assert len(of_policy[0]) > 1 and all(ids[-1] == tokenizer.eos_token_id for ids in of_policy)

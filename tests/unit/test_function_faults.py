@@ -232,3 +232,12 @@ def test_a_module_that_ends_the_process_is_named(tmp_path: Path) -> None:
 def test_the_system_prompt_of_a_source_is_not_in_a_text_prompt() -> None:
     prompt = Prompt([Turn("system", "Be brief."), Turn("user", "3 + 4?")], "")
     assert make_batch([prompt], ["7"], [[7]], {}).prompts == ["3 + 4?"]
+
+
+def test_definitions_of_tools_are_not_in_a_prompt() -> None:
+    tools, question = Turn("tools", '[{"name": "add"}]'), Turn("user", "3 + 4?")
+    for before in ([tools], [tools, Turn("system", "Be brief.")]):
+        prompt = Prompt([*before, question])
+        assert make_batch([prompt], ["7"], [[7]], {}).prompts == ["3 + 4?"]
+    messages = make_batch([Prompt([tools, question], "", True)], ["7"], [[7]], {}).prompts
+    assert messages == [[{"role": "user", "content": "3 + 4?"}]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -91,6 +93,21 @@ def test_a_folder_that_others_prepared_is_refused(tmp_path: Path) -> None:
         os.chown(victim, 12345, -1)
         with pytest.raises(OSError, match="only you"):
             private_folder(victim)
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre without its option flock."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    line = f"{tmp_path / LOCK_FILE}: this file system has no locks .*: set root="
+    with pytest.raises(UserError, match=line), lock_run(tmp_path):
+        pass
+    assert not is_locked(tmp_path)
 
 
 def test_a_lock_holds_when_its_file_is_deleted(tmp_path: Path) -> None:

@@ -54,7 +54,10 @@ def test_a_function_that_applies_to_nothing_is_named() -> None:
         ({"answer": 7, "ground_truth": "8"}, "8"),
         ({"reward_model": {"ground_truth": "9", "style": "rule"}}, "9"),
         ({"answer": 0}, "0"),
-        ({"answer": ["7", "8"]}, ""),
+        ({"answer": ["7", "seven"]}, "7"),
+        ({"ground_truth": {"ground_truth": [7, 8]}}, "7"),
+        ({"ground_truth": [], "answer": {"text": "six"}, "reward_model": {"ground_truth": 9}}, "9"),
+        ({"answer": {"text": "six"}}, ""),
         ({"level": "hard"}, ""),
         ({}, ""),
     ],
@@ -77,3 +80,10 @@ def test_the_rows_are_spread_over_all_that_have_a_reference(
     prompts, answers = reference_answers.reference_answers(table_of(pairs), REFERENCES)
     assert answers == ["0", "3", "six"]
     assert [prompt.turns[-1].text for prompt in prompts] == ["0", "3", "6"]
+
+
+def test_prompts_that_are_messages_stay_messages() -> None:
+    turns = [Turn("user", "6 + 1?")]
+    pairs = [Pair(turns, "7", None, is_messages=True), Pair([Turn("user", "Hi")], "Hello", None)]
+    prompts, _ = reference_answers.reference_answers(table_of(pairs), REFERENCES)
+    assert [prompt.is_messages for prompt in prompts] == [True, False]

@@ -78,6 +78,24 @@ def test_functions_fill_in_their_columns_and_models_theirs(
     assert experience.reward_errors.tolist() == [[0.0] * 3] * 4
 
 
+def test_functions_get_every_column_of_the_data(
+    experience: Experience, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a rollout none of whose rows has it."""
+    (tmp_path / "needs.py").write_text(
+        "def truth(completions, truth):\n"
+        "    return [None if one is None else 1.0 for one in truth]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    process = RewardProcess({"truth": Spec("truth", "needs:truth")})
+    process.columns = {"truth"}
+    experience.scores = torch.zeros(4, 1)
+    asked = Prompts(ASKED, [[]] * 4, torch.zeros(4, 1))
+    Rewards([Source("truth")], tokenizer, process).add_functions(experience, asked)
+    process.close()
+    assert experience.scores.isnan().all() and not experience.reward_errors.any()
+
+
 def test_without_any_score_the_sum_is_none() -> None:
     nan = math.nan
     rows = torch.tensor([[1.0, 2.0, 5.0], [nan, 2.0, 5.0], [nan, nan, 5.0], [nan, nan, nan]])
@@ -160,6 +178,19 @@ def test_the_unit_of_rows_is_their_mean_and_deviation(tokenizer: Any) -> None:
     assert (mean, std) == pytest.approx(
         (29 / 3, math.sqrt(((7 - 29 / 3) ** 2 + (9 - 29 / 3) ** 2 + (13 - 29 / 3) ** 2) / 3))
     )
+
+
+@pytest.mark.parametrize("std, unit", [(2.5, (4.0, 2.5)), (0.0, (0.0, 1.0)), (1e-7, (0.0, 1.0))])
+def test_equal_scores_are_no_unit(
+    std: float, unit: tuple[float, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the score of a single response; in units of 0 all others would be huge."""
+    model = Fixed()
+    rewards.store_unit(model, 4.0, std, "rl.rewards.mine")
+    settings = model.module.hf.config
+    assert (settings.score_mean, settings.score_std) == unit
+    said = "rl.rewards.mine: the scores of the responses that their unit is measured on are all"
+    assert (said in caplog.text) == (std < 1)
 
 
 def test_the_weighted_sum_and_the_name_of_the_truth() -> None:

@@ -50,10 +50,11 @@ def test_the_command_of_a_run_repeats_it(tmp_path: Path) -> None:
     pairs = tmp_path / "a b, {c}.jsonl"
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     typed = ["stage=ppo", "actor=mine", "data=jsonl", f"data.sources.mine.path='{pairs}'"]
-    typed += ["rl.rewards.again.path=builtin:tiny", "seed=3"]
+    typed += ["rl.rewards.again.path=builtin:tiny", "fresh=true", "seed=3"]
     own = command(*typed, folders=[folder])
-    python, script, flag, given, *again = shlex.split(own.as_typed())
+    python, script, flag, given, *again = shlex.split(own.to_continue())
     assert [python, script, flag, given] == ["python", "train.py", "--config-dir", str(folder)]
+    assert "fresh=true" not in again, "it would move the run aside"
     assert run_name(command(*again, folders=[folder]), "ppo") == run_name(own, "ppo")
 
 

@@ -158,6 +158,17 @@ from rlhf.config.validation import check_config
         (["rl.evaluation.top_p=1.1"], "rl.evaluation.top_p=1.1: must be above 0, at most 1"),
         (["rl.evaluation.top_k=-1"], "rl.evaluation.top_k=-1: must be at least 0"),
         (
+            ["rl.evaluation.best_by=objective", "rl.evaluation.top_p=0.9"],
+            "rl.evaluation.best_by=objective with rl.evaluation.top_p=0.9: the KL in it can only "
+            "be estimated from samples of the full distribution; use rl.evaluation.top_p=1, or "
+            "rl.evaluation.best_by=score",
+        ),
+        (
+            ["rl.evaluation.best_by=objective", "rl.evaluation.top_k=50"],
+            "rl.evaluation.best_by=objective with rl.evaluation.top_k=50: the KL in it can only "
+            "be estimated from samples of the full distribution; use rl.evaluation.top_k=0, or",
+        ),
+        (
             ["rollout.top_p=0.9"],
             "rollout.top_p=0.9: must be 1 in training: the loss uses the log-probabilities of "
             "the full distribution",
@@ -271,6 +282,7 @@ def test_only_chosen_stages_are_checked_for_divisibility() -> None:
         ],  # which sample nothing that is learnt from
         ["stage=rm", "rollout.top_p=0.9", "rollout.top_k=50"],
         ["rl.evaluation.top_p=0.9", "rl.evaluation.top_k=50", "rl.evaluation.every=1"],
+        ["rl.evaluation.best_by=objective", "rl.evaluation.temperature=0.5"],
         ["rl.kl.estimator=k1", "rl.kl.applied_to=reward"],
         ["rl.kl.estimator=k2", "rl.kl.applied_to=loss"],
         ["rl.kl.estimator=k3", "rl.kl.applied_to=loss", "rl.kl.coef=0"],
