@@ -213,7 +213,7 @@ class DsChat:
 class ImportanceCorrection:
     mode: Optional[CorrectionMode] = key(
         "what the ratio pi / pi of the sampler is taken over; null: token with "
-        "rollout.engine=continuous, none with the others, which compute pi themselves"
+        "rollout.engine=continuous and vllm, none with native and hf, which compute pi"
     )
     cap: float = key("the ratio counts up to this", at_least=1)
 
