@@ -35,9 +35,11 @@ from rlhf.chat.feedback import Judge, trace
 from rlhf.chat.models import find_model, find_reference, load_model
 from rlhf.chat.policy import Params, Policy, Reply
 from rlhf.config.schema import Data
+from rlhf.data.files import kind_of_source
 from rlhf.data.records import Turn, uses_tools
 from rlhf.rewards.process import send, take_channels
 from rlhf.runs.history import UNREADABLE
+from rlhf.runs.run_files import ENVIRONMENT, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -271,6 +273,11 @@ def held_out(run: str) -> list[list[tuple[str, str]]]:
         cfg: Any = OmegaConf.to_object(node)
     except UNREADABLE as error:
         raise UserError(f"{file}: its data cannot be read ({first_line(error)})") from None
+    made = read_file(file.parent, ENVIRONMENT) or {}
+    for source in cfg.sources.values():  # a path counts from where the run was started
+        there = str(Path(made.get("folder", "")) / Path(source.path).expanduser())
+        if kind_of_source(there):
+            source.path = there
     data = load_data(dataclasses.replace(cfg, workers=1))
     prompts = [prompt.turns for prompt in data.eval_prompts if not uses_tools(prompt.turns)]
     return [[(turn.role, turn.text) for turn in turns] for turns in prompts]

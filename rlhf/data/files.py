@@ -6,6 +6,7 @@ import bisect
 import functools
 import glob
 import itertools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from rlhf.data.text_files import (
     check_csv,
     check_sizes,
     holds_lines,
+    open_compressed,
     problem_at_start,
     separator_of,
     suffix_of,
@@ -212,9 +214,36 @@ def _open_file(file: Path, builder: str, source: Source, most_row: int) -> datas
         datasets.load_dataset, builder, data_files=pattern, split="train", **options
     )
     try:
-        return load()
+        table = load()
     except Exception:  # of any kind: the library's own cache of this file may be damaged
-        return load(download_mode=datasets.DownloadMode.FORCE_REDOWNLOAD)
+        table = load(download_mode=datasets.DownloadMode.FORCE_REDOWNLOAD)
+    return _dates_as_text(table, file) if builder == "json" else table
+
+
+def _dates_as_text(table: datasets.Dataset, file: Path) -> datasets.Dataset:
+    """The table of a .json file with texts where the library has made times of them.
+
+    JSON has no dates; "1999-05-04" as a time would read "1999-05-04 00:00:00".
+    """
+    import datasets
+
+    names = table.column_names
+    times = [
+        name
+        for name, feature in table.features.items()
+        if getattr(feature, "dtype", "").startswith(("timestamp", "date", "time"))
+    ]
+    if not times:
+        return table
+    before = table._fingerprint
+    with open_compressed(file) as content:
+        rows = json.load(content)
+    for name in times:
+        texts = datasets.Dataset.from_dict({name: [row.get(name) for row in rows]})
+        table = datasets.concatenate_datasets([table.remove_columns(name), texts], axis=1)
+    table = table.select_columns(names)
+    table._fingerprint = digest(before, "dates as text")
+    return table
 
 
 def _concatenate(tables: list[datasets.Dataset], files: list[Path]) -> datasets.Dataset:

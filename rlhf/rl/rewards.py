@@ -167,10 +167,21 @@ def needs_text(policy_tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokeniz
 def retokenize(source: Source, turns: list[Turn], response: str, finished: bool) -> list[int]:
     """Prompt and response as token ids of a reward model with a tokenizer and template of its own.
 
-    What is too long for it loses its beginning.
+    What is too long for it loses its beginning. Raises: UserError for a prompt that its template
+    cannot write.
     """
     assert source.engine is not None
-    prompt = encoding.encode_prompts(source.tokenizer, [turns], NO_LIMIT)[0] or []
+    try:
+        prompt = encoding.encode_prompts(source.tokenizer, [turns], NO_LIMIT)[0]
+    except UserError as problem:
+        raise UserError(
+            f"the reward model {source.name} is asked in its own chat template: {problem}"
+        ) from None
+    if prompt is None:
+        raise UserError(
+            f"the reward model {source.name} is asked in its own chat template, which cannot write "
+            "the tools of a prompt: leave such rows out, or take another reward model"
+        )
     ids = encoding.encode_response(source.tokenizer, response, finished)
     return encoding.to_end(source.tokenizer, prompt, ids)[-readable_tokens(source.engine) :]
 
@@ -236,6 +247,9 @@ def build_rewards(
         engine = build_engine(load, cfg, "reward", run_dir)
         set_unit(engine, cfg, data, own, key)
         sources.append(Source(name, source.weight, engine, own, foreign))
+        if foreign:  # what its template cannot write is said before training
+            for prompt in data.eval_prompts:
+                retokenize(sources[-1], prompt.turns, "", True)
     return Rewards(sources, tokenizer, functions)
 
 

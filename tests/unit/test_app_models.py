@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 from chats import policy as load
 from chats import save_policy, save_reward
-from helpers import REPO
+from helpers import REPO, composed
 
+from rlhf.app.model_process import held_out
 from rlhf.app.models import Models
 from rlhf.app.talk import Talk, params_of, settings_of
 from rlhf.app.token_view import answer_html, colour
@@ -23,6 +25,7 @@ from rlhf.base.errors import UserError
 from rlhf.chat.feedback import Judge, trace
 from rlhf.chat.models import load_model
 from rlhf.chat.policy import Params, Reply
+from rlhf.config.loading import save_config
 from rlhf.data.records import Turn
 from rlhf.models.loading import load_tokenizer
 
@@ -117,6 +120,26 @@ def test_what_cannot_be_loaded_is_a_line(models: Models, folder: Path) -> None:
     assert "there is no reference: choose one" in no_reference
     with pytest.raises(UserError, match="is no run, so no data belong to it"):
         models.held_out(str(folder / "first"))
+
+
+def test_the_data_of_a_run_are_where_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in a file of the same name beside the page."""
+    project, run = tmp_path / "project", tmp_path / "project" / "outputs" / "sft-1"
+    run.mkdir(parents=True)
+    for folder, word in ((project, "right"), (tmp_path, "wrong")):
+        lines = [json.dumps({"prompt": f"{word} {i}", "response": "a"}) for i in range(40)]
+        (folder / "pairs.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(project)
+    save_config(
+        composed("stage=sft", "data=jsonl", "data.sources.mine.path=pairs.jsonl"),
+        run / "config.yaml",
+    )
+    (run / "env.json").write_text(json.dumps({"folder": str(project)}))
+    monkeypatch.chdir(tmp_path)
+    prompts = held_out(str(run))
+    assert prompts and all(turns[-1][1].startswith("right") for turns in prompts)
 
 
 def test_it_has_one_thread_and_a_low_priority(models: Models, folder: Path) -> None:

@@ -80,6 +80,26 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("ending", ["json", "json.gz", "jsonl"])
+def test_a_text_that_looks_like_a_date_stays_a_text(tmp_path: Path, ending: str) -> None:
+    """In a list of rows the library would make times of them, "1999-05-04 00:00:00"."""
+    records = [
+        {"day": f"1999-05-{i:02}", "prompt": f"q {i}", "response": f"2000-01-{i:02}", "n": i}
+        for i in range(1, 31)
+    ]
+    file = tmp_path / f"days.{ending}"
+    if ending == "json.gz":
+        file.write_bytes(gzip.compress(json.dumps(records).encode()))
+    else:
+        written(file, records)
+    data = load_sources(config(mine=file))
+    assert not data.report[0]["skipped"] and "unreadable" not in data.report[0]
+    answers = {row["chosen"] for row in data.sft}
+    assert answers and answers <= {record["response"] for record in records}
+    columns = [json.loads(row["columns"]) for row in data.ppo]
+    assert columns and all(row["day"] == f"1999-05-{row['n']:02}" for row in columns)
+
+
 def test_a_csv_file_is_text(tmp_path: Path) -> None:
     """ "NA" is an answer, and so is 42; nothing at all is null."""
     file = tmp_path / "a.csv"

@@ -13,6 +13,7 @@ import torch
 from helpers import command, composed, train
 from transformers import PreTrainedConfig
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import Template
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import parent_stages
@@ -261,6 +262,9 @@ def test_a_score_is_read_where_the_reward_models_own_template_ends(
     assert own.decode(whole).endswith("Hi.<|im_end|>\n")
     cut = rewards.retokenize(source, turns, "Hi.", finished=False)
     assert own.decode(cut).endswith("assistant\nHi.")
+    tools = Turn("tools", '[{"name": "add"}]')
+    with pytest.raises(UserError, match="judge is asked in its own chat template, which cannot"):
+        rewards.retokenize(source, [tools, *turns], "Hi.", finished=True)
     pair = Pair(turns, "Hi.", "No.")
     with monkeypatch.context() as patched:  # what a judge of pairs reads
         read: list[list[int]] = []
