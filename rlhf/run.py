@@ -27,6 +27,7 @@ from rlhf.config.loading import load_config, save_config
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import (
     function_sources,
+    idle_keys,
     is_aligned,
     is_rl,
     parent_stages,
@@ -188,15 +189,17 @@ def train_anew(stages: Sequence[str]) -> str:
 
 
 def name_unused_keys(command: Command) -> list[str]:
-    """Values set by hand that this algorithm does not read, a line each."""
-    if not any(map(is_rl, command.cfg.stage.runs)):
-        return []
+    """Values set by hand that this algorithm, or these settings, do not read, a line each."""
+    cfg = command.cfg
+    unused = idle_keys(cfg, cfg.stage.runs)
+    if any(map(is_rl, cfg.stage.runs)):
+        unused |= dict.fromkeys(unused_keys(cfg), f"rl.advantage={cfg.rl.advantage.name}")
     now, plain = dict(keys.values(command.cfg)), dict(keys.values(command.baseline))
     changed = [key for key, value in now.items() if plain.get(key) != value]
     return [
-        f"{key}={now[key]}: not used by rl.advantage={command.cfg.rl.advantage.name}"
+        f"{key}={now[key]}: not used by {reason}"
         for key in changed
-        for node in unused_keys(command.cfg)
+        for node, reason in unused.items()
         if key == node or key.startswith(f"{node}.")
     ]
 

@@ -6,8 +6,10 @@ A stage is one of FIXED_STAGES or the name of a preset of online RL (a file in c
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import fields
 
-from rlhf.config.choices import NEEDS_CRITIC, PER_TOKEN
+from rlhf.config.choices import NEEDS_CRITIC, PER_TOKEN, KlController
 from rlhf.config.presets import preset_names
 from rlhf.config.schema import Config, Model
 from rlhf.config.stage_nodes import Dpo, Eval, Optim, RewardSource, Rl, Rm, Sft
@@ -72,6 +74,22 @@ def unused_keys(cfg: Config) -> list[str]:
     if cfg.rl.advantage not in PER_TOKEN:
         unused += ["rl.gamma", "rl.whiten_rewards"]
     return unused
+
+
+def idle_keys(cfg: Config, stages: Sequence[str]) -> dict[str, str]:
+    """Keys that nothing reads because of another value, and that value."""
+    idle = {}
+    if any(map(is_rl, stages)):
+        controller = f"rl.kl.controller={cfg.rl.kl.controller.name}"
+        if cfg.rl.kl.controller != KlController.adaptive:
+            idle |= dict.fromkeys(("rl.kl.target", "rl.kl.horizon"), controller)
+        if cfg.rl.kl.controller != KlController.linear:
+            idle["rl.kl.final_coef"] = controller
+    for node, model in (("actor", cfg.actor), ("reward", cfg.reward)):
+        if not model.lora.rank:
+            names = {field.name for field in fields(model.lora)} - {"rank"}
+            idle |= {f"{node}.lora.{name}": f"{node}.lora.rank=0" for name in names}
+    return idle
 
 
 def has_critic(rl: Rl) -> bool:

@@ -235,6 +235,8 @@ def why_no_rows(data: Dataset, cfg: Data, stage: str) -> str:
         for_sft = f" (sft_only=true of {', '.join(only)})" if only else ""
         lack = f"none of the {counts.rows:,} rows has a rejected answer{for_sft}"
         return f"{lack}; {use_of_rows(data, cfg)}"
+    if part == "ppo" and all(source.sft_only for source in cfg.sources.values()):
+        return "all rows are for SFT (sft_only=true): add a source with prompts for online RL"
     if counts.prompts == 1:
         return one_prompt(counts)
     rows = f"{counts.rows:,} rows with {counts.prompts:,} prompts"

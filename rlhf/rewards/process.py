@@ -44,6 +44,9 @@ LOADING_SECONDS = 120.0  # to import the modules of all functions
 GRACE_SECONDS = 2.0  # beyond the timeout, for a function that is `async def` to report it itself
 
 
+ENDLESS = 1e6  # seconds for a call that limits each of its requests to a server itself
+
+
 @dataclass
 class Spec:
     """A function as the configuration names it."""
@@ -276,9 +279,19 @@ def send(answers: IO[str], message: dict[str, Any]) -> None:
 def score_batch(
     functions: dict[str, RewardFunction], specs: dict[str, Spec], batch: Batch, answers: IO[str]
 ) -> None:
-    """Call all functions: those that are `async def` at the same time, then one after another."""
-    waiting = {name: one for name, one in functions.items() if one.is_async}
-    if waiting:
+    """Call all functions: those that are `async def` at the same time, then one after another.
+
+    Those that limit each request themselves come after the others, whose time is limited.
+    """
+    asynchronous = {name: one for name, one in functions.items() if one.is_async}
+    for is_endless in (False, True):
+        waiting = {
+            name: one
+            for name, one in asynchronous.items()
+            if (specs[name].timeout >= ENDLESS) == is_endless
+        }
+        if not waiting:
+            continue
         seconds = max(specs[name].timeout for name in waiting)
         send(answers, {"started": list(waiting), "seconds": seconds})
         outcomes = asyncio.run(call_together(waiting, specs, batch))

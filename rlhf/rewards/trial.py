@@ -23,14 +23,13 @@ from rlhf.data import encoding
 from rlhf.data.records import Dataset, Prompt
 from rlhf.rewards.batch import NOT_TRAINING, columns_of, make_batch, reference_in
 from rlhf.rewards.functions import OF_THE_BATCH
-from rlhf.rewards.process import RewardProcess, Spec
+from rlhf.rewards.process import ENDLESS, RewardProcess, Spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRIED_ROWS = 4  # on which the functions are called before a model is loaded
 TRUTHS = ("ground_truth", "reward_model", "answer")  # where functions.verl_arguments looks
-ENDLESS = 1e6  # seconds for a call that limits each of its requests to a server itself
 SHORT_RESPONSE = "Yes."  # for prompts whose row has no answer
 NO_LIMIT = 10**9  # tokens
 REMOTE, JUDGE = "rlhf.rewards.remote:remote", "rlhf.rewards.judge:judge"

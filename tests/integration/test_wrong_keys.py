@@ -209,3 +209,22 @@ def test_keys_that_the_algorithm_does_not_read_are_named() -> None:
     assert sorted(line.split("=")[0] for line in lines) == ["rl.critic.lr", "rl.gae_lambda"]
     assert run.name_unused_keys(command("stage=sft", *unused)) == []
     assert run.name_unused_keys(command("stage=grpo", "actor=opt1.3b")) == [], "a recipe's values"
+
+
+def test_keys_that_another_value_switches_off_are_named() -> None:
+    idle = [
+        "rl.kl.target=4",
+        "rl.kl.final_coef=0.1",
+        "actor.lora.alpha=8",
+        "reward.lora.dropout=0.1",
+    ]
+    assert sorted(run.name_unused_keys(command("stage=ppo", *idle))) == [
+        "actor.lora.alpha=8.0: not used by actor.lora.rank=0",
+        "reward.lora.dropout=0.1: not used by reward.lora.rank=0",
+        "rl.kl.final_coef=0.1: not used by rl.kl.controller=fixed",
+        "rl.kl.target=4.0: not used by rl.kl.controller=fixed",
+    ]
+    on = ["actor.lora.rank=4", "reward.lora.rank=4", "rl.kl.controller=adaptive"]
+    lines = run.name_unused_keys(command("stage=ppo", *idle, *on))
+    assert lines == ["rl.kl.final_coef=0.1: not used by rl.kl.controller=adaptive"]
+    assert run.name_unused_keys(command("stage=sft", "rl.kl.target=4")) == [], "not of this stage"

@@ -12,7 +12,7 @@ import pytest
 from rlhf.base.errors import UserError
 from rlhf.data.records import Prompt, Turn
 from rlhf.rewards.batch import Batch, make_batch
-from rlhf.rewards.process import RewardProcess, Spec
+from rlhf.rewards.process import ENDLESS, RewardProcess, Spec
 
 MODULE = """
 import asyncio, functools, os, signal, statistics, subprocess, time
@@ -22,6 +22,12 @@ def huge(completions):
 
 async def hangs_async(completions):
     await asyncio.sleep(60)
+
+async def blocks(completions):
+    time.sleep(60)  # no await: no other function gets on
+
+async def quick(completions):
+    return [1.0] * len(completions)
 
 def verl(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     assert set(kwargs) == {"scale"}, kwargs  # as in verl: no columns
@@ -150,6 +156,22 @@ def test_an_async_function_that_hangs_costs_one_timeout_where_errors_are_skipped
     started = time.time()
     assert scores("hangs_async", timeout=1, skip=True) == [None] * 4
     assert time.time() - started < 1 + 3 * 4  # not one timeout per prompt, and a slow start
+
+
+def test_a_function_that_blocks_is_named_also_beside_a_server() -> None:
+    """A server limits each of its requests itself, so its call as a whole has no limit."""
+    specs = {
+        "mine": Spec("key.mine", "mine:blocks", timeout=1),
+        "server": Spec("key.server", "mine:quick", timeout=ENDLESS),
+    }
+    process = RewardProcess(specs)
+    started = time.time()
+    try:
+        with pytest.raises(UserError, match="key.mine: .*no answer within 1 s"):
+            process.score(batch())
+    finally:
+        process.close()
+    assert time.time() - started < 30
 
 
 def test_a_verl_function_with_kwargs_gets_those_of_the_configuration() -> None:
