@@ -78,7 +78,7 @@ def unused_keys(cfg: Config) -> list[str]:
 
 def idle_keys(cfg: Config, stages: Sequence[str]) -> dict[str, str]:
     """Keys that nothing reads because of another value, and that value."""
-    idle = {}
+    idle: dict[str, str] = {}
     if any(map(is_rl, stages)):
         controller = f"rl.kl.controller={cfg.rl.kl.controller.name}"
         if cfg.rl.kl.controller != KlController.adaptive:

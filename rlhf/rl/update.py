@@ -97,12 +97,10 @@ def fill_in_values(
     Args: values (b, r): of the critic before its update.
     """
     assert batch.scored is not None
-    r = values.shape[1]
+    rl, r = learner.cfg.rl, values.shape[1]
     rewards, mask = (x[list(rows), :r] for x in batch.scored)
     part.values = values * part.response_mask
-    part.returns = gae(rewards, part.values, mask, learner.cfg.rl.gamma, learner.cfg.rl.gae_lambda)[
-        1
-    ]
+    _, part.returns = gae(rewards, part.values, mask, rl.gamma, rl.gae_lambda)
     batch.experience.values[list(rows), :r] = part.values
 
 
