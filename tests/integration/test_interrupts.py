@@ -15,8 +15,9 @@ import pytest
 from helpers import REPO, SLOW, SMALL, Demo, command, running
 
 from rlhf.base import interrupts
-from rlhf.run import how_to_continue, say_how_to_continue, trains_anew
+from rlhf.run import trains_anew
 from rlhf.runs.command import Command
+from rlhf.runs.continuing import how_to_continue, say_how_to_continue
 from rlhf.runs.gpus import SWEEP_BEGAN
 from rlhf.runs.identity import run_dir_for
 
