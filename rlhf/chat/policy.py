@@ -78,7 +78,7 @@ class Policy:
         room = self.context - min(max_new_tokens, self.context // 2)
         system = turns[:1] if turns[0].role == "system" else []
         # first, or a long text would be tokenized once for each turn before it
-        alone = len(self.reader([*system, turns[-1]] if len(turns) > len(system) else turns))
+        alone = len(self.reader([*system, *turns[len(system) :][-1:]]))
         if alone > room:
             raise UserError(
                 f"this message is too long: {alone} tokens, there is room for {room} "

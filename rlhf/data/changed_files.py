@@ -27,5 +27,5 @@ def changed_files(before: Mapping[str, Sequence[float]], data: Data) -> list[str
     Args: before: as `sizes_and_times` gave them.
     """
     known = {(Path(file).name, *state) for file, state in before.items()}
-    now = {Path(file).name: state for file, state in sizes_and_times(data).items()}
-    return sorted(name for name, state in now.items() if (name, *state) not in known)
+    now = [(Path(file).name, state) for file, state in sizes_and_times(data).items()]
+    return sorted({name for name, state in now if (name, *state) not in known})
