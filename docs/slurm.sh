@@ -13,7 +13,7 @@
 # One task per node: train.py starts a worker for each GPU of its node. This script runs on the first
 # node, where the workers meet.
 export MEET="$(hostname):29500"
-# a job that was queued again goes on: fresh=true counts for its first start only
+# a job that was queued again continues: fresh=true counts for its first start only
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   for arg in "$@"; do
     shift

@@ -133,8 +133,9 @@ def trains_anew(command: Command, directory: Path) -> bool:
     """Whether a finished run is trained again: with fresh=true, but for one that another job of
     the same sweep has just trained."""
     began = os.environ.get(SWEEP_BEGAN)
-    is_of_sweep = bool(began) and is_written_since(directory / SUMMARY, float(began or 0))
-    return command.cfg.fresh and not is_of_sweep
+    if began and is_written_since(directory / SUMMARY, float(began)):
+        return False
+    return command.cfg.fresh
 
 
 def name_unused_keys(command: Command) -> list[str]:

@@ -40,11 +40,11 @@ class Evaluations:
     def evaluate(self, step: int) -> PolicyEvaluation:
         """Metrics and samples of the present policy, which is saved where it is the best so far.
 
-        With top-p or top-k there is no KL, and no objective (has_kl).
+        With top-p or top-k there is no KL, and no objective.
         """
         cfg, settings = self.cfg, self.cfg.rl.evaluation
         measured, samples = evaluate_policy(
-            self.models if has_kl(settings) else replace(self.models, ref=None),
+            self.models if is_full_distribution(settings) else replace(self.models, ref=None),
             self.data,
             cfg.data.max_prompt_tokens,
             cfg.rollout.max_new_tokens,
@@ -52,7 +52,7 @@ class Evaluations:
             cfg.deploy.eval_micro_batch,
         )
         # by the first KL coefficient, not the current one, so that evaluations can be compared
-        if {"score", "kl"} <= measured.keys():  # some source applies; has_kl
+        if {"score", "kl"} <= measured.keys():  # some source applies
             measured["objective"] = measured["score"] - cfg.rl.kl.coef * measured["kl"]
         if settings.every and measured.get(settings.best_by.name, -math.inf) > self.best:
             self.best = measured[settings.best_by.name]
@@ -94,6 +94,6 @@ class Evaluations:
             log.info(f"rl.evaluation.best_by={now}, before {before}: model_best/ begins anew")
 
 
-def has_kl(sampling: EvalSampling) -> bool:
+def is_full_distribution(sampling: EvalSampling) -> bool:
     """Whether the full distribution is sampled; else the mean log-ratio estimates no KL."""
     return sampling.top_p == 1 and sampling.top_k == 0

@@ -74,8 +74,9 @@ def score_rows(
     for start in range(0, len(prompts), CALL):
         part = slice(start, start + CALL)
         ids = token_ids(responses[part], tokenizer)
-        rows = prompts[part], responses[part], ids
-        batch = make_batch(*rows, NOT_TRAINING, columns=process.columns)
+        batch = make_batch(
+            prompts[part], responses[part], ids, NOT_TRAINING, columns=process.columns
+        )
         for name, result in process.score(batch).items():
             scores[name] += result.scores
     return scores

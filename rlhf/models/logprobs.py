@@ -60,9 +60,12 @@ def target_logp(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         rows = (rows[0], rows[1].to(dtype)) if rows else ()
-    has_backward = torch.is_grad_enabled()  # inside `forward` it never is
+    if not torch.is_grad_enabled():  # weights ask for a gradient all the same: nothing is kept
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+        rows = (rows[0], rows[1].detach()) if rows else ()
     with torch.autocast(hidden.device.type, enabled=False):
-        return TargetLogp.apply(hidden, weight, bias, targets, temperature, has_backward, *rows)
+        return TargetLogp.apply(hidden, weight, bias, targets, temperature, *rows)
 
 
 class TargetLogp(torch.autograd.Function):
@@ -74,13 +77,12 @@ class TargetLogp(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        has_backward: bool,
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logp, entropy, is_argmax = (
             torch.empty(len(hidden), device=hidden.device) for _ in range(3)
         )
-        keeps = has_backward and any(ctx.needs_input_grad)
+        needs_gradient = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
         chunks = LOGPROB_CHUNKS["cpu" if hidden.is_cpu else "gpu"]
         size = min(chunks.max_tokens, max(chunks.min_tokens, chunks.max_logits // len(weight)))
@@ -96,7 +98,7 @@ class TargetLogp(torch.autograd.Function):
             logp[s] = target_logits - log_sum
             is_argmax[s] = (target_logits == 0).float()
             entropy[s] = log_sum - logits.mul_(p).sum(1)
-            if keeps and s.stop <= kept_tokens:
+            if needs_gradient and s.stop <= kept_tokens:
                 kept.append(p)
             del logits, p  # before those of the next chunk
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, *rows)
@@ -155,7 +157,7 @@ class TargetLogp(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         of_token_rows = () if grad_rows is None else (None, grad_rows.to(rows[1].dtype))
-        return grad_hidden, grad_weight, grad_bias, None, None, None, *of_token_rows
+        return grad_hidden, grad_weight, grad_bias, None, None, *of_token_rows
 
 
 def _float32_zeros(like: Tensor) -> Tensor:

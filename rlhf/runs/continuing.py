@@ -39,18 +39,18 @@ def how_to_continue(command: Command, stage: str, started: float) -> str:
     if fresh and stage != "inspect" and not is_written_since(directory / "config.yaml", started):
         if stage == runs[0]:
             return f"Interrupted before {stage} began: the same command starts it."
-        return f"Interrupted before {stage} began: {train_anew([stage, *old])}."
+        return f"Interrupted before {stage} began: {fresh_overrides([stage, *old])}."
     again = "the same command" + (" without fresh=true" if fresh else "")
     intact, _ = find_checkpoints(directory)
     if stage != "inspect" and (directory / SUMMARY).exists():
         then = f"{again} {'prints its results' if stage == runs[-1] else 'continues'}"
-        return f"Interrupted after {stage} was finished: {train_anew(old) if old else then}."
+        return f"Interrupted after {stage} was finished: {fresh_overrides(old) if old else then}."
     if intact:
         line = f"Interrupted: {again} resumes {stage} after step {intact[0][1]['step']}"
     else:
         where = "" if stage in ("inspect", "eval") else " before the first checkpoint"
         line = f"Interrupted{where}: {again} starts {stage} again"
-    return f"{line}; then {train_anew(old)}." if old else f"{line}."
+    return f"{line}; then {fresh_overrides(old)}." if old else f"{line}."
 
 
 def is_written_since(path: Path, started: float) -> bool:
@@ -59,6 +59,6 @@ def is_written_since(path: Path, started: float) -> bool:
     return path.exists() and path.stat().st_mtime > started - 2
 
 
-def train_anew(stages: Sequence[str]) -> str:
+def fresh_overrides(stages: Sequence[str]) -> str:
     """What to add to a command whose runs of before stand there still."""
     return "add " + ", then ".join(f"stage={one} fresh=true" for one in stages)

@@ -119,7 +119,7 @@ def check_resumable(
         description: the checkpoint's checkpoint.json.
         parents: ids of today's parent runs and files.
         functions: those of them that are files of reward functions: one that fails in the middle of
-            a run can be mended.
+            a run can be repaired.
     Returns: warnings.
     Raises: UserError with the difference and the fix.
     """

@@ -144,7 +144,7 @@ def raise_failure(failed: dict[str, int], run_dir: Path, cfg: Config) -> NoRetur
     intact, _ = find_checkpoints(run_dir)
     checkpoint = f"; the last good checkpoint is {intact[0][0]}" if intact else ""
     if intact and cfg.fresh:
-        checkpoint += ", from which the command goes on without fresh=true"
+        checkpoint += ", from which the command continues without fresh=true"
     failures = [] if any(code < 0 for code in failed.values()) else read_failures(run_dir)
     if failures and failures[0].is_user_error:
         raise UserError(f"{cfg.stage.name}: {failures[0].message}{checkpoint}")

@@ -28,6 +28,7 @@ from rlhf.data.records import Dataset, Prompt, Turn
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, release_engine
 from rlhf.evaluation.best_of import best_of
+from rlhf.evaluation.during_training import is_full_distribution
 from rlhf.evaluation.pass_rates import check_columns, pass_rates
 from rlhf.evaluation.policy import evaluate_policy
 from rlhf.evaluation.reward_model import evaluate_reward_model
@@ -279,7 +280,8 @@ def evaluate_policies(
         if models is not reference:
             release(models)
         models = load_models(cfg, setup, name, rewards, run_dir)
-        if reference and has_kl(cfg.eval):
+        samples_policy = cfg.eval.decoding == Decoding.sample and is_full_distribution(cfg.eval)
+        if reference and samples_policy:  # else responses have no KL
             same_tokens = encoding.same_tokens(models.tokenizer, reference.tokenizer)
             models.ref = reference.actor if same_tokens else None
         evaluate_one(cfg, setup, models, name, results)
@@ -317,11 +319,6 @@ def release(models: Models | None) -> None:
         del models.actor
         models.ref = models.rewards = None
     gc.collect()
-
-
-def has_kl(node: Eval) -> bool:
-    """Whether responses are samples of the policy itself; else they have no KL."""
-    return node.decoding == Decoding.sample and node.top_p == 1 and node.top_k == 0
 
 
 def evaluate_one(
