@@ -187,17 +187,23 @@ def product_overrides(spec: Spec) -> list[str]:
 def side_by_side(contenders: list[dict[str, Any]], samples: int) -> None:
     """Let all contestants work in turns, then end them.
 
-    They work until each has `samples` quiet samples, or at most TRIES times that number.
+    They work until each has `samples` quiet samples, or at most TRIES times that number. In a turn
+    of more than one sample the first one does not count: it follows the other's turn and a pause.
     """
-    for number in range(WARM_UP + TRIES * samples):
+    turn = contenders[0]["spec"]["turn"]
+    for number in range(0, WARM_UP + TRIES * samples, turn):
         for each in contenders:
             wait_for_quiet(each["spec"]["wait"])
-            before = clocks()
-            sample = tell(each, "go")
-            each["samples"].append(sample | used_since(before))
-        tokens = {each["label"]: each["samples"][-1]["tokens"] for each in contenders}
-        if len(set(tokens.values())) > 1:
-            raise SystemExit(f"sample {number} is not the same work for all, real tokens: {tokens}")
+            for place in range(turn):
+                before = clocks()
+                sample = tell(each, "go")
+                follows = place > 0 or turn == 1
+                each["samples"].append(sample | used_since(before) | {"counts": follows})
+        tokens = {each["label"]: [one["tokens"] for one in each["samples"]] for each in contenders}
+        if len(set(map(tuple, tokens.values()))) > 1:
+            raise SystemExit(
+                f"after sample {number} the work is not the same for all, real tokens: {tokens}"
+            )
         if all(len(quiet_samples(each)) >= samples for each in contenders):
             break
     for each in contenders:

@@ -50,7 +50,7 @@ def wait_for_quiet(at_most: float) -> None:
 
 
 def quiet_samples(contestant: dict[str, Any]) -> list[int]:
-    """Numbers of the samples that count.
+    """Numbers of the samples that count, without the first of a turn of several.
 
     A contestant always computes. One that had less than a processor was held up by the host of this
     machine, which /proc/stat may not show.
@@ -59,5 +59,5 @@ def quiet_samples(contestant: dict[str, Any]) -> list[int]:
     return [
         i
         for i in range(WARM_UP, len(samples))
-        if samples[i]["foreign"] < FOREIGN and samples[i]["own"] > OWN
+        if samples[i]["counts"] and samples[i]["foreign"] < FOREIGN and samples[i]["own"] > OWN
     ]

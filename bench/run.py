@@ -299,6 +299,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt", type=int, help="last tokens of a prompt that are kept; default 64, ppo-eos 256")
     add("--new", type=int, default=128, help="tokens of a response, ppo-eos: at most")
     add("--max-length", type=int, default=512, help="tokens of a row in sft and rm")
+    turn = "samples in a row of a contestant; of several the first one does not count"
+    add("--turn", type=int, default=1, help=turn)
     add("--threads", type=int, default=2)
     wait = "seconds to wait at most, before each sample, until other processes are idle"
     add("--wait", type=float, default=60.0, help=wait)
@@ -333,7 +335,7 @@ def make_spec(args: argparse.Namespace) -> Spec:
     spec |= {"out": str(out), "policy": f"{out}/policy", "reward": f"{out}/reward"}
     spec["batch"] = args.batch or BATCH.get(args.work, 16)
     spec["prompt"] = args.prompt or (256 if args.work == "ppo-eos" else 64)
-    spec["batches_needed"] = 1 + WARM_UP + TRIES * args.samples + 1
+    spec["batches_needed"] = 1 + WARM_UP + TRIES * args.samples + args.turn
     return spec
 
 

@@ -36,12 +36,13 @@ def test_needed_operations_by_hand() -> None:
 
 
 def test_a_sample_counts_if_nobody_else_worked() -> None:
-    sample = {"own": 1.9, "foreign": 0.0}
+    sample = {"own": 1.9, "foreign": 0.0, "counts": True}
     samples = [sample] * quiet.WARM_UP + [
         sample,
         sample | {"foreign": 0.5},
         sample,
         sample | {"own": 0.3},
+        sample | {"counts": False},  # the first of a turn of several
     ]
     assert quiet.quiet_samples({"samples": samples}) == [quiet.WARM_UP, quiet.WARM_UP + 2]
     assert table.middle([1.0, 2.0, 3.0, 4.0, 5.0]) == {
@@ -58,6 +59,7 @@ def test_a_benchmark_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(REPO / "bench" / "run.py"), "generate", "--samples", "1"]
     command += ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
     command += ["--new", "8", "--batch", "4", "--prompt", "32", "--threads", "1", "--wait", "0"]
+    command += ["--turn", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "| product |" in done.stdout and "| transformers |" in done.stdout
