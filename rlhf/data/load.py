@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from rlhf.base.commands import command_line, override_text
 from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.base.errors import UserError
 from rlhf.base.log import first_few, log, plural
@@ -229,12 +228,12 @@ def why_no_rows(data: Dataset, cfg: Data, stage: str) -> str:
         return f"the built-in world is too small: raise the sizes in data.{cfg.world}"
     everything = ["data.shares=[" + ",".join("01"[i == number] for i in range(3)) + "]"]
     if part == "sft" and not counts.answers:
-        return f"none of the {counts.rows:,} rows has an answer; {use_of_rows(data, cfg)}"
+        return f"none of the {counts.rows:,} rows has an answer; {use_of_rows(data)}"
     if part == "rm" and not counts.pairs:
         only = [name for name, source in cfg.sources.items() if source.sft_only]
         for_sft = f" (sft_only=true of {', '.join(only)})" if only else ""
         lack = f"none of the {counts.rows:,} rows has a rejected answer{for_sft}"
-        return f"{lack}; {use_of_rows(data, cfg)}"
+        return f"{lack}; {use_of_rows(data)}"
     if part == "ppo" and all(source.sft_only for source in cfg.sources.values()):
         return "all rows are for SFT (sft_only=true): add a source with prompts for online RL"
     if counts.prompts == 1:
@@ -272,31 +271,15 @@ def one_prompt(counts: RowCounts) -> str:
     )
 
 
-def use_of_rows(data: Dataset, cfg: Data) -> str:
-    """What rows without pairs are for, with the command that trains on them."""
+def use_of_rows(data: Dataset) -> str:
+    """What rows without pairs are for, with what to change in the command."""
     if data.counts and data.counts.answers:
-        command = command_line("train.py", "stage=sft", *data_arguments(cfg), "data.shares=[1,0,0]")
-        return f"SFT trains on its answers:  {command}"
-    more = ["data.shares=[0,0,1]", "rl.actor=SFT_RUN", "rl.reward=RM_RUN"]
-    command = command_line("train.py", "stage=grpo", *data_arguments(cfg), *more)
+        change = shlex.join(["stage=sft", "data.shares=[1,0,0]"])
+        return f"SFT trains on its answers: the same command with {change}"
+    change = shlex.join(
+        ["stage=grpo", "data.shares=[0,0,1]", "rl.actor=SFT_RUN", "rl.reward=RM_RUN"]
+    )
     return (
         "prompts alone are for online RL, which starts from a trained policy and a reward model of"
-        f" yours, or reward functions (docs/rewards.md):  {command}"
+        f" yours, or reward functions (docs/rewards.md): the same command with {change}"
     )
-
-
-def data_arguments(cfg: Data) -> list[str]:
-    """The overrides that choose these data."""
-    if list(cfg.sources) != ["mine"]:
-        names = list(cfg.sources)
-        return [f"data={names[0]}" if len(names) == 1 else f"data=[{','.join(names)}]"]
-    source = cfg.sources["mine"]
-    chosen = ["data=jsonl", f"data.sources.mine.path={override_text(source.path)}"]
-    if source.format:
-        chosen.append(f"data.sources.mine.format={source.format.name}")
-    if source.columns:
-        names = [f"{field}: {override_text(name)}" for field, name in source.columns.items()]
-        chosen.append(f"+data.sources.mine.columns={{{', '.join(names)}}}")
-    if source.system_prompt:
-        chosen.append(f"data.sources.mine.system_prompt={override_text(source.system_prompt)}")
-    return chosen

@@ -16,7 +16,7 @@ from prepared_data import config
 from rlhf.base.commands import command_line, override_text
 from rlhf.base.errors import UserError
 from rlhf.config.choices import BadRow
-from rlhf.config.schema import Config, Source
+from rlhf.config.schema import Config
 from rlhf.data import load
 from rlhf.data.load import summarize
 from rlhf.data.sources import load_sources
@@ -44,10 +44,8 @@ def refusal(cfg: Config, run_dir: Path) -> str:
 
 
 def suggested(line: str) -> list[str]:
-    """The overrides of the command at the end of a line."""
-    python, script, *overrides = shlex.split(line[line.index("python ") :])
-    assert python == "python" and Path(script).name == "train.py"
-    return overrides
+    """What the end of a line changes in the command."""
+    return shlex.split(line.split(": the same command with ")[1])
 
 
 # --- files
@@ -167,7 +165,7 @@ ANSWERS: list[Record] = [{"prompt": f"{i}?", "response": "a"} for i in range(60)
         ("dpo", ANSWERS, "none of the 60 rows has a rejected answer; SFT trains on its", "sft"),
     ],
 )
-def test_a_file_for_another_stage_comes_with_the_command_that_uses_it(
+def test_a_file_for_another_stage_comes_with_the_change_that_uses_it(
     tmp_path: Path, stage: str, records: list[Record], lack: str, use: str
 ) -> None:
     file = jsonl(tmp_path / "my, own {x}.jsonl", records)
@@ -175,7 +173,8 @@ def test_a_file_for_another_stage_comes_with_the_command_that_uses_it(
     assert line.startswith(f"data=mine: no rows for {stage}: {lack}") and "\n" not in line
     overrides = [arg for arg in suggested(line) if not arg.endswith("_RUN")]
     given = ["rl.actor=owner/policy", "rl.reward=owner/reward"] if use == "grpo" else []
-    cfg = command(*overrides, *given).cfg
+    mine = ["data=jsonl", f"data.sources.mine.path='{file}'"]
+    cfg = command(f"stage={stage}", *mine, *overrides, *given).cfg
     assert cfg.stage.runs == [use]
     data = load.open_data(cfg, tmp_path)
     assert len(data.ppo if use == "grpo" else data.sft) > 50
@@ -195,17 +194,13 @@ def test_few_prompts_may_leave_a_stage_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_names_of_columns_are_quoted_in_a_suggested_command() -> None:
-    columns = {"prompt": "a question, asked", "chosen": "answers.0"}
-    chosen = load.data_arguments(config(mine=Source(path="a.jsonl", columns=columns)))
-    assert command(*chosen, "stage=sft").cfg.data.sources["mine"].columns == columns
-
-
 @pytest.mark.parametrize(
     "path", ["plain.jsonl", "a b.jsonl", "a'b\"c.jsonl", "{x},[y].jsonl", "ä.jsonl"]
 )
 def test_a_suggested_command_means_what_it_says(path: str) -> None:
     source = f"data.sources.mine.path={override_text(path)}"
     line = command_line("train.py", "stage=sft", "data=jsonl", source)
-    cfg: Any = command(*suggested(line)).cfg
+    python, script, *overrides = shlex.split(line)
+    assert python == "python" and Path(script).name == "train.py"
+    cfg: Any = command(*overrides).cfg
     assert cfg.data.sources["mine"].path == path
