@@ -368,7 +368,8 @@ class StageNeeds:
             self.gathers = bool(choice or (choice is None and used + gathered <= self.limit))
             needs["gathered weights"] = gathered if self.gathers else self.live_weights(role)
             used += needs["gathered weights"]
-        if self.cfg.actor.lora.rank and (deploy.zero_stage < 3 or self.world == 1):
+        has_adapter = self.cfg.actor.lora.rank and role.trained  # stage=eval loads merged weights
+        if has_adapter and (deploy.zero_stage < 3 or self.world == 1):
             # in the gathered weights of several processes an adapter is merged in place
             merged = self.size * adapted_weights(arch, self.cfg.actor.lora)
             self.merges = used + merged <= ROOM * self.limit

@@ -235,6 +235,8 @@ def test_an_adapter_is_merged_for_sampling_where_a_copy_of_its_layers_fits() -> 
         plan = make_plan(cfg, "sft")
         assert plan.fits and plan.merges == merges == sampling_choices(cfg)["merge"]
         assert ("merged weights" in plan.phases["sampling"]) == merges
+    evaluated = composed("stage=eval", "actor=opt125m", "actor.lora.rank=16")
+    assert "merged weights" not in make_plan(evaluated, "eval").phases["sampling"]
 
 
 def test_the_critic_is_planned_as_the_model_that_it_starts_from() -> None:
