@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf.base.errors import UserError
-from rlhf.base.log import cut, plural, printable
-from rlhf.config.choices import BadRow, Format, Template
+from rlhf.base.log import cut, printable
+from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Data, Source
 from rlhf.config.validation import check_used
 from rlhf.data import formats
@@ -26,14 +24,13 @@ from rlhf.data.files import SAVED, RawTable, kind_of_source, open_source
 from rlhf.data.formats import fields
 from rlhf.data.formats.rows import Skip, check_text, parse_line, read_pairs, read_text
 from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, Turn, record_features
+from rlhf.data.row_problems import UNREADABLE, skipped_in_words, usable_rows
 
 if TYPE_CHECKING:
     import datasets
 
 FIRST_ROWS = 1000  # are looked at for columns that no format reads
-KINDS = 10  # of unreadable rows that are named, the most frequent ones
 LONGEST_REASON = 400  # characters of what is wrong with a row; it may quote the row
-UNREADABLE = "unreadable: "  # begins the problem of a row that cannot be read
 KNOWN_COLUMNS = (
     "prompt, chosen, rejected; chosen, rejected; messages; instruction, output; prompt, response;"
     " prompt, responses, ranks or scores; prompt; text"
@@ -70,7 +67,8 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     first = _first_rows(name, source, raw)
     source = with_format(name, source, {column: None for row in first for column in row})
     table = _convert(name, source, raw, cfg)
-    rows = int(_row_numbers(table)[-1]) + 1
+    numbers = _row_numbers(table)
+    rows = int(numbers[-1]) + 1
     report = SourceReport(source=name, split=split, rows=rows, skipped={})
     if len(table) > rows:
         report["further"] = len(table) - rows
@@ -80,7 +78,13 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         report["separators"] = raw.separators
     if unread := fields.unread_columns(first, source, cfg.template):
         report["unread"] = unread
-    readable = _readable_rows(table, report, source.path, raw, cfg.on_bad_row)
+    problems = table.data.column("problem")
+    readable = usable_rows(problems, numbers, report, raw, cfg.on_bad_row)
+    if not len(readable):
+        why = skipped_in_words(report)
+        raise UserError(
+            f"data.sources.{name}: all rows of {source.path} ({split}) are skipped: {why}"
+        )
     report["content"] = _content(table, readable)  # a resumed run must find the same
     if source.format == Format.text:
         return _texts(table, readable, report)
@@ -205,77 +209,6 @@ def _convert(name: str, source: Source, raw: RawTable, cfg: Data) -> datasets.Da
         )
     features = datasets.Features(features)
     return cached_map(raw.table, convert, features, key, f"reading {name}", cfg.workers)
-
-
-# --- what became of the rows
-
-
-def _readable_rows(
-    table: datasets.Dataset, report: SourceReport, path: str, raw: RawTable, on_bad_row: BadRow
-) -> np.ndarray:
-    """The numbers of the records without a problem; fills in `skipped` of the report.
-
-    Raises: UserError when no row is left, none of a file can be read, or a row is unreadable and
-        `on_bad_row` refuses that.
-    """
-    import pyarrow.compute as pc
-
-    name, skipped = report["source"], report["skipped"]
-    problems = table.data.column("problem")
-    unreadable = pc.starts_with(problems, UNREADABLE)  # with a message of its own each
-    counts = pc.value_counts(problems.filter(pc.invert(unreadable))).to_pylist()
-    skipped |= {count["values"]: count["counts"] for count in counts if count["values"]}
-    numbers = _row_numbers(table)
-    examples = {
-        reason: raw.place(int(numbers[pc.index(problems, reason).as_py()])) for reason in skipped
-    }
-    if number := pc.sum(unreadable).as_py():
-        bad = np.flatnonzero(unreadable.to_numpy(zero_copy_only=False))
-
-        def example(record: int) -> str:
-            problem = problems[int(record)].as_py().removeprefix(UNREADABLE)
-            return f"{raw.place(int(numbers[record]))}: {problem}"
-
-        def message(record: int) -> str:
-            return f"data.sources.{name}: {example(record)}"
-
-        if on_bad_row == BadRow.refuse:
-            raise UserError(message(bad[0]))
-        file_of = np.searchsorted(raw.starts, numbers, side="right") - 1
-        all_bad = np.bincount(file_of) == np.bincount(file_of[bad], minlength=file_of[-1] + 1)
-        texts = problems.filter(unreadable).to_pylist()
-        reasons = [re.sub(r"\d+", "N", text.removeprefix(UNREADABLE)) for text in texts]
-        kinds = Counter(reasons)
-        if (hopeless := bad[all_bad[file_of[bad]]]).size:
-            of_it = " of it" if len(raw.files) > 1 else ""
-            raise UserError(
-                f"{message(hopeless[0])} (and no other row{of_it} can be read"
-                + (f": {kinds_of_rows(kinds)})" if len(kinds) > 1 else ")")
-            )
-        skipped["unreadable"] = number
-        report["first_unreadable"] = message(bad[0])
-        report["unreadable"] = dict(kinds.most_common(KINDS))
-        first_of = dict(zip(reversed(reasons), reversed(bad)))
-        examples |= {kind: example(first_of[kind]) for kind in report["unreadable"]}
-        if len(kinds) > KINDS:
-            report["more_kinds"] = len(kinds) - KINDS
-    if examples:
-        report["examples"] = examples
-    readable = np.flatnonzero(pc.equal(problems, "").to_numpy(zero_copy_only=False))
-    if not len(readable):
-        counted = [f"{count:,} {reason}" for reason, count in skipped.items()]
-        firsts = [f" (the first is {examples[r]})" if r in examples else "" for r in skipped]
-        raise UserError(
-            f"data.sources.{name}: all rows of {path} ({report['split']}) are skipped: "
-            + ", ".join(map("".join, zip(counted, firsts)))
-        )
-    return readable
-
-
-def kinds_of_rows(kinds: Counter[str]) -> str:
-    """The most frequent reasons why rows are unreadable, with their counts, in words."""
-    counted = [f"{plural(count, 'row')} {kind}" for kind, count in kinds.most_common(KINDS)]
-    return "; ".join(counted)
 
 
 def _row_numbers(table: datasets.Dataset) -> np.ndarray:
