@@ -16,6 +16,8 @@ from rlhf.chat.models import find_reference, load_model
 from rlhf.config.choices import Precision
 from rlhf.models.loading import load_policy, load_scorer, load_tokenizer
 
+pytestmark = pytest.mark.full
+
 IDS = torch.tensor([[5, 6, 7, 40, 41, 42, 2]])
 LOW_RANK = ["actor.lora.rank=4", "reward.lora.rank=4", "sft.lr=1e-2", "rm.lr=1e-2"]
 
@@ -81,7 +83,6 @@ def test_a_finished_run_can_be_read_by_whom_the_umask_allows(root: Path) -> None
     assert private == set()
 
 
-@pytest.mark.full
 def test_sft_from_an_adapter_makes_an_adapter_of_an_adapter(root: Path) -> None:
     new = run(root, "stage=sft", "actor=custom", "actor.path=sft-adapter", *LOW_RANK)
     settings = json.loads((new / "model/adapter/adapter_config.json").read_text())
@@ -98,7 +99,6 @@ def test_sft_from_an_adapter_makes_an_adapter_of_an_adapter(root: Path) -> None:
     assert f"the adapter `{root / 'sft-adapter'}`, merged into `builtin:tiny`" in card
 
 
-@pytest.mark.full
 def test_ppo_from_adapters_is_ppo_from_the_merged_models(root: Path) -> None:
     models = {kind: str(trained(root, kind)) for kind in ("sft", "rm")}
     results = []
@@ -117,7 +117,6 @@ def run_id(model: str) -> str:
     return str(summary(Path(model).parent)["id"])
 
 
-@pytest.mark.full
 def test_dpo_and_another_reward_from_adapters_at_zero_3(root: Path) -> None:
     """In two processes, which partition the merged model."""
     two = ["deploy.processes_per_node=2", "deploy.zero_stage=3"]
@@ -126,7 +125,6 @@ def test_dpo_and_another_reward_from_adapters_at_zero_3(root: Path) -> None:
     run(root, "stage=grpo", "rl.actor=sft-adapter", *rewards, *two)
 
 
-@pytest.mark.full
 def test_eval_of_an_adapter(root: Path) -> None:
     policies = "eval.policies=[base,sft-adapter]"
     judge = ["eval.rewards.model=null", "eval.rewards.other.path=rm-adapter"]

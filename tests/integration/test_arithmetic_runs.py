@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import found, runs_in, summary, train
 
+pytestmark = pytest.mark.full
+
 TINY = [
     "data=arithmetic",
     "data.arithmetic.demonstrations=64",
@@ -49,7 +51,6 @@ def test_a_pipeline_needs_no_reward_model_and_logs_the_columns(grpo: Path) -> No
     assert metrics["eval/score"] == metrics["eval/gold"]  # the verifier is the ground truth
 
 
-@pytest.mark.full
 def test_harder_problems_evaluate_the_same_runs(grpo: Path) -> None:
     command = ["stage=eval", "pipeline=grpo", *TINY, "eval.prompts=[]", "eval.best_of=0"]
     for more in ([], ["data.arithmetic.harder=true"]):
@@ -60,7 +61,6 @@ def test_harder_problems_evaluate_the_same_runs(grpo: Path) -> None:
     assert all("gold" in json.dumps(found(run)) for run in runs["eval"])
 
 
-@pytest.mark.full
 def test_a_learned_reward_model_and_dpo_train_on_its_pairs(grpo: Path) -> None:
     for command in (["pipeline=ppo", "experiment=arithmetic_learned"], ["pipeline=dpo"]):
         done = train(*command, *TINY, cwd=grpo)
@@ -70,7 +70,6 @@ def test_a_learned_reward_model_and_dpo_train_on_its_pairs(grpo: Path) -> None:
     assert "eval/accuracy_prompt" in summary(runs["rm"][0])["metrics"]
 
 
-@pytest.mark.full
 def test_its_data_can_be_inspected(tmp_path: Path) -> None:
     done = train("stage=inspect", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -13,85 +13,85 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SMALL, Demo, summary, train
+from helpers import REPO, SMALL, Demo, some, summary, train
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize(
-    "overrides, expected",
-    [
-        (
-            ["stage=pppo"],
-            "stage=pppo: no such option (did you mean ppo?)",
-        ),
-        (
-            ["data=jsonl", "data.sources.mine.path=x", "data.sandbox.pairs=3"],
-            "data.sandbox.pairs=3: its node is null here and has no keys; remove it, or choose",
-        ),
-        (["data=jsonl"], "data.sources.mine.path has no value: give one"),
-        (["actor=opt1b"], "actor=opt1b: no such option (did you mean opt"),
-        (["-m", "actor=tiny,nope"], "actor=nope: no such option"),
-        (["ppo.lrr=1"], "unknown key ppo.lrr (did you mean rl.lr?)"),
-        (["+ppo.x=1"], "unknown key ppo.x"),
-        (["stagee=ppo"], "unknown key stagee (did you mean stage?)"),
-        (["kl.coef=0.1"], "unknown key kl.coef (did you mean rl.kl.coef?)"),
-        (["rl.lr=abc"], "rl.lr=abc: must be a number"),
-        (
-            ["deploy.precision=fp8"],
-            "deploy.precision=fp8: must be one of fp32, bf16, fp16, autocast",
-        ),
-        (["rl.lr=[1"], "cannot read 'rl.lr=[1'"),
-        (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
-        (["actor.path=outputs/no/where"], "actor.path=outputs/no/where: no model there"),
-        (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
-        (["rl.rewards.model.path=./nowhere"], "rl.rewards.model.path=./nowhere: no model there"),
-        (
-            ["+rl.rewards={mine: {function: 'nowhere:f'}}"],
-            "rl.rewards.mine.function=nowhere:f: there is no module nowhere, neither here (",
-        ),
-        (
-            ["+rl.rewards={mine: {weigth: 1}}"],
-            "rl.rewards.mine.weigth (did you mean rl.rewards.mine.weight?)",
-        ),
-        (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training"),
-        (
-            ["actor.path=builtin:huge"],
-            "actor.path=builtin:huge: no such built-in model; use builtin:tiny",
-        ),
-        (
-            ["rl.batch_size=30"],
-            "rl.batch_size=30 (responses): must be a multiple of rl.responses_per_prompt=1 and of "
-            "rl.minibatches=4 x deploy.processes_per_node=1 = 4; try rl.batch_size=32",
-        ),
-        (
-            ["deploy.processes_per_node=3"],
-            "rm.batch_size=8: not divisible by deploy.processes_per_node=3; try 9",
-        ),
-        (["deploy=single_gpu"], "this machine shows 0 NVIDIA GPUs: use deploy=cpu"),
-        (["-m", "rl.kl.coef=0.1,-1"], "rl.kl.coef=-1.0: must be at least 0"),
-        (
-            ["stage=ppo", "seed=77"],
-            "train.py stage=sft seed=77  or give rl.actor=",
-        ),
-        (
-            ["stage=ppo", "seed=77"],
-            "train.py stage=rm seed=77  or give rl.reward=",
-        ),
-        (
-            ["data.max_prompt_tokens=500"],
-            "data.max_response_tokens=64 is more than the 512 positions of builtin:tiny",
-        ),
-        (["data.eval_rows=257"], "sandbox are held out; give at most 256"),
-        (["sft.epochs=1,2"], "sft.epochs=1,2: several values are a sweep: add -m"),
-        (
-            ["data.sources.mine.path=pairs.jsonl"],
-            "data=jsonl data.sources.mine.path=FILE",
-        ),
-    ],
-)
+WRONG = [
+    (
+        ["stage=pppo"],
+        "stage=pppo: no such option (did you mean ppo?)",
+    ),
+    (
+        ["data=jsonl", "data.sources.mine.path=x", "data.sandbox.pairs=3"],
+        "data.sandbox.pairs=3: its node is null here and has no keys; remove it, or choose",
+    ),
+    (["data=jsonl"], "data.sources.mine.path has no value: give one"),
+    (["actor=opt1b"], "actor=opt1b: no such option (did you mean opt"),
+    (["-m", "actor=tiny,nope"], "actor=nope: no such option"),
+    (["ppo.lrr=1"], "unknown key ppo.lrr (did you mean rl.lr?)"),
+    (["+ppo.x=1"], "unknown key ppo.x"),
+    (["stagee=ppo"], "unknown key stagee (did you mean stage?)"),
+    (["kl.coef=0.1"], "unknown key kl.coef (did you mean rl.kl.coef?)"),
+    (["rl.lr=abc"], "rl.lr=abc: must be a number"),
+    (
+        ["deploy.precision=fp8"],
+        "deploy.precision=fp8: must be one of fp32, bf16, fp16, autocast",
+    ),
+    (["rl.lr=[1"], "cannot read 'rl.lr=[1'"),
+    (["actor.path=/nowhere"], "actor.path=/nowhere: no model there"),
+    (["actor.path=outputs/no/where"], "actor.path=outputs/no/where: no model there"),
+    (["reward.path=./nowhere"], "reward.path=./nowhere: no model there"),
+    (["rl.rewards.model.path=./nowhere"], "rl.rewards.model.path=./nowhere: no model there"),
+    (
+        ["+rl.rewards={mine: {function: 'nowhere:f'}}"],
+        "rl.rewards.mine.function=nowhere:f: there is no module nowhere, neither here (",
+    ),
+    (
+        ["+rl.rewards={mine: {weigth: 1}}"],
+        "rl.rewards.mine.weigth (did you mean rl.rewards.mine.weight?)",
+    ),
+    (["rollout.top_p=0.9"], "rollout.top_p=0.9: must be 1 in training"),
+    (
+        ["actor.path=builtin:huge"],
+        "actor.path=builtin:huge: no such built-in model; use builtin:tiny",
+    ),
+    (
+        ["rl.batch_size=30"],
+        "rl.batch_size=30 (responses): must be a multiple of rl.responses_per_prompt=1 and of "
+        "rl.minibatches=4 x deploy.processes_per_node=1 = 4; try rl.batch_size=32",
+    ),
+    (
+        ["deploy.processes_per_node=3"],
+        "rm.batch_size=8: not divisible by deploy.processes_per_node=3; try 9",
+    ),
+    (["deploy=single_gpu"], "this machine shows 0 NVIDIA GPUs: use deploy=cpu"),
+    (["-m", "rl.kl.coef=0.1,-1"], "rl.kl.coef=-1.0: must be at least 0"),
+    (
+        ["stage=ppo", "seed=77"],
+        "train.py stage=sft seed=77  or give rl.actor=",
+    ),
+    (
+        ["stage=ppo", "seed=77"],
+        "train.py stage=rm seed=77  or give rl.reward=",
+    ),
+    (
+        ["data.max_prompt_tokens=500"],
+        "data.max_response_tokens=64 is more than the 512 positions of builtin:tiny",
+    ),
+    (["data.eval_rows=257"], "sandbox are held out; give at most 256"),
+    (["sft.epochs=1,2"], "sft.epochs=1,2: several values are a sweep: add -m"),
+    (
+        ["data.sources.mine.path=pairs.jsonl"],
+        "data=jsonl data.sources.mine.path=FILE",
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides, expected", some(WRONG, every=3))
 def test_bad_input_gets_one_clear_line(overrides: list[str], expected: str, tmp_path: Path) -> None:
     done = train(*overrides, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode not in (0, None)

@@ -143,6 +143,7 @@ def test_low_precision_learns_about_the_same(
         }
 
 
+@pytest.mark.full
 def test_the_first_update_in_bf16_is_as_long_as_in_fp32(tmp_path: Path) -> None:
     """Adam's first update is the learning rate wherever a gradient is well above eps. Below ZeRO 2
     DeepSpeed would step once before training; ours builds 2."""

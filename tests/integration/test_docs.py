@@ -15,7 +15,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers import REPO, SMALL, SWEEP, VLLM, Demo, composed, page_commands, train, undocumented
+from helpers import (
+    REPO,
+    SMALL,
+    SWEEP,
+    VLLM,
+    Demo,
+    composed,
+    page_commands,
+    some,
+    train,
+    undocumented,
+)
 
 from rlhf.config.deployment import world_size
 from rlhf.config.validation import check_config
@@ -194,7 +205,9 @@ def test_the_plans_in_the_docs_are_those_of_the_code() -> None:
             assert " ".join(re.findall(r"[\d.]+ GiB", note)) in page
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python chat.py")])
+@pytest.mark.parametrize(
+    "command", some([c for c in COMMANDS if c.startswith("python chat.py")], every=3)
+)
 def test_chat_commands(command: str, demo: Demo) -> None:
     args = [sys.executable, str(REPO / "chat.py"), *shlex.split(command)[2:]]
     done = subprocess.run(

@@ -96,6 +96,7 @@ def test_two_processes_draw_the_same_prompts(inputs: dict[str, str], tmp_path: P
     assert drawn(one)[0] == drawn(two)[0] > 8
 
 
+@pytest.mark.full
 def test_truncated_responses_are_not_in_the_loss(inputs: dict[str, str], tmp_path: Path) -> None:
     """Without EOS in any response nothing is trained: no loss, and the same weights."""
     more = [*TWINS, "rl.dynamic_sampling=null", "rl.mask_truncated=true", "rl.max_steps=1"]

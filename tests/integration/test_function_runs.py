@@ -11,6 +11,8 @@ from data_files import jsonl
 from helpers import metrics, runs_in, summary, train
 from worker_runs import prepare, rows_of, work
 
+pytestmark = pytest.mark.full
+
 FUNCTIONS = """
 import asyncio, time
 
@@ -54,7 +56,6 @@ def reward(name: str, path: Path, **more: object) -> str:
     return f"+rl.rewards={{{name}: {{function: '{path}/my_rewards.py:{name}'{settings}}}}}"
 
 
-@pytest.mark.full
 def test_functions_give_the_same_with_one_and_two_processes(
     files: list[str], tmp_path: Path
 ) -> None:
@@ -92,11 +93,7 @@ def test_functions_give_the_same_with_one_and_two_processes(
             "first prompt 'Say {n}': the function gave no answer within 2 s (timeout) for 16 "
             "completions",
         ),
-        pytest.param(
-            "fails_at_the_second_rollout",
-            "the function failed: ValueError: no connection",
-            marks=pytest.mark.full,
-        ),
+        ("fails_at_the_second_rollout", "the function failed: ValueError: no connection"),
     ],
 )
 def test_what_fails_in_the_middle_of_a_run_ends_it_with_one_line(
@@ -113,7 +110,6 @@ def test_what_fails_in_the_middle_of_a_run_ends_it_with_one_line(
     assert [row["step"] for row in metrics(run)] == [1]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("name", ["hangs_at_the_second_rollout", "fails_at_the_second_rollout"])
 def test_with_skip_a_run_goes_on_and_logs_the_share(
     name: str, files: list[str], tmp_path: Path

@@ -173,6 +173,7 @@ def test_a_failing_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) ->
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.full
 def test_a_bug_in_a_worker_is_one_line_with_rank_cause_and_log(tmp_path: Path) -> None:
     """A bug is put into the worker's stage when python starts."""
     broken = """
@@ -223,6 +224,7 @@ def workers_of(root: Path) -> dict[int, str]:
     return found
 
 
+@pytest.mark.full
 def test_nodes_of_different_runs_refuse_each_other(tmp_path: Path) -> None:
     nodes = [*SFT, "deploy.nodes=2", f"deploy.master=127.0.0.1:{environment.free_port()}"]
     command = [sys.executable, str(REPO / "train.py"), *nodes]

@@ -227,6 +227,7 @@ def test_zero3_in_two_processes_trains_the_same_rows(
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
 
 
+@pytest.mark.full
 def test_online_rl_and_dpo_from_a_model_that_does_not_know_the_tokens(
     model: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_functions_that_work_are_named_and_the_stage_alone_checks_for_itself(
     assert "error: eval: eval.rewards.mine.function=my_rewards:fails: prompt" in done.stderr
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "file, content, said",
     [
@@ -75,12 +76,7 @@ def test_functions_that_work_are_named_and_the_stage_alone_checks_for_itself(
             "its configuration cannot be read (ValueError: The checkpoint you are trying to load "
             "has model type `foo9`",
         ),
-        pytest.param(
-            "tokenizer.json",
-            {"model": {}},
-            "its tokenizer cannot be read (",
-            marks=pytest.mark.full,
-        ),
+        ("tokenizer.json", {"model": {}}, "its tokenizer cannot be read ("),
     ],
 )
 def test_a_model_that_cannot_be_read_stops_the_pipeline_before_its_first_stage(

@@ -225,6 +225,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_or_is_refused_elsewhere(tmp_
     )
 
 
+@pytest.mark.full
 def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path: Path) -> None:
     long = [*SLOW, "sft.max_steps=400", "checkpoint.every_steps=null"]
     # a suite under nohup ignores the signal, and commands inherit that
@@ -259,6 +260,7 @@ def test_a_finished_run_that_is_trained_again_keeps_the_old_attempt(tmp_path: Pa
     assert rows_of(run, "metrics.jsonl") == rows_of(run / "attempts" / "1", "metrics.jsonl")
 
 
+@pytest.mark.full
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     parent, run = running(*SLOW, cwd=tmp_path)
     parent.send_signal(signal.SIGINT)

@@ -10,8 +10,9 @@ import pytest
 from data_files import jsonl, rows
 from helpers import REPO, metrics, runs_in, summary, train
 
+pytestmark = pytest.mark.full
 
-@pytest.mark.full
+
 def test_two_processes_train_on_a_file(tmp_path: Path) -> None:
     """D4, D6: one of them prepares, the other waits; both read the same."""
     file = jsonl(tmp_path / "a.jsonl", rows(*range(400)))

@@ -42,14 +42,8 @@ def without_time(rows: list[dict]) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param("sft", marks=pytest.mark.full),
-        pytest.param("rm", marks=pytest.mark.full),
-        "ppo",
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_the_same_seed_gives_the_same_metrics_and_weights(
     alone: Path, tmp_path: Path, stage: str
 ) -> None:

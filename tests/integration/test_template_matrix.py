@@ -26,6 +26,7 @@ def test_whole_words_are_equal_and_full_training_ends_responses(
     assert "<think>\n\n</think>\n\nTwo." in tokenizer.apply_chat_template(turns, tokenize=False)
 
 
+@pytest.mark.full
 def test_responses_that_begin_inside_a_token_are_counted(tmp_path: Path, one_process: None) -> None:
     """Independently: the ids of the joined text against those of its two parts."""
     cell = templates.run_cell(tmp_path, "gpt2", "none", lora=False)
@@ -55,7 +56,7 @@ def test_a_tokenizer_without_a_template_is_refused_in_one_line(
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_lora_learns_new_end_tokens(tmp_path: Path, one_process: None, family: str) -> None:
     """In matrices of their own (llama) and in tied ones (gpt2); the saved model ends responses."""
     kind = templates.FAMILIES[family]

@@ -14,8 +14,8 @@ from helpers import REPO, SLOW, lines, metrics, runs_in, summary, train
 
 from rlhf.training import tracker
 
-FULL = pytest.mark.full
-MOMENTS = [pytest.param("start", marks=FULL), 5, pytest.param(29, marks=FULL)]  # or metrics' rows
+pytestmark = pytest.mark.full
+MOMENTS = ["start", 5, 29]  # or rows of metrics
 
 
 def cores_in(folder: Path) -> list[int]:
@@ -38,7 +38,6 @@ def test_the_run_goes_on_and_learns_the_same(moment: str | int, tmp_path: Path) 
     assert said.count("W&B: ") == 1 and "only in its own files" in said and "Traceback" not in said
 
 
-@pytest.mark.full
 def test_a_core_that_hangs_is_given_up(tmp_path: Path) -> None:
     """It is stopped, not ended: nothing answers any more."""
     said = disturb(tmp_path, 5, signal.SIGSTOP)

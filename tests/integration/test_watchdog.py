@@ -43,7 +43,7 @@ with watchdog.while_files_move(), open(run_dir / "large", "wb", buffering=0) as 
 """
 
 
-@pytest.mark.parametrize("end", ["sleep", "hang", "stop"])
+@pytest.mark.parametrize("end", [pytest.param("sleep", marks=pytest.mark.full), "hang", "stop"])
 def test_progress_sets_the_clock_back(tmp_path: Path, end: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRESS, str(tmp_path), end],

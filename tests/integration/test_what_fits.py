@@ -69,6 +69,7 @@ def test_bad_arguments_get_a_line(arguments: list[str], line: str) -> None:
     assert done.returncode == 2 and line in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_the_table_in_the_docs_is_that_of_the_command() -> None:
     text = (REPO / "docs" / "deployment.md").read_text()
     assert "python -m rlhf.planning --gpu-memory-gb 24" in text

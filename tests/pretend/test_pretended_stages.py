@@ -58,6 +58,7 @@ def test_the_host_waits_at_most_twice_in_sixteen_tokens(phases: list[dict[str, A
         assert phase["synchronisations"] <= MOST_PER_16_TOKENS * phase["units"] / 16, phase
 
 
+@pytest.mark.full
 def test_counts_of_deeper_models() -> None:
     """A layer more costs as many kernels per token as the one before it."""
     two, four, six = synchronisations.kernels_per_token("opt", [2, 4, 6])
