@@ -226,13 +226,14 @@ def _dates_as_text(table: datasets.Dataset, file: Path) -> datasets.Dataset:
     JSON has no dates; "1999-05-04" as a time would read "1999-05-04 00:00:00".
     """
     import datasets
+    import pyarrow
+
+    def holds_times(kind: pyarrow.DataType) -> bool:
+        inside = (kind.field(i).type for i in range(kind.num_fields))  # of an object or a list
+        return pyarrow.types.is_temporal(kind) or any(map(holds_times, inside))
 
     names = table.column_names
-    times = [
-        name
-        for name, feature in table.features.items()
-        if getattr(feature, "dtype", "").startswith(("timestamp", "date", "time"))
-    ]
+    times = [one.name for one in table.features.arrow_schema if holds_times(one.type)]
     if not times:
         return table
     before = table._fingerprint
@@ -244,6 +245,17 @@ def _dates_as_text(table: datasets.Dataset, file: Path) -> datasets.Dataset:
     table = table.select_columns(names)
     table._fingerprint = digest(before, "dates as text")
     return table
+
+
+def media_columns(table: datasets.Dataset) -> list[str]:
+    """The columns of images, sounds and videos, which would be decoded and are not read."""
+
+    def holds_media(feature: Any) -> bool:
+        while hasattr(feature, "feature"):  # a list
+            feature = feature.feature
+        return hasattr(feature, "decode")
+
+    return [name for name, feature in table.features.items() if holds_media(feature)]
 
 
 def _concatenate(tables: list[datasets.Dataset], files: list[Path]) -> datasets.Dataset:
@@ -299,7 +311,7 @@ def _open_directory(name: str, source: Source, split: str, directory: Path) -> d
         raise UserError(
             f"data.sources.{name}: {source.path} has no split {split}; it has {', '.join(splits)}"
         )
-    return splits[split]
+    return splits[split].with_format(None)  # not the tensors of a format that it is saved with
 
 
 def _csv_as_text(file: Path, source: Source, most_row: int) -> dict[str, Any]:

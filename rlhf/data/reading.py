@@ -20,8 +20,9 @@ from rlhf.config.schema import Data, Source
 from rlhf.config.validation import check_used
 from rlhf.data import formats
 from rlhf.data.cache import Columns, cached_map, digest
-from rlhf.data.files import SAVED, RawTable, kind_of_source, open_source
+from rlhf.data.files import SAVED, RawTable, kind_of_source, media_columns, open_source
 from rlhf.data.formats import fields
+from rlhf.data.formats.messages import without_padding_of_tools
 from rlhf.data.formats.rows import Skip, check_text, parse_line, read_pairs, read_text
 from rlhf.data.records import PAIR_COLUMNS, Pair, SourceReport, Turn, record_features
 from rlhf.data.row_problems import UNREADABLE, skipped_in_words, usable_rows
@@ -64,6 +65,8 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
     if source.rows is not None:
         first_rows = raw.table.select(range(min(source.rows, len(raw.table))))
         raw = raw._replace(table=first_rows)
+    if media := media_columns(raw.table):
+        raw = raw._replace(table=raw.table.remove_columns(media))
     first = _first_rows(name, source, raw)
     source = with_format(name, source, {column: None for row in first for column in row})
     table = _convert(name, source, raw, cfg)
@@ -76,7 +79,7 @@ def read_split(name: str, source: Source, split: str, cfg: Data) -> SourceSplit:
         report["files"], report["not_read"] = [Path(f).name for f in raw.files], raw.not_read
     if raw.separators:
         report["separators"] = raw.separators
-    if unread := fields.unread_columns(first, source, cfg.template):
+    if unread := [*fields.unread_columns(first, source, cfg.template), *media]:
         report["unread"] = unread
     problems = table.data.column("problem")
     readable = usable_rows(problems, numbers, report, raw, cfg.on_bad_row)
@@ -260,7 +263,7 @@ def read_rows(
     for row in _raw_rows(batch):
         pairs, prompt_hash, row_hashes, problem = [Pair([], "", None)], 0, [0], ""
         try:
-            records = read_pairs(parsed(row, by_line), source, style)
+            records = read_pairs(parsed(row, source, by_line), source, style)
             # case, spaces and the configured system prompt do not make another prompt
             prompt = "|".join(
                 f"{turn.role}:{' '.join(turn.text.lower().split())}{turn.more}"
@@ -269,6 +272,7 @@ def read_rows(
             )
             prompt_hash = hash_text(f"{seed}|{prompt}")
             row_hashes = [hash_text(content_of(prompt, record)) for record in records]
+            records[0].columns.encode()  # half of a character in another column, too, is refused
             pairs = records
         except Skip as reason:
             problem = str(reason)
@@ -298,7 +302,7 @@ def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:
     for row in _raw_rows(batch):
         text, row_hash, problem = "", 0, ""
         try:
-            record = read_text(parsed(row, by_line), source)
+            record = read_text(parsed(row, source, by_line), source)
             row_hash = hash_text(record)
             text = record
         except Skip as reason:
@@ -313,12 +317,12 @@ def read_texts(batch: Columns, source: Source, by_line: bool) -> dict[str, Any]:
     return columns | {"row_hash": _uint64(columns["row_hash"])}
 
 
-def parsed(row: dict[str, Any], by_line: bool) -> dict[str, Any]:
+def parsed(row: dict[str, Any], source: Source, by_line: bool) -> dict[str, Any]:
     """A raw row by its columns. Raises: Skip; ValueError where it cannot be read."""
     if by_line:
         return parse_line(row["text"])
     check_text(row)
-    return row
+    return without_padding_of_tools(row, source)
 
 
 def half_a_pair(error: UnicodeEncodeError) -> str:

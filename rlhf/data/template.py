@@ -34,7 +34,7 @@ TEMPLATES = {
         "{% elif message.role == 'assistant' %}"
         "{{ '\n\nAssistant: ' + (message.content if loop.last else message.content | trim) }}"
         "{% if loop.last %}{{ eos_token }}{% endif %}"
-        "{% else %}{{ message.content }}{% endif %}"
+        "{% else %}{{ ('' if loop.first else '\n\n') + message.content }}{% endif %}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
     ),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import importlib.util
 import inspect
 import math
@@ -185,20 +186,28 @@ def call_function(function: RewardFunction, batch: Batch) -> Scores:
 
 async def call_async(function: RewardFunction, batch: Batch, timeout: float) -> Scores:
     """As `call_function`, for one that is `async def`. Args: timeout: in seconds."""
+    limit = asyncio.timeout(timeout)
     try:
-        async with asyncio.timeout(timeout):
+        async with limit:
             if function.is_verl:
                 rows = (verl_arguments(function, batch, row) for row in range(len(batch)))
                 returned = await asyncio.gather(*(function.call(**row) for row in rows))
             else:
                 returned = await function.call(**arguments(function, batch))
     except TimeoutError as error:
-        if str(error):  # one of its own
+        if not limit.expired():  # one of its own
             raise CallError(failed(error, batch, None), None, error) from error
         raise CallError(too_late(timeout, len(batch)), is_timeout=True) from error
     except BaseException as error:
         raise CallError(failed(error, batch, None), None, error) from error
     return check_values(function, returned, batch)
+
+
+@functools.cache
+def event_loop() -> asyncio.Runner:
+    """The event loop of all calls in this process: a client that a function keeps, with its
+    connections, belongs to the loop in which it was first used."""
+    return asyncio.Runner()
 
 
 def awaited(returned: Any) -> Any:
@@ -207,7 +216,7 @@ def awaited(returned: Any) -> Any:
     async def result() -> Any:
         return await returned
 
-    return asyncio.run(result()) if inspect.isawaitable(returned) else returned
+    return event_loop().run(result()) if inspect.isawaitable(returned) else returned
 
 
 def failed(error: BaseException, batch: Batch, row: int | None) -> str:
@@ -231,7 +240,8 @@ def find_row(function: RewardFunction, batch: Batch, error: CallError) -> CallEr
         alone = batch.rows([row])
         try:
             if function.is_async:
-                asyncio.run(call_async(function, alone, max(0.0, until - time.monotonic())))
+                seconds = max(0.0, until - time.monotonic())
+                event_loop().run(call_async(function, alone, seconds))
             else:
                 call_function(function, alone)
         except CallError as found:
@@ -290,7 +300,8 @@ def verl_arguments(function: RewardFunction, batch: Batch, row: int) -> dict[str
     names = {*function.parameters, *OF_VERL_ALL, *function.kwargs}
     if not function.takes_all:
         names &= function.parameters
-    return {name: value for name, value in given.items() if name in names}
+    # a copy, as a function may change what others read
+    return {name: copy.deepcopy(value) for name, value in given.items() if name in names}
 
 
 def check_values(function: RewardFunction, returned: Any, batch: Batch) -> Scores:

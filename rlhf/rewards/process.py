@@ -34,6 +34,7 @@ from rlhf.rewards.functions import (
     RewardFunction,
     call_async,
     call_function,
+    event_loop,
     find_row,
     load_function,
     too_late,
@@ -294,7 +295,7 @@ def score_batch(
             continue
         seconds = max(specs[name].timeout for name in waiting)
         send(answers, {"started": list(waiting), "seconds": seconds})
-        outcomes = asyncio.run(call_together(waiting, specs, batch))
+        outcomes = event_loop().run(call_together(waiting, specs, batch))
         for name, function in waiting.items():
             report(name, function, specs[name], batch, outcomes[name], answers)
     for name, function in functions.items():
@@ -349,7 +350,7 @@ def report(
         part = batch.rows(rows)
         try:
             if function.is_async:
-                found_here = asyncio.run(call_async(function, part, spec.timeout))
+                found_here = event_loop().run(call_async(function, part, spec.timeout))
             else:
                 found_here = call_function(function, part)
         except CallError as error:

@@ -16,7 +16,7 @@ STYLED = re.compile(
     r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{\s*([-+]?[\d.,]+)\s*\}"
 )  # \textbf{5}
 UNITS = re.compile(
-    r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?"  # \text{cm}^2
+    r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?"  # \text{cm}^2
     r"|\^?\{?\\circ\}?|\\?%|[${}]"
 )
 MIXED = re.compile(r"(?<![\d./])(\d{1,9})\s+(\d{1,9})/(\d{1,9})(?![\d/])")  # 3 1/2
@@ -25,6 +25,8 @@ GROUPS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")  # 1 234
 LATEX_FRACTION = re.compile(  # 2\frac{1}{2}, \frac12
     r"(\d{1,9})? ?\\[dt]?frac ?(?:\{ ?(-?\d{1,9}) ?\} ?\{ ?(\d{1,9}) ?\}|(\d) ?(\d)(?!\d))"
 )
+THIN_COMMA = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")  # 10\,080
+SPACES = re.compile(r"\\[,;: ]|(?<!\\)~")  # 12\,\text{cm}
 LONGEST_NUMBER = 1000  # characters
 
 
@@ -66,7 +68,8 @@ def _whole_number(text: str) -> Fraction | None:
 
 def _plain(text: str) -> str:
     r"""Formulas as plain text, as far as numbers need it: \frac{1}{2} as 1/2, 1{,}234 as 1,234."""
-    text = text.replace("{,}", ",").replace(r"\,", ",").replace(r"\$", "$").replace("\\ ", " ")
+    text = text.replace(r"\!", "").replace("{,}", ",").replace(r"\$", "$")
+    text = SPACES.sub(" ", THIN_COMMA.sub(",", text))
     text = SIGN_ALONE.sub(r"\1\2-", LATEX_FRACTION.sub(_slashed, text))
     return MIXED.sub(_improper, text)
 
@@ -113,6 +116,6 @@ def last_boxed(text: str) -> str | None:
 def as_formula(text: str) -> str:
     r"""A reference as math-verify reads it best: GSM8K's number, or the whole text in \boxed{}."""
     marked = ANSWER.findall(text)
-    if not marked and ("\\boxed" in text or "$" in text):
+    if not marked and ("\\boxed" in text or re.search(r"(?<!\\)\$", text)):
         return text
     return rf"\boxed{{{marked[-1] if marked else text}}}"

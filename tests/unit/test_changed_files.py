@@ -52,5 +52,19 @@ def test_a_folder_that_was_moved_has_not_changed(tmp_path: Path) -> None:
     file.parent.rename(tmp_path / "new")
     moved = command("data=jsonl", path.format(tmp_path, "new")).cfg.data
     assert changed_files(before, moved) == []
-    (tmp_path / "new" / "more.jsonl").write_text("{}\n")
+    more = tmp_path / "new" / "more.jsonl"
+    more.write_text("{}\n")
     assert changed_files(before, moved) == ["more.jsonl"]
+    with_it = sizes_and_times(moved)
+    more.unlink()
+    assert changed_files(with_it, moved) == ["more.jsonl"], "it is not there any more"
+
+
+def test_a_file_of_held_out_rows_has_changed(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    paths = [f"data.sources.mine.path={tmp_path}/train.jsonl"]
+    data = command("data=jsonl", *paths, f"data.sources.mine.eval_split={tmp_path}/test.jsonl").cfg
+    before = sizes_and_times(data.data)
+    (tmp_path / "test.jsonl").write_text("{}\n{}\n")
+    assert changed_files(before, data.data) == ["test.jsonl"]

@@ -197,6 +197,19 @@ def test_a_key_that_is_there_twice_is_unreadable() -> None:
 # --- raw text
 
 
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_raw_text_needs_a_prompt(prompt: str) -> None:
+    for row in ({"prompt": prompt, "response": "a"}, {"prompt": prompt}):
+        with pytest.raises(ValueError, match="^prompt is empty$"):
+            read_pairs(row, Source(path="x"), Template.none)
+
+
+def test_raw_prompts_may_stand_alone() -> None:
+    [pair] = read_pairs({"prompt": "<u> 2 + 2?", "truth": "4"}, Source(path="x"), Template.none)
+    assert pair.prompt == [Turn("user", "<u> 2 + 2?")] and not pair.chosen
+    assert json.loads(pair.columns) == {"truth": "4"}
+
+
 def test_raw_text_is_kept_as_it_is() -> None:
     question, answer = "\n\nHuman: Sum it.\nTL;DR:", "  a cat \n"
     row: dict[str, Any] = {"prompt": question, "completion": answer}

@@ -13,7 +13,7 @@ from data_files import Record, jsonl, rows
 from prepared_data import config, questions_of, saved
 
 from rlhf.base.errors import UserError
-from rlhf.config.choices import Format
+from rlhf.config.choices import Format, Template
 from rlhf.config.schema import Source
 from rlhf.data.sources import load_sources
 
@@ -84,7 +84,13 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, kind: str) -> None:
 def test_a_text_that_looks_like_a_date_stays_a_text(tmp_path: Path, ending: str) -> None:
     """In a list of rows the library would make times of them, "1999-05-04 00:00:00"."""
     records = [
-        {"day": f"1999-05-{i:02}", "prompt": f"q {i}", "response": f"2000-01-{i:02}", "n": i}
+        {
+            "day": f"1999-05-{i:02}",
+            "prompt": f"q {i}",
+            "response": f"2000-01-{i:02}",
+            "n": i,
+            "reward_model": {"style": "rule", "ground_truth": [f"2024-05-{i:02}"]},
+        }
         for i in range(1, 31)
     ]
     file = tmp_path / f"days.{ending}"
@@ -98,6 +104,69 @@ def test_a_text_that_looks_like_a_date_stays_a_text(tmp_path: Path, ending: str)
     assert answers and answers <= {record["response"] for record in records}
     columns = [json.loads(row["columns"]) for row in data.ppo]
     assert columns and all(row["day"] == f"1999-05-{row['n']:02}" for row in columns)
+    truths = [(row["reward_model"]["ground_truth"], row["n"]) for row in columns]
+    assert all(truth == [f"2024-05-{n:02}"] for truth, n in truths)
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy", "pandas"])
+def test_a_table_that_is_saved_with_a_format_gives_the_same(tmp_path: Path, format: str) -> None:
+    import datasets
+
+    records = [{"prompt": f"q {i}", "response": f"a {i}", "w": i / 2} for i in range(40)]
+    table = datasets.Dataset.from_list(records)
+    table.with_format(format).save_to_disk(str(tmp_path / "formatted"))
+    wanted = load_sources(config(mine=jsonl(tmp_path / "wanted.jsonl", records)))
+    data = load_sources(config(mine=tmp_path / "formatted"))
+    assert data.sft.to_list() == wanted.sft.to_list() and len(data.sft) > 10
+    assert data.ppo.to_list() == wanted.ppo.to_list()
+
+
+def test_images_are_named_and_not_decoded(tmp_path: Path) -> None:
+    import datasets
+
+    count = 40
+    columns = {name: [f"{name} {i}" for i in range(count)] for name in ("prompt", "response")}
+    columns |= {"image": [{"bytes": b"no image"}] * count, "photos": [[{"bytes": b"no"}]] * count}
+    kinds = {name: datasets.Value("string") for name in ("prompt", "response")}
+    kinds |= {"image": datasets.Image(), "photos": datasets.List(datasets.Image())}
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    table.save_to_disk(str(tmp_path / "media"))
+    data = load_sources(config(mine=tmp_path / "media"))
+    assert data.report[0]["unread"] == ["image", "photos"] and len(data.sft) > 10
+    assert "image" not in data.ppo[0]["columns"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "jsonl"])
+def test_tools_have_no_keys_of_other_tools(tmp_path: Path, kind: str) -> None:
+    """A table gives each call the arguments of all, which are null where they are not its own."""
+    calls = [("add", {"a": 1, "how": {"exactly": True}}), ("weather", {"city": "Bern"})]
+    records: list[Record] = []
+    for i in range(40):
+        name, arguments = calls[i % 2]
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        messages = [{"role": "user", "content": f"{i}?"}]
+        messages += [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        tool = {"name": name, "parameters": {key: {"type": "string"} for key in arguments}}
+        records.append({"messages": messages, "tools": [tool]})
+    settings = config(mine=written(tmp_path / f"calls.{kind}", records))
+    settings.template = Template.tokenizer
+    data = load_sources(settings)
+    assert len(data.sft) > 10
+    for row in data.sft:
+        number = int(row["prompt"][1]["text"].removesuffix("?"))
+        (call,) = json.loads(row["calls"])["tool_calls"]
+        assert call["function"]["arguments"] == calls[number % 2][1]
+        (tool,) = json.loads(row["prompt"][0]["text"])
+        assert list(tool["parameters"]) == list(calls[number % 2][1])
+
+
+def test_half_a_character_in_another_column_is_unreadable(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"{i}?", "solution": "\ud83d\ude00"}) for i in range(40)]
+    lines.append(r'{"prompt": "q", "solution": "\ud83d"}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = load_sources(config(mine=tmp_path / "a.jsonl"))
+    assert "half of a surrogate pair" in data.report[0]["first_unreadable"]
+    assert json.loads(data.ppo[0]["columns"]) == {"solution": "\U0001f600"}
 
 
 def test_a_csv_file_is_text(tmp_path: Path) -> None:

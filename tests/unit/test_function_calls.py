@@ -76,6 +76,10 @@ def hangs(completions):
 async def hangs_async(completions):
     await asyncio.sleep(60)
 
+async def gives_up(completions):
+    await asyncio.wait_for(asyncio.sleep(60 if "no" in completions else 0), 0.2)
+    return [1.0] * len(completions)
+
 def dies(completions):
     os._exit(3)
 
@@ -214,6 +218,44 @@ def test_async_functions_run_at_the_same_time() -> None:
     assert 0.7 <= seconds < 1.4, "one after the other: 0.7 + 0.7 + 4 x 0.3 s"
 
 
+def test_a_client_that_a_function_keeps_works_in_every_call(module: Path) -> None:
+    """It belongs to the event loop in which it was first used."""
+    module.write_text("""
+import asyncio
+busy = asyncio.Semaphore(1)
+
+async def one_at_a_time(solution_str, ground_truth):
+    async with busy:
+        await asyncio.sleep(0.01)
+    return 1.0
+
+def hidden(completions):
+    return one_for_each(completions)
+
+async def one_for_each(completions):
+    return [await one_at_a_time(text, "") for text in completions]
+""")
+    process = started("one_at_a_time", "hidden")
+    for _ in range(2):
+        found = process.score(batch(ground_truth=["4", "5"]))
+        assert [one.scores for one in found.values()] == [[1.0] * 4] * 2
+    process.close()
+
+
+def test_what_a_function_of_verls_kind_changes_is_its_own(module: Path) -> None:
+    module.write_text("""
+def takes(solution_str, ground_truth, extra_info):
+    extra_info.pop("k")
+    return 1.0
+
+def reads(solution_str, ground_truth, extra_info):
+    return float("k" in extra_info)
+""")
+    rows = batch(extra_info=[{"k": 1}, {"k": 2}], ground_truth=["4", "5"])
+    found = scores("takes", "reads", rows=rows)
+    assert found["takes"].scores == found["reads"].scores == [1.0] * 4
+
+
 def test_kwargs_of_the_configuration_and_a_file_by_its_path(module: Path) -> None:
     for place in ("mine:correct", "./mine.py:correct", f"{module}:correct"):
         process = RewardProcess({"c": Spec("rl.rewards.c", place, {"scale": 3})})
@@ -275,6 +317,15 @@ def test_an_error_is_one_line_with_function_row_and_completion(
     line = refused(name, timeout=1)
     expected = said.format(file=module, line=line_of("return [1 / (len(c)"))
     assert line.startswith(f"rl.rewards.{name}: {expected}") and "\n" not in line
+
+
+def test_a_timeout_of_its_own_is_an_error_of_the_function() -> None:
+    said = refused("gives_up")
+    assert "TimeoutError" in said and "(timeout)" not in said
+    rows = batch()
+    rows.completions[1] = "4"
+    found = scores("gives_up", skip=True, rows=rows)["gives_up"]
+    assert found.scores == [1.0, 1.0, None, None], "the other prompt keeps its scores"
 
 
 def test_with_skip_errors_are_no_score_and_are_counted(caplog: pytest.LogCaptureFixture) -> None:

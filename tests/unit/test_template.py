@@ -47,6 +47,10 @@ def test_how_each_style_reads(saved: Callable[[str], str]) -> None:
         Turn("assistant", "Yes?"),
         Turn("user", "Bye"),
     ]
+    later = template.render_prompt(
+        load_tokenizer(saved("gpt2"), Template.hh), turns[1:] + turns[:2]
+    )
+    assert later.startswith("\n\nHuman: Hi") and "\n\nHuman: Bye\n\nBe brief.\n\nHuman:" in later
     wanted = {
         Template.hh: "Be brief.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:",
         Template.chatml: "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"

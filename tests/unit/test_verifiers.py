@@ -57,6 +57,15 @@ def test_nothing_heavy_is_imported() -> None:
         # the last number
         ("7+2=9, 4+9=13, 1+5+1=7. So 739.", "739"),
         ("147+592=739", "739"),
+        # spaces of LaTeX
+        (r"\boxed{12\,\text{cm}^2}", "12"),
+        (r"\boxed{12\,\mathrm{cm}}", "12"),
+        (r"\boxed{12~\text{cm}}", "12"),
+        (r"\boxed{12\;\textrm{cm}}", "12"),
+        (r"\boxed{12\, cm}", "12"),
+        (r"\boxed{12\,\%}", "12"),
+        (r"\boxed{10,\!080}", "10080"),
+        (r"\boxed{10\,080}", "10080"),
         ("5-3", "3"),
         ("It is -5", "-5"),
         ("= \u22125", "-5"),

@@ -6,6 +6,7 @@ import json
 import re
 from typing import TypeAlias
 
+from rlhf.config.schema import Source
 from rlhf.data.records import Turn
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
@@ -102,6 +103,35 @@ def _calls(calls: Json, where: str) -> Json:
         others = call if isinstance(call, dict) and "function" in call else {"type": "function"}
         read.append(others | {"function": function})
     return read
+
+
+def without_padding_of_tools(row: dict[str, Json], source: Source) -> dict[str, Json]:
+    """A row of a table without the nulls in its tools and calls of tools.
+
+    A column of a table has one type, so each tool, and each call, has the keys of all of them:
+    those that are not its own are null.
+    """
+
+    def without_nulls(value: Json) -> Json:
+        if isinstance(value, list):
+            return [without_nulls(one) for one in value]
+        if isinstance(value, dict):
+            return {key: without_nulls(one) for key, one in value.items() if one is not None}
+        return value
+
+    def in_calls(value: Json) -> Json:
+        if isinstance(value, list):
+            return [in_calls(one) for one in value]
+        if isinstance(value, dict):
+            calls = ("tool_calls", "function_call")
+            return {k: without_nulls(v) if k in calls else in_calls(v) for k, v in value.items()}
+        return value
+
+    tools = source.columns.get("tools", "tools")
+    return {
+        name: without_nulls(value) if name == tools else in_calls(value)
+        for name, value in row.items()
+    }
 
 
 def _parsed(value: Json) -> Json:

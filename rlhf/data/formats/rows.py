@@ -133,7 +133,7 @@ def read_pairs(row: Row, source: Source, style: Template = Template.hh) -> list[
     """
     source = replace(source, format=source.format or detect_format([*row, *source.columns]))
     if style is Template.none:
-        pairs = [_checked_answers(_raw(row, source))]
+        pairs = [_raw(row, source)]
     elif source.format == Format.ranked:
         pairs = _ranked_pairs(row, source)
     else:
@@ -222,7 +222,7 @@ def read_text(row: Row, source: Source) -> str:
 
 
 def _raw(row: Row, source: Source) -> Pair:
-    """Prompt and answers as they are, white space too, for data.template=none."""
+    """Prompt and answers as they are, white space too, for data.template=none. Raises: Skip."""
     assert source.format
     if source.format not in RAW:
         known = " or ".join(format.name for format in RAW)
@@ -237,11 +237,14 @@ def _raw(row: Row, source: Source) -> Pair:
     if isinstance(text, list):
         raise ValueError("prompt is a list, not a string: data.template=none has no roles")
     prompt = [Turn("user", string(text, "prompt"))]
+    if not prompt[0].text.strip():
+        raise ValueError("prompt is empty")
     if source.format == Format.prompts:
         return Pair(prompt, "", None)
     rejected = field(row, source, "rejected")
     chosen = string(required(row, source, "chosen"), "chosen")
-    return Pair(prompt, chosen, None if rejected is None else string(rejected, "rejected"))
+    rejected = None if rejected is None else string(rejected, "rejected")
+    return _checked_answers(Pair(prompt, chosen, rejected))
 
 
 def _other_columns(row: Row, source: Source, style: Template) -> str:
@@ -259,7 +262,7 @@ def _other_columns(row: Row, source: Source, style: Template) -> str:
     paths = [path_of(row, source, name) for name in partly]
     read -= {path.split(".")[0] for path in paths if path not in row}
     columns = {name: value for name, value in row.items() if name not in read}
-    return json.dumps(columns, default=str) if columns else ""
+    return json.dumps(columns, default=str, ensure_ascii=False) if columns else ""
 
 
 # --- one function for each format

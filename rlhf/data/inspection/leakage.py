@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 def leakage(data: Dataset) -> tuple[dict[str, int], dict[str, int]]:
     """Shared prompts of each two parts, which must be 0, and the distinct prompts of each part.
 
-    Two prompts are the same when they differ in case and spaces only. The hashes that assign rows
-    to parts are not used.
+    Two prompts are the same when their texts differ in case and spaces only. The hashes that assign
+    rows to parts are not used.
 
     Returns: shared prompts by "sft & rm" and so on; distinct prompts by part.
     """
@@ -32,7 +33,7 @@ def leakage(data: Dataset) -> tuple[dict[str, int], dict[str, int]]:
     evaluated += [prompt.turns for prompt in data.eval_prompts]
     hashes["eval"] = np.unique(
         np.array(
-            [_hash_of((turn.role, turn.text) for turn in prompt) for prompt in evaluated],
+            [_hash_of(map(asdict, prompt)) for prompt in evaluated],
             dtype=np.uint64,
         )
     )
@@ -47,10 +48,7 @@ def _hashes_of(table: datasets.Dataset) -> np.ndarray:
     """Hashes of the distinct prompts of a table, sorted; 8 bytes each, read batch by batch."""
     batches = [
         np.array(
-            [
-                _hash_of((turn["role"], turn["text"]) for turn in prompt)
-                for prompt in batch["prompt"]
-            ],
+            [_hash_of(prompt) for prompt in batch["prompt"]],
             dtype=np.uint64,
         )
         for batch in table.select_columns(["prompt"]).iter(1000)
@@ -58,7 +56,11 @@ def _hashes_of(table: datasets.Dataset) -> np.ndarray:
     return np.unique(np.concatenate(batches)) if batches else np.array([], dtype=np.uint64)
 
 
-def _hash_of(turns: Iterable[tuple[str, str]]) -> int:
-    text = "\0".join(f"{role}\1{' '.join(text.lower().split())}" for role, text in turns)
+def _hash_of(turns: Iterable[Mapping[str, str]]) -> int:
+    """Of turns with their role, text and more, as a table has them."""
+    text = "\0".join(
+        f"{turn['role']}\1{' '.join(turn['text'].lower().split())}\1{turn['more']}"
+        for turn in turns
+    )
     content = text.encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
