@@ -236,27 +236,71 @@ def allow_user_names(arg: str) -> str:
         return arg  # reported later, with all else that is wrong
     depth = found.name.split(".").index("*")
     parts = key.split(".")
-    swept = override.is_sweep_override()
-    values = list(override.sweep_string_iterator()) if swept else [literal(override.value())]
+    values = values_of_sweep(override)
     for name in reversed(parts[depth:]):
         values = [f"{{{name}: {value}}}" for value in values]
     return f"++{'.'.join(parts[:depth])}={','.join(values)}"
 
 
-def as_user_types(arg: str) -> str:
-    """An override that `allow_user_names` has made, in the form that users type, for advice."""
-    if not arg.startswith("++"):
-        return arg
-    override = parse(arg)
-    key, value = override.key_or_group, override.value()
-    found = keys.find_key(key)
-    if found is None or not found.is_dictionary:
-        return arg
-    while isinstance(value, dict) and len(value) == 1:
-        ((name, value),) = value.items()
-        key += f".{name}"
-    if isinstance(value, dict):
-        return arg
+def one_for_each_key(args: Sequence[str]) -> list[str]:
+    """The overrides of a sweep with those that `allow_user_names` has made of one dictionary as
+    one: of several with the same key, Hydra's sweeper knows the last one only."""
+    values: dict[str, list[Any]] = {}  # the choices of each dictionary
+    merged = []
+    for arg in args:
+        override = parse(arg)
+        key = override.key_or_group
+        found = keys.find_key(key) if arg.startswith("++") else None
+        if found is None or not found.is_dictionary:
+            merged.append(arg)
+            continue
+        if key not in values:
+            merged.append(key)  # its place
+        choices = [parse(f"{key}={one}").value() for one in values_of_sweep(override)]
+        values[key] = [
+            merge(before, value) for before in values.get(key, [{}]) for value in choices
+        ]
+    return [
+        f"++{arg}={','.join(map(literal, values[arg]))}" if arg in values else arg for arg in merged
+    ]
+
+
+def values_of_sweep(override: Override) -> list[str]:
+    """The values of an override in Hydra's grammar; of one that is no sweep, its own."""
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [literal(override.value())]
+
+
+def merge(one: Any, other: Any) -> Any:
+    """A value with another one set over it; of dictionaries, key by key."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return other
+    return one | {key: merge(one.get(key), value) for key, value in other.items()}
+
+
+def as_user_types(args: Sequence[str]) -> list[str]:
+    """Overrides that `allow_user_names` has made, in the form that users type, for advice."""
+    typed = []
+    for arg in args:
+        override = parse(arg) if arg.startswith("++") else None
+        found = keys.find_key(override.key_or_group) if override else None
+        if override and found and found.is_dictionary and not override.is_sweep_override():
+            typed += [of_leaf(*leaf) for leaf in leaves(override.key_or_group, override.value())]
+        else:
+            typed.append(arg)
+    return typed
+
+
+def leaves(key: str, value: Any) -> list[tuple[str, Any]]:
+    """The values inside a dictionary, and its own key where it has none."""
+    if not isinstance(value, dict) or not value:
+        return [(key, value)]
+    return [leaf for name, item in value.items() for leaf in leaves(f"{key}.{name}", item)]
+
+
+def of_leaf(key: str, value: Any) -> str:
+    """An override that sets a key, with as few quotes as can be."""
     plain = f"{key}={override_text(value) if isinstance(value, str) else literal(value)}"
     return plain if parse(plain).value() == value else f"{key}={literal(value)}"
 

@@ -107,12 +107,14 @@ def dispatch(argv: Sequence[str]) -> int:
     compose.register(folders)
     if args.help:
         return print_help(args.overrides, folders)
-    overrides = [arguments.allow_user_names(arg) for arg in args.overrides]
-    sys.argv[1:] = [arguments.allow_user_names(arg) for arg in argv]  # Hydra reads it again
     problems = [line for flag in flags for line in explain_flag(flag)]
     problems += [line for arg in args.overrides for line in arguments.explain(arg, args.multirun)]
     if problems and not args.shell_completion:
         raise UserError("\n".join(problems))
+    overrides = [arguments.allow_user_names(arg) for arg in args.overrides]
+    if args.multirun:
+        overrides = arguments.one_for_each_key(overrides)
+    sys.argv[1:] = [arg for arg in argv if arg not in args.overrides] + overrides  # Hydra reads it
     if args.multirun:
         if looked := [f"--{name}" for name in ("cfg", "info") if getattr(args, name)]:
             raise UserError(
@@ -210,7 +212,7 @@ def run_sweep(overrides: Sequence[str], folders: Sequence[Path], with_flags: boo
     named = []
     if sweep.check_jobs(jobs.jobs, folders) == {DEFAULT_NAME}:
         named = [f"experiment_name={jobs.name}"]
-    sweep.begin(overrides, len(jobs.jobs))
+    sweep.begin(overrides, jobs)
     try:
         if jobs.is_plain and not with_flags:
             sweep.run_jobs([job + named for job in jobs.jobs])

@@ -179,7 +179,7 @@ def make_command(composed: DictConfig, overrides: Sequence[str]) -> Command:
         usual.actor.path = composed.actor.path
     for key in OmegaConf.missing_keys(usual):  # what only the user can give: the file of data=jsonl
         OmegaConf.update(usual, key, OmegaConf.select(composed, key))
-    command = Command(cfg, typed_config(usual), list(map(arguments.as_user_types, overrides)))
+    command = Command(cfg, typed_config(usual), arguments.as_user_types(overrides))
     for mine, plain in ((cfg.actor, command.baseline.actor), (cfg.reward, command.baseline.reward)):
         forget_shape(mine, plain)
     for name in other_algorithms(cfg):

@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from rlhf.runs.identity import short_name
 
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep
 SWEEP_SIZE = "RLHF_SWEEP_SIZE"  # number of jobs
+SWEEP_KEYS = "RLHF_SWEEP_KEYS"  # what it sweeps over; these keys are first in the jobs' names
 COPIED = ("config.yaml", "summary.json", "metrics.jsonl", "curves.png")
 NOT_COMPARED = {"runtime": None, "overrides": None}  # of Hydra's node: what was typed, and where
 REPORT_EVERY = 1.0  # s
@@ -45,8 +48,13 @@ class Sweep:
     """What -m asks for."""
 
     jobs: list[list[str]]  # the overrides of each
-    name: str  # the keys that it sweeps, "rl.kl.coef+seed"
+    swept: list[str]  # the keys whose values differ
     is_plain: bool  # nothing of Hydra is changed: its jobs can run one after another here
+
+    @property
+    def name(self) -> str:
+        """Of the keys that it sweeps: "rl.kl.coef+seed"."""
+        return short_name("", self.swept) or "one_job"
 
 
 def read_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> Sweep:
@@ -59,13 +67,17 @@ def read_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> Sweep:
     master = compose.compose_with_hydra(fixed, folders).hydra
     params = (master.sweeper.params or {}).items()
     in_files = [arguments.allow_user_names(f"{key}={value}") for key, value in params]
-    every = [*map(arguments.parse, in_files), *typed]
+    every = list(map(arguments.parse, arguments.one_for_each_key([*in_files, *overrides])))
     jobs = arguments.jobs_of(every)
-    swept = {one.key_or_group for one in every if one.is_sweep_override()}
     usual = compose.compose_with_hydra([], folders).hydra
     ours = [[arg for arg in job if not is_hydras(arg)] for job in jobs]
-    name = short_name("", sorted(swept)) or "one_job"
-    return Sweep(ours, name, how_jobs_run(master) == how_jobs_run(usual))
+    return Sweep(ours, swept_keys(ours), how_jobs_run(master) == how_jobs_run(usual))
+
+
+def swept_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """The keys that not all jobs have with the same value."""
+    count = Counter(arg for job in jobs for arg in arguments.as_user_types(job))
+    return sorted({arguments.group_of(arg) for arg, times in count.items() if times < len(jobs)})
 
 
 def how_jobs_run(node: DictConfig) -> dict[str, Any]:
@@ -120,8 +132,8 @@ def run_jobs(jobs: Sequence[Sequence[str]]) -> None:
         raise errors[0]
 
 
-def begin(overrides: Sequence[str], jobs: int) -> None:
-    """Prepare for jobs, which may be processes of their own, on other machines too.
+def begin(overrides: Sequence[str], jobs: Sweep) -> None:
+    """Prepare for the jobs, which may be processes of their own, on other machines too.
 
     They write how they ended to a file that the environment names. With a launcher that runs jobs
     side by side, the first Ctrl-C is left to the jobs, which hear it as well and save (joblib would
@@ -134,8 +146,12 @@ def begin(overrides: Sequence[str], jobs: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     atexit.register(log.unlink, missing_ok=True)
-    os.environ |= {SWEEP_LOG: str(log), SWEEP_PROCESS: str(os.getpid()), SWEEP_SIZE: str(jobs)}
-    os.environ[SWEEP_BEGAN] = str(time.time())
+    os.environ |= {
+        SWEEP_LOG: str(log),
+        SWEEP_PROCESS: str(os.getpid()),
+        SWEEP_SIZE: str(len(jobs.jobs)),
+    }
+    os.environ |= {SWEEP_BEGAN: str(time.time()), SWEEP_KEYS: " ".join(jobs.swept)}
     if any(arg.startswith("hydra/launcher=") for arg in overrides):
 
         def leave_to_the_jobs(*_: object) -> None:
@@ -156,7 +172,8 @@ def ended_jobs() -> list[dict[str, str]]:
 
 def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
     """One job of a sweep. Raises: what stopped it, after it is recorded."""
-    job = " ".join(overrides)
+    typed = arguments.as_user_types(overrides)
+    job = shlex.join(typed)
     say(f"\n--- job {number} of {os.environ[SWEEP_SIZE]}: {job}")
     if os.environ[SWEEP_PROCESS] != str(os.getpid()):  # side by side: save when the sweep is gone
         end_with_parent()
@@ -166,11 +183,11 @@ def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
     except Exception as error:
         line = (str(error).splitlines() or [repr(error)])[0]
         say(f"error: {line}")
-        collect_job(folder, overrides, None, line)
+        collect_job(folder, typed, None, line)
         record_end(job, folder, line)
         raise
     if runs:
-        collect_job(folder, overrides, runs[-1])
+        collect_job(folder, typed, runs[-1])
         record_end(job, folder)
 
 
@@ -183,8 +200,9 @@ def collect_job(folder: Path, overrides: list[str], done: Path | None, error: st
     """A job's own folder below that of its sweep: copies of what its last stage wrote and a link to
     the run, or why it failed."""
     named = [arg for arg in overrides if not arg.startswith("experiment_name=")]
-    changed = sorted(arg.lstrip("+").replace("=", "-") for arg in named)
-    name = short_name("", changed) or "default"
+    swept = os.environ.get(SWEEP_KEYS, "").split()
+    named.sort(key=lambda arg: (arguments.group_of(arg) not in swept, arg))
+    name = short_name("", [arg.lstrip("+").replace("=", "-") for arg in named]) or "default"
     name += "-" + hashlib.sha256(" ".join(sorted(overrides)).encode()).hexdigest()[:8]
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)

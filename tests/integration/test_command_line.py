@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from helpers import MODELS, PRESETS, command, composed, write_option
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf import arguments, cli, compose, sweep
 from rlhf.base.errors import UserError
@@ -169,7 +170,60 @@ def test_all_sources_of_the_score_are_added_at_once_and_the_others_stay() -> Non
     ],
 )
 def test_commands_that_are_printed_have_overrides_as_they_are_typed(typed: str) -> None:
-    assert arguments.as_user_types(arguments.allow_user_names(typed)) == typed
+    assert arguments.as_user_types([arguments.allow_user_names(typed)]) == [typed]
+
+
+def sweep_of(*typed: str) -> sweep.Sweep:
+    """What a command with -m sweeps, as the command line reads it."""
+    args = [arguments.allow_user_names(arg) for arg in typed]
+    return sweep.read_sweep(arguments.one_for_each_key(args), [])
+
+
+NUMBER = "rlhf.verifiers:number"
+
+
+@pytest.mark.parametrize(
+    "typed, swept",
+    [
+        (["rl.rewards.model=null", f"rl.rewards.gold.function={GOLD}"], "rl.kl.coef=0.1,0.3"),
+        ([f"rl.rewards.gold.function={GOLD}", "rl.rewards.model=null"], "seed=1,2"),
+        ([f"rl.rewards.gold.function={GOLD}", "rl.rewards.model.weight=0.1"], "seed=1,2"),
+        ([f"rl.rewards.gold.function={GOLD}"], "rl.rewards.gold.weight=0.1,0.5"),
+        (["rl.rewards.model=null"], f"rl.rewards.mine.function={GOLD},{NUMBER}"),
+        (["rl.rewards={model: null}"], f"rl.rewards.mine.function={GOLD},{NUMBER}"),
+        (["data=jsonl", "data.sources.mine.path=a.jsonl"], "data.sources.mine.rows=20,30"),
+        (["data=jsonl", "data.sources.mine.path=a.jsonl", "seed=1"], "data.shares=[1,0,0],[0,1,0]"),
+        (["data.sources.a.path=a.jsonl", "data.sources.b.path=b.jsonl"], "seed=1,2"),
+        (["data.sources.a.path=a.jsonl", "+data.sources.a.columns={prompt: q}"], "seed=1,2"),
+    ],
+)
+def test_a_sweep_means_what_its_jobs_mean_alone(typed: list[str], swept: str) -> None:
+    key = swept.partition("=")[0]
+    values = re.split(r",(?![^\[]*\])", swept.partition("=")[2])
+    alone = [composed_options(*typed, f"{key}={value}") for value in values]
+    found = sweep_of(*typed, swept)
+    assert [compose.compose_alone(job, []) for job in found.jobs] == alone
+    assert found.name == key
+    for job, value in zip(found.jobs, values):  # for the line above a job, and its folder's name
+        words = arguments.as_user_types(job)
+        assert f"{key}={value}" in [word.replace('"', "") for word in words]
+        again = [arguments.allow_user_names(arg) for arg in words]
+        assert compose.compose_alone(again, []) == compose.compose_alone(job, [])
+
+
+def composed_options(*typed: str) -> DictConfig:
+    """The configuration of a command without -m."""
+    return compose.compose_alone([arguments.allow_user_names(arg) for arg in typed], [])
+
+
+def test_a_sweep_over_two_keys_of_one_dictionary() -> None:
+    keys = ("rl.rewards.gold.weight", "rl.rewards.model.weight")
+    found = sweep_of(f"rl.rewards.gold.function={GOLD}", *(f"{key}=1,2" for key in keys))
+    weights = [
+        tuple(OmegaConf.select(compose.compose_alone(job, []), key) for key in keys)
+        for job in found.jobs
+    ]
+    assert weights == [(1, 1), (1, 2), (2, 1), (2, 2)] and found.swept == list(keys)
 
 
 # ------------------------------------------------------------------------------------------ sweeps
