@@ -17,6 +17,7 @@ from rlhf.data.batches import uniforms
 from rlhf.data.records import Dataset, Turn
 from rlhf.evaluation.statistics import repetition
 from rlhf.rl.experience import Experience, Models, Prompts, make_experience
+from rlhf.rl.rewards import check_finite
 from rlhf.sampling.token_choice import Sampling
 
 PolicyEvaluation = tuple[dict[str, float], list[dict[str, Any]]]  # means; a row per response
@@ -40,7 +41,7 @@ def evaluate_policy(
     (weighted sum), `score/NAME` of each of several sources, `kl` (nats per response: the sum over
     tokens of log pi - log ref). A score is None where no source applies to the response; it is not
     in the mean.
-    Raises: UserError where all prompts are too long.
+    Raises: UserError where all prompts are too long, or a reward model's score is not finite.
     """
     turns = [prompt.turns for prompt in data.eval_prompts]
     encoded = encoding.encode_prompts(models.tokenizer, turns, max_prompt_tokens)
@@ -58,6 +59,9 @@ def evaluate_policy(
     repeated = [row for row in kept for _ in range(n)]
     prompts = Prompts([prompt for prompt, _ in repeated], [ids for _, ids in repeated], random, n)
     experience = make_experience(replace(models, critic=None), prompts, sampling, micro_batch)
+    for k, source in enumerate(models.rewards.sources if models.rewards else ()):
+        if source.engine:  # of a function NaN means that it does not apply
+            check_finite(f"the reward model {source.name}", experience.scores[:, k])
     kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
     rows = []
     for i, prompt in enumerate(prompts.rows):

@@ -81,9 +81,17 @@ def compared(
 
 
 def differences(rows: Responses, others: Responses, judge: str) -> list[float]:
-    """The differences of two policies' scores; prompts that have none are left out."""
-    pairs = [(judgement(a, judge), judgement(b, judge)) for a, b in zip(rows, others)]
-    return [a - b for a, b in pairs if a is not None and b is not None]
+    """The differences of two policies' scores; prompts that have none are left out.
+
+    Equal responses are a tie, also where rounding in other batches gave them other scores.
+    """
+    margins = []
+    for row, other in zip(rows, others):
+        score, other_score = judgement(row, judge), judgement(other, judge)
+        if score is not None and other_score is not None:
+            same = all(row[key] == other[key] for key in ("completion", "length", "eos_rate"))
+            margins.append(0.0 if same else score - other_score)
+    return margins
 
 
 def win_rate(policy: str, against: str, judge: str, margins: Sequence[float]) -> WinRate:

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from rlhf.config.stage_graph import is_stage_name
 from rlhf.reporting.comparison import (
     Comparison,
     SeedGroup,
@@ -18,6 +19,14 @@ from rlhf.reporting.comparison import (
 )
 from rlhf.runs.history import Run
 from rlhf.runs.stage_views import PrimaryMetric
+
+HELD_OUT = ("data.eval_share", "data.eval_rows")  # every metric is of the held-out rows
+# settings of the policies that others are compared with; one of online RL has its own, too
+OPPONENTS = {
+    "base": ("actor.path",),
+    "sft": ("actor.", "sft."),
+    "dpo": ("actor.", "sft.", "dpo."),
+}
 
 
 def conclusions(comparison: Comparison) -> list[str]:
@@ -51,13 +60,23 @@ def meaning(run: Run, metric: PrimaryMetric) -> str:
     """The settings that decide what a run's metric means, as text."""
     if not run.settings:
         return str(run.path)
+    return json.dumps({key: run.settings[key] for key in sorted(decisive_settings(run, metric))})
+
+
+def decisive_settings(run: Run, metric: PrimaryMetric) -> set[str]:
+    """The keys of a run's settings that decide what its metric means."""
     has_rm = any(key.startswith("rm.") for key in run.settings)  # else reward.lora is the critic's
-    decisive = {
-        key: value
-        for key, value in sorted(run.settings.items())
-        if key.startswith(metric.defined_by) and (has_rm or not key.startswith("reward.lora."))
+    prefixes = (*HELD_OUT, *metric.defined_by)
+    if has_rm and "rm." in metric.defined_by:
+        prefixes += ("data.shares", "data.max_")  # what the reward model is trained on
+    opponent = str(run.settings.get("eval.against"))
+    if "eval.against" in metric.defined_by and (opponent == "base" or is_stage_name(opponent)):
+        prefixes += OPPONENTS.get(opponent, ("actor.", "sft.", f"{opponent}."))
+    return {
+        key
+        for key in run.settings
+        if key.startswith(prefixes) and (has_rm or not key.startswith("reward.lora."))
     }
-    return json.dumps(decisive)
 
 
 def why_not_ranked(groups: Sequence[SeedGroup], metric: PrimaryMetric) -> str:
@@ -65,7 +84,8 @@ def why_not_ranked(groups: Sequence[SeedGroup], metric: PrimaryMetric) -> str:
     runs = [group.runs[0] for group in groups]
     if any(not run.settings for run in runs):
         return "Runs of an earlier version are not ranked: their settings are unknown."
-    keys = [key for key in differing_settings(runs) if key.startswith(metric.defined_by)]
+    decisive = set().union(*(decisive_settings(run, metric) for run in runs))
+    keys = [key for key in differing_settings(runs) if key in decisive]
     different = ", ".join(informative_settings(runs, keys))
     return (
         f"Runs with different {different} are not ranked against each other: their "

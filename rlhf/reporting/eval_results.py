@@ -246,8 +246,8 @@ def side_by_side(
 def summary_metrics(results: EvalResults) -> dict[str, float]:
     """The metrics of summary.json: of each policy, the pass rates, win rates, reward models.
 
-    eval/win_rate is that of the last policy by the main judge; eval/pass@1 that of the last policy
-    by the first verifier.
+    eval/win_rate by the main judge and eval/pass@1 by the first verifier are those of the last
+    policy that is not the one that others are compared with.
     """
     metrics = {
         f"eval/{name}/{key}": value
@@ -255,11 +255,10 @@ def summary_metrics(results: EvalResults) -> dict[str, float]:
         for key, value in policy.items()
     }
     metrics |= {f"eval/{rate.policy}/{rate.metric}": rate.rate for rate in results.pass_rates}
-    if first_of_last := [
-        rate.rate for rate in results.pass_rates if rate.policy == list(results.policies)[-1]
-    ]:
+    others = [name for name in results.policies if name != results.against]
+    last = next(reversed(others or list(results.policies)), None)
+    if first_of_last := [rate.rate for rate in results.pass_rates if rate.policy == last]:
         metrics["eval/pass@1"] = first_of_last[0]
-    last = next((name for name in reversed(results.policies) if name != results.against), None)
     for rate in results.win_rates:
         metrics[f"eval/{rate.policy}/win_rate/{rate.judge}"] = rate.rate
         if (rate.policy, rate.judge) == (last, results.judge):

@@ -320,13 +320,27 @@ def score_rows(
     tokenizer: PreTrainedTokenizerBase,
     micro_batch: int,
 ) -> list[float]:
-    """The score of each sequence of token ids, in order; the ranks share the work."""
+    """The score of each sequence of token ids, in order; the ranks share the work.
+
+    Raises: UserError where one is not finite.
+    """
 
     def scores_of(index: Sequence[int]) -> Tensor:
         ids, mask = pad_right([rows[i] for i in index], tokenizer.pad_token_id)
         return sequence_scores(engine, ids, mask, tokenizer.eos_token_id)
 
-    return map_across_ranks([len(row) for row in rows], micro_batch, scores_of).tolist()
+    scores = map_across_ranks([len(row) for row in rows], micro_batch, scores_of)
+    check_finite("the reward model", scores)
+    return scores.tolist()
+
+
+def check_finite(name: str, scores: Tensor) -> None:
+    """Raises: UserError where a reward model gives scores that are not finite."""
+    if broken := int((~scores.isfinite()).sum()):
+        raise UserError(
+            f"{name}: {broken:,} of {scores.numel():,} scores are not finite: its weights are "
+            "damaged, or deploy.precision has too small a range for it: use fp32 or bf16"
+        )
 
 
 def score_mean_std(

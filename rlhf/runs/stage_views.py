@@ -123,7 +123,8 @@ SFT = StageView(
             "eval/perplexity",
             "held-out perplexity",
             higher_is_better=False,
-            defined_by=("actor.path", "data.template"),  # tokens of another tokenizer
+            # tokens of another tokenizer, or other ones
+            defined_by=("actor.path", "data.template", "data.max_"),
         ),
     ),
     dashboard_section="SFT and reward model",
@@ -192,6 +193,7 @@ DPO = StageView(
     card="A policy: a causal language model, trained by DPO on preference pairs, "
     "kept near its SFT policy.",
 )
+SAMPLING = ("eval.decoding", "eval.temperature", "eval.top_", "eval.beams")
 EVAL = StageView(
     kind="eval",  # no rows: nothing is trained, and its tables are printed as they are on the page
     step_name="",
@@ -207,9 +209,9 @@ EVAL = StageView(
         PrimaryMetric(
             "eval/win_rate",
             "win rate",
-            defined_by=("reward.", "rm.", "eval.against", "eval.judge", "eval.rewards"),
+            defined_by=("reward.", "rm.", "eval.against", "eval.judge", "eval.rewards", *SAMPLING),
         ),
-        PrimaryMetric("eval/pass@1", "pass@1", defined_by=("eval.rewards",)),
+        PrimaryMetric("eval/pass@1", "pass@1", defined_by=("eval.rewards", *SAMPLING)),
         PrimaryMetric("eval/accuracy", "accuracy of the reward model"),
     ),
 )

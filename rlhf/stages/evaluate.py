@@ -234,7 +234,7 @@ def fitting(
 
 
 def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
-    """The sources of the score, each with weight 1, as each is a judge; None without sources."""
+    """The sources of the score, each of which is a judge, whatever its weight; None without any."""
     if not cfg.eval.rewards:
         return None
     tokenizer = (
@@ -243,16 +243,16 @@ def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
         else load_tokenizer(setup.scorers[0], cfg.data.template)
     )
     rewards = build_rewards(cfg, setup.data, setup.functions, tokenizer, run_dir)
-    for source in rewards.sources:
-        source.weight = 1.0
+    if len(rewards.sources) == 1:  # the score is this judge's
+        rewards.sources[0].weight = 1.0
     return rewards
 
 
 def verifiers(cfg: Config) -> list[str]:
-    """The sources that check responses: functions and servers, but for the sandbox's gold reward,
-    which is a grade."""
+    """The sources that check responses: functions, but for the sandbox's gold reward, which is a
+    grade, as the scores of a server may be."""
     sources = function_sources(cfg, "eval").items()
-    return [name for name, one in sources if (one.function or one.url) and name != "gold"]
+    return [name for name, one in sources if one.function and name != "gold"]
 
 
 def judges_of(node: Eval, data: Dataset) -> list[str]:

@@ -45,6 +45,12 @@ CASES: dict[str, list[str]] = {
     ],
     "scorer_only": ["eval.policies=[]"],
     "weighted": ["eval.rewards.model.weight=-3", "eval.best_of=0", "eval.prompts=[]"],
+    "several": [
+        "eval.rewards.model.weight=0.5",
+        "+eval.rewards={short: {function: 'short_rewards:length', weight: -0.1}}",
+        "eval.best_of=0",
+        "eval.prompts=[]",
+    ],
     "truth": [
         "eval.rewards.model=null",
         "+eval.rewards={gold: {function: 'rlhf.data.sandbox:gold'}}",
@@ -305,6 +311,14 @@ def test_beam_search_is_that_of_each_row_alone(runs: dict[str, Path], tokenizer:
         found.shape == kept.shape == (2, 12) and (found[kept == 0] == eos).all() and not logp.any()
     )
     assert Sampling().beams == 1
+
+
+def test_the_score_of_several_sources_has_their_weights(runs: dict[str, Path]) -> None:
+    metrics = result(runs["several"])
+    for policy in ("sft", "dpo"):
+        model, short = (metrics[f"eval/{policy}/score/{name}"] for name in ("model", "short"))
+        score = metrics[f"eval/{policy}/score"]
+        assert score == pytest.approx(0.5 * model - 0.1 * short, rel=1e-4)
 
 
 def test_a_single_source_judges_without_its_weight(runs: dict[str, Path]) -> None:

@@ -35,7 +35,7 @@ from rlhf.reporting.eval_results import (
     WinRate,
 )
 from rlhf.runs.history import Run, find_runs
-from rlhf.runs.stage_views import PrimaryMetric
+from rlhf.runs.stage_views import PrimaryMetric, view_of
 
 
 @pytest.fixture
@@ -219,6 +219,36 @@ def test_scores_of_different_reward_models_are_not_ranked(tmp_path: Path) -> Non
     assert best.startswith("Best of 2 settings by score: kl.coef=0.3 rm.epochs=2 with 3.000, 1.000")
     assert why.startswith("Runs with different rm.epochs are not ranked against each other")
     assert proxy.startswith("The score is a proxy")
+
+
+@pytest.mark.parametrize(
+    "stage, one, other, apart",
+    [
+        ("rm", [], ["data.eval_share=0.2"], "data.eval_share"),
+        ("sft", [], ["data.max_response_tokens=32"], "data.max_response_tokens"),
+        ("sft", [], ["sft.epochs=2"], ""),
+        ("ppo", [], ["data.shares=[8,1,1]"], "data.shares"),
+        ("ppo", [], ["rl.kl.coef=0.3"], ""),
+        ("eval", ["eval.against=sft"], ["eval.against=sft", "sft.epochs=2"], "sft.epochs"),
+        ("eval", ["eval.against=sft"], ["eval.against=sft", "rl.kl.coef=0.3"], ""),
+        ("eval", ["eval.against=ppo"], ["eval.against=ppo", "rl.kl.coef=0.3"], "ppo.kl.coef"),
+        ("eval", ["eval.against=base"], ["eval.against=base", "sft.epochs=2"], ""),
+        ("eval", [], ["eval.decoding=greedy"], "eval.decoding"),
+    ],
+)
+def test_what_does_not_mean_the_same_is_not_ranked(
+    tmp_path: Path, stage: str, one: list[str], other: list[str], apart: str
+) -> None:
+    """Held-out rows, tokens, reward models, opponents and decoding decide what a metric means."""
+    hub = ["actor=opt125m", "data=rm_static"]
+    final = {"sft": "perplexity", "rm": "accuracy", "ppo": "score", "eval": "win_rate"}
+    for value, overrides in enumerate((one, other), 1):
+        write_stage(tmp_path, stage, [*hub, *overrides], [], {final[stage]: float(value)})
+    runs = find_runs([tmp_path])
+    (comparison,) = compare_runs(runs, view_of(stage).kind)
+    said = " ".join(conclusions(comparison))
+    assert (f"Runs with different {apart} are not ranked" in said) == bool(apart), said
+    assert ("Best of 2 settings" in said) == (not apart)
 
 
 def test_the_adapter_of_a_critic_does_not_change_what_a_score_means(tmp_path: Path) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from rlhf.reporting.eval_page import page
-from rlhf.reporting.eval_results import CalibrationBin, EvalResults, ScorerResults, WinRate
+from rlhf.reporting.eval_results import (
+    CalibrationBin,
+    EvalResults,
+    PassRate,
+    ScorerResults,
+    WinRate,
+    summary_metrics,
+)
 from rlhf.reporting.eval_summary import summarize
 from rlhf.reporting.tables import print_evaluation
 
@@ -165,3 +172,16 @@ def test_page_and_terminal_say_the_same(capsys: object) -> None:
     for word in ("accuracy", "agreement with gold", "mean confidence", "calibration error (ECE)"):
         assert word in printed and word in html
     assert "before" not in printed and 'name="viewport"' in html
+
+
+def test_the_numbers_that_runs_are_compared_by_are_of_one_policy() -> None:
+    """Also where the policy that others are compared with comes last."""
+    of_eval = results(rate("ppo", 80, 0.71, 0.87), ppo={}, sft={})
+    of_eval.pass_rates = [
+        PassRate(policy, "right", "pass", 1, share, 0.0, 1.0, 100)
+        for policy, share in (("ppo", 0.6), ("sft", 0.3))
+    ]
+    metrics = summary_metrics(of_eval)
+    assert (metrics["eval/win_rate"], metrics["eval/pass@1"]) == (0.8, 0.6)
+    of_eval.against = None
+    assert summary_metrics(of_eval)["eval/pass@1"] == 0.3

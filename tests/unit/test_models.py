@@ -29,6 +29,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from rlhf.base.errors import UserError
 from rlhf.config.choices import Precision, RmLoss
 from rlhf.config.schema import Config
 from rlhf.data.batches import pad_right
@@ -333,6 +334,10 @@ def test_scores_of_pairs_and_rows_are_those_of_each_alone(
         assert score_rows(engine, rows, tokenizer, size) == pytest.approx(
             [score_of(engine.module, row) for row in rows], abs=1e-5
         )
+    with torch.no_grad():
+        engine.module.hf.score.weight.fill_(math.inf)
+    with pytest.raises(UserError, match="the reward model: 7 of 7 scores are not finite"):
+        score_rows(engine, rows, tokenizer, 3)
 
 
 def test_pairs_are_compared_token_by_token_as_deepspeed_chat_does(
