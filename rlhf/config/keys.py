@@ -222,12 +222,24 @@ def with_suggestion(key: str) -> str:
     Upper case and dashes do not matter. A name without its node gets all nodes that have it.
     """
     plain = key.lower().replace("-", "_")
-    if guess := renamed(plain) or ending(plain) or foreign(plain) or near(plain):
-        return f"{key} (did you mean {guess}?)"
+    for guesses in (renamed, in_dictionary, ending, foreign, near):
+        if guess := guesses(plain):
+            return f"{key} (did you mean {guess}?)"
     nodes = [
         name for name in (plain.rpartition(".")[0], plain.partition(".")[0]) if name in schema()
     ]
     return f"{key} (see python train.py --help{''.join(f' {node}' for node in nodes[:1])})"
+
+
+def in_dictionary(key: str) -> str | None:
+    """The key inside a dictionary that is spelled a little otherwise: data.source.NAME.path."""
+    first, _, rest = key.partition(".")
+    node, _, inside = rest.partition(".")
+    names = [name for name, one in schema().items() if one.is_dictionary and name.count(".") == 1]
+    for name in difflib.get_close_matches(f"{first}.{node}", names, n=1, cutoff=0.8):
+        if find_key(f"{name}.{inside}"):
+            return f"{name}.{inside}"
+    return None
 
 
 def ending(key: str) -> str | None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import datasets
 
 
+FEW_HELD_OUT = 10  # rows; a share of so few may be off by 30 %
 PART_OF_STAGE: dict[str, Part] = {"sft": "sft", "rm": "rm", "dpo": "rm"}  # online RL: ppo
 
 
@@ -93,6 +94,18 @@ def _check_rows(data: Dataset, cfg: Config) -> None:
     if not len(evaluation):
         reason = why_nothing_held_out(data, cfg.data, stage)
         raise UserError(f"{where}: no rows to evaluate {stage} on: {reason}")
+    if few := few_held_out(len(evaluation), cfg.data):
+        log.warning(few)
+
+
+def few_held_out(rows: int, cfg: Data) -> str:
+    """A line where so few rows are held out that what is measured on them is mostly chance."""
+    if rows >= FEW_HELD_OUT:
+        return ""
+    return (
+        f"only {plural(rows, 'held-out row')}: what is measured on so few is mostly chance; raise "
+        f"data.eval_share={cfg.eval_share:g}, or add data"
+    )
 
 
 def load_data(cfg: Data) -> Dataset:
@@ -276,10 +289,9 @@ def use_of_rows(data: Dataset) -> str:
     if data.counts and data.counts.answers:
         change = shlex.join(["stage=sft", "data.shares=[1,0,0]"])
         return f"SFT trains on its answers: the same command with {change}"
-    change = shlex.join(
-        ["stage=grpo", "data.shares=[0,0,1]", "rl.actor=SFT_RUN", "rl.reward=RM_RUN"]
-    )
+    change = shlex.join(["stage=grpo", "data.shares=[0,0,1]", "rl.actor=SFT_RUN"])
     return (
-        "prompts alone are for online RL, which starts from a trained policy and a reward model of"
-        f" yours, or reward functions (docs/rewards.md): the same command with {change}"
+        "prompts alone are for online RL, which starts from a trained policy and needs a reward"
+        " model of yours (rl.reward=RM_RUN) or reward functions (docs/rewards.md): the same command"
+        f" with {change}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf.reporting.eval_results import EvalResults, PassRate, ScorerResults, WinRate
 
 WORTH_TELLING = 0.05  # difference between two shares
+MORE_PROMPTS = "More held-out prompts (data.eval_rows, data.eval_share, more data)"
 CHANCE = 0.5  # win rate of two policies that are equally good; accuracy of guesses
 
 
@@ -41,12 +42,12 @@ def best_by_win_rate(rates: list[WinRate], results: EvalResults) -> str:
     if best.rate == CHANCE:
         return (
             f"No policy is best by {judge}; neither {best.policy} nor {best.against} leads: {wins}."
-            " More held-out prompts (data.eval_rows) may show a difference."
+            f" {MORE_PROMPTS} may show a difference."
         )
     leads = best.policy if best.rate > CHANCE else best.against
     return (
         f"No policy is clearly best by {judge}; {leads} leads: {wins}. The interval contains 50 %,"
-        " so the difference may be chance; more held-out prompts (data.eval_rows) make it narrower."
+        f" so the difference may be chance. {MORE_PROMPTS} make it narrower."
     )
 
 

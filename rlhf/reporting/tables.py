@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rlhf.base.commands import command_line
 from rlhf.base.errors import UserError
-from rlhf.base.log import plural, printable
+from rlhf.base.log import cut, plural, printable
 from rlhf.reporting.comparison import (
     Comparison,
     compare_runs,
@@ -39,6 +39,7 @@ from rlhf.runs.run_files import Summary
 from rlhf.runs.stage_views import KINDS, ResultRow, view_of
 
 TEXT_COLUMNS = ["policy", "policy (judge)", "policy (verifier)", "prompts with", "reward model"]
+LONGEST_STATUS = 60  # characters in a list of runs
 RUN_FILES = ("curves.png", "frontier.png", "metrics.jsonl", "report.html", "eval.json", "model/")
 
 
@@ -249,8 +250,11 @@ def print_list(runs: Sequence[Run]) -> None:
 
 
 def status_in_list(run: Run) -> str:
-    """The status in one line; what is wrong with an unreadable run stands below the list."""
-    return short_status(run) if run.is_unreadable else one_line(run.status_text)
+    """The status in a few words; what is wrong with an unreadable run stands below the list, why
+    one has failed in its train.log."""
+    if run.is_unreadable:
+        return short_status(run)
+    return cut(one_line(run.status_text), LONGEST_STATUS)
 
 
 def when_written(run: Run) -> str:

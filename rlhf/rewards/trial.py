@@ -130,8 +130,9 @@ def check_columns(process: RewardProcess, prompts: Sequence[Prompt]) -> None:
             if name not in names:
                 there = ", ".join(sorted(names)) or "none"
                 raise UserError(
-                    f"{key}: the function has a parameter {name}, and the rows have no such column "
-                    f"(they have {there}): give it a default value, or add the column to the data"
+                    f"{key}: the function has a parameter {name}, and no row of online RL or of "
+                    f"the evaluation has such a column (they have {there}): give it a default "
+                    "value, or add the column to the data"
                 )
             with_it = sum(name in row for row in rows)
             if with_it < len(rows):

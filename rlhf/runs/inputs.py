@@ -16,6 +16,7 @@ from rlhf.base.adapter_files import (
     is_adapter,
 )
 from rlhf.base.checksums import hash_file
+from rlhf.base.commands import override_text
 from rlhf.base.errors import UserError
 from rlhf.base.locations import is_directory, model_directory
 from rlhf.config.schema import Config
@@ -136,9 +137,13 @@ def how_to_do_without(cfg: Config, stage: str, parent: str) -> str:
         policies = ",".join(start if name == "sft" else name for name in cfg.eval.policies)
         given = shlex.join([f"eval.policies=[{policies}]", f"eval.against={start}"])
         return f"compare with the model that training starts from: {given}"
+    if stage == "eval" and parent == "rm":
+        functions = {k: one.function for k, one in cfg.rl.rewards.items() if one and one.function}
+        judges = [f"eval.rewards.{k}.function={override_text(f)}" for k, f in functions.items()]
+        without = shlex.join(["eval.rewards.model=null", *judges])
+        return f"judge with your functions: {without}" if judges else f"remove it with {without}"
     if stage == "eval":
-        removed = "remove it with eval.rewards.model=null"
-        return removed if parent == "rm" else "leave it out of eval.policies"
+        return "leave it out of eval.policies"
     node, key = "rl" if is_rl(stage) else stage, "reward" if parent == "rm" else "actor"
     return f"give {node}.{key}=<run, directory or hub id>"
 

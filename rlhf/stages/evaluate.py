@@ -105,6 +105,7 @@ def evaluate(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> dic
     """As `run`. Args: functions: reward functions, which run in a process of their own."""
     # 1. check models and tokenizers; keep the prompts that fit all of them
     setup = prepare(cfg, run_dir, functions)
+    say_who_does_not_judge(cfg)
     # 2. load what scores the responses
     rewards = load_judges(cfg, setup, run_dir)
     tracker = Tracker(cfg, run_dir, len(setup.paths) + 1, ["score", "gold", "win_rate"])
@@ -246,6 +247,17 @@ def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
     if len(rewards.sources) == 1:  # the score is this judge's
         rewards.sources[0].weight = 1.0
     return rewards
+
+
+def say_who_does_not_judge(cfg: Config) -> None:
+    """Name the functions that an evaluated policy was trained with and that are no judges here."""
+    judges = {one.function for one in cfg.eval.rewards.values() if one}
+    for name, source in cfg.rl.rewards.items() if cfg.rl.name in cfg.eval.policies else ():
+        if source and source.function and source.function not in judges:
+            log.info(
+                f"rl.rewards.{name} does not judge here: eval.rewards.{name}.function="
+                f"{source.function} makes it a judge"
+            )
 
 
 def verifiers(cfg: Config) -> list[str]:

@@ -25,7 +25,14 @@ from rlhf.data.inspection.measuring import (
     measure,
     share,
 )
-from rlhf.data.load import load_data, summarize, table_of, why_no_rows, why_nothing_held_out
+from rlhf.data.load import (
+    few_held_out,
+    load_data,
+    summarize,
+    table_of,
+    why_no_rows,
+    why_nothing_held_out,
+)
 from rlhf.data.reading import read_split
 from rlhf.data.records import Dataset, Pair
 from rlhf.data.sources import splits_of
@@ -203,6 +210,8 @@ def _too_few_rows(stages: dict[str, Measurement], data: Dataset, cfg: Config) ->
         if not stages[f"eval {name}"]["rows"] and stages[name]["rows"]:
             reason = why_nothing_held_out(data, cfg.data, name)
             lines.append(f"no rows to evaluate {name} on: {reason}")
+        elif few := few_held_out(stages[f"eval {name}"]["rows"], cfg.data):
+            lines += [f"{name}: {few}"] if stages[name]["rows"] else []
     return lines
 
 

@@ -53,7 +53,10 @@ def count_steps(rows: Sized, per_step: int, epochs: int, max_steps: int | None, 
     check_rows_left(rows)
     steps = len(rows) // per_step * epochs
     if not steps:
-        raise UserError(f"{key}={per_step}: there are only {len(rows)} rows to train on; lower it")
+        raise UserError(
+            f"{key}={per_step}: there are only {len(rows)} rows to train on, which make no batch; "
+            f"lower it to at most {len(rows)}, or add data"
+        )
     if max_steps and steps < max_steps:
         node = key.partition(".")[0]
         log.info(

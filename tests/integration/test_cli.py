@@ -180,6 +180,16 @@ def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
     assert "rl.missing_eos_penalty" in one and "value: 1.0" in one
 
 
+def test_a_python_without_the_dependencies_is_told_where_they_are(tmp_path: Path) -> None:
+    """-S: no site-packages."""
+    command = [sys.executable, "-S", str(REPO / "train.py"), "stage=inspect"]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: No module named") and line.endswith(".venv/bin/activate")
+
+
 def test_torchrun_is_sent_away(tmp_path: Path) -> None:
     done = train(cwd=tmp_path, RANK="0")
     assert done.returncode == 2 and "it starts its workers" in done.stderr

@@ -106,6 +106,18 @@ def test_a_run_of_an_earlier_version_is_shown_and_named_so(
     assert "finished, made by an earlier version" in page and old.name in page
 
 
+def test_a_long_reason_of_a_failure_is_cut_in_the_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path)
+    (run / "summary.json").unlink()
+    what = "RuntimeError: " + "very " * 100 + "wrong\n"
+    (run / "error-rank0.txt").write_text("Traceback (most recent call last):\n" + what)
+    tables.print_list(find_runs([tmp_path]))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "very very" in line and len(line.partition(str(run))[0]) < 120
+
+
 def test_runs_of_a_folder_know_the_sweeps_that_they_are_jobs_of(tmp_path: Path) -> None:
     """A sweep's job that failed before it had a run is there too; one run in two sweeps is one."""
     runs = [write_run(tmp_path, f"seed={seed}") for seed in (1, 2, 3)]

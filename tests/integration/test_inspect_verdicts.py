@@ -56,6 +56,15 @@ def test_tools_that_the_template_cannot_write_are_counted(tmp_path: Path) -> Non
     )
 
 
+def test_few_held_out_rows_are_named(tmp_path: Path) -> None:
+    for rows, few in ((20, True), (300, False)):
+        path = tmp_path / f"{rows}.jsonl"
+        jsonl(path, [{"prompt": f"{i}?", "chosen": "Yes", "rejected": "No"} for i in range(rows)])
+        said = inspect.run(config_for(path), tmp_path)["verdicts"]
+        lines = [line for line in said if "what is measured on so few is mostly chance" in line]
+        assert len(lines) == 2 * few, "of sft and rm"
+
+
 def test_calls_are_measured_as_they_are_trained_on(tmp_path: Path) -> None:
     call = {"function": {"name": "weather", "arguments": "{}"}}
     rows = [

@@ -131,7 +131,8 @@ def test_grpo_compares_with_a_column_of_the_data(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert (
         "error: grpo: rl.rewards.mine.function=my_rewards:needs_truth: the function has a "
-        "parameter truth, and the rows have no such column (they have answer, level): give it a "
+        "parameter truth, and no row of online RL or of the evaluation has such a column (they "
+        "have answer, level): give it a "
         "default value, or add the column to the data"
     ) in wrong.stderr.splitlines()
     assert "sampling responses" not in wrong.stderr, "found before a model is loaded"

@@ -13,6 +13,7 @@ from helpers import REPO, SMALL, command, runs_in, train
 
 from rlhf.base.commands import command_line, override_text
 from rlhf.base.errors import UserError
+from rlhf.config.stage_graph import score_sources
 from rlhf.runs.identity import run_dir_for
 from rlhf.runs.inputs import find_inputs, missing_runs
 
@@ -91,6 +92,17 @@ def test_what_data_shares_leaves_without_rows_is_not_advised() -> None:
             "and data.shares=[0,0,1] leaves it no rows to train on; "
             f"give {key}=<run, directory or hub id>"
         )
+
+
+def test_an_evaluation_without_a_reward_model_judges_with_the_functions_of_training() -> None:
+    functions = ["rl.rewards.model=null", "rl.rewards.right.function=rlhf.verifiers:number"]
+    with pytest.raises(UserError) as error:
+        find_inputs(command("stage=eval", "pipeline=grpo", *functions), "eval")
+    (rm,) = [line for line in str(error.value).splitlines() if "trained reward model" in line]
+    given = shlex.split(rm.partition("judge with your functions: ")[2])
+    cfg = command("stage=eval", "pipeline=grpo", *functions, *given).cfg
+    assert list(score_sources(cfg, "eval")) == ["right"]
+    assert cfg.eval.rewards["right"].function == "rlhf.verifiers:number"
 
 
 def test_an_evaluation_without_sft_compares_with_the_start_of_training() -> None:

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.usefixtures("options")
         ("online.lr=1", "online.lr (did you mean rl.lr?)"),
         ("ppo.dschat.dropout=1", "(did you mean rl.dschat?)"),
         ("ppo=dschat", "ppo (did you mean rl=dschat?)"),
+        ("data.source.mine.path=a", "data.source.mine.path (did you mean data.sources.mine.path?)"),
+        ("rl.reward.mine.function=a:b", "(did you mean rl.rewards.mine.function?)"),
         ("exp=study", "exp (did you mean experiment_name?)"),
         (
             "sft.train_on_prompt=true",

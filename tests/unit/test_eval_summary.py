@@ -81,7 +81,8 @@ def test_at_exactly_half_of_the_prompts_neither_policy_leads() -> None:
     assert line == (
         "No policy is best by the gold reward; neither ppo nor sft leads: ppo wins 50.0% of 100 "
         "prompts against sft (95 % interval 40.0% to 60.0%; a tie counts half; mean gold reward "
-        "2.50 against 1.00). More held-out prompts (data.eval_rows) may show a difference."
+        "2.50 against 1.00). More held-out prompts (data.eval_rows, data.eval_share, more data) "
+        "may show a difference."
     )
 
 

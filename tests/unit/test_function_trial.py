@@ -59,8 +59,9 @@ def test_a_column_that_no_row_has_stops_the_run(
     with pytest.raises(UserError) as raised:
         try_functions(process, held_out([{"level": 1}, {"hint": "x"}]))
     assert str(raised.value) == (
-        "rl.rewards.maths_only: the function has a parameter task, and the rows have no such "
-        "column (they have hint, level): give it a default value, or add the column to the data"
+        "rl.rewards.maths_only: the function has a parameter task, and no row of online RL "
+        "or of the evaluation has such a column (they have hint, level): give it a default value, "
+        "or add the column to the data"
     )
     with pytest.raises(UserError) as raised:
         try_functions(process, held_out([{"task": "maths"}]))
