@@ -111,8 +111,8 @@ def test_a_long_reason_of_a_failure_is_cut_in_the_list(
 ) -> None:
     run = write_run(tmp_path)
     (run / "summary.json").unlink()
-    what = "RuntimeError: " + "very " * 100 + "wrong\n"
-    (run / "error-rank0.txt").write_text("Traceback (most recent call last):\n" + what)
+    what = "very " * 100 + "wrong"
+    (run / "error-rank0.txt").write_text(f"rank 0: RuntimeError: {what}\n\nTraceback ...\n")
     tables.print_list(find_runs([tmp_path]))
     (line,) = capsys.readouterr().out.splitlines()
     assert "very very" in line and len(line.partition(str(run))[0]) < 120
