@@ -102,10 +102,14 @@ def few_held_out(rows: int, cfg: Data) -> str:
     """A line where so few rows are held out that what is measured on them is mostly chance."""
     if rows >= FEW_HELD_OUT:
         return ""
-    return (
-        f"only {plural(rows, 'held-out row')}: what is measured on so few is mostly chance; raise "
-        f"data.eval_share={cfg.eval_share:g}, or add data"
+    limited = bool(cfg.world) or rows == cfg.eval_rows
+    fix = (
+        f"raise data.eval_rows={cfg.eval_rows}"
+        if limited
+        else f"raise data.eval_share={cfg.eval_share:g}, or add data"
     )
+    count = plural(rows, "held-out row")
+    return f"only {count}: what is measured on so few is mostly chance; {fix}"
 
 
 def load_data(cfg: Data) -> Dataset:

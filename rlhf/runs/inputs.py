@@ -32,6 +32,7 @@ from rlhf.runs.checks import function_file, prompt_file
 from rlhf.runs.command import Command
 from rlhf.runs.directory import read_summary
 from rlhf.runs.identity import run_dir_for
+from rlhf.runs.run_files import SUMMARY
 
 
 @dataclass
@@ -127,7 +128,17 @@ def how_to_make_one(command: Command, users: list[str], parent: str) -> str:
     if no_rows(command.cfg, parent):
         shares = str(command.cfg.data.shares).replace(" ", "")
         return f"{line}, and data.shares={shares} leaves it no rows to train on; {instead}"
-    return f"{line}; make it: {command.for_stage(parent).to_train(parent)}  or {instead}"
+    make = f"{line}; make it: {command.for_stage(parent).to_train(parent)}  or {instead}"
+    newest = newest_finished(run_dir_for(command, parent).parent, parent)
+    return (
+        f"{make} (the newest {parent} run there, of other settings: {newest})" if newest else make
+    )
+
+
+def newest_finished(folder: Path, stage: str) -> Path | None:
+    """The run of a stage in a folder that was finished last."""
+    summaries = sorted(folder.glob(f"{stage}-*/{SUMMARY}"), key=lambda file: file.stat().st_mtime)
+    return summaries[-1].parent if summaries else None
 
 
 def how_to_do_without(cfg: Config, stage: str, parent: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -92,6 +93,20 @@ def test_what_data_shares_leaves_without_rows_is_not_advised() -> None:
             "and data.shares=[0,0,1] leaves it no rows to train on; "
             f"give {key}=<run, directory or hub id>"
         )
+
+
+def test_the_newest_run_of_other_settings_is_named(tmp_path: Path) -> None:
+    """It may be the one that was meant, with settings that this command has forgotten."""
+    for number, name in enumerate(("sft-tiny-tiny-old", "sft-tiny-tiny-new")):
+        run = tmp_path / "outputs" / name
+        run.mkdir(parents=True)
+        (run / "summary.json").write_text('{"id": "1"}')
+        os.utime(run / "summary.json", (number, number))
+    with pytest.raises(UserError) as error:
+        find_inputs(command("stage=ppo", f"root={tmp_path}"), "ppo")
+    sft, rm = str(error.value).splitlines()[:2]
+    assert sft.endswith(f"(the newest sft run there, of other settings: {run})")
+    assert "the newest" not in rm
 
 
 def test_an_evaluation_without_a_reward_model_judges_with_the_functions_of_training() -> None:
