@@ -231,6 +231,8 @@ class Session:
         if stopped or not remembered:
             what = "stopped" if stopped else "an empty response"
             say(f"({what}{'' if remembered else ': not remembered'})")
+        elif cut := [len(reply.ids) for reply in replies if not reply.finished]:
+            say(f"(cut after {max(cut)} tokens: --max-new-tokens)")
         return replies
 
     def show_scores(self, judge: Judge, replies: list[Reply]) -> None:

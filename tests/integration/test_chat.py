@@ -51,6 +51,7 @@ def test_prompt_prints_the_response_and_only_that(model: Path, tmp_path: Path) -
     one, two = run_chat(*args, cwd=tmp_path), run_chat(*args, cwd=tmp_path)
     assert one.returncode == 0 and one.stdout.strip() and one.stdout == two.stdout
     assert "loading" in one.stderr and "loading" not in one.stdout
+    assert "(cut after 6 tokens: --max-new-tokens)" in one.stderr
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", *preset_names()])
