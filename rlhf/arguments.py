@@ -140,6 +140,8 @@ def explain(arg: str, multirun: bool = True) -> list[str]:
     if key.split("@")[0] not in group_names():
         return explain_value(key, arg, override)
     options = group_options(key)
+    if override.is_sweep_override() and "null" in values_of_sweep(override):
+        return [f"{arg}: null cannot be one of several: run the command without {key}, too"]
     if key not in OPTIONAL_GROUPS and arg.endswith("=null"):
         return [f"{arg}: choose one of {', '.join(options)}"]
     if override.is_add():
@@ -208,12 +210,11 @@ def suggest(key: str, arg: str) -> str:
 
 def chosen_options(override: Override) -> list[str]:
     """The options of a group that an override chooses, also of a sweep or a list."""
-    if override.is_sweep_override():
-        return [str(value) for value in override.sweep_string_iterator()]
-    value: Any = override.value()
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [str(value)] if value is not None else []
+    group, chosen = override.key_or_group, []
+    for text in values_of_sweep(override):
+        value: Any = parse(f"{group}={text}").value()
+        chosen += value if isinstance(value, list) else [value]
+    return [str(option) for option in chosen if option is not None]
 
 
 def allow_user_names(arg: str) -> str:
@@ -293,8 +294,10 @@ def as_user_types(args: Sequence[str]) -> list[str]:
 
 
 def leaves(key: str, value: Any) -> list[tuple[str, Any]]:
-    """The values inside a dictionary, and its own key where it has none."""
-    if not isinstance(value, dict) or not value:
+    """The values inside a dictionary, and its own key where it has none, or is a value itself: an
+    argument of a function."""
+    found = keys.find_key(key)
+    if not isinstance(value, dict) or not value or (found and found.annotation is Any):
         return [(key, value)]
     return [leaf for name, item in value.items() for leaf in leaves(f"{key}.{name}", item)]
 

@@ -212,13 +212,13 @@ def run_sweep(overrides: Sequence[str], folders: Sequence[Path], with_flags: boo
     named = []
     if sweep.check_jobs(jobs.jobs, folders) == {DEFAULT_NAME}:
         named = [f"experiment_name={jobs.name}"]
-    sweep.begin(overrides, jobs)
+    sweep.begin(overrides, jobs, folders)
     try:
         if jobs.is_plain and not with_flags:
             sweep.run_jobs([job + named for job in jobs.jobs])
         else:
             say("Hydra composes all jobs again before its launcher starts the first one ...")
-            sys.argv += named
+            sys.argv = [arg for arg in sys.argv if arg not in overrides] + jobs.overrides + named
             run_hydra()
     except (RuntimeError, UserError, HydraException, OmegaConfBaseException):
         if interrupted() or not sweep.ended_jobs():  # else the failed job has said why

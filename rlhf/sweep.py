@@ -47,6 +47,7 @@ REPORT_EVERY = 1.0  # s
 class Sweep:
     """What -m asks for."""
 
+    overrides: list[str]  # as Hydra's sweeper reads them, those of option files too
     jobs: list[list[str]]  # the overrides of each
     swept: list[str]  # the keys whose values differ
     is_plain: bool  # nothing of Hydra is changed: its jobs can run one after another here
@@ -67,11 +68,13 @@ def read_sweep(overrides: Sequence[str], folders: Sequence[Path]) -> Sweep:
     master = compose.compose_with_hydra(fixed, folders).hydra
     params = (master.sweeper.params or {}).items()
     in_files = [arguments.allow_user_names(f"{key}={value}") for key, value in params]
-    every = list(map(arguments.parse, arguments.one_for_each_key([*in_files, *overrides])))
-    jobs = arguments.jobs_of(every)
+    every = arguments.one_for_each_key([*in_files, *overrides])
+    jobs = arguments.jobs_of(list(map(arguments.parse, every)))
+    every += ["hydra.sweeper.params=null"] if in_files else []  # they are among them
     usual = compose.compose_with_hydra([], folders).hydra
     ours = [[arg for arg in job if not is_hydras(arg)] for job in jobs]
-    return Sweep(ours, swept_keys(ours), how_jobs_run(master) == how_jobs_run(usual))
+    is_plain = how_jobs_run(master) == how_jobs_run(usual)
+    return Sweep(every, ours, swept_keys(ours), is_plain)
 
 
 def swept_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
@@ -132,7 +135,7 @@ def run_jobs(jobs: Sequence[Sequence[str]]) -> None:
         raise errors[0]
 
 
-def begin(overrides: Sequence[str], jobs: Sweep) -> None:
+def begin(overrides: Sequence[str], jobs: Sweep, folders: Sequence[Path]) -> None:
     """Prepare for the jobs, which may be processes of their own, on other machines too.
 
     They write how they ended to a file that the environment names. With a launcher that runs jobs
@@ -140,8 +143,7 @@ def begin(overrides: Sequence[str], jobs: Sweep) -> None:
     kill them).
     """
     raise_at_interrupt()
-    given = (arg.removeprefix("root=") for arg in overrides if arg.startswith("root="))
-    root = next(given, os.environ.get("RLHF_ROOT", "."))
+    root = compose.typed_config(compose.compose_alone(jobs.jobs[0], folders)).root
     log = Path(root).expanduser().resolve() / "multirun" / f".sweep-{secrets.token_hex(4)}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
@@ -183,7 +185,8 @@ def run_job(composed: DictConfig, overrides: list[str], number: int) -> None:
     except Exception as error:
         line = (str(error).splitlines() or [repr(error)])[0]
         say(f"error: {line}")
-        collect_job(folder, typed, None, line)
+        if not composed.plan:  # it has trained nothing
+            collect_job(folder, typed, None, line)
         record_end(job, folder, line)
         raise
     if runs:
@@ -216,7 +219,7 @@ def collect_job(folder: Path, overrides: list[str], done: Path | None, error: st
             shutil.copyfile(done / file, folder / file)
     link = folder / "run"
     link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(done, folder))
+    link.symlink_to(os.path.relpath(done.resolve(), folder.resolve()))
 
 
 def report() -> list[str]:

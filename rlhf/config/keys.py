@@ -341,8 +341,11 @@ def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     unknown = []
     for name in cfg:
         key = f"{prefix}{name!s}"
-        if not find_key(key):
+        found = find_key(key)
+        if not found:
             unknown.append(key)
+        elif found.annotation is Any:  # an argument of a function, of any kind
+            continue
         elif (
             not OmegaConf.is_missing(cfg, name)
             and isinstance(child := cfg._get_node(name), DictConfig)

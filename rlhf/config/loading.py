@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import re
 import typing
 from enum import Enum
 from pathlib import Path
@@ -144,8 +146,30 @@ def load_config(path: Path) -> Config:
 
 
 def save_config(cfg: Config, path: Path) -> None:
-    """Write the resolved configuration of a run."""
+    """Write the configuration of a run, whose texts are as they are: "${" in them is no
+    interpolation."""
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True), encoding="utf-8"
-        )
+        text = OmegaConf.to_yaml(OmegaConf.create(without_interpolations(plain(cfg))))
+        temporary.write_text(text, encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """A typed configuration, or a part of it, as plain dictionaries, lists and values."""
+    if dataclasses.is_dataclass(value):
+        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def without_interpolations(value: Any) -> Any:
+    """Plain values with "${" in texts marked as text, for OmegaConf."""
+    if isinstance(value, dict):
+        return {key: without_interpolations(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_interpolations(item) for item in value]
+    if isinstance(value, str):  # backslashes in front of it are doubled, and one is added
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value

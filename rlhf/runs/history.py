@@ -320,14 +320,19 @@ def runs_of_folder(path: Path) -> list[Run]:
 def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
     """The runs of a sweep's jobs.
 
-    Where several jobs lead to one run, because they differ only in where they ran, each job's own
-    copy of it. A job without a run has failed.
+    Where several jobs lead to one run, because they differ only in where they ran (deploy), each
+    job's own copy of it; of jobs that do not differ in that the last one. A job without a run has
+    failed.
     """
-    directories = [(job / "run").resolve() for job in jobs]
+    of_run = {(directory_of(job), *where_it_ran(job)): job for job in jobs}
+    jobs = list(of_run.values())
+    directories = [directory_of(job) for job in jobs]
     count = Counter(directories)
     runs = []
     for job, directory in zip(jobs, directories):
-        if not (job / "run").exists():
+        if directory == job and (job / SUMMARY).exists():  # copied without its run
+            run = read_run(job)
+        elif directory == job:
             error = job / "error.txt"
             cause = (
                 error.read_text(errors="replace", encoding="utf-8").strip()
@@ -339,14 +344,26 @@ def runs_of_jobs(jobs: Sequence[Path]) -> list[Run]:
             run = read_run(directory)
         else:
             run = read_run(job)
-            overrides = (
-                (job / "overrides.txt").read_text(errors="replace", encoding="utf-8").splitlines()
-            )
-            pairs = (override.partition("=") for override in overrides)
-            run.settings |= {key: value for key, _, value in pairs if key.startswith("deploy")}
+            pairs = (override.partition("=") for override in where_it_ran(job))
+            run.settings |= {key: value for key, _, value in pairs}
         run.sweeps.append(valid_text(job.resolve().parent.name))
         runs.append(run)
     return runs
+
+
+def directory_of(job: Path) -> Path:
+    """The run of a job; the job itself where it has none."""
+    run = job / "run"
+    return run.resolve() if run.exists() else job
+
+
+def where_it_ran(job: Path) -> list[str]:
+    """The overrides of a job that are no part of its run: deploy=single_gpu, deploy.threads=1."""
+    try:
+        text = (job / "overrides.txt").read_text(errors="replace", encoding="utf-8")
+    except OSError:  # it has just been deleted
+        return []
+    return sorted(override for override in text.splitlines() if override.startswith("deploy"))
 
 
 def is_run(path: Path) -> bool:

@@ -108,6 +108,8 @@ def flatten(value: Any, key: str, out: dict[str, Any]) -> None:
     elif isinstance(value, dict):
         for name, item in value.items():
             flatten(item, f"{key}.{name}", out)
+            if item == {}:  # a value: an argument of a function
+                out[f"{key}.{name}"] = {}
     else:
         out[key] = value.name if isinstance(value, Enum) else value
 

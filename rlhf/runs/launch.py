@@ -165,7 +165,7 @@ def launcher_command(run_dir: Path, cfg: Config) -> list[str]:
         "error",
         "--force_multi",
         "--hostfile",
-        str(deploy.hostfile),
+        str(Path(str(deploy.hostfile)).expanduser()),
     ]
     command += ["--num_nodes", str(deploy.nodes), "--num_gpus", str(deploy.processes_per_node)]
     if deploy.master:

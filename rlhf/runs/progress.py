@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import statistics
 from typing import NamedTuple
 
 from rlhf.base.errors import UserError
@@ -34,7 +36,8 @@ class Progress(NamedTuple):
 
 
 def progress_of(run: Run) -> Progress:
-    """How far a run is. The time left is that of its last steps, for those that are missing."""
+    """How far a run is. The time left is that of its last steps, for those that are missing; their
+    median, as the run may have been stopped between two of them."""
     file = run.path / "metrics.jsonl"
     done = COUNTS.get(file, [file], lambda: count_rows(file))
     planned = None
@@ -48,8 +51,8 @@ def progress_of(run: Run) -> Progress:
     with contextlib.suppress(OSError):  # the run has just been deleted
         times = newest_times(file)[-RECENT:]
         if len(times) > 1:
-            step = (times[-1] - times[0]) / (len(times) - 1)
-            return Progress(done, total, step * max(0, total - done))
+            step = statistics.median(b - a for a, b in itertools.pairwise(times))
+            return Progress(done, total, max(0.0, step) * max(0, total - done))
     return Progress(done, total, None)
 
 

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from rlhf.base.errors import UserError
@@ -26,6 +25,7 @@ from rlhf.base.files import atomic_path
 from rlhf.base.log import first_line, log, presentable
 from rlhf.base.wandb_login import wandb_problem
 from rlhf.config.choices import WandbMode
+from rlhf.config.loading import plain
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl
 from rlhf.distributed import collectives
@@ -298,7 +298,7 @@ def wandb_options(cfg: Config, run_dir: Path) -> dict[str, Any]:
         "name": run_dir.name,
         "tags": [cfg.actor.name, cfg.deploy.device.name, *cfg.data.sources, *cfg.wandb.tags],
         "notes": cfg.wandb.notes,
-        "config": OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True),
+        "config": plain(cfg),
         "resume": "allow",
         "settings": wandb.Settings(
             console="off",

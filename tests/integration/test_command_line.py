@@ -216,6 +216,30 @@ def composed_options(*typed: str) -> DictConfig:
     return compose.compose_alone([arguments.allow_user_names(arg) for arg in typed], [])
 
 
+def test_arguments_of_a_function_may_be_dictionaries(tmp_path: Path) -> None:
+    key = "rl.rewards.mine.kwargs"
+    given = f"{key}={{limits: {{low: 1, high: 2}}, none: {{}}}}"
+    mine = command("stage=ppo", f"rl.rewards.mine.function={NUMBER}", given)
+    source = mine.cfg.rl.rewards["mine"]
+    assert source is not None and source.kwargs == {"limits": {"low": 1, "high": 2}, "none": {}}
+    assert f"{key}.limits={{low: 1,high: 2}}" in mine.overrides, "as it can be typed"
+    others = [f"{key}={{limits: {{low: 1, high: 3}}, none: {{}}}}", f"{key}={{limits: {{low: 1}}}}"]
+    names = {
+        run_name(command("stage=ppo", f"rl.rewards.mine.function={NUMBER}", one), "ppo")
+        for one in (given, *others, f"{key}={{limits: {{low: 1, high: 2}}}}")
+    }
+    assert len(names) == 4
+
+
+def test_a_sweep_over_lists_of_sources() -> None:
+    found = sweep_of("data=[rm_static,full_hh],[webgpt]")
+    assert [job for (job,) in found.jobs] == ["data=[rm_static,full_hh]", "data=[webgpt]"]
+    assert arguments.explain("data=[rm_static,full_hh],[webgpt]") == []
+    assert arguments.explain("data=[rm_static,nope],[webgpt]")[0].startswith("data=nope: no such")
+    (line,) = arguments.explain("recipe=null,tiny-cpu")
+    assert "null cannot be one of several" in line
+
+
 def test_a_sweep_over_two_keys_of_one_dictionary() -> None:
     keys = ("rl.rewards.gold.weight", "rl.rewards.model.weight")
     found = sweep_of(f"rl.rewards.gold.function={GOLD}", *(f"{key}=1,2" for key in keys))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -139,6 +140,36 @@ def test_runs_of_a_folder_know_the_sweeps_that_they_are_jobs_of(tmp_path: Path) 
         run.path: run.sweeps for run in found if run.sweeps
     }
     assert found[0].short_name == f"ppo-{runs[0].name[-8:]}" and found[3].short_name == "failed"
+
+
+def job_of(run: Path, name: str, *overrides: str) -> Path:
+    """A job's folder with copies of what its run wrote."""
+    job = run.parents[1] / "multirun" / "a" / name
+    shutil.copytree(run, job)
+    (job / "overrides.txt").write_text("\n".join(overrides))
+    (job / "run").symlink_to(os.path.relpath(run, job))
+    return job
+
+
+def test_a_run_is_one_seed_however_many_jobs_lead_to_it(tmp_path: Path) -> None:
+    """As after the same sweep with fresh=true; jobs that ran elsewhere are compared."""
+    one, two = (write_run(tmp_path, f"seed={seed}") for seed in (1, 2))
+    for run in (one, two):
+        job_of(run, f"{run.name}-a", "stage=ppo")
+        job_of(run, f"{run.name}-b", "fresh=true", "stage=ppo")
+    sweep = tmp_path / "multirun" / "a"
+    assert sorted(run.path for run in find_runs([sweep])) == sorted([one, two])
+    job_of(one, "elsewhere", "deploy.threads=1")
+    places = [run.settings.get("deploy.threads") for run in find_runs([sweep])]
+    assert len(places) == 3 and places.count("1") == 1
+
+
+def test_a_job_that_was_copied_without_its_run_has_its_results(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    job = job_of(run, "job", "stage=ppo")
+    shutil.rmtree(run)
+    (found,) = find_runs([tmp_path / "multirun"])
+    assert (found.path, found.status) == (job, "finished")
 
 
 def test_all_jobs_of_a_copied_sweep_are_there_without_its_runs(tmp_path: Path) -> None:

@@ -198,6 +198,15 @@ def test_jobs_side_by_side_save_when_they_are_stopped(tmp_path: Path, how: str) 
 
 
 def test_a_sweep_of_plans_has_no_report(tmp_path: Path) -> None:
+    """Also of those that do not fit. Its folder is where the jobs' root is."""
+    too_large = ["actor=opt66b", "deploy.gpu_memory_gb=4", "root=${oc.env:SOMEWHERE}/runs"]
+    refused = train(
+        *("-m", "stage=sft", "seed=1,2", "plan=true", *too_large),
+        cwd=tmp_path,
+        SOMEWHERE=str(tmp_path / "far"),
+    )
+    assert refused.returncode != 0 and "would not fit" in refused.stderr
+    assert not [*tmp_path.rglob("error.txt")] and [*tmp_path.iterdir()] == [tmp_path / "far"]
     done = train("-m", "stage=sft", "seed=1,2", "plan=true", cwd=tmp_path)
     assert (
         done.returncode == 0

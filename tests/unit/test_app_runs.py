@@ -129,6 +129,9 @@ def test_a_running_run_has_progress_and_time_left(tmp_path: Path) -> None:
     with lock_run(run):
         progress = progress_of(read_run(run))
         assert (str(progress), progress.time_left) == ("10/40", "60 s")
+        rows[5]["time"] -= 36_000  # it was stopped for ten hours, or its clock was set back
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert progress_of(read_run(run)).time_left == "60 s"
         listed = runs_view.list_runs([tmp_path])
         (row,) = runs_view.table(listed, "", [], [])
         assert "running" in row and "objective/scores 0.9" in " ".join(row)

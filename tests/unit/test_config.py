@@ -212,3 +212,21 @@ def test_keys_that_nobody_knows_are_refused_with_the_nearest() -> None:
         composed("+ppo.x=1")
     with pytest.raises(UserError, match="unknown key nonsense"):
         composed("+nonsense.deep=1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${seed}",
+        "costs ${5}",
+        r"\${seed} \\${seed}",
+        "Write math as ${formula}$",
+        "a ${ b",
+        "$x$ {}",
+    ],
+)
+def test_texts_with_a_dollar_and_a_brace_stay_as_they_are(tmp_path: Path, text: str) -> None:
+    cfg = composed("stage=ppo", "data=jsonl", "data.sources.mine.path=a.jsonl")
+    cfg.wandb.notes = cfg.data.sources["mine"].system_prompt = text
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
