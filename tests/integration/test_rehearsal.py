@@ -23,7 +23,7 @@ FUNCTIONS = (
     "name, said",
     [
         ("fails", ": KeyError: '"),
-        pytest.param("needs_truth", "has a parameter truth, and the rows", marks=pytest.mark.full),
+        pytest.param("needs_truth", "has a parameter truth, and no row of", marks=pytest.mark.full),
         pytest.param("leaves", ": SystemExit: no key (", marks=pytest.mark.full),
     ],
 )
