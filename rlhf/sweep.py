@@ -152,8 +152,9 @@ def begin(overrides: Sequence[str], jobs: Sweep, folders: Sequence[Path]) -> Non
         SWEEP_LOG: str(log),
         SWEEP_PROCESS: str(os.getpid()),
         SWEEP_SIZE: str(len(jobs.jobs)),
+        SWEEP_KEYS: " ".join(jobs.swept),
+        SWEEP_BEGAN: str(time.time()),
     }
-    os.environ |= {SWEEP_BEGAN: str(time.time()), SWEEP_KEYS: " ".join(jobs.swept)}
     if any(arg.startswith("hydra/launcher=") for arg in overrides):
 
         def leave_to_the_jobs(*_: object) -> None:

@@ -55,7 +55,7 @@ def drop_output(*numbers: int) -> None:
 
 
 class StderrThatMayClose:
-    """Standard error for work that goes on when its terminal is closed: what cannot be written is
+    """Standard error for work that continues when its terminal is closed: what cannot be written is
     dropped, instead of an error in the middle of a step."""
 
     def __init__(self, stream: TextIO):

@@ -344,10 +344,9 @@ def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
         found = find_key(key)
         if not found:
             unknown.append(key)
-        elif found.annotation is Any:  # an argument of a function, of any kind
-            continue
         elif (
-            not OmegaConf.is_missing(cfg, name)
+            found.annotation is not Any  # as an argument of a function is
+            and not OmegaConf.is_missing(cfg, name)
             and isinstance(child := cfg._get_node(name), DictConfig)
             and not child._is_none()
         ):

@@ -51,7 +51,7 @@ def usable_rows(
         texts = [text.removeprefix(UNREADABLE) for text in problems.filter(unreadable).to_pylist()]
         if on_bad_row == BadRow.refuse:
             raise UserError(f"{of_source(report)}: {raw.place(int(bad[0]))}: {texts[0]}")
-        check_files(bad, texts, numbers, report, raw)
+        refuse_unreadable_files(bad, texts, numbers, report, raw)
         examples |= report_unreadable(bad, texts, report, raw)
     if examples:
         report["examples"] = examples
@@ -72,7 +72,7 @@ def of_source(report: SourceReport) -> str:
     return f"data.sources.{report['source']}"
 
 
-def check_files(
+def refuse_unreadable_files(
     bad: np.ndarray,
     texts: Sequence[str],
     numbers: np.ndarray,
@@ -101,7 +101,7 @@ def check_files(
 def report_unreadable(
     bad: np.ndarray, texts: Sequence[str], report: SourceReport, raw: RawTable
 ) -> dict[str, str]:
-    """Add the unreadable rows to the report. Args: as `check_files`.
+    """Add the unreadable rows to the report. Args: as `refuse_unreadable_files`.
 
     Returns: the first row of each kind that the report names, with what is wrong with it.
     """

@@ -128,11 +128,10 @@ def how_to_make_one(command: Command, users: list[str], parent: str) -> str:
     if no_rows(command.cfg, parent):
         shares = str(command.cfg.data.shares).replace(" ", "")
         return f"{line}, and data.shares={shares} leaves it no rows to train on; {instead}"
-    make = f"{line}; make it: {command.for_stage(parent).to_train(parent)}  or {instead}"
-    newest = newest_finished(run_dir_for(command, parent).parent, parent)
-    return (
-        f"{make} (the newest {parent} run there, of other settings: {newest})" if newest else make
-    )
+    line += f"; make it: {command.for_stage(parent).to_train(parent)}  or {instead}"
+    if newest := newest_finished(run_dir_for(command, parent).parent, parent):
+        line += f" (the newest {parent} run there, of other settings: {newest})"
+    return line
 
 
 def newest_finished(folder: Path, stage: str) -> Path | None:

@@ -207,11 +207,14 @@ def _too_few_rows(stages: dict[str, Measurement], data: Dataset, cfg: Config) ->
                 f" {key}={batch_size}, or add data"
             )
     for name in ("sft", "rm"):
-        if not stages[f"eval {name}"]["rows"] and stages[name]["rows"]:
+        if not stages[name]["rows"]:
+            continue
+        held_out = stages[f"eval {name}"]["rows"]
+        if not held_out:
             reason = why_nothing_held_out(data, cfg.data, name)
             lines.append(f"no rows to evaluate {name} on: {reason}")
-        elif few := few_held_out(stages[f"eval {name}"]["rows"], cfg.data):
-            lines += [f"{name}: {few}"] if stages[name]["rows"] else []
+        elif few := few_held_out(held_out, cfg.data):
+            lines.append(f"{name}: {few}")
     return lines
 
 
