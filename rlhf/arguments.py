@@ -6,6 +6,7 @@ Hydra is imported here, in compose.py and in cli.py.
 from __future__ import annotations
 
 import contextlib
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlhf.base.commands import override_text
 from rlhf.base.errors import UserError
 from rlhf.base.files import read_small_file
 from rlhf.base.log import cut
-from rlhf.config import keys, presets
+from rlhf.config import keys, presets, suggestions
 from rlhf.config.loading import wrong_values
 
 MADE_GROUPS = ("actor", "reward", "pipeline")  # their options are made by compose.register()
@@ -147,7 +148,7 @@ def explain(arg: str, multirun: bool = True) -> list[str]:
     if override.is_add():
         return [f"{arg}: leave out the +: {arg.lstrip('+')}"]
     chosen = [c.removesuffix(".yaml") for c in chosen_options(override)]
-    return [keys.no_option(key, word, options) for word in chosen if word not in options]
+    return [suggestions.no_option(key, word, options) for word in chosen if word not in options]
 
 
 def explain_value(key: str, arg: str, override: Override) -> list[str]:
@@ -183,7 +184,9 @@ def explain_commas(key: str, arg: str) -> str:
     value, found = arg.partition("=")[2], keys.find_key(key)
     kinds = [found.annotation, *typing.get_args(found.annotation)] if found else []
     other = "else give one value"
-    if key in ("data", "sweep"):
+    if float in kinds and re.fullmatch(r"-?\d+,\d+(e-?\d+)?", value):
+        other = f"for one number write a point: {key}={value.replace(',', '.')}"
+    elif key in ("data", "sweep"):
         other = f"to combine them: '{key}=[{value}]'"
     elif any(typing.get_origin(kind) is list for kind in kinds):
         other = f"a list is in brackets: '{key}=[{value}]'"
@@ -205,7 +208,7 @@ def suggest(key: str, arg: str) -> str:
     value = arg.partition("=")[2]
     if key in ("ppo", "rloo", "grpo") and value in presets.preset_names():
         return f"{key} (did you mean rl={value}?)"
-    return keys.with_suggestion(key)
+    return suggestions.with_suggestion(key)
 
 
 def chosen_options(override: Override) -> list[str]:

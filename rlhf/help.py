@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import arguments, compose
 from rlhf.arguments import group_names, group_options
-from rlhf.config.keys import Key, find_key, schema, with_suggestion
+from rlhf.config.keys import Key, find_key, schema
 from rlhf.config.loading import as_text
 from rlhf.config.reference import type_name
+from rlhf.config.suggestions import with_suggestion
 
 OVERVIEW = """RLHF, from a base model to a policy: SFT, reward model, PPO; RLOO, GRPO, DPO.
 

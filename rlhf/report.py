@@ -27,7 +27,8 @@ from rlhf.base.errors import UserError
 from rlhf.base.files import special_kind
 from rlhf.base.log import say
 from rlhf.reporting.tables import print_comparison, print_list
-from rlhf.runs.history import Run, find_runs
+from rlhf.runs.finding import find_runs
+from rlhf.runs.history import Run
 from rlhf.runs.newest import stamp
 from rlhf.runs.run_files import SUMMARY
 

@@ -28,8 +28,8 @@ from rlhf.base.own_processes import end_with_parent
 from rlhf.config.validation import check_config
 from rlhf.reporting import tables
 from rlhf.runs.checks import check_inputs
+from rlhf.runs.finding import find_runs
 from rlhf.runs.gpus import SWEEP_BEGAN, SWEEP_LOG
-from rlhf.runs.history import find_runs
 from rlhf.runs.identity import short_name
 
 SWEEP_PROCESS = "RLHF_SWEEP_PROCESS"  # the process that started the sweep

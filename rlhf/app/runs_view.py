@@ -34,7 +34,8 @@ from rlhf.reporting.report_figures import (
 )
 from rlhf.reporting.report_page import facts, readable
 from rlhf.runs.directory import read_warnings
-from rlhf.runs.history import Run, read_lines, runs_at, without_copies
+from rlhf.runs.finding import runs_at, without_copies
+from rlhf.runs.history import Run, read_lines
 from rlhf.runs.newest import Newest
 from rlhf.runs.progress import progress_of
 from rlhf.runs.run_files import ENVIRONMENT

@@ -20,9 +20,10 @@ from yaml import YAMLError
 
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path
-from rlhf.config.keys import find_key, schema, unknown_keys, with_suggestion
+from rlhf.config.keys import find_key, schema, unknown_keys
 from rlhf.config.reference import type_name
 from rlhf.config.schema import Config
+from rlhf.config.suggestions import with_suggestion
 
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.base.log import plural
@@ -45,12 +46,17 @@ FUNCTION = r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*"
 
 def check_config(cfg: Config) -> list[str]:
     """All that is wrong with the values, one line per problem."""
-    checks = [check_names, check_deploy, check_models, check_data, check_batches]
+    checks = [check_outputs, check_deploy, check_models, check_data, check_batches]
     checks += [check_rl, check_rollouts, check_vllm, check_dpo, check_eval]
     return out_of_range(cfg) + [line for check in checks for line in check(cfg)]
 
 
-def check_names(cfg: Config) -> Iterator[str]:
+def check_outputs(cfg: Config) -> Iterator[str]:
+    """Where the outputs go."""
+    root = Path(os.path.abspath(os.path.expanduser(cfg.root)))
+    there = next(filter(os.path.exists, [root, *root.parents]), root)
+    if not os.path.isdir(there):
+        yield f"root={cfg.root}: {there} is a file; give a directory, which need not exist"
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", cfg.experiment_name):
         yield f"experiment_name={cfg.experiment_name}: give a plain name, it becomes a folder"
 

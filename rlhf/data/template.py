@@ -97,6 +97,11 @@ def install_chat_template(tokenizer: PreTrainedTokenizerBase, style: Template) -
     tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATES[style]
 
 
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template writes today's date into a prompt, as those of Llama 3.2 and SmolLM3."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 def stop_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts that end a response without EOS: the mark of a user's turn, where it is plain text."""
     return [USER] if USER in render_prompt(tokenizer, _PROBE) else []

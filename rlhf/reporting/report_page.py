@@ -37,7 +37,8 @@ from rlhf.reporting.report_figures import (
     is_thinned,
     subplots_of,
 )
-from rlhf.runs.history import Run, parent_runs, read_lines
+from rlhf.runs.finding import parent_runs
+from rlhf.runs.history import Run, read_lines
 from rlhf.runs.run_files import DATA, ENVIRONMENT, SUMMARY, read_file
 from rlhf.runs.stage_views import view_of
 

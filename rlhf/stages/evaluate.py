@@ -20,8 +20,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.config.choices import Decoding
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import function_sources, policy_labels
-from rlhf.config.stage_nodes import Eval
+from rlhf.config.stage_graph import policy_labels
 from rlhf.data import encoding
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Prompt, Turn
@@ -29,6 +28,7 @@ from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, release_engine
 from rlhf.evaluation.best_of import best_of
 from rlhf.evaluation.during_training import is_full_distribution
+from rlhf.evaluation.judges import judges_of, say_who_does_not_judge, verifiers
 from rlhf.evaluation.pass_rates import check_columns, pass_rates
 from rlhf.evaluation.policy import evaluate_policy
 from rlhf.evaluation.reward_model import evaluate_reward_model
@@ -247,30 +247,6 @@ def load_judges(cfg: Config, setup: Setup, run_dir: Path) -> Rewards | None:
     if len(rewards.sources) == 1:  # the score is this judge's
         rewards.sources[0].weight = 1.0
     return rewards
-
-
-def say_who_does_not_judge(cfg: Config) -> None:
-    """Name the functions that an evaluated policy was trained with and that are no judges here."""
-    judges = {one.function for one in cfg.eval.rewards.values() if one}
-    for name, source in cfg.rl.rewards.items() if cfg.rl.name in cfg.eval.policies else ():
-        if source and source.function and source.function not in judges:
-            log.info(
-                f"rl.rewards.{name} does not judge here: eval.rewards.{name}.function="
-                f"{source.function} makes it a judge"
-            )
-
-
-def verifiers(cfg: Config) -> list[str]:
-    """The sources that check responses: functions, but for the sandbox's gold reward, which is a
-    grade, as the scores of a server may be."""
-    sources = function_sources(cfg, "eval").items()
-    return [name for name, one in sources if one.function and name != "gold"]
-
-
-def judges_of(node: Eval, data: Dataset) -> list[str]:
-    """Names of the judges: the gold reward first where it is known, then the sources."""
-    gold = ["gold"] if data.gold and "gold" not in node.rewards else []
-    return [*gold, *node.rewards]
 
 
 # ---- 3. policies

@@ -24,15 +24,14 @@ from rlhf.data import tokenized
 from rlhf.data.batches import PromptOrder, uniforms
 from rlhf.data.records import Dataset, Prompt
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import Engine, build_engine
 from rlhf.evaluation.during_training import Evaluations
-from rlhf.models.loading import load_scorer, save_engine
-from rlhf.models.wrappers import Scorer
+from rlhf.models.loading import save_engine
 from rlhf.planning.memory import sampling_choices
 from rlhf.rewards.process import RewardProcess
 from rlhf.rewards.trial import running_functions, try_functions
 from rlhf.rl.advantages import differ, estimate_advantages, loss_mask, shape_scores, token_rewards
 from rlhf.rl.controllers import KlCoefficient, MovingAverage, RunningScale
+from rlhf.rl.critic import build_critic
 from rlhf.rl.experience import (
     Experience,
     Models,
@@ -47,7 +46,7 @@ from rlhf.rl.learner import Learner
 from rlhf.rl.losses import kl_estimate
 from rlhf.rl.metrics import Scored, drawn_metrics, response_rows, rollout_metrics, source_metrics
 from rlhf.rl.monitor import Monitor
-from rlhf.rl.rewards import Rewards, build_rewards, check_reward_models
+from rlhf.rl.rewards import build_rewards, check_reward_models
 from rlhf.rl.update import pretraining_texts, step_critic_first, update_policy
 from rlhf.runs.directory import write_json
 from rlhf.runs.run_files import WARNINGS
@@ -379,39 +378,3 @@ def load_models(
         critic.eval()
     engine = cfg.rollout.engine
     return Models(tokenizer, actor, ref, rewards, critic, engine=engine, **sampling_choices(cfg))
-
-
-def build_critic(
-    cfg: Config, rewards: Rewards, tokenizer: PreTrainedTokenizerBase, run_dir: Path
-) -> Engine[Scorer]:
-    """The critic. It starts from the reward model of this configuration where that reads the same
-    tokens, else from the policy at its start with a new head."""
-    reward_models = [
-        source
-        for source in rewards.sources
-        if source.engine
-        and not source.reads_text
-        and not stage_graph.score_sources(cfg, cfg.rl.name)[source.name].path
-        and source.weight
-    ]
-    start = reward_models[0] if reward_models else None
-    if start is None:
-        given = "rl.actor" if cfg.rl.actor else "the SFT policy"
-        log.info(
-            "critic: it starts from the weights of the policy at its start "
-            f"({given}: {cfg.inputs['sft']}), as no reward model of this configuration reads the "
-            "policy's tokens"
-        )
-    path = cfg.inputs["rm" if start else "sft"]
-    precision, adapter = cfg.deploy.precision, replace(cfg.reward.lora, dropout=0.0)
-
-    def load_critic() -> Scorer:
-        is_new = start is None
-        critic = load_scorer(path, tokenizer, precision, zero_head=is_new, adapter=adapter)
-        if start and start.engine:  # values have the unit of the scores as they count
-            unit = start.engine.module.hf.config
-            critic.hf.config.score_mean = unit.score_mean
-            critic.hf.config.score_std = unit.score_std / start.weight
-        return critic
-
-    return build_engine(load_critic, cfg, "critic", run_dir)

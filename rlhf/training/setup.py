@@ -15,6 +15,7 @@ from rlhf.config.schema import Config, Lora
 from rlhf.config.stage_graph import adapter_only
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset
+from rlhf.data.template import writes_date
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.models.loading import check_context, load_policy, load_tokenizer
 from rlhf.models.lora import AdapterOff
@@ -40,6 +41,11 @@ def open_inputs(
         key, longest = "rollout.max_new_tokens", cfg.rollout.max_new_tokens
         check_context(path, cfg.data.max_prompt_tokens, longest, key)
     tokenizer = load_tokenizer(path, cfg.data.template)
+    if writes_date(tokenizer):
+        log.warning(
+            f"data.template=tokenizer: the template of {path} writes today's date into prompts; "
+            "tokenized data keep the date of their first day. hh, chatml and llama3 write none"
+        )
     with announced("reading the data"), watchdog.while_files_move():
         return tokenizer, open_data(cfg, run_dir)
 

@@ -17,7 +17,8 @@ from rlhf.base.files import atomic_path
 from rlhf.reporting import report_page, tables
 from rlhf.run import prepare_directory
 from rlhf.runs.directory import check_resumable, read_summary, read_warnings, write_json
-from rlhf.runs.history import Run, find_runs, read_run
+from rlhf.runs.finding import find_runs
+from rlhf.runs.history import Run, read_run
 from rlhf.runs.identity import run_dir_for
 from rlhf.runs.inputs import Inputs, find_inputs
 from rlhf.runs.run_files import read_file

@@ -16,7 +16,8 @@ from rlhf.base.errors import UserError
 from rlhf.reporting import report_page, tables
 from rlhf.reporting.comparison import seed_groups
 from rlhf.runs.directory import write_json
-from rlhf.runs.history import find_runs, read_lines, run_status
+from rlhf.runs.finding import find_runs
+from rlhf.runs.history import read_lines, run_status
 from rlhf.runs.locks import lock_run
 from rlhf.runs.stage_views import KINDS, ONLINE_RL, view_of
 

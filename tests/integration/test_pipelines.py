@@ -46,7 +46,7 @@ def test_a_pipeline_runs_what_its_algorithm_needs_and_nothing_more(pipelines: Pa
 def test_their_report_has_one_table_and_one_picture(pipelines: Path) -> None:
     from rlhf.reporting import report_page, tables
     from rlhf.reporting.comparison import primary_metric, seed_groups
-    from rlhf.runs.history import find_runs
+    from rlhf.runs.finding import find_runs
 
     found = find_runs([pipelines])
     policies = [run for run in found if run.kind == "policy"]

@@ -34,7 +34,8 @@ from rlhf.reporting.eval_results import (
     ScorerResults,
     WinRate,
 )
-from rlhf.runs.history import Run, find_runs
+from rlhf.runs.finding import find_runs
+from rlhf.runs.history import Run
 from rlhf.runs.stage_views import PrimaryMetric, view_of
 
 

@@ -15,7 +15,7 @@ from markupsafe import escape
 from written_runs import HOSTILE, ppo_rows, write_run, write_stage, write_sweep
 
 from rlhf.reporting import curves, report_page, tables
-from rlhf.runs.history import find_runs
+from rlhf.runs.finding import find_runs
 
 
 @pytest.fixture

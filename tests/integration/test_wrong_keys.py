@@ -6,7 +6,7 @@ import pytest
 from helpers import command
 
 from rlhf import arguments, cli, run
-from rlhf.config import keys
+from rlhf.config import keys, suggestions
 
 pytestmark = pytest.mark.usefixtures("options")
 
@@ -73,9 +73,9 @@ def test_an_unknown_key_gets_the_closest_one(override: str, suggestion: str) -> 
 
 
 def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
-    for new in keys.RENAMED.values():
+    for new in suggestions.RENAMED.values():
         assert keys.find_key(new), new
-    for name in keys.FOREIGN.values():
+    for name in suggestions.FOREIGN.values():
         assert keys.find_key(name) or keys.find_key(f"rl.{name}"), name
 
 
@@ -165,6 +165,7 @@ def test_flags_of_hydra_are_not_refused() -> None:
 def test_commas_without_m_get_the_fix() -> None:
     for override, fix in (
         ("seed=1,2", "add -m; else give one value"),
+        ("sft.lr=1,5e-4", "for one number write a point: sft.lr=1.5e-4"),
         ("data=a,b", "to combine them: 'data=[a,b]'"),
         ("rl.betas=0.9,0.95", "a list is in brackets: 'rl.betas=[0.9,0.95]'"),
         ("wandb.notes=a,b", "a text with commas is in quotes: \"wandb.notes='a,b'\""),

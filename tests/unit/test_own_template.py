@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from dialogues import (
     each_family,
     own,
 )
+from helpers import composed
 from tokenizer_families import FAMILIES
 
 from rlhf.config.choices import Template
 from rlhf.data import encoding, template
 from rlhf.data.records import Demonstration, Pair, Turn
 from rlhf.models.loading import load_tokenizer
+from rlhf.training.setup import open_inputs
 
 SMOL = (  # begins with a system's turn of its own
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
@@ -120,6 +123,24 @@ def test_turns_that_a_template_refuses_are_named(tmp_path: Path) -> None:
         match=r"refuses the turns system, user \(no system here\): choose data.template=hh",
     ):
         template.render_prompt(own(tmp_path, LLAMA2), DIALOGUES[2])
+
+
+def test_a_template_that_writes_the_date_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own(tmp_path, "{{ '<|im_start|>' + strftime_now('%d %b %Y') }}" + SMOL).save_pretrained(
+        tmp_path
+    )
+    overrides = [f"root={tmp_path}", "data.sandbox.demonstrations=64", "data.sandbox.pairs=64"]
+    for style in (Template.tokenizer, Template.chatml):
+        caplog.clear()
+        cfg = composed("stage=sft", f"data.template={style.name}", *overrides)
+        with caplog.at_level("WARNING", logger="rlhf"):
+            tokenizer, _ = open_inputs(cfg, tmp_path, str(tmp_path), references=False)
+        today = time.strftime("%d %b %Y")
+        dated = style is Template.tokenizer
+        assert (today in template.render_prompt(tokenizer, [USER])) == dated
+        assert (f"the template of {tmp_path} writes today's date" in caplog.text) == dated
 
 
 def test_any_style_can_replace_a_models_own_template(tmp_path: Path) -> None:

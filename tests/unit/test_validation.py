@@ -65,6 +65,8 @@ from rlhf.config.validation import check_config
         ),
         (["rl.lr=inf"], "rl.lr=inf: must be a finite number, above 0"),
         (["experiment_name=../away"], "experiment_name=../away: give a plain name"),
+        ([f"root={__file__}"], f"root={__file__}: {__file__} is a file; give a directory"),
+        ([f"root={__file__}/mine/here"], f"/mine/here: {__file__} is a file; give a directory"),
         (
             ["data.sources.sandbox.path=/mine.jsonl"],
             "path=builtin:sandbox and format=sandbox go together, not /mine.jsonl",
