@@ -4,6 +4,7 @@ missing. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
@@ -136,8 +137,11 @@ def how_to_make_one(command: Command, users: list[str], parent: str) -> str:
 
 def newest_finished(folder: Path, stage: str) -> Path | None:
     """The run of a stage in a folder that was finished last."""
-    summaries = sorted(folder.glob(f"{stage}-*/{SUMMARY}"), key=lambda file: file.stat().st_mtime)
-    return summaries[-1].parent if summaries else None
+    finished = {}
+    for file in folder.glob(f"{stage}-*/{SUMMARY}"):
+        with contextlib.suppress(OSError):  # it has just been deleted
+            finished[file.parent] = file.stat().st_mtime
+    return max(finished, key=lambda run: finished[run], default=None)
 
 
 def how_to_do_without(cfg: Config, stage: str, parent: str) -> str:

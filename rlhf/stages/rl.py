@@ -53,7 +53,12 @@ from rlhf.runs.run_files import WARNINGS
 from rlhf.sampling.token_choice import Sampling
 from rlhf.sampling.vllm import VllmSampler, running_sampler
 from rlhf.training.checkpoint import Checkpoints, Stateful
-from rlhf.training.setup import build_actor_and_reference, check_rows_left, open_inputs
+from rlhf.training.setup import (
+    build_actor_and_reference,
+    check_rows_left,
+    open_inputs,
+    say_left_over,
+)
 from rlhf.training.tracker import Tracker
 
 PromptRows = tokenized.Rows[tuple[Prompt, list[int]]]
@@ -353,6 +358,8 @@ def count_rollouts(cfg: Config, data: Dataset, prompts: int) -> int:
             f"prompts make {prompts // per_rollout} of {per_rollout}, in each of "
             f"rl.prompt_epochs={rl.prompt_epochs} passes"
         )
+    if not rl.max_steps or rollouts <= rl.max_steps:
+        say_left_over(prompts, per_rollout, rl.prompt_epochs, "prompts")
     rollouts = min(rollouts, rl.max_steps or rollouts)
     if stage_graph.has_critic(rl) and rl.critic.warmup_rollouts >= rollouts:
         raise UserError(

@@ -69,7 +69,17 @@ def count_steps(rows: Sized, per_step: int, epochs: int, max_steps: int | None, 
             f"{steps} steps, fewer than {node}.max_steps={max_steps}: {len(rows)} rows make "
             f"{len(rows) // per_step} batches of {per_step}, {node}.epochs={epochs} times"
         )
+    if not max_steps or steps <= max_steps:
+        say_left_over(len(rows), per_step, epochs, "rows")
     return min(steps, max_steps or steps)
+
+
+def say_left_over(rows: int, per_step: int, epochs: int, what: str) -> None:
+    """Name the rows at the end of an epoch that make no whole batch, where they are over 1%."""
+    left = rows % per_step
+    if left > rows / 100:
+        which = "they are not trained on" if epochs == 1 else "each epoch leaves out others"
+        log.info(f"{left} of {rows} {what} make no whole batch of {per_step}: {which}")
 
 
 def check_rows_left(rows: Sized) -> None:
