@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +27,19 @@ from rlhf.runs.environment import SPIN_NAMES
 if not set(SPIN_NAMES) & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
+# Commands of the tests buffer their output, as a user's do.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # A shell starts what it puts into the background with Ctrl-C ignored, and commands that the tests
 # start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, which its parallel processes share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def wants_demo(item: pytest.Item) -> bool:
@@ -55,8 +65,7 @@ def demo_root(
     The first of them starts it at once and in the background if any test wants it, so that it has
     finished by the time of those tests.
     """
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    root = shared_folder(tmp_path_factory) / "demo"
     root.mkdir(exist_ok=True)
     lock = FileLock(root / "lock", thread_local=False)
     started = False
@@ -104,6 +113,28 @@ def demo(demo_root: Path) -> Demo:
         runs["rm"][0],
         runs["ppo"][0],
     )
+
+
+@pytest.fixture(scope="session")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs of sft and rm that short runs start from (worker_runs.FIVE_STEPS), trained once for
+    all parallel test processes; nobody writes into them."""
+    from worker_runs import prepare, work
+
+    root = shared_folder(tmp_path_factory) / "parents"
+    runs = {stage: root / f"up-{stage}" for stage in ("sft", "rm")}
+    with FileLock(f"{root}.lock", timeout=600):
+        if not (runs["rm"] / "result.json").exists():  # written last
+            shutil.rmtree(root, ignore_errors=True)  # of a process that failed
+            root.mkdir()
+            work([prepare(root, "up", stage, {}, []) for stage in runs], 1)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def inputs(parents: dict[str, Path]) -> dict[str, str]:
+    """The models of `parents`, as a run's inputs."""
+    return {stage: str(run / "model") for stage, run in parents.items()}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from rlhf.base.streams import cannot_write, prepare_streams
+from rlhf.base.streams import cannot_write, drop_unwritten, prepare_streams
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
 _heard: list[int] = []  # signals that raised KeyboardInterrupt
@@ -73,3 +73,4 @@ def run_interruptible(main: Callable[[], int]) -> int:
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        drop_unwritten()

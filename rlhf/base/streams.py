@@ -41,9 +41,19 @@ def cannot_write(end: str = "") -> bool:
         with contextlib.suppress(OSError):
             line = f"error: cannot write to standard output: {error.strerror}"
             print(line, file=sys.stderr, flush=True)
-        drop_output(1)  # or the interpreter would try again when it ends
+        drop_output(1)
         return True
     return False
+
+
+def drop_unwritten() -> None:
+    """Drop what standard output and error cannot write: a full disk, a pipe that nobody reads. Else
+    the interpreter tries again when it ends, and makes the exit code 120."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            drop_output(number)
 
 
 def drop_output(*numbers: int) -> None:

@@ -269,6 +269,7 @@ def take_channels() -> tuple[IO[str], IO[str]]:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or it comes at the end
     return requests, answers
 
 

@@ -63,17 +63,16 @@ CASES: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(
+    parents: dict[str, Path], inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("algorithms")
-    sft, rm = (prepare(root, "up", stage, {}, []) for stage in ("sft", "rm"))
-    both = {"sft": str(sft / "model"), "rm": str(rm / "model")}
     done = {}
     for name, (stage, overrides) in CASES.items():
-        done[name] = prepare(
-            root, name, stage, both if stage != "dpo" else {"sft": both["sft"]}, overrides
-        )
-    work([sft, rm, *done.values()], 1)
-    return done | {"sft": sft, "rm": rm}
+        given = {"sft": inputs["sft"]} if stage == "dpo" else inputs
+        done[name] = prepare(root, name, stage, given, overrides)
+    work(list(done.values()), 1)
+    return done | parents
 
 
 def answers(run: Path) -> pandas.DataFrame:

@@ -16,14 +16,6 @@ CONTINUOUS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("inputs")
-    runs = {stage: prepare(root, "up", stage, {}, []) for stage in ("sft", "rm")}
-    work(list(runs.values()), 1)
-    return {stage: str(run / "model") for stage, run in runs.items()}
-
-
 def assert_sampled_from_the_policy(run: Path) -> None:
     """Its log-probs are those of the forward pass that trains, in every rollout."""
     rows = [row for row in metrics(run) if "sampler/ratio_max" in row]

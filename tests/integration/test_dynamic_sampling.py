@@ -24,14 +24,6 @@ TWINS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("inputs")
-    sft, rm = prepare(root, "up", "sft", {}, []), prepare(root, "up", "rm", {}, [])
-    work([sft, rm], 1)
-    return {"sft": str(sft / "model"), "rm": str(rm / "model")}
-
-
 def drawn(run: Path) -> list[float]:
     return [row["rollout/prompts_drawn"] for row in metrics(run)]
 

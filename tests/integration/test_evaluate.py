@@ -61,17 +61,17 @@ CASES: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(
+    parents: dict[str, Path], inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("eval")
-    sft, rm = (prepare(root, "up", stage, {}, []) for stage in ("sft", "rm"))
     dpo = prepare(
-        root, "up", "dpo", {"sft": str(sft / "model")}, ["dpo.batch_size=8", "dpo.max_steps=4"]
+        root, "up", "dpo", {"sft": inputs["sft"]}, ["dpo.batch_size=8", "dpo.max_steps=4"]
     )
     (root / "short_rewards.py").write_text(
         "def length(completions):\n    return [len(c) for c in completions]\n"
     )
-    inputs = {"sft": str(sft / "model"), "rm": str(rm / "model"), "dpo": str(dpo / "model")}
-    inputs |= {"prompts/0": str(prompt_file("zh"))}
+    inputs = inputs | {"dpo": str(dpo / "model"), "prompts/0": str(prompt_file("zh"))}
     done = {}
     for name, overrides in CASES.items():
         given = {
@@ -82,8 +82,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         done[name] = prepare(root, name, "eval", given, ["pipeline=dpo", *FEW, *overrides])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        work([sft, rm, dpo, *done.values()], 1)
-    return done | {"sft": sft, "rm": rm, "dpo": dpo}
+        work([dpo, *done.values()], 1)
+    return done | parents | {"dpo": dpo}
 
 
 def result(run: Path) -> dict[str, float]:

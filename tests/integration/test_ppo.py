@@ -74,15 +74,15 @@ CASES: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(
+    parents: dict[str, Path], inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("ppo")
-    sft, rm = (prepare(root, "up", stage, {}, []) for stage in ("sft", "rm"))
-    inputs = {"sft": str(sft / "model"), "rm": str(rm / "model")}
     done = {
         name: prepare(root, name, "ppo", inputs, overrides) for name, overrides in CASES.items()
     }
-    work([sft, rm, *done.values()], 1)
-    return done | {"sft": sft, "rm": rm}
+    work(list(done.values()), 1)
+    return done | parents
 
 
 def answers(run: Path) -> pandas.DataFrame:

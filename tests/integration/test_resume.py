@@ -46,15 +46,6 @@ MEMORY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What PPO stands on."""
-    root = tmp_path_factory.mktemp("inputs")
-    sft, rm = prepare(root, "up", "sft", {}, []), prepare(root, "up", "rm", {}, [])
-    work([sft, rm], 1)
-    return {"sft": str(sft / "model"), "rm": str(rm / "model")}
-
-
 def make(
     root: Path, name: str, stage: str, inputs: dict[str, str], processes: int, zero: int, *more: str
 ) -> Path:

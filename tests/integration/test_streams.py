@@ -27,6 +27,7 @@ def shell(redirections: str, argument: str = "--help", **env: str) -> tuple[int,
     return done.returncode, done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "redirections, expected",
     [
@@ -37,9 +38,9 @@ def shell(redirections: str, argument: str = "--help", **env: str) -> tuple[int,
     ],
 )
 def test_help_with_streams_that_are_closed_or_full(
-    redirections: str, expected: tuple[int, str]
+    redirections: str, expected: tuple[int, str], unbuffered: str
 ) -> None:
-    assert shell(redirections) == expected
+    assert shell(redirections, PYTHONUNBUFFERED=unbuffered) == expected
 
 
 def test_a_wrong_command_with_nowhere_to_say_so() -> None:

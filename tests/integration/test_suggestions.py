@@ -25,6 +25,12 @@ OPTIONS = (
 )
 
 
+@pytest.fixture
+def no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the folder that the tests run in, such as those of make demo, are not found."""
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+
+
 def pasted(line: str) -> list[str]:
     """What a shell makes of a command at the end of a line, without `python train.py`."""
     script = re.escape(str(REPO / "train.py"))
@@ -109,6 +115,7 @@ def test_the_newest_run_of_other_settings_is_named(tmp_path: Path) -> None:
     assert "the newest" not in rm
 
 
+@pytest.mark.usefixtures("no_runs")
 def test_an_evaluation_without_a_reward_model_judges_with_the_functions_of_training() -> None:
     functions = ["rl.rewards.model=null", "rl.rewards.right.function=rlhf.verifiers:number"]
     with pytest.raises(UserError) as error:
@@ -120,6 +127,7 @@ def test_an_evaluation_without_a_reward_model_judges_with_the_functions_of_train
     assert cfg.eval.rewards["right"].function == "rlhf.verifiers:number"
 
 
+@pytest.mark.usefixtures("no_runs")
 def test_an_evaluation_without_sft_compares_with_the_start_of_training() -> None:
     mine = command("stage=eval", "rl.actor=builtin:tiny", "eval.rewards.model=null")
     with pytest.raises(UserError) as error:
