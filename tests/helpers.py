@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from rlhf.runs.command import Command
 
 REPO = Path(__file__).parents[1]
 CONF = REPO / "conf"
+TRAIN = shlex.quote(str(REPO / "train.py"))  # as a command for the shell names it
 VLLM = Path(os.environ.get("RLHF_VLLM", REPO / ".venv-vllm" / "bin" / "vllm"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 PRESETS = sorted(path.stem for path in (CONF / "rl").glob("*.yaml"))  # of online RL

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from chats import Chat
-from helpers import REPO
+from helpers import REPO, TRAIN
 
 import chat
 from rlhf.chat.models import load_model, newest_policy
@@ -74,7 +74,7 @@ def test_the_newest_finished_policy_is_chosen(
 @pytest.mark.parametrize(
     "args, expected",
     [
-        ([], f"make one with  python {REPO}/train.py"),
+        ([], f"make one with  python {TRAIN}"),
         (["--path", "./nowhere"], "there is no such directory"),
         (["--path", "no/where<b>"], "there is no such directory, and it is no hub id"),
         (["--path", "scorer"], "this is a reward model"),

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import REPO, SMALL, Demo, some, summary, train
+from helpers import REPO, SMALL, TRAIN, Demo, some, summary, train
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -72,11 +72,11 @@ WRONG = [
     (["-m", "rl.kl.coef=0.1,-1"], "rl.kl.coef=-1.0: must be at least 0"),
     (
         ["stage=ppo", "seed=77"],
-        "train.py stage=sft seed=77  or give rl.actor=",
+        f"{TRAIN} stage=sft seed=77  or give rl.actor=",
     ),
     (
         ["stage=ppo", "seed=77"],
-        "train.py stage=rm seed=77  or give rl.reward=",
+        f"{TRAIN} stage=rm seed=77  or give rl.reward=",
     ),
     (
         ["data.max_prompt_tokens=500"],

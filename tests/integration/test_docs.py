@@ -95,7 +95,9 @@ RARE = [c for c in TRAINING if LONG.search(c) or c not in OF_README]
     "command", [pytest.param(c, marks=pytest.mark.full if c in RARE else []) for c in TRAINING]
 )
 def test_training_commands(command: str, tmp_path: Path, shared: Path) -> None:
-    args = shlex.split(command.replace("/models/mine", str(REPO / "rlhf/assets/tiny")))[2:]
+    args = shlex.split(
+        command.replace("/models/mine", shlex.quote(str(REPO / "rlhf/assets/tiny")))
+    )[2:]
     if "vllm" in command:
         if not VLLM.exists():
             pytest.skip(f"no {VLLM}: make setup-vllm installs it")

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, Demo, command, composed, found, runs_in, summary, train
+from helpers import SMALL, TRAIN, Demo, command, composed, found, runs_in, summary, train
 
 from rlhf.config.stage_graph import policy_labels
 from rlhf.runs.checks import check_inputs
@@ -121,9 +121,9 @@ def test_bad_values_get_one_clear_line(overrides: list[str], said: str) -> None:
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     done = train("stage=eval", "pipeline=dpo", *SMALL, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "/train.py stage=dpo" in done.stderr and "leave it out of eval.policies" in done.stderr
+    assert f"{TRAIN} stage=dpo" in done.stderr and "leave it out of eval.policies" in done.stderr
     assert (
-        "/train.py stage=rm" in done.stderr
+        f"{TRAIN} stage=rm" in done.stderr
         and "remove it with eval.rewards.model=null" in done.stderr
     )
 

@@ -47,7 +47,7 @@ def entries() -> dict[str, str]:
 
 def occurs(quoted: str, printed: str) -> bool:
     """Where the current folder is not the checkout, a command names the folder of the script."""
-    printed = printed.replace(f"{REPO}/", "")
+    printed = re.sub(rf"'?{re.escape(str(REPO))}/(\w+\.py)'?", r"\1", printed)
     return re.search(".*".join(map(re.escape, quoted.split("…"))), printed) is not None
 
 

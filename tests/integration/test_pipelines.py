@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, runs_in, summary, train
+from helpers import SMALL, TRAIN, runs_in, summary, train
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_advice_leaves_out_what_the_missing_stage_does_not_read(tmp_path: Pa
         "seed=3",
         cwd=tmp_path,
     )
-    assert "/train.py stage=sft sft.lr=1e-4 seed=3  or give dpo.actor=" in done.stderr
+    assert f"{TRAIN} stage=sft sft.lr=1e-4 seed=3  or give dpo.actor=" in done.stderr
 
 
 def test_the_advice_keeps_what_others_follow_ppo_in(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_advice_keeps_what_others_follow_ppo_in(tmp_path: Path) -> None:
         "eval.against=null",
         cwd=tmp_path,
     )
-    assert "/train.py stage=rloo rl.lr=1e-4 " in done.stderr
+    assert f"{TRAIN} stage=rloo rl.lr=1e-4 " in done.stderr
 
 
 def test_a_stage_that_is_not_needed_is_not_checked(tmp_path: Path) -> None:

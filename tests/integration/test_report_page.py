@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 from app_browser import CHROMIUM, FLAGS
-from helpers import REPO, Demo
+from helpers import TRAIN, Demo
 from markupsafe import escape
 from written_runs import HOSTILE, ppo_rows, write_run, write_stage, write_sweep
 
@@ -63,9 +63,7 @@ def test_a_real_pipeline_shows_its_lineage(demo: Demo, tmp_path: Path) -> None:
     page = report_page.page(found, "demo", tmp_path)
     text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     made = json.loads((demo.ppo / "env.json").read_text())
-    assert made["command"].startswith(f"python {REPO}/train.py ") and made["folder"] == str(
-        demo.root
-    )
+    assert made["command"].startswith(f"python {TRAIN} ") and made["folder"] == str(demo.root)
     assert f"<dd>{escape(made['command'])}</dd>" in text and made["started"] in text
     assert f"{demo.sft.name} (eval/perplexity" in text and f"{demo.rm.name} (eval/accuracy" in text
     tables.print_comparison(found)

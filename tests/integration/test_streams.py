@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from data_files import rows
-from helpers import REPO, train
+from helpers import REPO, TRAIN, train
 
 from rlhf.base.errors import UserError, machine_problem
 from rlhf.data.cache import cache_folder
@@ -20,7 +21,7 @@ FULL = "error: cannot write to standard output: No space left on device\n"
 
 def shell(redirections: str, argument: str = "--help", **env: str) -> tuple[int, str]:
     """train.py with redirections of a shell. Returns: exit code, and what is on stderr."""
-    command = f"{sys.executable} {REPO / 'train.py'} {argument} {redirections}"
+    command = f"{shlex.quote(sys.executable)} {TRAIN} {argument} {redirections}"
     done = subprocess.run(
         command, shell=True, env=os.environ | env, capture_output=True, encoding="utf-8"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from rlhf.sampling import vllm, vllm_server, vllm_weights
 from rlhf.sampling.token_choice import Sampling
 from rlhf.sampling.vllm_server import ServerError, VllmServer, hold_url, last_error_line
 
-PROGRAM = f"{sys.executable} serve"  # a program that exists
+PROGRAM = f"{shlex.quote(sys.executable)} serve"  # a program that exists
 OWN = ["stage=ppo", "rollout.engine=vllm", f'rollout.vllm.command="{PROGRAM} --enforce-eager"']
 
 
