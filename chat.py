@@ -25,6 +25,7 @@ if __name__ == "__main__":
 from rlhf.base.errors import UserError
 from rlhf.base.files import why_not_small_file
 from rlhf.base.log import plural, printable, say
+from rlhf.base.processors import usable_cores
 from rlhf.chat.advice import start_of
 from rlhf.chat.conversation import LIMITS, Conversation, Number, read_param, read_params
 from rlhf.chat.feedback import Judge, Preferences, trace
@@ -60,7 +61,7 @@ def main() -> int:
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end us
     given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdigit() else os.cpu_count() or 1
+    threads = int(given) if given.isdigit() else usable_cores()
     os.environ.update(thread_settings(threads))  # before a model is loaded, which imports torch
     try:
         session = Session(args)

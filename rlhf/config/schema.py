@@ -200,7 +200,9 @@ class Deploy:
         "memory of one GPU (CPU: of one process), GiB, for plan=true", above=0
     )
     threads: Optional[int] = placement(
-        "CPU threads per process, at most 4 x cores; null: cores / processes", above=0
+        "CPU threads per process, at most 4 x cores; null: cores / processes, of the cores that "
+        "can be used (docker --cpus, SLURM, taskset)",
+        above=0,
     )
     zero_stage: int = placement(
         "what DeepSpeed partitions: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights; in "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rlhf.base.constants import WORLD_HELD_OUT
 from rlhf.base.log import plural
+from rlhf.base.processors import usable_cores
 from rlhf.base.urls import wrong_address
 from rlhf.config.choices import (
     COMPARES_RESPONSES,
@@ -67,10 +68,10 @@ def check_deploy(cfg: Config) -> Iterator[str]:
         yield "deploy.offload.optimizer=true: needs deploy.zero_stage=1 or more, not 0"
     if offload.parameters and deploy.zero_stage != 3:
         yield f"deploy.offload.parameters=true: needs deploy.zero_stage=3, not {deploy.zero_stage}"
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if deploy.threads is not None and deploy.threads > THREADS_PER_CORE * cores:
         yield (
-            f"deploy.threads={deploy.threads}: this machine has {plural(cores, 'core')}; give at "
+            f"deploy.threads={deploy.threads}: {plural(cores, 'core')} can be used here; give at "
             f"most {THREADS_PER_CORE * cores}, or null for cores / processes"
         )
     if deploy.precision == Precision.fp16:

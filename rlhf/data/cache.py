@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from rlhf.base.checksums import damaged_files, read_sums, write_sums
 from rlhf.base.errors import UserError
 from rlhf.base.files import remove
 from rlhf.base.log import log
+from rlhf.base.processors import usable_cores
 
 if TYPE_CHECKING:
     import datasets
@@ -60,14 +60,14 @@ def cached_map(
         key: the name in the cache. It must depend on the table's content, on all settings, and on
             the code of `function`.
         description: label of the progress bar.
-        workers: number of processes for a large table; None = one per core, at most 8.
+        workers: number of processes for a large table; None = one per usable core, at most 8.
     """
     from filelock import FileLock
 
     folder = cache_folder()
     large = len(table) > LARGE
     show_progress(large)
-    processes = min(workers or min(os.cpu_count() or 1, 8), len(table)) if large else None
+    processes = min(workers or min(usable_cores(), 8), len(table)) if large else None
     # another process of this run, or another run, may be computing the same: wait, then read it
     with FileLock(folder / f"{key}.lock"):
         prepared = folder / key

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf.base.processors import processors
 from rlhf.config.choices import Device
 from rlhf.config.deployment import threads_per_process, world_size
 from rlhf.config.schema import Config
@@ -113,13 +114,6 @@ def thread_settings(
     in_use = (busy or busy_processors)()
     too_many = in_use + threads * processes > len(processors()) + FREE_ENOUGH
     return {"GOMP_SPINCOUNT": SPIN_BUSY if too_many else SPIN_IDLE}
-
-
-def processors() -> list[int]:
-    """Numbers of the processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def busy_processors(seconds: float = 0.5) -> float:

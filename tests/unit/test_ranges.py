@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 from helpers import composed
 from hydra.errors import ConfigCompositionException
 
+from rlhf.base.processors import usable_cores
 from rlhf.config.keys import LIMITS, out_of_range, schema
 from rlhf.config.validation import check_config
 
@@ -100,7 +100,7 @@ def test_every_number_has_a_largest_value(override: str, line: str) -> None:
 
 
 def test_threads_are_at_most_four_to_a_core() -> None:
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     assert not check_config(composed(f"deploy.threads={4 * cores}"))
     (line,) = check_config(composed(f"deploy.threads={4 * cores + 1}"))
     assert f"; give at most {4 * cores}, or null" in line
