@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from rlhf.base.streams import cannot_write, drop_unwritten, prepare_streams
 
-FAILED, INTERRUPTED = 1, 130  # exit codes
+FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 _heard: list[int] = []  # signals that raised KeyboardInterrupt
 
 
@@ -55,9 +55,15 @@ def run_interruptible(main: Callable[[], int]) -> int:
     end.
 
     Returns: its exit code, or INTERRUPTED; the message of the KeyboardInterrupt is printed. FAILED
-        with a line where standard output cannot be written, as on a full disk.
+        with a line where standard output cannot be written, as on a full disk. WRONG with a line
+        where the current folder is gone.
     """
     prepare_streams()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("error: the current folder was deleted: cd to another one", file=sys.stderr)
+        return WRONG
     try:
         code = main()
         return FAILED if cannot_write() else code

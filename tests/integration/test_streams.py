@@ -49,6 +49,21 @@ def test_a_wrong_command_with_nowhere_to_say_so() -> None:
     assert shell("2>&-", "sft.lr=x") == (2, "")
 
 
+@pytest.mark.parametrize("script", ["train.py", "chat.py"])
+def test_a_current_folder_that_was_deleted(tmp_path: Path, script: str) -> None:
+    (tmp_path / "gone").mkdir()
+    program = shlex.join([sys.executable, str(REPO / script)])
+    done = subprocess.run(
+        f"rmdir ../gone; {program}",
+        shell=True,
+        cwd=tmp_path / "gone",
+        capture_output=True,
+        text=True,
+    )
+    line = "error: the current folder was deleted: cd to another one\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, line, "")
+
+
 def test_a_character_that_the_terminal_lacks_is_escaped() -> None:
     code, stderr = shell("", "stage=café", LC_ALL="C", PYTHONUTF8="0")
     assert code == 2 and "'stage=caf\\udcc3" in stderr and stderr.count("\n") == 1
