@@ -53,7 +53,8 @@ def main(argument: str) -> None:
         from rlhf.runs.failures import write_failure
         from rlhf.runs.launch import STOPPED
         from rlhf.training import checkpoint
-        from rlhf.training.tracker import finish_wandb, set_up_logging
+        from rlhf.training.tracker import set_up_logging
+        from rlhf.training.wandb_run import finish_wandb
 
     transformers_logging.disable_progress_bar()
     started = time.time()

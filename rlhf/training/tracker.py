@@ -9,8 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import re
-import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -21,17 +19,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from rlhf.base.errors import UserError
-from rlhf.base.files import atomic_path
 from rlhf.base.log import first_line, log, presentable
-from rlhf.base.wandb_login import wandb_problem
-from rlhf.config.choices import WandbMode
-from rlhf.config.loading import plain
 from rlhf.config.schema import Config
 from rlhf.config.stage_graph import is_rl
 from rlhf.distributed import collectives
 from rlhf.runs.directory import write_json
 from rlhf.runs.run_files import PROGRESS
 from rlhf.training.curves_on_the_way import CurvesOnTheWay
+from rlhf.training.wandb_run import WANDB_SECONDS, start_wandb
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -48,7 +43,6 @@ SHOWN_AS = {  # beside the progress bar; other metrics by their own names
     "tokens/response_mean": "response tokens",
     "win_rate": "win rate",
 }
-WANDB_SECONDS = 60.0  # in which W&B must have started, and in which it must have taken what is sent
 HUNG_SECONDS = 2.0  # for a W&B that has failed before
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 
@@ -229,93 +223,6 @@ def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
         file.writelines(
             json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows
         )
-
-
-def start_wandb(cfg: Config, run_dir: Path) -> Run | None:
-    """The W&B run of this run directory, or None when disabled.
-
-    Never prompts, and never waits for a network that is down.
-
-    Raises: UserError when wandb.mode=online and the server cannot be reached.
-    """
-    if cfg.wandb.mode == WandbMode.disabled:
-        return None
-    import wandb
-
-    # It watches imports to report them. Where its process has ended, this would fail any import.
-    wandb.sdk.wandb_run.Run._register_telemetry_import_hooks = lambda _: None
-    mode: Any = cfg.wandb.mode.name
-    if cfg.wandb.mode in (WandbMode.auto, WandbMode.online):
-        problem = wandb_problem(wandb.setup().settings.base_url)
-        if problem and cfg.wandb.mode == WandbMode.online:
-            raise UserError(f"wandb.mode=online: {problem}, or set wandb.mode=auto")
-        mode = "offline" if problem else "online"
-    options = wandb_options(cfg, run_dir)
-    try:
-        run = wandb.init(mode=mode, **options)
-    except (
-        wandb.errors.CommError,
-        wandb.errors.UsageError,
-        wandb.errors.AuthenticationError,
-    ) as error:
-        if cfg.wandb.mode == WandbMode.online:
-            line = first_line(error).rstrip(".")
-            raise UserError(
-                f"wandb.mode=online: {line}: fix this, or set wandb.mode=auto"
-            ) from None
-        log.warning("W&B is unreachable, the run is logged offline: %s", first_line(error))
-        run = wandb.init(mode="offline", **options)
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
-
-
-def wandb_id(run_dir: Path) -> str:
-    """The id of the W&B run, in run_dir/wandb_id; a new one where there is none that is valid."""
-    file = run_dir / "wandb_id"
-    if file.exists():
-        found = file.read_bytes()[:100].decode(errors="replace").strip()
-        if re.fullmatch("[0-9a-f]{12}", found):
-            return found
-        log.warning(f"{file}: {found!r:.80} is no id of a W&B run; this run gets a new one there")
-    new = secrets.token_hex(6)
-    with atomic_path(file) as temporary:
-        temporary.write_text(new, encoding="utf-8")
-    return new
-
-
-def wandb_options(cfg: Config, run_dir: Path) -> dict[str, Any]:
-    """The arguments of wandb.init. A resumed run has the id of run_dir/wandb_id again."""
-    import wandb
-
-    return {
-        "id": wandb_id(run_dir),
-        "dir": run_dir,
-        "project": cfg.wandb.project,
-        "entity": cfg.wandb.entity,
-        "group": cfg.experiment_name,
-        "job_type": cfg.stage.name,
-        "name": run_dir.name,
-        "tags": [cfg.actor.name, cfg.deploy.device.name, *cfg.data.sources, *cfg.wandb.tags],
-        "notes": cfg.wandb.notes,
-        "config": plain(cfg),
-        "resume": "allow",
-        "settings": wandb.Settings(
-            console="off",
-            silent=True,
-            init_timeout=15,
-            finish_timeout=WANDB_SECONDS - 10,
-            x_transaction_log_flush_interval=1,
-            x_disable_meta=True,
-        ),
-    }
-
-
-def finish_wandb() -> None:
-    """Send what this process has logged to W&B; a resumed run continues the same W&B run."""
-    if (wandb := sys.modules.get("wandb")) and wandb.run:
-        with contextlib.suppress(Exception):
-            ThreadPoolExecutor(1).submit(wandb.finish).result(timeout=WANDB_SECONDS)
 
 
 def set_up_logging(run_dir: Path) -> None:

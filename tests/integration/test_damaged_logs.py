@@ -11,7 +11,8 @@ from helpers import SLOW, running, summary, train
 
 from rlhf.reporting.curves import plot_run
 from rlhf.runs.history import read_lines
-from rlhf.training.tracker import cut_back, wandb_id
+from rlhf.training.tracker import cut_back
+from rlhf.training.wandb_run import wandb_id
 
 
 @pytest.mark.full

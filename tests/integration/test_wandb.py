@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, lines, metrics, running, runs_in, summary, train
+import wandb
+from helpers import SMALL, composed, lines, metrics, running, runs_in, summary, train
 from wandb_server import Server
+
+from rlhf.config.choices import WandbMode
+from rlhf.training.wandb_run import mode_asked_for, start_wandb, wandb_id
 
 BIN = Path(sys.executable).parent
 SFT = [
@@ -35,6 +39,43 @@ def server() -> Iterator[Server]:
 def steps_at(server: Server, run: Path) -> list[int]:
     """Steps of the run that arrived, in order, those of a table of samples left out."""
     return [row["step"] for row in server.history((run / "wandb_id").read_text()) if "loss" in row]
+
+
+@pytest.mark.parametrize("given", ["", "offline", "disabled"])
+def test_the_environment_can_keep_a_run_off_the_server(
+    given: str,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also where there is a key and the server answers."""
+    ours = {"WANDB_PROJECT": "mine", "WANDB_NAME": "a", "WANDB_RUN_ID": "b"}
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name, value in (server.environment | ours | {"WANDB_MODE": given}).items():
+        if value:
+            monkeypatch.setenv(name, value)
+    cfg = composed("stage=sft")
+    with caplog.at_level("INFO", logger="rlhf"):
+        run = start_wandb(cfg, tmp_path)
+        wandb.finish()
+        wandb.teardown()
+    assert bool(run) == (given != "disabled")
+    assert bool(server.runs) == (given == "") == bool(list(tmp_path.glob("wandb/run-*")))
+    assert bool(list(tmp_path.glob("wandb/offline-run-*"))) == (given == "offline")
+    assert cfg.wandb.project == "mine"
+    if run:
+        assert (run.name, run.id) == (tmp_path.name, wandb_id(tmp_path))
+        assert "W&B: WANDB_NAME, WANDB_RUN_ID of the environment: not used" in caplog.text
+    assert (f"as WANDB_MODE={given} is in the environment" in caplog.text) == (given != "")
+
+
+def test_an_explicit_mode_counts_more_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert mode_asked_for(composed("wandb.mode=online")) == WandbMode.online
+    assert mode_asked_for(composed("wandb.mode=auto")) == WandbMode.disabled
+    monkeypatch.setenv("WANDB_MODE", "dryrun")  # the old name
+    assert mode_asked_for(composed("wandb.mode=auto")) == WandbMode.offline
 
 
 @pytest.mark.full
