@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from rlhf.base.errors import UserError
 from rlhf.base.files import why_not_small_file
 from rlhf.base.log import plural, printable, say
-from rlhf.base.processors import usable_cores
+from rlhf.base.processors import default_threads
 from rlhf.chat.advice import start_of
 from rlhf.chat.conversation import LIMITS, Conversation, Number, read_param, read_params
 from rlhf.chat.feedback import Judge, Preferences, trace
@@ -60,9 +60,8 @@ def main() -> int:
     args = parse_arguments()
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end us
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdigit() else usable_cores()
-    os.environ.update(thread_settings(threads))  # before a model is loaded, which imports torch
+    threads = default_threads()  # torch reads it when it is imported, to load a model
+    os.environ.update(thread_settings(threads) | {"OMP_NUM_THREADS": str(threads)})
     try:
         session = Session(args)
         interrupts.raise_at_interrupt()

@@ -28,6 +28,15 @@ def usable_cores() -> int:
     return len(processors())
 
 
+def default_threads(processes: int = 1) -> int:
+    """Threads of each of so many processes: OMP_NUM_THREADS, as torch and the launchers of clusters
+    have it, else the usable cores divided among them."""
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2": of nested regions
+    if given.isdecimal() and int(given):
+        return int(given)
+    return max(1, usable_cores() // processes)
+
+
 def time_limit(groups: str, mounted: Path = CONTROL_GROUPS) -> float:
     """The seconds of work per second that control groups allow; infinite without a limit.
 

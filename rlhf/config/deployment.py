@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.base.processors import usable_cores
+from rlhf.base.processors import default_threads
 from rlhf.config.choices import Device, Precision
 from rlhf.config.schema import Config, Deploy
 
@@ -17,7 +17,7 @@ def world_size(cfg: Config) -> int:
 
 def threads_per_process(cfg: Config) -> int:
     """CPU threads of each process."""
-    return cfg.deploy.threads or max(1, usable_cores() // cfg.deploy.processes_per_node)
+    return cfg.deploy.threads or default_threads(cfg.deploy.processes_per_node)
 
 
 def placement(cfg: Config) -> dict[str, str | int | bool]:

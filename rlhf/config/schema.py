@@ -200,8 +200,8 @@ class Deploy:
         "memory of one GPU (CPU: of one process), GiB, for plan=true", above=0
     )
     threads: Optional[int] = placement(
-        "CPU threads per process, at most 4 x cores; null: cores / processes, of the cores that "
-        "can be used (docker --cpus, SLURM, taskset)",
+        "CPU threads per process, at most 4 x cores; null: OMP_NUM_THREADS, else cores / "
+        "processes, of the cores that can be used (docker --cpus, SLURM, taskset)",
         above=0,
     )
     zero_stage: int = placement(

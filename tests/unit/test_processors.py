@@ -27,11 +27,15 @@ print(usable_cores(), threads_per_process(composed()))
 """
 
 
-def count(affinity: int, group: Path | str = "") -> list[int]:
-    """usable_cores() and the threads of a run in a process that has these processors."""
+def count(affinity: int, group: Path | str = "", given: str = "") -> list[int]:
+    """usable_cores() and the threads of a run in a process that has these processors.
+
+    Args: given: OMP_NUM_THREADS.
+    """
     done = subprocess.run(
         [sys.executable, "-c", COUNT, str(affinity), str(group)],
         cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": given},
         capture_output=True,
         text=True,
     )
@@ -41,6 +45,11 @@ def count(affinity: int, group: Path | str = "") -> list[int]:
 
 def test_a_run_has_a_thread_for_each_processor_that_it_may_use() -> None:
     assert count(1) == [1, 1]
+
+
+@pytest.mark.parametrize("given, threads", [("3", 3), ("3,2", 3), ("0", 1), ("many", 1)])
+def test_the_environment_may_say_how_many_threads(given: str, threads: int) -> None:
+    assert count(1, given=given) == [1, threads]
 
 
 @pytest.fixture
