@@ -40,6 +40,7 @@ from rlhf.planning.summary import one_line_summary, print_plan
 from rlhf.rehearsal import rehearse
 from rlhf.reporting import tables
 from rlhf.runs import early
+from rlhf.runs.checks import check_home
 from rlhf.runs.command import Command
 from rlhf.runs.continuing import is_written_since, say_how_to_continue
 from rlhf.runs.directory import (
@@ -105,6 +106,7 @@ def check_before_training(command: Command) -> None:
     Raises: UserError.
     """
     cfg, stages = command.cfg, to_train(command)
+    check_home()
     reads_data = stages or "inspect" in cfg.stage.runs
     if reads_data and (problems := check_files(cfg.data)):
         raise UserError("\n".join(problems))

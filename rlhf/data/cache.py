@@ -39,8 +39,8 @@ def cache_folder() -> Path:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"the cache of data {folder} cannot be written ({error.strerror}): set "
-            "HF_DATASETS_CACHE to a folder that can"
+            f"the cache of data {folder} cannot be written ({error.strerror}): set HOME, or "
+            "HF_DATASETS_CACHE alone, to a folder that can"
         ) from None
     return folder
 

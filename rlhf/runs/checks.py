@@ -234,6 +234,20 @@ def check_functions(cfg: Config, stage: str) -> Iterator[str]:
             yield f"{key}: there is no {function} in {file}"
 
 
+def check_home() -> None:
+    """Libraries want a home folder: docker run --user NUMBER gives none.
+
+    Raises: UserError.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        raise UserError(
+            f"there is no home folder: HOME is not set, and this machine does not know the user "
+            f"{os.getuid()}; set HOME to a folder that can be written"
+        ) from None
+
+
 def check_judge(key: str, judge: Judge) -> Iterator[str]:
     """The files and the key of a language model that grades responses."""
     name = judge.api_key_env

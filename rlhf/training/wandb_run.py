@@ -50,6 +50,7 @@ def start_wandb(cfg: Config, run_dir: Path) -> Run | None:
     if asked == WandbMode.disabled:
         return None
     say_what_is_not_used()
+    use_folder_that_can_be_written(run_dir)
     import wandb
 
     # It watches imports to report them. Where its process has ended, this would fail any import.
@@ -89,6 +90,14 @@ def mode_asked_for(cfg: Config) -> WandbMode:
     mode = OFF_THE_SERVER[given]
     log.info(f"W&B: {mode.name}, as WANDB_MODE={given} is in the environment")
     return mode
+
+
+def use_folder_that_can_be_written(run_dir: Path) -> None:
+    """Let W&B keep its own files in the run's directory where the home folder cannot be written:
+    it would send no tables and print its logs."""
+    if not os.access(Path.home(), os.W_OK):
+        for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+            os.environ.setdefault(name, str(run_dir / "wandb"))
 
 
 def say_what_is_not_used() -> None:

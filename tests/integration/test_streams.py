@@ -87,8 +87,23 @@ def test_a_cache_that_cannot_be_made_is_named(
 
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match="Not a directory.*: set HF_DATASETS_CACHE to a folder"):
+    with pytest.raises(UserError, match="Not a directory.*: set HOME, or HF_DATASETS_CACHE"):
         cache_folder()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_user_without_a_home_folder_gets_one_line() -> None:
+    """As with docker run --user 54321."""
+    code = (
+        "import os; from rlhf.base.errors import UserError; from rlhf.runs.checks import check_home"
+    )
+    code += "\ndel os.environ['HOME']\nos.setuid(54321)\ntry: check_home()"
+    code += "\nexcept UserError as error: print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    line = "there is no home folder: HOME is not set, and this machine does not know the user 54321"
+    assert done.stdout == f"{line}; set HOME to a folder that can be written\n"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,24 @@ def test_the_environment_can_keep_a_run_off_the_server(
     assert (f"as WANDB_MODE={given} is in the environment" in caplog.text) == (given != "")
 
 
+def test_a_home_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B keeps its files in the run's directory, and the tables arrive."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, "")  # so that what is set here does not stay
+        monkeypatch.delenv(name)
+    run = start_wandb(composed("stage=sft", "wandb.mode=offline"), tmp_path)
+    assert run
+    run.log({"step": 1, "completions": wandb.Table(columns=["response"], data=[["yes"]])})
+    wandb.finish()
+    wandb.teardown()
+    (kept,) = tmp_path.glob("wandb/offline-run-*")
+    assert list(kept.rglob("*.table.json")), "the table"
+
+
 def test_an_explicit_mode_counts_more_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert mode_asked_for(composed("wandb.mode=online")) == WandbMode.online
