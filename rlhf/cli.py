@@ -99,7 +99,8 @@ def dispatch(argv: Sequence[str]) -> int:
     if "RANK" in os.environ:
         raise UserError(
             "start python train.py itself, without torchrun or deepspeed: it starts its workers, "
-            "deploy.processes_per_node=N of them"
+            "deploy.processes_per_node=N of them (where a container sets RANK: env -u RANK python "
+            "train.py ...)"
         )
     if args.shell_completion and (shell := query_of(args.overrides)):
         return print_completions(shell)
