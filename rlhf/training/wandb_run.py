@@ -93,10 +93,10 @@ def mode_asked_for(cfg: Config) -> WandbMode:
 
 
 def use_folder_that_can_be_written(run_dir: Path) -> None:
-    """Let W&B keep its own files in the run's directory where the home folder cannot be written:
-    it would send no tables and print its logs."""
+    """Let W&B write its own files into the run's directory where the home folder cannot be written:
+    it would send no tables and print its logs. Its settings are read from the home folder."""
     if not os.access(Path.home(), os.W_OK):
-        for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
             os.environ.setdefault(name, str(run_dir / "wandb"))
 
 

@@ -76,7 +76,7 @@ def test_a_home_folder_that_cannot_be_written(
     """W&B keeps its files in the run's directory, and the tables arrive."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, "")  # so that what is set here does not stay
         monkeypatch.delenv(name)
     run = start_wandb(composed("stage=sft", "wandb.mode=offline"), tmp_path)
