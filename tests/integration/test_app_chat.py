@@ -159,12 +159,14 @@ def test_a_long_response_can_be_stopped(browser: Any) -> None:
     wait_for(lambda: by_id(browser, "chat-seed").is_displayed())
     browser.find_element("css selector", "input[aria-label='max_new_tokens']").send_keys("0")
     stopped = False
-    for n in range(1, 7):  # one may end by itself before the click
+    for _ in range(6):  # one may end by itself before the click
+        by_id(browser, "chat-clear").click()  # or it would have little room in the context
+        wait_for(lambda: not messages(browser))
         write(browser, "chat-message", "Tell me all.")
         by_id(browser, "chat-send").click()
-        wait_for(lambda n=n: len(messages(browser)) == 2 * n and messages(browser)[-1])
+        wait_for(lambda: len(messages(browser)) == 2 and messages(browser)[-1])
         by_id(browser, "chat-stop").click()
-        wait_for(lambda n=n: done(browser) == n)
+        wait_for(lambda: done(browser) == 1)
         stopped = "stopped" in text_of(browser, "chat-details-1")
         if stopped:
             break
