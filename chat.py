@@ -52,7 +52,6 @@ COMMANDS = {  # arguments and meaning
 }
 WIDE = 100  # columns of a terminal in which two responses are shown side by side
 STRONG = 3.0  # nats from which on a token has the full colour
-DONE, WRONG = 0, 2  # exit codes, besides INTERRUPTED
 
 
 def main() -> int:
@@ -67,12 +66,12 @@ def main() -> int:
         interrupts.raise_at_interrupt()
         if args.prompt is not None:
             replies = session.respond(functools.partial(session.talk.ask, args.prompt))
-            return interrupts.INTERRUPTED if replies[-1].stopped else DONE
+            return interrupts.INTERRUPTED if replies[-1].stopped else interrupts.DONE
         interact(session)
     except UserError as error:
         say(f"error: {error}")
-        return WRONG
-    return DONE
+        return interrupts.WRONG
+    return interrupts.DONE
 
 
 # ------------------------------------------------------------------------------- the command line

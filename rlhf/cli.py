@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from rlhf import arguments, compose, help, run, sweep
 from rlhf.base.errors import UserError, machine_problem
-from rlhf.base.interrupts import interrupted
+from rlhf.base.interrupts import DONE, FAILED, WRONG, interrupted
 from rlhf.base.log import cut, plural, say
 from rlhf.base.streams import cannot_write
 from rlhf.config.keys import find_key
@@ -30,7 +30,6 @@ from rlhf.config.presets import CONF
 from rlhf.runs import early
 from rlhf.runs.failures import WorkerError
 
-DONE, FAILED, WRONG = 0, 1, 2  # exit codes
 MOST_OF_NAME = 300  # characters of a file's name in a message
 DEFAULT_NAME = "default"  # experiment_name in conf/config.yaml
 # What stopped this command (not a sweep). It is raised again outside Hydra, which would add a line.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from rlhf.base.streams import cannot_write, drop_unwritten, prepare_streams
 
-FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130  # exit codes
 _heard: list[int] = []  # signals that raised KeyboardInterrupt
 
 

@@ -269,7 +269,8 @@ def take_channels() -> tuple[IO[str], IO[str]]:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or it comes at the end
+    # or it would be seen when 8 KiB have come together
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     return requests, answers
 
 

@@ -16,7 +16,6 @@ from typing import Any
 from rlhf.base.checksums import damaged_files
 from rlhf.base.errors import UserError
 from rlhf.base.files import atomic_path, special_kind
-from rlhf.base.processors import usable_cores
 from rlhf.config.deployment import BYTES, placement
 from rlhf.config.schema import Config, StageChoice
 from rlhf.runs.locks import LOCK_FILE
@@ -204,7 +203,6 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
         "gpus": gpus.splitlines(),
     }
 
