@@ -130,8 +130,20 @@ def read_data_only(path: str, map_location: Any = None) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def zero_stage(kind: Any, name: str) -> ZeroStageEnum:
+        """Some versions of python 3.11 (that of Debian 12) save an Enum as getattr(kind, name)."""
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError(f"getattr of {kind} {name}")
+        return ZeroStageEnum[name]
+
     # what DeepSpeed itself writes beside tensors, numbers and strings
-    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    known: list[Any] = [
+        LossScaler,
+        DynamicLossScaler,
+        ZeroStageEnum,
+        fragment_address,
+        (zero_stage, "builtins.getattr"),
+    ]
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(path, map_location=map_location, weights_only=True)

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from helpers import REPO, SLOW, composed, metrics, running, summary, train
 
 from rlhf.base.errors import UserError
 from rlhf.config.choices import Precision
 from rlhf.config.deployment import placement
-from rlhf.distributed.engine import build_engine
+from rlhf.distributed.engine import build_engine, read_data_only
 from rlhf.models.loading import load_policy
 from rlhf.runs.directory import find_checkpoints
 from rlhf.sampling.cpu import kernels
@@ -202,3 +204,30 @@ def test_no_code_in_a_checkpoint_is_run(
     with pytest.raises(UserError, match=f"{file}: it is no file of tensors .* no code"):
         saving._load(directory)
     assert not (tmp_path / "exploded").exists()
+
+
+class SavedByName:
+    """As python 3.11.2 saves what `kind` has under `name`, an Enum's member for instance."""
+
+    def __init__(self, kind: type, name: str):
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> tuple[object, tuple[type, str]]:
+        return getattr, (self.kind, self.name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_zero_stage_is_read_as_each_python_saves_it(tmp_path: Path, stage: int) -> None:
+    member = ZeroStageEnum(stage)
+    for saved in (member, SavedByName(ZeroStageEnum, member.name)):
+        torch.save({"zero_stage": saved}, tmp_path / "state.pt")
+        assert read_data_only(str(tmp_path / "state.pt")) == {"zero_stage": member}
+
+
+@pytest.mark.parametrize(
+    "kind, name", [(ZeroStageEnum, "mro"), (ZeroStageEnum, "__class__"), (LossScaler, "backward")]
+)
+def test_nothing_else_is_taken_from_a_class(tmp_path: Path, kind: type, name: str) -> None:
+    torch.save(SavedByName(kind, name), tmp_path / "state.pt")
+    with pytest.raises(UserError, match="no file of tensors and numbers"):
+        read_data_only(str(tmp_path / "state.pt"))
