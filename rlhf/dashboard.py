@@ -3,11 +3,13 @@
 The code is rlhf/reporting/wandb_dashboard.py.
 """
 
+import contextlib
 import os
 import sys
 
 if __name__ == "__main__":  # -m would take modules from the current directory first
-    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+    with contextlib.suppress(FileNotFoundError):  # it was deleted: run_interruptible says so
+        sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
 from rlhf.base.interrupts import end_at_interrupt, run_interruptible
 

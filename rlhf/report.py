@@ -8,11 +8,13 @@ A RUN is a directory below outputs/, a SWEEP one below multirun/, a FOLDER one t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
 if __name__ == "__main__":  # -m would take modules from the current directory first
-    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+    with contextlib.suppress(FileNotFoundError):  # it was deleted: run_interruptible says so
+        sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
 import argparse
 import time

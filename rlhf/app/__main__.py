@@ -8,14 +8,15 @@ machines, and only this machine can open the page. With another --host, its addr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
 if __name__ == "__main__":  # -m would take modules from the current directory first
-    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+    with contextlib.suppress(FileNotFoundError):  # it was deleted: run_interruptible says so
+        sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
 
 import argparse
-import contextlib
 import gc
 import importlib.util
 import secrets

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rlhf.base.errors import UserError
+from rlhf.base.log import log
 from rlhf.config.choices import Template
 from rlhf.data.records import Turn, uses_tools
 
@@ -97,9 +99,19 @@ def install_chat_template(tokenizer: PreTrainedTokenizerBase, style: Template) -
     tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATES[style]
 
 
-def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a template writes today's date into a prompt, as those of Llama 3.2 and SmolLM3."""
-    return "strftime_now" in str(tokenizer.chat_template)
+def warn_of_date(tokenizers: Iterable[PreTrainedTokenizerBase]) -> None:
+    """Warn where a template writes today's date into a prompt, as those of Llama 3.2 and SmolLM3.
+
+    Results of two days then differ; a line for the first such tokenizer.
+    """
+    for tokenizer in tokenizers:
+        if "strftime_now" in str(tokenizer.chat_template):
+            log.warning(
+                f"data.template=tokenizer: the template of {tokenizer.name_or_path} writes today's "
+                "date into prompts; tokenized data keep the date of their first day. hh, chatml "
+                "and llama3 write none"
+            )
+            return
 
 
 def stop_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:

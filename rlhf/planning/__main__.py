@@ -8,7 +8,13 @@ activation checkpointing. Reward model and critic are as large as the policy. No
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
+
+from rlhf.base.interrupts import DONE, end_at_interrupt, run_interruptible
+
+if __name__ == "__main__":
+    end_at_interrupt()  # it only prints, so that there is nothing else to end
 
 from rlhf import compose
 from rlhf.base.errors import UserError
@@ -18,6 +24,7 @@ from rlhf.planning.memory import make_plan
 STAGES = ("sft", "rm", "dpo", "grpo", "ppo")
 RANKS = {"full": 0, "LoRA": 16}
 NOT_FOR_A_GPU = ("custom", "tiny")  # of conf/model: without a shape, and for tests
+WIDE = 200  # columns: in a narrow terminal lines wrap, and no number is cut
 FRUGAL = "deploy=small_gpu"
 
 
@@ -46,7 +53,8 @@ def rows_of(names: Sequence[str], memory: float) -> Iterator[list[str]]:
         yield [name, *(f"{peak:.1f}" if fits else "-" for peak, fits in cells)]
 
 
-def main() -> None:
+def main() -> int:
+    """The command line; returns the exit code."""
     from rich import box
     from rich.console import Console
     from rich.progress import track
@@ -75,11 +83,12 @@ def main() -> None:
             table.add_row(*row)
     except UserError as error:
         parser.error(str(error))
-    Console().print(table)
+    Console(width=WIDE).print(table)
     print(
         f"-: does not fit. With {FRUGAL}; LoRA of rank {RANKS['LoRA']}; reward model as the actor."
     )
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_interruptible(main))

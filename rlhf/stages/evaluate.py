@@ -24,6 +24,7 @@ from rlhf.config.stage_graph import policy_labels
 from rlhf.data import encoding
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Prompt, Turn
+from rlhf.data.template import warn_of_date
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, release_engine
 from rlhf.evaluation.best_of import best_of
@@ -169,6 +170,7 @@ def prepare(cfg: Config, run_dir: Path, functions: RewardProcess | None) -> Setu
     tokenizers = {name: load_tokenizer(path, cfg.data.template) for name, path in paths.items()}
     for name, path in paths.items():
         warn_of_template(name, path, tokenizers[name], cfg)
+    warn_of_date(tokenizers.values())
     data = open_data(cfg, run_dir)
     try_functions(functions, data, next(iter(tokenizers.values()), None))
     check_columns(data.eval_prompts, node.by)

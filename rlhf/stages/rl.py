@@ -358,8 +358,7 @@ def count_rollouts(cfg: Config, data: Dataset, prompts: int) -> int:
             f"prompts make {prompts // per_rollout} of {per_rollout}, in each of "
             f"rl.prompt_epochs={rl.prompt_epochs} passes"
         )
-    if not rl.max_steps or rollouts <= rl.max_steps:
-        say_left_over(prompts, per_rollout, rl.prompt_epochs, "prompts")
+    say_left_over(prompts, per_rollout, rl.prompt_epochs, rl.max_steps, "prompts")
     rollouts = min(rollouts, rl.max_steps or rollouts)
     if stage_graph.has_critic(rl) and rl.critic.warmup_rollouts >= rollouts:
         raise UserError(

@@ -15,7 +15,7 @@ from rlhf.config.schema import Config, Lora
 from rlhf.config.stage_graph import adapter_only
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset
-from rlhf.data.template import writes_date
+from rlhf.data.template import warn_of_date
 from rlhf.distributed.engine import Engine, build_engine
 from rlhf.models.loading import check_context, load_policy, load_tokenizer
 from rlhf.models.lora import AdapterOff
@@ -41,11 +41,7 @@ def open_inputs(
         key, longest = "rollout.max_new_tokens", cfg.rollout.max_new_tokens
         check_context(path, cfg.data.max_prompt_tokens, longest, key)
     tokenizer = load_tokenizer(path, cfg.data.template)
-    if writes_date(tokenizer):
-        log.warning(
-            f"data.template=tokenizer: the template of {path} writes today's date into prompts; "
-            "tokenized data keep the date of their first day. hh, chatml and llama3 write none"
-        )
+    warn_of_date([tokenizer])
     with announced("reading the data"), watchdog.while_files_move():
         return tokenizer, open_data(cfg, run_dir)
 
@@ -69,15 +65,16 @@ def count_steps(rows: Sized, per_step: int, epochs: int, max_steps: int | None, 
             f"{steps} steps, fewer than {node}.max_steps={max_steps}: {len(rows)} rows make "
             f"{len(rows) // per_step} batches of {per_step}, {node}.epochs={epochs} times"
         )
-    if not max_steps or steps <= max_steps:
-        say_left_over(len(rows), per_step, epochs, "rows")
+    say_left_over(len(rows), per_step, epochs, max_steps, "rows")
     return min(steps, max_steps or steps)
 
 
-def say_left_over(rows: int, per_step: int, epochs: int, what: str) -> None:
-    """Name the rows at the end of an epoch that make no whole batch, where they are over 1%."""
+def say_left_over(rows: int, per_step: int, epochs: int, max_steps: int | None, what: str) -> None:
+    """Name the rows at the end of an epoch that make no whole batch, where they are over 1% and
+    max_steps does not leave out more."""
     left = rows % per_step
-    if left > rows / 100:
+    all_steps = rows // per_step * epochs
+    if left > rows / 100 and all_steps <= (max_steps or all_steps):
         which = "they are not trained on" if epochs == 1 else "each epoch leaves out others"
         log.info(f"{left} of {rows} {what} make no whole batch of {per_step}: {which}")
 

@@ -49,12 +49,20 @@ def test_a_wrong_command_with_nowhere_to_say_so() -> None:
     assert shell("2>&-", "sft.lr=x") == (2, "")
 
 
-@pytest.mark.parametrize("script", ["train.py", "chat.py"])
-def test_a_current_folder_that_was_deleted(tmp_path: Path, script: str) -> None:
+@pytest.mark.parametrize(
+    "program",
+    [
+        [str(REPO / "train.py")],
+        [str(REPO / "chat.py")],
+        *(["-m", f"rlhf.{name}"] for name in ("report", "app", "dashboard", "planning")),
+    ],
+    ids=lambda words: Path(words[-1]).name,
+)
+def test_a_current_folder_that_was_deleted(tmp_path: Path, program: list[str]) -> None:
     (tmp_path / "gone").mkdir()
-    program = shlex.join([sys.executable, str(REPO / script)])
+    words = shlex.join([sys.executable, *program])
     done = subprocess.run(
-        f"rmdir ../gone; {program}",
+        f"rmdir ../gone; {words}",
         shell=True,
         cwd=tmp_path / "gone",
         capture_output=True,
