@@ -15,8 +15,8 @@ import torch
 from chats import Chat
 from helpers import REPO, TRAIN
 
-import chat
 from rlhf.chat.models import load_model, newest_policy
+from rlhf.chat.session import COMMANDS
 from rlhf.config.presets import preset_names
 from rlhf.runs import environment
 
@@ -144,4 +144,4 @@ def test_a_command_that_cannot_be_done_gets_one_line(model: Path, talk_to: Chat)
         "(no parameter heat; there are temperature, top_p, top_k, max_new_tokens, seed)",
     ):
         assert line in messages.splitlines()
-    assert all(command in messages for command in chat.COMMANDS)
+    assert all(command in messages for command in COMMANDS)

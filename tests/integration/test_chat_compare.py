@@ -13,11 +13,11 @@ import torch
 from chats import UNIT, Chat, conversation, generates, policy, quiet, save_reward
 from rich.console import Console
 
-import chat
 from rlhf.chat.conversation import Conversation
 from rlhf.chat.feedback import Judge, Preferences, trace
 from rlhf.chat.models import find_reference, load_model
 from rlhf.chat.policy import Policy, Reply
+from rlhf.chat.session import Session, colour
 from rlhf.config.choices import Template
 from rlhf.data import encoding
 from rlhf.data.records import Turn
@@ -89,9 +89,9 @@ def drawn_on(console: Console) -> str:
     return console.file.getvalue()
 
 
-def session(talk: Conversation, console: Console, reference: str | None = None) -> chat.Session:
+def session(talk: Conversation, console: Console, reference: str | None = None) -> Session:
     """What chat.py works with, without its command line."""
-    one = chat.Session.__new__(chat.Session)
+    one = Session.__new__(Session)
     one.talk, one.judge, one.device, one.console = talk, None, "cpu", console
     one.reference, one.references = reference, {}
     one.preferences = Preferences(Path("preferences.jsonl"))
@@ -296,7 +296,7 @@ def test_on_a_terminal_tokens_have_colours(
 
 
 def test_colours_say_which_side_and_how_far() -> None:
-    red, strong, green = chat.colour(0.5), chat.colour(5.0), chat.colour(-0.5)
+    red, strong, green = colour(0.5), colour(5.0), colour(-0.5)
     assert red == "black on rgb(255,198,198)" and strong == "black on rgb(255,60,60)"
     assert green == "black on rgb(198,230,198)"
-    assert chat.colour(0.0) == chat.colour(math.nan) == ""
+    assert colour(0.0) == colour(math.nan) == ""

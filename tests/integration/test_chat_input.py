@@ -9,8 +9,9 @@ import pytest
 from chats import Chat, policy
 from tokenizer_families import FAMILIES
 
-import chat
+from rlhf.base.log import say
 from rlhf.chat.reader import Reader
+from rlhf.chat.session import show
 from rlhf.config.choices import Template
 from rlhf.data import encoding, template
 from rlhf.data.records import Turn
@@ -38,8 +39,8 @@ def test_hostile_input_neither_ends_it_nor_steers_the_terminal(model: Path, talk
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    chat.show("a\x1b[31mb\n")
-    chat.say("a\x1b[31mb\u202e")
+    show("a\x1b[31mb\n")
+    say("a\x1b[31mb\u202e")
     assert not {"\x1b", "\u202e"} & {*"".join(capsys.readouterr())}
 
 
