@@ -6,12 +6,14 @@ No torch here: libgomp and glibc read these settings when a process starts or lo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf.base.errors import UserError
 from rlhf.base.processors import processors
 from rlhf.config.choices import Device
 from rlhf.config.deployment import threads_per_process, world_size
@@ -75,9 +77,20 @@ def places(cfg: Config) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that is free now."""
-    with socket.socket() as free:
+    """A TCP port of this machine that is free now.
+
+    Raises: UserError where nothing can connect to this machine itself, as in a sandbox whose
+        loopback device is down; torch would try for half an hour.
+    """
+    with socket.socket() as free, socket.socket() as other:
         free.bind(("127.0.0.1", 0))
+        # nobody listens there: where loopback works the connection is refused
+        answer = other.connect_ex(free.getsockname())
+        if answer != errno.ECONNREFUSED:
+            raise UserError(
+                f"processes of this machine cannot meet at 127.0.0.1 ({os.strerror(answer)}): "
+                "turn its loopback device on (ip link set lo up)"
+            )
         return int(free.getsockname()[1])
 
 

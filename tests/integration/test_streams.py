@@ -72,6 +72,20 @@ def test_a_current_folder_that_was_deleted(tmp_path: Path, program: list[str]) -
     assert (done.returncode, done.stderr, done.stdout) == (2, line, "")
 
 
+@pytest.mark.skipif(
+    subprocess.run("unshare -rn true", shell=True, capture_output=True).returncode != 0,
+    reason="no network namespaces here",
+)
+def test_a_sandbox_without_a_loopback_device(tmp_path: Path) -> None:
+    command = ["unshare", "-rn", sys.executable, REPO / "train.py", "stage=sft"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    line = (
+        "error: processes of this machine cannot meet at 127.0.0.1 (Network is unreachable): turn "
+        "its loopback device on (ip link set lo up)"
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == line
+
+
 def test_a_character_that_the_terminal_lacks_is_escaped() -> None:
     code, stderr = shell("", "stage=café", LC_ALL="C", PYTHONUTF8="0")
     assert code == 2 and "'stage=caf\\udcc3" in stderr and stderr.count("\n") == 1
