@@ -138,7 +138,6 @@ def build_case_engine(case: Case, folder: Path) -> Any:
         "deploy.bucket_mb=1",
         f"actor.lora.rank={case.lora}",
     ]
-    compose.register()
     cfg = compose.typed_config(compose.compose_alone(overrides, []))
     tokenizer = load_tokenizer("builtin:tiny")
 
@@ -191,6 +190,9 @@ def all_cases(processes: int) -> list[Case]:
 
 def measure(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """The difference of each case from fp32 at ZeRO 0 in one micro-batch, in this process group."""
+    from rlhf import compose
+
+    compose.register()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         learned_by = functools.cache(lambda case: train_case(case, Path(folder)))

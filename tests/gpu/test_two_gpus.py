@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_device import CLOSE, DEVICE, STEADY, placed, responses, without_tf32
+from gpu_device import CLOSE, DEVICE, STEADY, ZERO_STAGES, placed, responses, without_tf32
 from helpers import REPO, SMALL, metrics, runs_in, train
 
 from rlhf.runs.environment import free_port
@@ -28,7 +28,7 @@ def pipeline(folder: Path, *overrides: str) -> dict[str, Path]:
     return {stage: runs[0] for stage, runs in runs_in(folder).items()}
 
 
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("zero", ZERO_STAGES)
 def test_two_processes_compute_what_one_does(
     zero: int, one: dict[str, Path], tmp_path: Path
 ) -> None:
