@@ -45,7 +45,10 @@ def register(folders: Sequence[Path] = ()) -> None:
     the groups stage and pipeline.
 
     Args: folders: the user's own folders with option files, beside conf/.
+    Raises: UserError for an option of the user's that has the name of one in conf/.
     """
+    for folder in folders:
+        check_names(folder)
     presets.config_dirs[:] = [CONF, *folders]
     compose_choices.cache_clear()
     store = ConfigStore.instance()
@@ -64,6 +67,21 @@ def register(folders: Sequence[Path] = ()) -> None:
         node = {"defaults": [*choose_rl, "_self_"], "name": name, "runs": [name]}
         store.store(name, node, group="stage")
     store.store("rl", {"name": "${rl.name}", "runs": ["${rl.name}"]}, group="stage")
+
+
+def check_names(folder: Path) -> None:
+    """Hydra takes the option in conf/ where a folder of the user has another one of its name.
+
+    Raises: UserError that names the file.
+    """
+    for ours in CONF.glob("*/*.yaml"):
+        option = ours.relative_to(CONF)
+        theirs = folder / option
+        if theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
+            raise UserError(
+                f"{theirs}: conf/ has an option {option.with_suffix('')} too, and Hydra takes that "
+                f"one; rename your file, for example to {option.parent}/my_{option.name}"
+            )
 
 
 def register_model(store: ConfigStore, file: Path) -> None:

@@ -42,7 +42,7 @@ class Judge:
         style = Template.tokenizer if tokenizer.chat_template else Template.hh
         template.install_chat_template(tokenizer, style)
         self.scorer, self.tokenizer, self.reader = Scorer(model), tokenizer, Reader(tokenizer)
-        self.unit = "0 is the mean of SFT responses, 1 their standard deviation"
+        self.unit = "0 is the mean of held-out demonstrations, 1 their standard deviation"
         if not hasattr(model.config, "score_std"):
             self.unit = "raw, as its config has no score_mean and score_std"
 

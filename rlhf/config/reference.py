@@ -13,8 +13,9 @@ Every key of the configuration with its type, its range and its meaning, made fr
 (`rlhf/config/`) by `python -m rlhf.config.reference > docs/keys.md`. `python train.py --help KEY`
 prints the same with the value of a command. Values are in `conf/`. A name in capitals is yours to
 choose. Keys in *italics* change no result, so they are not part of a run's identity. One *score
-unit* is what a reward model's score varies by: its standard deviation over SFT responses
-(`rl.normalize_score`). Scores of python functions keep the unit that the function gives them.
+unit* is what a reward model's score varies by: its standard deviation over held-out
+demonstrations (`rl.normalize_score`). Scores of python functions keep the unit that the function
+gives them.
 """
 
 

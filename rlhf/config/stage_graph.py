@@ -85,6 +85,9 @@ def idle_keys(cfg: Config, stages: Sequence[str]) -> dict[str, str]:
             idle |= dict.fromkeys(("rl.kl.target", "rl.kl.horizon"), controller)
         if cfg.rl.kl.controller != KlController.linear:
             idle["rl.kl.final_coef"] = controller
+    if cfg.data.world:  # it divides its prompts itself, and has no bad rows
+        unused = ("data.shares", "data.eval_share", "data.on_bad_row", "data.max_row_mb")
+        idle |= dict.fromkeys(unused, f"the built-in {cfg.data.world}")
     for node, model in (("actor", cfg.actor), ("reward", cfg.reward)):
         if not model.lora.rank:
             names = {field.name for field in fields(model.lora)} - {"rank"}
@@ -142,6 +145,13 @@ def function_sources(cfg: Config, stage: str) -> dict[str, RewardSource]:
         for name, source in score_sources(cfg, stage).items()
         if source.function or source.url or source.judge
     }
+
+
+def verifiers(cfg: Config) -> list[str]:
+    """The sources of stage=eval that check responses: functions, but for the sandbox's gold reward,
+    which is a grade, as the scores of a server may be."""
+    sources = function_sources(cfg, "eval").items()
+    return [name for name, one in sources if one.function and name != "gold"]
 
 
 def is_stage_name(policy: str) -> bool:

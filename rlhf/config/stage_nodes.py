@@ -257,7 +257,8 @@ class Rl(Optim):
         "parts of the score, by a name of your choice; null removes one"
     )
     normalize_score: bool = key(
-        "reward models in units of their standard deviation over SFT responses, mean 0; else raw"
+        "reward models in units of their standard deviation over held-out demonstrations, mean 0; "
+        "else raw"
     )
     missing_eos_penalty: float = key(
         "subtracted from the score of a response without EOS, score units", at_least=0

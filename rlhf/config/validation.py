@@ -37,7 +37,13 @@ from rlhf.config.deployment import built_stage, describe_processes, world_size
 from rlhf.config.keys import out_of_range
 from rlhf.config.limits import MOST_BATCH, MOST_NODES, MOST_PROCESSES, THREADS_PER_CORE
 from rlhf.config.schema import Config, Source
-from rlhf.config.stage_graph import function_sources, is_rl, optimizer_nodes, score_sources
+from rlhf.config.stage_graph import (
+    function_sources,
+    is_rl,
+    optimizer_nodes,
+    score_sources,
+    verifiers,
+)
 from rlhf.config.stage_nodes import RewardSource
 from rlhf.config.vllm import check_vllm
 
@@ -331,7 +337,7 @@ def check_eval(cfg: Config) -> Iterator[str]:
             f"eval.samples={node.samples} with eval.decoding={node.decoding.name}: all responses "
             "to a prompt would be the same; use eval.decoding=sample, or eval.samples=1"
         )
-    if node.by and not any(source.function or source.url for source in sources.values()):
+    if node.by and not verifiers(cfg):
         yield (
             f"eval.by=[{','.join(node.by)}]: it divides the pass rates of functions, and there are "
             "none; give eval.rewards.NAME.function, or leave it out"

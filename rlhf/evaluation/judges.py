@@ -1,10 +1,9 @@
-"""Who judges responses in stage=eval, and who checks them."""
+"""Who judges responses in stage=eval."""
 
 from __future__ import annotations
 
 from rlhf.base.log import log
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import function_sources
 from rlhf.config.stage_nodes import Eval
 from rlhf.data.records import Dataset
 
@@ -18,13 +17,6 @@ def say_who_does_not_judge(cfg: Config) -> None:
                 f"rl.rewards.{name} does not judge here: eval.rewards.{name}.function="
                 f"{source.function} makes it a judge"
             )
-
-
-def verifiers(cfg: Config) -> list[str]:
-    """The sources that check responses: functions, but for the sandbox's gold reward, which is a
-    grade, as the scores of a server may be."""
-    sources = function_sources(cfg, "eval").items()
-    return [name for name, one in sources if one.function and name != "gold"]
 
 
 def judges_of(node: Eval, data: Dataset) -> list[str]:

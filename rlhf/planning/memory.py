@@ -14,6 +14,7 @@ from rlhf.config.choices import Decoding, RolloutEngine
 from rlhf.config.deployment import BYTES, built_stage, world_size
 from rlhf.config.schema import Arch, Config, Model
 from rlhf.config.stage_graph import (
+    BASE,
     adapter_only,
     is_rl,
     is_stage_name,
@@ -204,7 +205,7 @@ class StageNeeds:
         for name, source in node.rewards.items():
             if source.path:
                 self.notes.append(f"eval.rewards.{name}: not counted")
-        if not all(map(is_stage_name, node.policies)):
+        if any(one != BASE and not is_stage_name(one) for one in node.policies):
             self.notes.append("eval.policies given by path: counted as large as the actor")
 
     def add_online_roles(self) -> None:
@@ -219,6 +220,12 @@ class StageNeeds:
             self.add_role("ref", actor, cfg.actor)
         if self.uses_reward:
             self.add_role("reward", self.reward, cfg.reward, scorer=True)
+        buffer, longest = cfg.rl.overlong_penalty, cfg.rollout.max_new_tokens
+        if buffer and cfg.rl.name == "dapo" and not 0.1 < buffer / longest < 0.4:
+            self.notes.append(
+                f"rl.overlong_penalty={buffer} is {buffer / longest:.0%} of "
+                f"rollout.max_new_tokens={longest}; DAPO takes a fifth"
+            )
         if trains_critic(cfg, stage) and not self.uses_reward:
             self.notes.append(
                 "this configuration uses no reward model: the critic starts from the actor"

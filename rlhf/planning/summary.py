@@ -160,16 +160,16 @@ def print_plan(plan: Plan, cfg: Config) -> None:
     console = Console(width=130, highlight=False)
     console.print(table_of_roles(plan, cfg))
     console.print(table_of_phases(plan))
-    steps, tokens = plan.steps.number, plan.steps.tokens
-    about = "about " if plan.steps.certainty == "about " else ""
     console.print(f"  batch    {plan.steps.batch}")
-    count = UNKNOWN if steps is None else f"{plan.steps.certainty}{steps:,}"
-    console.print(f"  {unit_of(plan.stage) + 's':<8} {count}")
-    console.print(f"  tokens   {UNKNOWN if tokens is None else f'at most {about}{tokens:,}'}")
-    if plan.stage != "eval":
+    if plan.stage != "eval":  # which trains and saves no model
+        steps, tokens = plan.steps.number, plan.steps.tokens
+        about = "about " if plan.steps.certainty == "about " else ""
+        count = UNKNOWN if steps is None else f"{plan.steps.certainty}{steps:,}"
+        console.print(f"  {unit_of(plan.stage) + 's':<8} {count}")
+        console.print(f"  tokens   {UNKNOWN if tokens is None else f'at most {about}{tokens:,}'}")
         console.print(f"  time     {time_text(plan, cfg)}", soft_wrap=True)
-    checkpoints = f"{gib(plan.checkpoints)} of checkpoints during training"
-    console.print(f"  on disk  {gib(plan.files)} GiB of models, {checkpoints}")
+        checkpoints = f"{gib(plan.checkpoints)} of checkpoints during training"
+        console.print(f"  on disk  {gib(plan.files)} GiB of models, {checkpoints}")
     for note in [*plan.notes, *faster_precision(cfg)]:
         console.print(f"  note     {note}")
     size = f"{gib(plan.peak)} of {plan.limit / GIB:g} GiB (deploy.gpu_memory_gb)"

@@ -219,9 +219,9 @@ def build_rewards(
     """Load the reward models of all sources, with the unit of their scores.
 
     With normalize_score the unit is the one that stage=rm has stored in a model; where a model
-    comes from elsewhere, it is measured here on SFT responses. Else scores are raw.
+    comes from elsewhere, it is measured here on held-out demonstrations. Else scores are raw.
 
-    Raises: UserError for a model that cannot read the responses, or without SFT responses to
+    Raises: UserError for a model that cannot read the responses, or without demonstrations to
         measure on.
     """
     sources = []
@@ -287,7 +287,7 @@ def set_unit(
     if not encoded:
         name = node_name(cfg.stage.name)
         raise UserError(
-            f"{name}.normalize_score=true: there are no SFT responses to measure {key} "
+            f"{name}.normalize_score=true: there are no held-out demonstrations to measure {key} "
             "on; set it to false"
         )
     whole = [encoding.to_end(tokenizer, *row) for row in encoded]
@@ -295,7 +295,7 @@ def set_unit(
     mean, std = score_mean_std(engine, rows, tokenizer, cfg.deploy.eval_micro_batch)
     store_unit(engine, mean, std, key)
     unit = f"mean {mean:.3g}, standard deviation {std:.3g}"
-    log.info(f"{key}: raw scores of {plural(len(rows), 'SFT response')}: {unit}")
+    log.info(f"{key}: raw scores of {plural(len(rows), 'held-out demonstration')}: {unit}")
 
 
 def store_unit(engine: Engine[Scorer], mean: float, std: float, name: str) -> None:

@@ -20,7 +20,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.log import log
 from rlhf.config.choices import Decoding
 from rlhf.config.schema import Config
-from rlhf.config.stage_graph import policy_labels
+from rlhf.config.stage_graph import policy_labels, verifiers
 from rlhf.data import encoding
 from rlhf.data.load import open_data
 from rlhf.data.records import Dataset, Prompt, Turn
@@ -29,7 +29,7 @@ from rlhf.distributed import collectives
 from rlhf.distributed.engine import build_engine, release_engine
 from rlhf.evaluation.best_of import best_of
 from rlhf.evaluation.during_training import is_full_distribution
-from rlhf.evaluation.judges import judges_of, say_who_does_not_judge, verifiers
+from rlhf.evaluation.judges import judges_of, say_who_does_not_judge
 from rlhf.evaluation.pass_rates import check_columns, pass_rates
 from rlhf.evaluation.policy import evaluate_policy
 from rlhf.evaluation.reward_model import evaluate_reward_model

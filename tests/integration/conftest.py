@@ -80,9 +80,11 @@ def options() -> None:
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder for the user's option files; what Hydra learns of it is forgotten afterwards."""
     from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
 
     from rlhf import compose
 
+    Plugins.instance()  # stores options of its own, once in a process
     store = ConfigStore.instance()
     before = copy.deepcopy(store.repo)
     yield tmp_path

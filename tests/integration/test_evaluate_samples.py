@@ -138,6 +138,10 @@ WRONG = [
         "eval.samples=4 with eval.decoding=greedy: all responses to a prompt would be the same",
     ),
     (["eval.by=[level]"], "eval.by=[level]: it divides the pass rates of functions"),
+    (
+        ["eval.by=[level]", "eval.rewards.server.url=http://localhost:1/score"],
+        "eval.by=[level]: it divides the pass rates of functions",
+    ),
     (["eval.save_responses=."], "eval.save_responses=.: this is a folder; give a file in it"),
     (["eval.save_responses=out/"], "eval.save_responses=out/: this is a folder"),
     (["eval.save_responses=nowhere/a.jsonl"], "eval.save_responses=nowhere/a.jsonl: there is no"),

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from rlhf import arguments, sweep
 from rlhf.base.errors import UserError
+from rlhf.config.presets import CONF
 
 pytestmark = pytest.mark.usefixtures("options")
 GOLD = "rlhf.data.sandbox:gold"
@@ -89,6 +90,17 @@ def test_a_folder_that_is_not_there_is_named() -> None:
         with pytest.raises(UserError, match="/nowhere: no such folder; --config-dir and hydra"):
             arguments.user_folders(config_dir, overrides)
     assert arguments.user_folders(None, ["hydra.searchpath=[pkg://some.package]"]) == []
+
+
+def test_an_option_with_the_name_of_ours_is_refused(folder: Path) -> None:
+    """Hydra would take ours without a word. A copy of ours may be there."""
+    write_option(folder, "data/math", "sources: {math: {path: mine.jsonl}}\n")
+    done = train("--config-dir", str(folder), "data=math", "--cfg", "job", cwd=folder)
+    assert done.returncode == 2 and done.stdout == "", done
+    line = f"{folder}/data/math.yaml: conf/ has an option data/math too, and Hydra takes that one;"
+    assert line in done.stderr and done.stderr.endswith("to data/my_math.yaml\n"), done.stderr
+    write_option(folder, "data/math", (CONF / "data" / "math.yaml").read_text())
+    command("data=math", folders=[folder])
 
 
 def test_data_of_the_user_bring_their_reward_and_win_over_the_recipe(folder: Path) -> None:

@@ -236,7 +236,17 @@ def test_an_adapter_is_merged_for_sampling_where_a_copy_of_its_layers_fits() -> 
         assert plan.fits and plan.merges == merges == sampling_choices(cfg)["merge"]
         assert ("merged weights" in plan.phases["sampling"]) == merges
     evaluated = composed("stage=eval", "actor=opt125m", "actor.lora.rank=16")
+    assert make_plan(evaluated, "eval").notes == [], "sft and ppo are known, and base is"
     assert "merged weights" not in make_plan(evaluated, "eval").phases["sampling"]
+
+
+def test_the_length_penalty_of_dapo_belongs_to_a_length() -> None:
+    assert not any("overlong" in note for note in make_plan(composed("stage=dapo"), "dapo").notes)
+    longer = composed("stage=dapo", "rollout.max_new_tokens=256", "data.max_response_tokens=256")
+    (note,) = [note for note in make_plan(longer, "dapo").notes if "overlong" in note]
+    assert note == (
+        "rl.overlong_penalty=12 is 5% of rollout.max_new_tokens=256; DAPO takes a fifth"
+    )
 
 
 def test_the_critic_is_planned_as_the_model_that_it_starts_from() -> None:

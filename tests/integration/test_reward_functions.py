@@ -51,8 +51,8 @@ def test_a_pipeline_with_functions_only_trains_no_reward_model_and_a_new_functio
 def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
     demo: Demo, tmp_path: Path
 ) -> None:
-    """The score has no unit of its own: it is measured on SFT responses, and is the one that
-    stage=rm stored in the original."""
+    """The score has no unit of its own: it is measured on held-out demonstrations, and is the one
+    that stage=rm stored in the original."""
     other = tmp_path / "other"
     shutil.copytree(demo.rm / "model", other)
     settings = json.loads((other / "config.json").read_text())
@@ -68,7 +68,7 @@ def test_a_second_reward_model_from_elsewhere_is_measured_and_weighed(
     done = train("stage=ppo", *given, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
-        f"rl.rewards.other: raw scores of 256 SFT responses: mean {unit[0]:.3g}, "
+        f"rl.rewards.other: raw scores of 256 held-out demonstrations: mean {unit[0]:.3g}, "
         f"standard deviation {unit[1]:.3g}" in done.stderr
     )
     final = summary(runs_in(tmp_path)["ppo"][0])["metrics"]

@@ -231,3 +231,10 @@ def test_keys_that_another_value_switches_off_are_named() -> None:
     lines = run.name_unused_keys(command("stage=ppo", *idle, *on))
     assert lines == ["rl.kl.final_coef=0.1: not used by rl.kl.controller=adaptive"]
     assert run.name_unused_keys(command("stage=sft", "rl.kl.target=4")) == [], "not of this stage"
+    shares = ["data.shares=[1,0,0]", "data.eval_share=0.3"]
+    assert run.name_unused_keys(command("stage=sft", *shares)) == [
+        "data.shares=[1, 0, 0]: not used by the built-in sandbox",
+        "data.eval_share=0.3: not used by the built-in sandbox",
+    ]
+    own_file = ["data=jsonl", "data.sources.mine.path=x.jsonl"]
+    assert run.name_unused_keys(command("stage=sft", *own_file, *shares)) == []
