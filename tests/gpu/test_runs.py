@@ -10,6 +10,7 @@ import pytest
 from families import save_base
 from gpu_device import (
     CLOSE,
+    ON_GPU,
     STEADY,
     error_line,
     little_memory,
@@ -75,7 +76,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("stage", RUNS)
+@pytest.mark.parametrize("stage", RUNS if ON_GPU else ["ppo"])
 def test_a_killed_worker_ends_in_one_line_and_the_run_resumes_bit_for_bit(
     stage: str, tmp_path: Path
 ) -> None:
