@@ -158,18 +158,19 @@ def check_device(cfg: Config, device: torch.device) -> None:
 
 
 def configure_torch(cfg: Config) -> None:
-    """Determinism, threads, and the seed."""
+    """Kernels, determinism, threads, and the seed."""
     import torch
 
     from rlhf.config.deployment import threads_per_process
 
+    # cuDNN plans its attention anew for each shape, and sampling has another one at each token
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         # with warn_only these add gradients in any order all the same
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_num_threads(threads_per_process(cfg))
     # the same on every process: it decides new weights; sampling has random streams of its own
     torch.manual_seed(cfg.seed)

@@ -18,9 +18,10 @@ MACHINE_PROBLEMS = {
     "deploy.eval_micro_batch and data.workers take less)",
     errno.EAGAIN: "no more processes or threads are allowed (ulimit -u)",
 }
-# how torch says that a GPU is full: its allocator, the driver, cuBLAS
+# how torch says that a GPU is full: its allocator, the driver, cuBLAS, NCCL (in its last line)
 GPU_OUT_OF_MEMORY = re.compile(
-    "CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    "CUDA out of memory|CUDA (driver )?error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    "|Cuda failure 2"
 )
 LESS_MEMORY = (
     "plan=true shows what is needed; use a smaller deploy.micro_batch or deploy.eval_micro_batch, "
@@ -43,9 +44,10 @@ def machine_problem(error: BaseException | None) -> str | None:
     The errors that led to this one are looked at too.
     """
     while error:
-        text = (str(error).splitlines() or [""])[0]
-        if GPU_OUT_OF_MEMORY.search(text):
-            return f"out of GPU memory: {text}; {LESS_MEMORY}"
+        lines = str(error).splitlines() or [""]
+        if full := next(filter(GPU_OUT_OF_MEMORY.search, lines), None):
+            return f"out of GPU memory: {full}; {LESS_MEMORY}"
+        text = lines[0]
         number = error.errno if isinstance(error, OSError) else number_in(text)
         if isinstance(error, MemoryError):
             number = errno.ENOMEM

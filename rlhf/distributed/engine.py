@@ -309,6 +309,10 @@ def init_distributed() -> torch.device:
         timeout=COLLECTIVE_TIMEOUT,
         verbose=False,
     )
+    if torch.distributed.get_world_size() > 1:
+        # DeepSpeed's collectives are in a group of its own, which has not got the time limit
+        group = deepspeed.utils.groups._get_data_parallel_group()
+        torch.distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
     collectives.make_barrier_group()
     if not on_gpu:
         return torch.device("cpu")

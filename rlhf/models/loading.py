@@ -273,8 +273,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A model, whatever its path means; an adapter is merged into its base.
 
-    With ZeRO 3 every rank holds a whole copy in host memory of a model that is built in or has an
-    adapter, until its engine partitions it.
+    With ZeRO 3 every rank holds a whole copy of a model that is built in or has an adapter, in host
+    memory, and then on its device until its engine has partitioned it: it must fit there.
 
     Args: config: of the base (`load_config`).  new_head, use_safetensors: as in load_weights.
     Raises: UserError as load_weights and adapters.merge.

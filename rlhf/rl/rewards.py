@@ -136,6 +136,7 @@ class Rewards:
                 scores[0, rows, column] = torch.tensor(values, dtype=torch.float64)
                 scores[1, rows, column] = torch.tensor(result.failed, dtype=torch.float64)
         device = experience.scores.device
+        collectives.barrier()  # functions of one rank may take longer than a collective waits
         total = collectives.all_reduce_sum(scores.flatten().tolist(), device)
         values, errors = torch.tensor(total, device=device).view(scores.shape).float()
         columns = [i for i, source in enumerate(self.sources) if source.engine is None]

@@ -40,6 +40,13 @@ def caused(error: Exception, cause: Exception) -> Exception:
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
             "deploy.activation_checkpointing=true",
         ),
+        (RuntimeError("CUDA driver error: out of memory"), "out of GPU memory: CUDA driver error"),
+        (
+            RuntimeError(
+                "NCCL error, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
+            ),
+            "out of GPU memory: Cuda failure 2",
+        ),
         (OSError(2, "No such file or directory", "x"), None),
         (ConnectionError("Resource temporarily unavailable"), None),
         (RuntimeError(""), None),
